@@ -1,0 +1,1 @@
+"""Image folders, video clips and demo data."""

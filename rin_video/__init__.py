@@ -1,0 +1,1 @@
+"""Train and sample Recurrent Interface Networks on images and video."""

@@ -1,0 +1,1 @@
+"""Data to interface tokens and back."""
