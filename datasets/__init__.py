@@ -1,1 +1,17 @@
-"""Image folders, video clips and demo data."""
+"""Training data: folders of images and of clips, installed as `rin_video.datasets`."""
+
+from rin_video.datasets.clips import ClipFolder
+from rin_video.datasets.decoding import Video, open_video
+from rin_video.datasets.folders import CLIP_EXTENSIONS, IMAGE_EXTENSIONS, detect_kind, find_files
+from rin_video.datasets.images import ImageFolder
+
+__all__ = [
+    "CLIP_EXTENSIONS",
+    "IMAGE_EXTENSIONS",
+    "ClipFolder",
+    "ImageFolder",
+    "Video",
+    "detect_kind",
+    "find_files",
+    "open_video",
+]
