@@ -1,0 +1,184 @@
+"""The parts a RIN block is made of: norms, attention, read / write / compute units."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from timm.layers import DropPath, Mlp
+from torch import Tensor, nn
+
+EPS = 1e-6
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm(eps=1e-6) computed in float32 whatever the precision around it."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, eps=EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps).to(
+                x.dtype
+            )
+
+
+class AdaptiveLayerNorm(nn.Module):
+    """LayerNorm whose scale and shift are moved by a condition; starts as a plain LayerNorm.
+
+    In: `x` (B, N, dim), `modulation` (B, dim_cond). Source: Peebles & Xie 2023, "adaLN", with the zero start.
+    """
+
+    def __init__(self, dim: int, dim_cond: int) -> None:
+        super().__init__()
+        self.norm = LayerNorm(dim)
+        self.to_scale_shift = nn.Linear(dim_cond, 2 * dim)
+        nn.init.zeros_(self.to_scale_shift.weight)
+        nn.init.zeros_(self.to_scale_shift.bias)
+
+    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
+        scale, shift = self.to_scale_shift(F.silu(modulation)).unsqueeze(1).chunk(2, dim=-1)
+        return self.norm(x) * (1 + scale) + shift
+
+
+class Attention(nn.Module):
+    """Multi-head attention of `x` (B, N, dim) on `context` (B, M, dim_context); out (B, N, dim).
+
+    `dim_inner` is the width of all heads together; each head has `dim_inner // num_heads`. Biases everywhere, as
+    published. The initial scale is the original's: its kernels are (in, heads, head size), so that Glorot's rule sees
+    larger fans and q, k, v start about 5 times smaller, the output 3 times smaller, than on a fused matrix.
+    """
+
+    def __init__(self, dim: int, dim_context: int, dim_inner: int, num_heads: int, *, qk_norm: bool = False) -> None:
+        super().__init__()
+        head = dim_inner // num_heads
+        self.num_heads = num_heads
+        self.to_q = nn.Linear(dim, head * num_heads)
+        self.to_kv = nn.Linear(dim_context, 2 * head * num_heads)
+        self.to_out = nn.Linear(head * num_heads, dim)
+        self.q_norm = LayerNorm(head) if qk_norm else nn.Identity()
+        self.k_norm = LayerNorm(head) if qk_norm else nn.Identity()
+        _glorot(self.to_q, fan_in=dim * num_heads, fan_out=dim * head)
+        _glorot(self.to_kv, fan_in=dim_context * num_heads, fan_out=dim_context * head)
+        _glorot(self.to_out, fan_in=head * num_heads, fan_out=dim * num_heads)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        q = rearrange(self.to_q(x), "b n (h d) -> b h n d", h=self.num_heads)
+        k, v = rearrange(self.to_kv(context), "b n (two h d) -> two b h n d", two=2, h=self.num_heads)
+        q, k = self.q_norm(q), self.k_norm(k)
+        out = F.scaled_dot_product_attention(q, k, v)
+        return self.to_out(rearrange(out, "b h n d -> b n (h d)"))
+
+
+def _glorot(linear: nn.Linear, *, fan_in: int, fan_out: int) -> None:
+    bound = (6 / (fan_in + fan_out)) ** 0.5
+    nn.init.uniform_(linear.weight, -bound, bound)
+    nn.init.zeros_(linear.bias)
+
+
+class FeedForward(nn.Module):
+    """x + W2 GELU(W1 LN(x)): the residual is inside. (B, N, dim) to the same."""
+
+    def __init__(
+        self, dim: int, mlp_ratio: float, *, dropout: float = 0.0, drop_path: float = 0.0, dim_cond: int | None = None
+    ) -> None:
+        super().__init__()
+        self.norm = _norm(dim, dim_cond)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=(dropout, 0.0))
+        self.drop_path = DropPath(drop_path)
+        for linear in (self.mlp.fc1, self.mlp.fc2):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, x: Tensor, modulation: Tensor | None = None) -> Tensor:
+        return x + self.drop_path(self.mlp(_apply_norm(self.norm, x, modulation)))
+
+
+class Unit(nn.Module):
+    """Attention then feed-forward, both residual: the read, compute and write steps are all this.
+
+    `x` (B, N, dim) attends to `context` (B, M, dim_context), or to itself where `dim_context` is None (then keys and
+    values see the normalised x). Only the query side is normalised, unless `norm_context`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        dim_context: int | None,
+        *,
+        dim_inner: int,
+        num_heads: int,
+        mlp_ratio: float,
+        norm_context: bool = False,
+        qk_norm: bool = False,
+        dropout: float = 0.0,
+        drop_path: float = 0.0,
+        dim_cond: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.self_attention = dim_context is None
+        dim_context = dim_context or dim
+        self.norm = _norm(dim, dim_cond)
+        self.norm_context = LayerNorm(dim_context) if norm_context and not self.self_attention else nn.Identity()
+        self.attention = Attention(dim, dim_context, dim_inner, num_heads, qk_norm=qk_norm)
+        self.drop_path = DropPath(drop_path)
+        self.feed_forward = FeedForward(dim, mlp_ratio, dropout=dropout, drop_path=drop_path, dim_cond=dim_cond)
+
+    def forward(self, x: Tensor, context: Tensor | None = None, modulation: Tensor | None = None) -> Tensor:
+        query = _apply_norm(self.norm, x, modulation)
+        context = query if context is None else self.norm_context(context)
+        x = x + self.drop_path(self.attention(query, context))
+        return self.feed_forward(x, modulation)
+
+
+def _norm(dim: int, dim_cond: int | None) -> nn.Module:
+    return LayerNorm(dim) if dim_cond is None else AdaptiveLayerNorm(dim, dim_cond)
+
+
+def _apply_norm(norm: nn.Module, x: Tensor, modulation: Tensor | None) -> Tensor:
+    return norm(x, modulation) if isinstance(norm, AdaptiveLayerNorm) else norm(x)
+
+
+class LinearAttention(nn.Module):
+    """x + attention among the interface tokens at linear cost. (B, N, dim) to the same; starts as the identity.
+
+    Source: Shen et al. 2021, "Efficient attention" (softmax over features for q, over tokens for k).
+    """
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        inner = dim // num_heads * num_heads
+        self.norm = LayerNorm(dim)
+        self.to_qkv = nn.Linear(dim, 3 * inner, bias=False)
+        self.to_out = nn.Linear(inner, dim)
+        nn.init.xavier_uniform_(self.to_qkv.weight)
+        nn.init.zeros_(self.to_out.weight)
+        nn.init.zeros_(self.to_out.bias)
+
+    def forward(self, x: Tensor, grid: tuple[int, ...]) -> Tensor:
+        q, k, v = rearrange(self.to_qkv(self.norm(x)), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
+        context = k.softmax(dim=-2).transpose(-1, -2) @ v
+        out = q.softmax(dim=-1) @ context
+        return x + self.to_out(rearrange(out, "b h n d -> b n (h d)"))
+
+
+class DepthwiseConv(nn.Module):
+    """x + depth-wise convolution of size 3 over the grid of tokens. (B, N, dim) to the same; starts as the identity.
+
+    `grid` is the grid of tokens, outermost first, of 1 to 3 axes. Source: Chu et al. 2021, "PEG".
+    """
+
+    def __init__(self, dim: int, num_axes: int) -> None:
+        super().__init__()
+        self.norm = LayerNorm(dim)
+        conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[num_axes - 1]
+        self.conv = conv(dim, dim, 3, padding=1, groups=dim)
+        nn.init.zeros_(self.conv.weight)
+        if self.conv.bias is not None:
+            nn.init.zeros_(self.conv.bias)
+
+    def forward(self, x: Tensor, grid: tuple[int, ...]) -> Tensor:
+        maps = self.norm(x).transpose(1, 2).unflatten(-1, grid)
+        return x + self.conv(maps).flatten(2).transpose(1, 2)

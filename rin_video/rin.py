@@ -1,0 +1,119 @@
+"""RIN: a tokenizer and the core, which together are the denoiser."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rin_video.conditioning import Conditioner
+from rin_video.config import ModelConfig, model_config
+from rin_video.core import RINCore
+from rin_video.tokenizers import make_tokenizer
+
+State = Tensor | tuple[Tensor, Tensor]  # latents, or (latents, interface tokens)
+
+
+class RIN(nn.Module):
+    """Recurrent Interface Network for images, video or sequences.
+
+    Give it the fields of `ModelConfig` by name, or one `ModelConfig`:
+
+        RIN(dim=256, image_size=128, patch_size=8, depth=6, num_latents=128, dim_latent=512, latent_self_attn_depth=4)
+        RIN(dim=256, image_size=64, frames=16, patch_size=(2, 4, 4), num_classes=10)
+
+    `model(x, gamma, latents=None, label=None) -> (prediction, latents)`:
+    `x` (B, C, *grid) is the noisy input, about unit variance; `gamma` (B,) in (0, 1] is the share of signal (1 is clean);
+    `latents` is what the previous, noisier pass returned, an opaque value; `label` (B,) integers, -1 for none.
+    Other sizes than the built one work where the position code allows it. Raises `UsageError` for sizes and options
+    that cannot be. Source: arXiv 2212.11972.
+    """
+
+    def __init__(self, config: ModelConfig | None = None, /, **options: Any) -> None:
+        super().__init__()
+        self.config = config = model_config(**options) if config is None else config
+        parts = config.self_conditioning.split("+")
+        self.x0_self_conditioning = "x0" in parts
+        self.interface_self_conditioning = "interface" in parts
+        dim_latent = config.dim_latent or config.dim
+        self.tokenizer = make_tokenizer(config, config.channels * (1 + self.x0_self_conditioning))
+        self.conditioner = Conditioner(
+            config.dim,
+            dim_latent,
+            num_classes=config.num_classes,
+            time_conditioning=config.time_conditioning,
+            class_conditioning=config.class_conditioning,
+            time_scaling=config.time_scaling,
+        )
+        self.core = RINCore(
+            config.dim,
+            dim_latent,
+            config.num_latents,
+            config.compute_layers,
+            num_cond_latents=self.conditioner.num_latents,
+            num_heads=config.num_heads,
+            latent_num_heads=config.latent_num_heads,
+            mlp_ratio=config.mlp_ratio,
+            latent_mlp_ratio=config.latent_mlp_ratio,
+            latent_position=config.latent_position,
+            self_conditioning=parts,
+            interface_mixing=config.interface_mixing.split("+"),
+            num_axes=len(self.shape) - 1,
+            dropout=config.dropout,
+            drop_path=config.drop_path,
+            norm_context=config.norm_context,
+            qk_norm=config.qk_norm,
+            dim_cond=self.conditioner.dim_modulation,
+        )
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one sample, (C, *grid)."""
+        return self.tokenizer.shape
+
+    @property
+    def num_classes(self) -> int:
+        return self.config.num_classes
+
+    def forward(
+        self,
+        x: Tensor,
+        gamma: Tensor,
+        *,
+        latents: State | None = None,
+        label: Tensor | None = None,
+        x0: Tensor | None = None,
+    ) -> tuple[Tensor, State]:
+        grid = x.shape[2:]
+        if self.x0_self_conditioning:
+            x = torch.cat([x, torch.zeros_like(x) if x0 is None else x0], dim=1)
+        previous_latents, previous_tokens = latents if isinstance(latents, tuple) else (latents, None)
+        tokens, new_latents = self.core(
+            self.tokenizer.tokenize(x),
+            previous_latents,
+            self.conditioner(gamma, label),
+            previous_tokens=previous_tokens,
+            grid=self.tokenizer.token_grid(grid),
+        )
+        prediction = self.tokenizer.detokenize(tokens, grid)
+        return prediction, (new_latents, tokens) if self.interface_self_conditioning else new_latents
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of embeddings: parameters that weight decay leaves alone (biases and norms are known by their rank)."""
+        return {name for name, _ in self.named_parameters() if name.endswith((".table", "conditioner.label.projection.weight"))}
+
+    @classmethod
+    def from_pretrained(cls, source: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> RIN:
+        """The model of a run: a folder with `config.yaml` and `model.safetensors`, or a hub id `user/name`."""
+        from rin_video.checkpoint import load_model
+
+        return load_model(source, device=device)[0]
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write `config.yaml` and `model.safetensors`, which `from_pretrained` reads."""
+        from rin_video.checkpoint import save_model
+        from rin_video.config import Config
+
+        save_model(folder, self, Config(model=self.config))

@@ -1,0 +1,92 @@
+"""Noise schedules: plain functions from diffusion time t in [0, 1] to gamma, the share of signal power.
+
+gamma falls from about 1 at t = 0 (data) to about 0 at t = 1 (noise). Source: Chen 2023, "On the importance of noise
+scheduling for diffusion models" (arXiv 2301.10972), and the authors' release.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rin_video.errors import UsageError
+
+GAMMA_MIN = 1e-9
+
+
+class NoiseLevel(NamedTuple):
+    """How much signal and noise: x_t = alpha * x0 + sigma * eps. `gamma` is what the network is told.
+
+    Each is a float (one level for the whole batch, as samplers use it) or a tensor that multiplies x_t.
+    """
+
+    gamma: Any
+    alpha: Any
+    sigma: Any
+
+    @classmethod
+    def from_gamma(cls, gamma: Any) -> NoiseLevel:
+        """Variance preserving: alpha^2 + sigma^2 = 1."""
+        return cls(gamma, gamma**0.5, (1 - gamma) ** 0.5)
+
+
+def linear(t: Tensor) -> Tensor:
+    """1 - t. Called simple_linear in the release."""
+    return (1 - t).clamp(GAMMA_MIN, 1)
+
+
+def cosine_simple(t: Tensor) -> Tensor:
+    """cos((t + 0.0002) / 1.00025 * pi / 2)^2, never quite 0 or 1: the release's plain "cosine"."""
+    return ((t + 0.0002) / 1.00025 * math.pi / 2).cos() ** 2
+
+
+def cosine(t: Tensor, start: float = 0.0, end: float = 1.0, tau: float = 1.0) -> Tensor:
+    """A stretch of cos(u pi / 2)^(2 tau), from u = start to end, rescaled to run from 1 to 0."""
+
+    def f(u: Tensor) -> Tensor:
+        return (u * math.pi / 2).cos().clamp(min=0) ** (2 * tau)  # cos(pi / 2) may round below 0
+
+    first, last = f(t.new_tensor(start)), f(t.new_tensor(end))
+    return ((f(start + t * (end - start)) - last) / (first - last)).clamp(GAMMA_MIN, 1)
+
+
+def sigmoid(t: Tensor, start: float = -3.0, end: float = 3.0, tau: float = 1.0) -> Tensor:
+    """A stretch of the falling sigmoid 1 / (1 + exp(u / tau)), from u = start to end, rescaled to run from 1 to 0."""
+
+    def f(u: Tensor) -> Tensor:
+        return (u / tau).sigmoid()
+
+    first, last = f(t.new_tensor(start)), f(t.new_tensor(end))
+    return ((last - f(start + t * (end - start))) / (last - first)).clamp(GAMMA_MIN, 1)
+
+
+SCHEDULES: dict[str, Callable[..., Tensor]] = {
+    "linear": linear,
+    "cosine": cosine,
+    "cosine_simple": cosine_simple,
+    "sigmoid": sigmoid,
+}
+
+
+def make_schedule(name: str, schedule_kwargs: Mapping[str, float] | None = None) -> Callable[[Tensor], NoiseLevel]:
+    """The function t -> `NoiseLevel` of the schedule called `name` (one of `SCHEDULES`), with its parameters.
+
+    Raises `UsageError` for an unknown name or parameter, and for parameters that span nothing.
+    """
+    if name not in SCHEDULES:
+        raise UsageError(f"unknown noise_schedule {name!r}: known are {', '.join(SCHEDULES)}")
+    function, kwargs = SCHEDULES[name], dict(schedule_kwargs or {})
+    known = list(inspect.signature(function).parameters)[1:]
+    if unknown := set(kwargs) - set(known):
+        raise UsageError(
+            f"noise_schedule {name} has no parameter {', '.join(sorted(unknown))}: it has {', '.join(known) or 'none'}"
+        )
+    ends = function(torch.tensor([0.0, 1.0], dtype=torch.float64), **kwargs)
+    if not (ends.isfinite().all() and ends[0] > ends[1]):
+        raise UsageError(f"noise_schedule {name} with {kwargs} does not fall from signal to noise: it gives {ends.tolist()}")
+    return lambda t: NoiseLevel.from_gamma(function(t, **kwargs))

@@ -1,0 +1,114 @@
+"""The diffusion algebra and whole sampling runs against the authors' release (tests/golden)."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from golden_files import GOLDEN, build, channels_first, load_weights
+from torch.testing import assert_close
+
+from rin_video.diffusion import GaussianDiffusion, eps_from_x0, to_x0_eps
+from rin_video.samplers import get_sampler, noise_levels, uniform_times
+from rin_video.schedules import NoiseLevel, make_schedule
+
+FILES = sorted(GOLDEN.glob("diffusion_steps*.npz"))
+OBJECTIVES = {"eps": "eps", "x": "x0", "v": "v"}
+RUNS = {  # name in the file: sampler, schedule of sampling
+    "ddim.td0": ("ddim", None),
+    "ddpm.td0": ("ddpm", None),
+    "ddpm_small.td0": ("ddpm_small", None),
+    "ddpm.td0.cosine_infer": ("ddpm", "cosine_simple"),
+    "ddim.td0.guided": ("ddim", None),
+}
+
+pytestmark = pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
+
+
+def tensor(arrays, name: str) -> torch.Tensor:
+    return torch.from_numpy(arrays[name])
+
+
+@pytest.mark.parametrize("theirs", OBJECTIVES)
+@pytest.mark.parametrize("clip", [0, 1])
+@pytest.mark.parametrize("truncate", [0, 1])
+def test_predictions_become_data_and_noise(file, theirs, clip, truncate):
+    arrays = np.load(file)
+    x_t, level = tensor(arrays, "x_t"), NoiseLevel.from_gamma(tensor(arrays, "gamma_now"))
+    x0, eps = to_x0_eps(OBJECTIVES[theirs], tensor(arrays, "model_out"), x_t, level)
+    if clip:
+        x0 = x0.clamp(-1, 1)
+    if truncate or theirs == "x":  # the release always re-derives the noise of an x prediction
+        eps = eps_from_x0(x0, x_t, level)
+    name = f"x0eps.{theirs}.clip{clip}.trunc{truncate}"
+    assert_close(x0, tensor(arrays, f"{name}.data_pred"), rtol=2e-6, atol=2e-6)
+    assert_close(eps, tensor(arrays, f"{name}.noise_pred"), rtol=2e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("step", ["step", "step_last"])
+@pytest.mark.parametrize(("name", "sampler"), [("ddim", "ddim"), ("ddpm_large", "ddpm"), ("ddpm_small", "ddpm_small")])
+def test_single_transitions(file, step, name, sampler):
+    arrays = np.load(file)
+    now, later = tensor(arrays, "gamma_now"), tensor(arrays, "gamma_prev")
+    if step == "step_last":
+        later = torch.ones_like(later)
+    estimates = tensor(arrays, "step.data_pred"), tensor(arrays, "step.noise_pred"), None
+    levels = [(NoiseLevel.from_gamma(now), NoiseLevel.from_gamma(later))]
+    run = get_sampler(sampler)(lambda x, level, hidden: estimates, tensor(arrays, "x_t"), levels, lambda: tensor(arrays, "noise"))
+    assert_close(next(iter(run)).x, tensor(arrays, f"{step}.{name}"), rtol=2e-6, atol=1e-5)
+
+
+def test_forward_process(file):
+    arrays = np.load(file)
+    level = make_schedule("sigmoid")(tensor(arrays, "add_noise.t"))
+    gamma = tensor(arrays, "add_noise.gamma")
+    assert_close(level.gamma, gamma.flatten(), rtol=0, atol=1e-6)
+    level = NoiseLevel.from_gamma(gamma)
+    x_t = level.alpha * tensor(arrays, "model_out") + level.sigma * tensor(arrays, "noise")
+    assert_close(x_t, tensor(arrays, "add_noise.x_noised"), rtol=1e-6, atol=1e-6)
+
+
+def golden_diffusion(info: dict) -> GaussianDiffusion:
+    network = np.load(GOLDEN / "image_rin.npz")
+    model = build(json.loads(str(network["config_json"])))
+    load_weights(model, network)
+    name, numbers = info["schedule"].split("@")
+    kwargs = dict(zip(("start", "end", "tau"), map(float, numbers.split(",")), strict=True))
+    return GaussianDiffusion(model, noise_schedule=name, schedule_kwargs=kwargs, objective="eps")
+
+
+@pytest.mark.parametrize("run", RUNS)
+@torch.no_grad()
+def test_whole_runs(file, run):
+    arrays = np.load(file)
+    info = json.loads(str(arrays["info_json"]))
+    diffusion = golden_diffusion(info)
+    sampler, schedule = RUNS[run]
+    schedule = diffusion.schedule if schedule is None else make_schedule(schedule)
+    noise = map(channels_first, arrays["gen.step_noise"])
+    denoise = diffusion.denoiser(tensor(arrays, "gen.labels"), info["guidance_scale"] if "guided" in run else 0.0)
+    levels = noise_levels(schedule, uniform_times(info["steps"]), dtype=torch.float32)  # as the release computes them
+    steps = get_sampler(sampler)(denoise, channels_first(arrays["gen.init_noise"]), levels, lambda: next(noise))
+    worst = 0.0
+    for i, ((now, later), step) in enumerate(zip(levels, steps, strict=True)):
+        assert now.gamma == pytest.approx(float(arrays[f"gen.{run}.gamma_each"][i]), abs=1e-6)
+        assert later.gamma == pytest.approx(float(arrays[f"gen.{run}.gamma_prev_each"][i]), abs=1e-6)
+        for name, ours in (("x0_each", step.x0), ("sample_each", step.x)):
+            theirs = channels_first(arrays[f"gen.{run}.{name}"][i])
+            worst = max(worst, float((ours - theirs).abs().max()))
+        assert_close(step.hidden["latents"], tensor(arrays, f"gen.{run}.latent_each")[i], rtol=0, atol=5e-4)
+    final = float((step.x0 - channels_first(arrays[f"gen.{run}.final"])).abs().max())
+    print(f"{run}: trajectory {worst:.1e}, result {final:.1e}")  # noqa: T201
+    assert worst < 5e-4
+    assert final < 5e-4
+
+
+@torch.no_grad()
+def test_hidden_states_of_the_first_pass(file):
+    arrays = np.load(file)
+    diffusion = golden_diffusion(json.loads(str(arrays["info_json"])))
+    level = NoiseLevel.from_gamma(tensor(arrays, "selfcond.gamma"))
+    _, latents = diffusion.predict(channels_first(arrays["selfcond.x_noised"]), level, tensor(arrays, "gen.labels"), None)
+    theirs = tensor(arrays, "selfcond.latent")  # by share: the first of two samples keeps its states
+    assert_close(latents[:1], theirs[:1], rtol=0, atol=5e-4)
+    assert (theirs[1:] == 0).all()

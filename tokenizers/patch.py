@@ -1,0 +1,132 @@
+"""Patches of an N-dimensional grid to tokens and back: the one implementation behind sequence, image and tube."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+from einops import rearrange
+from torch import Tensor, nn
+
+from rin_video.errors import UsageError
+from rin_video.layers import LayerNorm
+from rin_video.tokenizers.positions import make_position
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from rin_video.config import ModelConfig
+
+
+class PatchTokenizer(nn.Module):
+    """(B, C, *grid) to (B, N, dim) and back, for non-overlapping patches.
+
+    Projection, LayerNorm, then position, in that order: the norm does not act on the position. Patches are flattened
+    row-major with the channel fastest, tokens row-major with the first axis outermost. Values are those of diffusion,
+    about [-1, 1].
+
+    `grid` and `patch_size` have one number for each axis. `in_channels` may exceed `out_channels` where the input
+    carries more than the data (a previous estimate, a mask). With `dual_patchnorm` the raw patch is normalised too
+    (Kumar et al. 2023). Raises `UsageError` where a size is no multiple of its patch.
+    """
+
+    axes: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(
+        self,
+        grid: Sequence[int],
+        patch_size: Sequence[int],
+        dim: int,
+        *,
+        in_channels: int = 3,
+        out_channels: int | None = None,
+        position: str = "learned",
+        coordinate_range: float | None = 1000.0,
+        dual_patchnorm: bool = False,
+    ) -> None:
+        super().__init__()
+        self.in_channels = in_channels
+        self.out_channels = out_channels or in_channels
+        self.grid, self.patch_size = tuple(grid), tuple(patch_size)
+        volume = math.prod(self.patch_size)
+        self.patch_norm = LayerNorm(volume * in_channels) if dual_patchnorm else nn.Identity()
+        self.to_tokens = nn.Linear(volume * in_channels, dim)
+        self.norm = LayerNorm(dim)
+        self.position = make_position(position, self.token_grid(self.grid), dim, coordinate_range)
+        self.out_norm = LayerNorm(dim)
+        self.to_patches = nn.Linear(dim, volume * self.out_channels)
+        for linear in (self.to_tokens, self.to_patches):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    @classmethod
+    def grid_of(cls, config: ModelConfig) -> tuple[int, ...]:
+        """The data grid that a model's configuration asks for: what a tokenizer for new axes has to say."""
+        raise NotImplementedError(f"{cls.__name__} does not say how to read its grid from a ModelConfig")
+
+    @classmethod
+    def from_config(cls, config: ModelConfig, in_channels: int) -> Self:
+        """The tokenizer of a model; `in_channels` counts what a model feeds beside the data too."""
+        grid = cls.grid_of(config)
+        return cls(
+            grid,
+            config.patch_sizes(len(grid), ", ".join(cls.axes)),
+            config.dim,
+            in_channels=in_channels,
+            out_channels=config.channels,
+            position=config.position,
+            coordinate_range=config.coordinate_range,
+            dual_patchnorm=config.dual_patchnorm,
+        )
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one sample, (C, *grid), as built."""
+        return (self.out_channels, *self.grid)
+
+    def token_grid(self, grid: Sequence[int]) -> tuple[int, ...]:
+        """How many tokens lie along each axis of a data grid. Raises `UsageError` where the patch does not fit."""
+        if len(grid) != len(self.patch_size):
+            raise UsageError(
+                f"{type(self).__name__} takes {len(self.patch_size)} axes {self._axes()}, not {len(grid)}: {tuple(grid)}"
+            )
+        for axis, size, patch in zip(self._axes(), grid, self.patch_size, strict=True):
+            if size < 1 or size % patch:
+                fits = sorted({max(size // patch, 1) * patch, (size // patch + 1) * patch})
+                raise UsageError(
+                    f"{axis} {size} is no multiple of its patch size {patch}: "
+                    f"the nearest that fit are {' and '.join(map(str, fits))}"
+                )
+        return tuple(size // patch for size, patch in zip(grid, self.patch_size, strict=True))
+
+    def tokenize(self, x: Tensor) -> Tensor:
+        """(B, in_channels, *grid) to (B, N, dim)."""
+        grid = self.token_grid(x.shape[2:])
+        if x.shape[1] != self.in_channels:
+            raise UsageError(f"the input has {x.shape[1]} channels, the tokenizer takes {self.in_channels}")
+        patches = rearrange(x, f"b c {self._cells()} -> b ({self._counts()}) ({self._inside()} c)", **self._sizes())
+        return self.norm(self.to_tokens(self.patch_norm(patches))) + self.position(grid)
+
+    def detokenize(self, tokens: Tensor, grid: Sequence[int]) -> Tensor:
+        """(B, N, dim) to (B, out_channels, *grid)."""
+        counts = dict(zip(self._counts().split(), self.token_grid(grid), strict=True))
+        patches = self.to_patches(self.out_norm(tokens))
+        pattern = f"b ({self._counts()}) ({self._inside()} c) -> b c {self._cells()}"
+        return rearrange(patches, pattern, **counts, **self._sizes())
+
+    # einops spells axis i of the grid as n{i} patches of p{i} cells.
+    def _counts(self) -> str:
+        return " ".join(f"n{i}" for i in range(len(self.patch_size)))
+
+    def _inside(self) -> str:
+        return " ".join(f"p{i}" for i in range(len(self.patch_size)))
+
+    def _cells(self) -> str:
+        return " ".join(f"(n{i} p{i})" for i in range(len(self.patch_size)))
+
+    def _sizes(self) -> dict[str, int]:
+        return {f"p{i}": size for i, size in enumerate(self.patch_size)}
+
+    def _axes(self) -> tuple[str, ...]:
+        return self.axes or tuple(f"axis {i}" for i in range(len(self.patch_size)))
