@@ -10,9 +10,9 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from rin_video.datasets.decoding import VideoInfo, choose_backend, open_video, probe_video
-from rin_video.datasets.folders import CLIP_EXTENSIONS, class_labels, find_files
-from rin_video.datasets.images import Chance, Framing, class_list, describe_skipped, require_files, size_range
+from rin_video.datasets.decoding import VideoInfo, backends_for, open_video, probe_video
+from rin_video.datasets.folders import CLIP_EXTENSIONS, class_labels, find_files, probe_files
+from rin_video.datasets.images import Chance, Framing, class_list, describe_skipped, size_range
 from rin_video.errors import UsageError
 
 
@@ -49,20 +49,9 @@ class ClipFolder(Dataset[dict[str, Tensor | int]]):
         self.framing = Framing(image_size, crop=crop, flip=augment_horizontal_flip)
         self.shape = (channels, frames, *self.framing.size)
         self.chance = Chance(seed)
-        self.files: list[Path] = []
-        self.infos: list[VideoInfo] = []
-        self.skipped: list[tuple[Path, str]] = []
-        for file in find_files(root, CLIP_EXTENSIONS):
-            try:
-                info = probe_video(file)
-                self._require_length(file, info)
-            except UsageError as error:
-                self.skipped.append((file, str(error)))
-            else:
-                self.files.append(file)
-                self.infos.append(info)
-        require_files(self.root, self.files, self.skipped)
-        self.backends = Counter(choose_backend(info, decoder) for info in self.infos)
+        infos, self.skipped = probe_files(find_files(root, CLIP_EXTENSIONS), self._probe)
+        self.files, self.infos = list(infos), list(infos.values())
+        self.backends = Counter(backends_for(info, decoder)[0] for info in self.infos)
         self.classes, self.labels = class_labels(root, self.files)
 
     @property
@@ -120,9 +109,11 @@ class ClipFolder(Dataset[dict[str, Tensor | int]]):
         last_start = info.times[-1] + 0.5 / info.fps - (self.frames - 1) / self.fps
         return int(np.searchsorted(info.times, last_start, side="right"))
 
-    def _require_length(self, file: Path, info: VideoInfo) -> None:
+    def _probe(self, file: Path) -> VideoInfo:
+        """What the file holds; UsageError where it is too short."""
+        info = probe_video(file)
         if self._num_starts(info):
-            return
+            return info
         if self.fps is None:
             fits = (info.num_frames - 1) // self.stride + 1
             raise UsageError(

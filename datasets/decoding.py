@@ -1,8 +1,8 @@
 """Reading video files: the one place in the package that opens a video.
 
 `open_video` gives a `Video`, whatever the decoder behind it. What a file holds is always found by walking through its
-packets with PyAV, because the counts in container headers are often wrong; `decord` then only reads the pixels, and only
-where its own table of times agrees with the packets.
+packets with PyAV, because the counts in container headers are often wrong; `decord` then only reads the pixels, and
+only of files where it is known to find the right ones.
 
 A decoder lives in the process that opened it: decord hangs when it is opened before a fork and read after it. So open
 videos where they are read and never keep one in a dataset; a `VideoInfo` may be kept, pickled and sent about.
@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, pairwise
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
@@ -26,7 +27,6 @@ from rin_video.errors import UsageError
 
 # The first of FFmpeg's names for a container. Anything else (it guesses raw codecs from random bytes) is no clip.
 CONTAINERS = ("mov", "matroska", "avi", "gif")
-# decord miscounts AVI with B-frames and cannot open GIF.
 DECORD_CONTAINERS = ("mov", "matroska")
 TIME_TOLERANCE = 2e-3  # seconds; Matroska rounds to 1e-3
 
@@ -42,6 +42,7 @@ class VideoInfo:
     times: np.ndarray  # (F,) seconds from the first frame, ascending
     timestamps: np.ndarray | None  # (F,) presentation times in units of the stream; None: not to be trusted
     keyframes: np.ndarray  # (K,) indices of the frames that decoding can start from, ascending
+    plain_seek: bool  # seeking to the time of a keyframe ends at that keyframe
 
     @property
     def num_frames(self) -> int:
@@ -60,10 +61,22 @@ class FrameReader(Protocol):
 class Video:
     """An open video file. Use it as a context manager, in the process that opened it."""
 
-    def __init__(self, path: Path, info: VideoInfo, backend: str, reader: FrameReader) -> None:
-        self.path, self.info, self.backend = path, info, backend
+    def __init__(self, path: Path, info: VideoInfo, backends: Sequence[str]) -> None:
+        self.path, self.info = path, info
         self.num_frames, self.fps, self.size = info.num_frames, info.fps, info.size
-        self._reader = reader
+        self._backends = iter(backends)
+        self._open_next()
+
+    def _open_next(self) -> None:
+        """The next backend that can open the file. UsageError where there is none, by what the last one said."""
+        error = UsageError(f"no decoder can read {self.path}: re-encode it or leave it out")
+        for self.backend in self._backends:
+            try:
+                self._reader = DECODERS[self.backend](self.path, self.info)
+                return
+            except UsageError as refusal:  # noqa: PERF203
+                error = refusal
+        raise error
 
     def read(self, indices: Sequence[int]) -> Tensor:
         """Frames `indices`, in that order, as uint8 (F, 3, H, W).
@@ -75,17 +88,23 @@ class Video:
             raise IndexError(f"{self.path} has {self.num_frames} frames; there is no frame {wrong[0]}")
         if not len(indices):
             return torch.empty(0, 3, *self.size, dtype=torch.uint8)
-        try:
-            frames = self._reader.read(indices)
-        except UsageError:
-            raise
-        except Exception as error:  # decord raises its own classes, FFmpeg many
-            raise _unreadable(self.path, error) from error
+        frames = self._read(indices)
         if frames.shape[1:3] != self.size:
             raise UsageError(
                 f"{self.path} changes its frame size from {self.size} to {frames.shape[1:3]} (H, W): re-encode it"
             )
         return torch.from_numpy(frames).permute(0, 3, 1, 2)
+
+    def _read(self, indices: Sequence[int]) -> np.ndarray:
+        try:
+            return self._reader.read(indices)
+        except Exception as error:  # decord raises its own classes, FFmpeg many
+            self._reader.close()
+            try:
+                self._open_next()
+            except UsageError:
+                raise (error if isinstance(error, UsageError) else _unreadable(self.path, error)) from error
+        return self._read(indices)
 
     def close(self) -> None:
         self._reader.close()
@@ -107,23 +126,16 @@ def open_video(path: str | PathLike[str], decoder: str = "auto", info: VideoInfo
     """
     path = Path(path)
     info = info or probe_video(path)
-    backend = choose_backend(info, decoder)
-    try:
-        return Video(path, info, backend, DECODERS[backend](path, info))
-    except UsageError:
-        if decoder != "auto" or backend == "pyav":
-            raise
-        return Video(path, info, "pyav", PyAVReader(path, info))
+    return Video(path, info, backends_for(info, decoder))
 
 
-def choose_backend(info: VideoInfo, decoder: str = "auto") -> str:
-    """The name of the backend that `open_video` tries first for such a file."""
+def backends_for(info: VideoInfo, decoder: str = "auto") -> list[str]:
+    """The names of the backends that `open_video` tries for such a file, in that order."""
     if decoder == "auto":
-        suits_decord = info.container in DECORD_CONTAINERS and info.timestamps is not None and not info.quarter_turns
-        return "decord" if suits_decord and importlib.util.find_spec("decord") else "pyav"
+        return ["decord", "pyav"] if _suits_decord(info) and importlib.util.find_spec("decord") else ["pyav"]
     if decoder not in DECODERS:
         raise UsageError(f"unknown decoder {decoder!r}: use one of auto, {', '.join(DECODERS)}")
-    return decoder
+    return [decoder]
 
 
 def probe_video(path: str | PathLike[str]) -> VideoInfo:
@@ -139,23 +151,24 @@ def probe_video(path: str | PathLike[str]) -> VideoInfo:
             raise UsageError(f"{path} cannot be read: not one frame can be decoded; leave it out") from None
         except Exception as error:
             raise _unreadable(path, error) from error
-        name = _container_name(container)
-        fps = float(stream.average_rate or 0)
-        stamps = [packet.pts for packet in packets]
-        keys = [packet.pts for packet in packets if packet.is_keyframe]
+        name, fps = _container_name(container), float(stream.average_rate or 0)
         time_base = float(stream.time_base)
 
     turns = round(frame.rotation / 90) % 4
     size = (frame.width, frame.height) if turns % 2 else (frame.height, frame.width)
-    # The times in AVI are those of decoding, not of showing; and a repeated or missing time finds no frame.
-    timed = name != "avi" and None not in stamps and len(set(stamps)) == len(stamps)
-    if timed:
-        timestamps = np.array(sorted(stamps), dtype=np.int64)
-        times = (timestamps - timestamps[0]) * time_base
-        fps = fps or (len(times) - 1) / times[-1]
-        return VideoInfo(name, fps, size, turns, times, timestamps, np.searchsorted(timestamps, sorted(keys)))
-    fps = fps or 1.0
-    return VideoInfo(name, fps, size, turns, np.arange(len(stamps)) / fps, None, np.zeros(1, dtype=np.int64))
+    stamps = [packet.pts for packet in packets]
+    # The times in AVI are those of decoding, not of showing; and a missing or repeated time finds no frame.
+    if name == "avi" or None in stamps or len(set(stamps)) < len(stamps):
+        fps = fps or 1.0
+        return VideoInfo(name, fps, size, turns, np.arange(len(stamps)) / fps, None, np.zeros(1, np.int64), False)
+    timestamps = np.array(sorted(stamps), dtype=np.int64)
+    times = (timestamps - timestamps[0]) * time_base
+    keys = [index for index, packet in enumerate(packets) if packet.is_keyframe]
+    keyframes = np.searchsorted(timestamps, sorted(stamps[key] for key in keys))
+    # Containers are sought by decoding times: the next keyframe may be decoded before this one is shown.
+    overtaken = any(packets[b].dts is None or packets[b].dts <= stamps[a] for a, b in pairwise(keys))
+    plain_seek = keyframes.tolist() == keys and not overtaken
+    return VideoInfo(name, fps or _mean_rate(times), size, turns, times, timestamps, keyframes, plain_seek)
 
 
 class PyAVReader:
@@ -179,7 +192,7 @@ class PyAVReader:
                         break
             else:
                 raise UsageError(
-                    f"frame {wanted[0]} of {self.path} cannot be decoded (the file is damaged): re-encode it or leave it out"
+                    f"frame {wanted[0]} of {self.path} cannot be decoded (damaged file): re-encode it or leave it out"
                 )
         return np.stack([found[i] for i in indices])
 
@@ -191,17 +204,23 @@ class PyAVReader:
         return int(keys[max(0, np.searchsorted(keys, index, side="right") - 1)])
 
     def _decode_from(self, start: int) -> Iterator[tuple[int, Any]]:
-        """Frames with their indices, from `start` or some keyframe before it to the end of the file."""
+        """Frames with their indices, from keyframe `start`, or one before it, to the end of the file."""
         stamps = self.info.timestamps
         if stamps is None:
             self._container.seek(0)
             yield from enumerate(self._container.decode(self._stream))
             return
-        self._container.seek(int(stamps[start]), stream=self._stream)
-        index_of = {int(stamp): index for index, stamp in enumerate(stamps)}
-        for frame in self._container.decode(self._stream):
-            if frame.pts in index_of:
-                yield index_of[frame.pts], frame
+        for key in reversed([key for key in self.info.keyframes if key <= start]):
+            self._container.seek(int(stamps[key]), stream=self._stream)
+            frames = self._container.decode(self._stream)
+            first = next(frames, None)
+            # A seek that ended at a later keyframe is tried again from an earlier one.
+            if first is not None and (first.pts <= stamps[start] or key == self.info.keyframes[0]):
+                for frame in chain([first], frames):
+                    index = int(np.searchsorted(stamps, frame.pts))
+                    if index < len(stamps) and stamps[index] == frame.pts:
+                        yield index, frame
+                return
 
     def _pixels(self, frame: Any) -> np.ndarray:
         return np.rot90(frame.to_ndarray(format="rgb24"), self.info.quarter_turns)
@@ -216,8 +235,8 @@ class DecordReader:
         except ImportError as error:
             raise UsageError("decord is not installed: use --decoder pyav, or pip install decord") from error
         decord.logging.set_level(decord.logging.QUIET)
-        if info.quarter_turns or info.container not in DECORD_CONTAINERS:
-            raise UsageError(f"decord cannot read {path} ({info.container}, or rotated): use --decoder pyav")
+        if not _suits_decord(info):
+            raise UsageError(f"decord would not find the right frames of {path}: use --decoder pyav")
         try:
             self._reader = decord.VideoReader(str(path), num_threads=1)
             times = self._reader.get_frame_timestamp(range(len(self._reader)))[:, 0]
@@ -234,6 +253,15 @@ class DecordReader:
 
 
 DECODERS: dict[str, Callable[[Path, VideoInfo], FrameReader]] = {"decord": DecordReader, "pyav": PyAVReader}
+
+
+def _suits_decord(info: VideoInfo) -> bool:
+    """It knows only plain seeks, does not open GIF, does not count AVI right and does not turn frames."""
+    return info.container in DECORD_CONTAINERS and info.plain_seek and not info.quarter_turns
+
+
+def _mean_rate(times: np.ndarray) -> float:
+    return float((len(times) - 1) / times[-1]) if len(times) > 1 else 1.0
 
 
 def _open_container(path: Path) -> Any:

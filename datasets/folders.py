@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from os import PathLike
 from pathlib import Path
+from typing import TypeVar
 
 from rin_video.errors import UsageError
+
+T = TypeVar("T")
 
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
 CLIP_EXTENSIONS = (".mp4", ".webm", ".mkv", ".mov", ".avi", ".gif", ".m4v")
@@ -29,6 +32,24 @@ def find_files(root: str | PathLike[str], extensions: Collection[str]) -> list[P
     elif extensions == IMAGE_EXTENSIONS and (others := _count(root, CLIP_EXTENSIONS)):
         advice = f"; it holds {others} clips: use --frames 16 to train on clips"
     raise UsageError(f"{root} holds no {' '.join(extensions)} file{advice}")
+
+
+def probe_files(files: Sequence[Path], probe: Callable[[Path], T]) -> tuple[dict[Path, T], list[tuple[Path, str]]]:
+    """What `probe` finds in every file, and the files for which it raises UsageError, with the reason.
+
+    Raises UsageError with the first few reasons where no file is left.
+    """
+    found: dict[Path, T] = {}
+    skipped: list[tuple[Path, str]] = []
+    for file in files:
+        try:
+            found[file] = probe(file)
+        except UsageError as error:  # noqa: PERF203
+            skipped.append((file, str(error)))
+    if not found:
+        reasons = "; ".join(reason for _, reason in skipped[:3])
+        raise UsageError(f"none of {len(skipped)} files can be used: {reasons}" if len(skipped) > 1 else reasons)
+    return found, skipped
 
 
 def detect_kind(root: str | PathLike[str]) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from rin_video.datasets.folders import IMAGE_EXTENSIONS, class_labels, find_files
+from rin_video.datasets.folders import IMAGE_EXTENSIONS, class_labels, find_files, probe_files
 from rin_video.errors import UsageError
 
 CROPS = ("center", "random")
@@ -42,16 +42,8 @@ class ImageFolder(Dataset[dict[str, Tensor | int]]):
         self.framing = Framing(image_size, crop=crop, flip=augment_horizontal_flip)
         self.shape = (channels, *self.framing.size)
         self.chance = Chance(seed)
-        self.files: list[Path] = []
-        self.sizes: list[tuple[int, int]] = []
-        self.skipped: list[tuple[Path, str]] = []
-        for file in find_files(root, IMAGE_EXTENSIONS):
-            try:
-                self.sizes.append(image_header_size(file))
-                self.files.append(file)
-            except UsageError as error:
-                self.skipped.append((file, str(error)))
-        require_files(self.root, self.files, self.skipped)
+        sizes, self.skipped = probe_files(find_files(root, IMAGE_EXTENSIONS), image_header_size)
+        self.files, self.sizes = list(sizes), list(sizes.values())
         self.classes, self.labels = class_labels(root, self.files)
 
     @property
@@ -160,13 +152,6 @@ def image_header_size(path: Path) -> tuple[int, int]:
             return (W, H) if image.getexif().get(ExifTags.Base.Orientation) in ROTATED else (H, W)
     except Exception as error:
         raise _unreadable(path, error) from error
-
-
-def require_files(root: Path, files: Sequence[Path], skipped: Sequence[tuple[Path, str]], remedy: str = "") -> None:
-    """UsageError with the first few reasons where every file was skipped."""
-    if not files:
-        reasons = "; ".join(reason for _, reason in skipped[:3])
-        raise UsageError(f"none of the {len(skipped)} files of {root} can be used: {reasons}{remedy}")
 
 
 def describe_skipped(skipped: Sequence[tuple[Path, str]]) -> list[str]:

@@ -1,0 +1,324 @@
+"""Writing samples as MP4, GIF, PNG and raw arrays, and reading them back: the one place that writes media files.
+
+Tensors are channels first, float in [0, 1] or uint8; torch or numpy. Files are written under a temporary name in the
+same folder and renamed, so that a failed write leaves nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from itertools import pairwise
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from rin_video.datasets.decoding import open_video
+from rin_video.datasets.folders import CLIP_EXTENSIONS, IMAGE_EXTENSIONS
+from rin_video.datasets.images import read_image
+from rin_video.errors import UsageError
+
+StrPath = str | PathLike[str]
+
+VIDEO_SUFFIXES = (".mp4", ".gif")
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+ARRAY_SUFFIXES = (".npy", ".safetensors")
+ARRAY_KEY = "samples"
+DEFAULT_FPS = 8
+MAX_GIF_FPS = 50  # browsers slow down what is faster
+TOLERANCE = 1e-3  # how far outside [0, 1] a value may be
+MARGIN = 2  # pixels between the pictures of a grid
+
+
+def write_video(clip: Tensor | np.ndarray, path: StrPath, fps: float = DEFAULT_FPS, *, crf: int = 18) -> None:
+    """Write a clip (C, F, H, W), C 1 or 3, as H.264 MP4 that browsers play, or as GIF, whichever `path` names.
+
+    H.264 stores even sizes only: an odd H or W gets one more row or column, the last repeated, and a warning says so.
+    A GIF stores equal neighbouring frames as one that lasts longer. `crf` is the quality of the MP4, smaller is better.
+    """
+    path = Path(path)
+    note = _write_clip(as_pixels(clip), path, fps, crf)
+    if note:
+        warnings.warn(f"{path}: {note}", stacklevel=2)
+
+
+def write_image_grid(images: Tensor | np.ndarray, path: StrPath, columns: int | None = None, upscale: int = 1) -> None:
+    """Write images (B, C, H, W) as one picture, `columns` in a row (as many as rows, if not given)."""
+    _write_picture(_grid(as_pixels(images), columns, upscale), Path(path))
+
+
+def contact_sheet(clips: Tensor | np.ndarray, path: StrPath, max_frames: int = 8, upscale: int = 1) -> None:
+    """Write clips (B, C, F, H, W) as one picture: a clip a row, up to `max_frames` frames, evenly spaced."""
+    clips = as_pixels(clips)
+    num_frames = min(max_frames, clips.shape[2])
+    chosen = torch.linspace(0, clips.shape[2] - 1, num_frames).round().long()
+    images = rearrange(clips[:, :, chosen], "b c f h w -> (b f) c h w")
+    _write_picture(_grid(images, num_frames, upscale), Path(path))
+
+
+def video_grid(clips: Tensor | np.ndarray, columns: int | None = None, upscale: int = 1) -> Tensor:
+    """Clips (B, C, F, H, W) side by side as one, uint8 (3, F, H', W')."""
+    frames = as_pixels(clips).unbind(2)
+    return torch.stack([_grid(images, columns, upscale) for images in frames], dim=1)
+
+
+def save_samples(samples: Tensor | np.ndarray, path: StrPath, fps: float = DEFAULT_FPS, upscale: int = 1) -> list[Path]:
+    """Write samples (B, C, *grid) in the form that `path` names; returns the files written.
+
+    Images: one grid as .png, .jpg or .webp. Clips: one grid as .mp4 or .gif, or a contact sheet as .png, .jpg or .webp.
+    A path with no suffix is a folder: one .png or .mp4 for every sample. Anything: .npy or .safetensors, as it is.
+    """
+    path, samples = Path(path), torch.as_tensor(samples).detach().cpu()
+    suffix = path.suffix.lower()
+    if suffix in ARRAY_SUFFIXES:
+        _write_array(samples, path)
+        return [path]
+    if samples.ndim not in (4, 5):
+        raise UsageError(
+            f"samples of shape {tuple(samples.shape)} are no pictures: write {' or '.join(ARRAY_SUFFIXES)}"
+        )
+    is_clips = samples.ndim == 5
+    if not suffix:
+        files = [path / f"{index:04d}{'.mp4' if is_clips else '.png'}" for index in range(len(samples))]
+        return [
+            file
+            for one, file in zip(samples, files, strict=True)
+            for file in save_samples(one[None], file, fps, upscale)
+        ]
+    if suffix in VIDEO_SUFFIXES and is_clips:
+        write_video(video_grid(samples, upscale=upscale), path, fps)
+    elif suffix in PICTURE_SUFFIXES and is_clips:
+        contact_sheet(samples, path, upscale=upscale)
+    elif suffix in PICTURE_SUFFIXES:
+        write_image_grid(samples, path, upscale=upscale)
+    else:
+        known = (*VIDEO_SUFFIXES, *PICTURE_SUFFIXES) if is_clips else PICTURE_SUFFIXES
+        kind = "clips" if is_clips else "images"
+        raise UsageError(f"{kind} cannot be written as {suffix} ({path}): use {', '.join((*known, *ARRAY_SUFFIXES))}")
+    return [path]
+
+
+def load_media(path: StrPath) -> tuple[Tensor, float | None]:
+    """Read a clip, an image, a folder of frames or an array: (tensor, frames per second or None).
+
+    Clips are (C, F, H, W), images (C, H, W), uint8. Arrays (.npy, .safetensors) keep their type and are (C, H, W),
+    (C, F, H, W), (B, C, H, W) or (B, C, F, H, W); of rank 4, a second axis of 1 or 3 means a batch of images. Channels
+    last is understood where no other axis could be the channels.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if path.is_dir():
+        return _read_frames(path), None
+    if not path.is_file():
+        raise UsageError(f"there is no file or folder {path}")
+    if suffix in ARRAY_SUFFIXES:
+        array = _channels_first(_read_array(path), path)
+        _require_unit_range(array, f"the values of {path}")
+        return array, None
+    if suffix in CLIP_EXTENSIONS:
+        with open_video(path) as video:
+            return video.read(range(video.num_frames)).transpose(0, 1), video.fps
+    if suffix in IMAGE_EXTENSIONS:
+        return read_image(path), None
+    known = (*CLIP_EXTENSIONS, *IMAGE_EXTENSIONS, *ARRAY_SUFFIXES)
+    raise UsageError(f"cannot read {path}: give a folder of frames or one of {', '.join(known)}")
+
+
+def export(input: StrPath, output: StrPath, fps: float | None = None) -> str:
+    """Convert what `load_media` reads to MP4, GIF or a PNG sheet; returns a short report of what was done.
+
+    `fps` None keeps the rate of the source, 8 where it has none.
+    """
+    source, target = Path(input), Path(output)
+    if target.suffix.lower() not in (*VIDEO_SUFFIXES, *PICTURE_SUFFIXES):
+        known = ", ".join((*VIDEO_SUFFIXES, *PICTURE_SUFFIXES))
+        raise UsageError(f"cannot write {target}: the output is one of {known}")
+    if target.exists() and source.exists() and target.samefile(source):
+        raise UsageError(f"{target} is the input too: give the output another name")
+    media, source_fps = load_media(source)
+    batch = media if media.ndim == 5 or _is_image_batch(media) else media[None]
+    rate = fps if fps is not None else source_fps or DEFAULT_FPS
+    read = f"read {source}: {_summary(batch)}" + (f", {source_fps:g} fps" if source_fps else "")
+    with warnings.catch_warnings(record=True) as notes:
+        warnings.simplefilter("always")
+        save_samples(batch, target, rate)
+    shown = f", {rate:g} fps" if target.suffix.lower() in VIDEO_SUFFIXES else ""
+    return "\n".join([read, f"wrote {target}{shown}", *(str(note.message) for note in notes)])
+
+
+def as_pixels(values: Tensor | np.ndarray) -> Tensor:
+    """Float in [0, 1] to uint8, rounded; uint8 as it is. UsageError with the range for anything outside."""
+    values = torch.as_tensor(values).detach().cpu()
+    _require_unit_range(values, "the samples")
+    return values if values.dtype == torch.uint8 else (values.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def _require_unit_range(values: Tensor, name: str) -> None:
+    if values.dtype == torch.uint8:
+        return
+    if not values.is_floating_point() or not values.numel():
+        raise UsageError(f"{name}: {values.dtype} of shape {tuple(values.shape)}; give uint8, or float in [0, 1]")
+    low, high = values.min().item(), values.max().item()
+    if not (low >= -TOLERANCE and high <= 1 + TOLERANCE):  # false for NaN too
+        raise UsageError(f"{name} go from {low:g} to {high:g}: scale them to [0, 1], or to uint8")
+
+
+def _write_clip(clip: Tensor, path: Path, fps: float, crf: int) -> str | None:
+    """Returns what had to be changed, in words."""
+    if clip.ndim != 4 or clip.shape[0] not in (1, 3) or not clip.numel():
+        raise UsageError(f"a clip is (C, F, H, W) with 1 or 3 channels, not {tuple(clip.shape)}")
+    if fps <= 0:
+        raise UsageError(f"fps is {fps:g}: it must be above 0")
+    suffix = path.suffix.lower()
+    if suffix not in VIDEO_SUFFIXES:
+        raise UsageError(f"cannot write a clip as {path}: use {' or '.join(VIDEO_SUFFIXES)}")
+    clip = clip.expand(3, -1, -1, -1)
+    if suffix == ".gif":
+        _write_gif(clip, path, fps)
+        return None
+    H, W = clip.shape[2:]
+    pad = (0, W % 2, 0, H % 2)
+    _write_mp4(F.pad(clip.float(), pad, mode="replicate").byte(), path, fps, crf)
+    return f"padded from {H}x{W} to {H + pad[3]}x{W + pad[1]}, because H.264 needs even sizes" if any(pad) else None
+
+
+def _write_mp4(clip: Tensor, path: Path, fps: float, crf: int) -> None:
+    import av
+
+    rate = Fraction(fps).limit_denominator(1001)
+    with _replacing(path) as temporary, av.open(temporary, "w", options={"movflags": "+faststart"}) as container:
+        stream: Any = container.add_stream("libx264", rate=rate, options={"crf": str(crf)})
+        stream.height, stream.width = clip.shape[2:]
+        stream.pix_fmt = "yuv420p"
+        for pixels in rearrange(clip, "c f h w -> f h w c").contiguous().numpy():
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def _write_gif(clip: Tensor, path: Path, fps: float) -> None:
+    from PIL import Image
+
+    if fps > MAX_GIF_FPS:
+        raise UsageError(f"a GIF shows at most {MAX_GIF_FPS} frames a second, not {fps:g}: lower fps or write .mp4")
+    frames = [Image.fromarray(pixels) for pixels in rearrange(clip, "c f h w -> f h w c").contiguous().numpy()]
+    # One palette for the clip, from some of its frames, so that still parts do not flicker.
+    some = frames[:: -(-len(frames) // 16)]
+    palette = Image.fromarray(np.concatenate([np.asarray(frame) for frame in some])).quantize(256)
+    indexed = [frame.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG) for frame in frames]
+    # GIF counts in hundredths of a second: round the times, not the durations.
+    times = [round(100 * index / fps) for index in range(len(frames) + 1)]
+    durations = [10 * (end - start) for start, end in pairwise(times)]
+    with _replacing(path) as temporary:
+        indexed[0].save(temporary, save_all=True, append_images=indexed[1:], duration=durations, loop=0)
+
+
+def _write_picture(pixels: Tensor, path: Path) -> None:
+    from PIL import Image
+
+    if path.suffix.lower() not in PICTURE_SUFFIXES:
+        raise UsageError(f"cannot write a picture as {path}: use one of {', '.join(PICTURE_SUFFIXES)}")
+    if len(pixels) == 4 and path.suffix.lower() in (".jpg", ".jpeg"):
+        raise UsageError(f"cannot write transparency as {path}: use .png or .webp")
+    with _replacing(path) as temporary:
+        Image.fromarray(rearrange(pixels, "c h w -> h w c").contiguous().numpy()).save(temporary, quality=95)
+
+
+def _write_array(samples: Tensor, path: Path) -> None:
+    with _replacing(path) as temporary:
+        if path.suffix.lower() == ".npy":
+            np.save(temporary, samples.numpy())
+        else:
+            from safetensors.torch import save_file
+
+            save_file({ARRAY_KEY: samples.contiguous()}, temporary)
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[str]:
+    """A temporary name beside `path`, with its suffix, that becomes `path` at the end."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".writing-", dir=path.parent) as folder:
+        temporary = Path(folder, path.name)
+        yield str(temporary)
+        os.replace(temporary, path)
+
+
+def _grid(images: Tensor, columns: int | None, upscale: int) -> Tensor:
+    """uint8 (B, C, H, W) to (3, H', W'), or 4 channels where C is 4; one image gets no margin."""
+    from torchvision.utils import make_grid
+
+    if images.ndim != 4 or images.shape[1] not in (1, 3, 4) or not images.numel():
+        raise UsageError(f"images are (B, C, H, W) with 1, 3 or 4 channels, not {tuple(images.shape)}")
+    columns = columns or int(np.ceil(len(images) ** 0.5))
+    images = images.repeat_interleave(upscale, -2).repeat_interleave(upscale, -1)
+    return make_grid(images, nrow=columns, padding=MARGIN if len(images) > 1 else 0)
+
+
+def _read_array(path: Path) -> Tensor:
+    try:
+        if path.suffix.lower() == ".npy":
+            return torch.from_numpy(np.load(path, allow_pickle=False))
+        from safetensors.torch import load_file
+
+        arrays = load_file(path)
+    except Exception as error:
+        raise UsageError(f"{path} cannot be read as an array: {error}") from error
+    if ARRAY_KEY not in arrays and len(arrays) != 1:
+        raise UsageError(f"{path} holds {', '.join(arrays) or 'nothing'}: name the array {ARRAY_KEY!r}")
+    return arrays.get(ARRAY_KEY, next(iter(arrays.values())))
+
+
+def _channels_first(array: Tensor, path: Path) -> Tensor:
+    shape = array.shape
+    channel_axes = {3: (0,), 4: (1, 0), 5: (1,)}.get(array.ndim, ())
+    if any(shape[axis] in (1, 3) for axis in channel_axes):
+        return array
+    if channel_axes and shape[-1] in (1, 3):
+        return array.movedim(-1, 1 if array.ndim == 5 else 0)
+    raise UsageError(
+        f"{path} has shape {tuple(shape)}: give (C, H, W), (C, F, H, W), (B, C, H, W) or (B, C, F, H, W) with C 1 or 3"
+    )
+
+
+def _is_image_batch(media: Tensor) -> bool:
+    return media.ndim == 4 and media.shape[1] in (1, 3)
+
+
+def _read_frames(folder: Path) -> Tensor:
+    files = [file for file in folder.iterdir() if file.suffix.lower() in IMAGE_EXTENSIONS and file.name[0] != "."]
+    if not files:
+        raise UsageError(f"{folder} holds no frames: they are {', '.join(IMAGE_EXTENSIONS)} files")
+    files.sort(key=lambda file: _natural_order(file.name))
+    frames = [read_image(file) for file in files]
+    for file, frame in zip(files, frames, strict=True):
+        if frame.shape != frames[0].shape:
+            (H, W), (H_first, W_first) = frame.shape[1:], frames[0].shape[1:]
+            raise UsageError(f"frame {file} is {H}x{W}, but {files[0].name} is {H_first}x{W_first}: make them one size")
+    return torch.stack(frames, dim=1)
+
+
+def _natural_order(name: str) -> list[tuple[int, str]]:
+    """frame2 before frame10."""
+    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"([0-9]+)", name)]
+
+
+def _summary(batch: Tensor) -> str:
+    size = f"{batch.shape[-2]}x{batch.shape[-1]}"
+    if batch.ndim == 4:
+        return f"{len(batch)} images of {size}"
+    return (
+        f"{len(batch)} clips of {batch.shape[2]} frames of {size}"
+        if len(batch) > 1
+        else f"{batch.shape[2]} frames of {size}"
+    )
