@@ -70,9 +70,9 @@ class Video:
     def _open_next(self) -> None:
         """The next backend that can open the file. UsageError where there is none, by what the last one said."""
         error = UsageError(f"no decoder can read {self.path}: re-encode it or leave it out")
-        for self.backend in self._backends:
+        for backend in self._backends:
             try:
-                self._reader = DECODERS[self.backend](self.path, self.info)
+                self._reader, self.backend = DECODERS[backend](self.path, self.info), backend
                 return
             except UsageError as refusal:  # noqa: PERF203
                 error = refusal
@@ -145,8 +145,8 @@ def probe_video(path: str | PathLike[str]) -> VideoInfo:
         stream = container.streams.video[0]
         try:
             packets = [packet for packet in container.demux(stream) if packet.size and not packet.is_discard]
-            container.seek(0)
-            frame = next(container.decode(stream))
+            with _open_container(path) as again:
+                frame = next(again.decode(video=0))
         except StopIteration:
             raise UsageError(f"{path} cannot be read: not one frame can be decoded; leave it out") from None
         except Exception as error:
@@ -165,10 +165,12 @@ def probe_video(path: str | PathLike[str]) -> VideoInfo:
     times = (timestamps - timestamps[0]) * time_base
     keys = [index for index, packet in enumerate(packets) if packet.is_keyframe]
     keyframes = np.searchsorted(timestamps, sorted(stamps[key] for key in keys))
+    if name == "gif" or not fps:  # for a GIF the container's rate is a guess from its first frames
+        fps = _mean_rate(times)
     # Containers are sought by decoding times: the next keyframe may be decoded before this one is shown.
     overtaken = any(packets[b].dts is None or packets[b].dts <= stamps[a] for a, b in pairwise(keys))
     plain_seek = keyframes.tolist() == keys and not overtaken
-    return VideoInfo(name, fps or _mean_rate(times), size, turns, times, timestamps, keyframes, plain_seek)
+    return VideoInfo(name, fps, size, turns, times, timestamps, keyframes, plain_seek)
 
 
 class PyAVReader:
@@ -177,7 +179,6 @@ class PyAVReader:
     def __init__(self, path: Path, info: VideoInfo) -> None:
         self.path, self.info = path, info
         self._container = _open_container(path)
-        self._stream = self._container.streams.video[0]
 
     def read(self, indices: Sequence[int]) -> np.ndarray:
         found: dict[int, np.ndarray] = {}
@@ -207,12 +208,12 @@ class PyAVReader:
         """Frames with their indices, from keyframe `start`, or one before it, to the end of the file."""
         stamps = self.info.timestamps
         if stamps is None:
-            self._container.seek(0)
-            yield from enumerate(self._container.decode(self._stream))
+            self._rewind()
+            yield from enumerate(self._container.decode(video=0))
             return
         for key in reversed([key for key in self.info.keyframes if key <= start]):
-            self._container.seek(int(stamps[key]), stream=self._stream)
-            frames = self._container.decode(self._stream)
+            self._seek(int(stamps[key]))
+            frames = self._container.decode(video=0)
             first = next(frames, None)
             # A seek that ended at a later keyframe is tried again from an earlier one.
             if first is not None and (first.pts <= stamps[start] or key == self.info.keyframes[0]):
@@ -221,6 +222,18 @@ class PyAVReader:
                     if index < len(stamps) and stamps[index] == frame.pts:
                         yield index, frame
                 return
+
+    def _seek(self, timestamp: int) -> None:
+        import av
+
+        try:
+            self._container.seek(timestamp, stream=self._container.streams.video[0])
+        except av.FFmpegError:  # a file cut short may have lost its index
+            self._rewind()
+
+    def _rewind(self) -> None:
+        self._container.close()
+        self._container = _open_container(self.path)
 
     def _pixels(self, frame: Any) -> np.ndarray:
         return np.rot90(frame.to_ndarray(format="rgb24"), self.info.quarter_turns)
@@ -249,15 +262,15 @@ class DecordReader:
         return self._reader.get_batch(list(indices)).asnumpy()
 
     def close(self) -> None:
-        del self._reader
+        self._reader = None
 
 
 DECODERS: dict[str, Callable[[Path, VideoInfo], FrameReader]] = {"decord": DecordReader, "pyav": PyAVReader}
 
 
 def _suits_decord(info: VideoInfo) -> bool:
-    """It knows only plain seeks, does not open GIF, does not count AVI right and does not turn frames."""
-    return info.container in DECORD_CONTAINERS and info.plain_seek and not info.quarter_turns
+    """It takes every seek for a plain one, and otherwise returns the wrong frame; its times in AVI are nonsense."""
+    return info.container in DECORD_CONTAINERS and info.plain_seek
 
 
 def _mean_rate(times: np.ndarray) -> float:

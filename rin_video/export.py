@@ -38,6 +38,7 @@ ARRAY_KEY = "samples"
 DEFAULT_FPS = 8
 MAX_GIF_FPS = 50  # browsers slow down what is faster
 TOLERANCE = 1e-3  # how far outside [0, 1] a value may be
+SMPTE_170M, LIMITED_RANGE = 6, 1  # FFmpeg's numbers for BT.601 colours and for luma from 16 to 235
 MARGIN = 2  # pixels between the pictures of a grid
 
 
@@ -201,6 +202,9 @@ def _write_mp4(clip: Tensor, path: Path, fps: float, crf: int) -> None:
         stream: Any = container.add_stream("libx264", rate=rate, options={"crf": str(crf)})
         stream.height, stream.width = clip.shape[2:]
         stream.pix_fmt = "yuv420p"
+        context = stream.codec_context  # say which colours these are, or players guess: BT.601, limited range
+        context.color_primaries = context.color_trc = context.colorspace = SMPTE_170M
+        context.color_range = LIMITED_RANGE
         for pixels in rearrange(clip, "c f h w -> f h w c").contiguous().numpy():
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         container.mux(stream.encode())

@@ -1,0 +1,115 @@
+"""Small media files made on the fly. The brightness of a clip's frame tells its number."""
+
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from importlib.util import find_spec
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from av.video.frame import PictureType
+from PIL import Image
+from torch import Tensor
+
+STEP = 10  # grey levels from one frame to the next
+
+# Name: codec and options. Each is a way in which finding frame i can go wrong.
+CLIPS: dict[str, dict] = {
+    "plain.mp4": {},
+    "short_gop.mp4": {"options": {"g": "4"}},
+    "scene_cuts.mp4": {"options": {"g": "20", "bf": "2", "forced-idr": "1"}, "keyframes": (8, 9, 13)},
+    "open_gop.mp4": {"options": {"x264-params": "open-gop=1:keyint=6:min-keyint=6:scenecut=0:bframes=3"}},
+    "odd.mkv": {"size": (33, 81), "options": {"profile": "high444", "qp": "0"}, "pix_fmt": "yuv444p"},
+    "vp9.webm": {"codec": "libvpx-vp9", "options": {"deadline": "realtime", "cpu-used": "8"}},
+    "mpeg4.avi": {"codec": "mpeg4", "options": {"qscale": "1", "flags": "qscale"}},
+    "b_frames.avi": {"codec": "libx264"},
+    "variable_rate.mp4": {"times": [0, 1, 2, 5, 6, 10, 20, 21, 22, 30], "options": {"g": "3"}},
+    "one_frame.mp4": {"frames": 1},
+    "animation.gif": {"codec": "gif"},
+}
+
+
+def write_numbered(
+    path: Path,
+    *,
+    frames: int = 20,
+    codec: str = "libx264",
+    options: dict[str, str] | None = None,
+    size: tuple[int, int] = (32, 64),
+    pix_fmt: str = "yuv420p",
+    times: Sequence[int] | None = None,
+    keyframes: Sequence[int] = (),
+    rotation: int = 0,
+) -> Path:
+    """A clip whose frame i is of grey level STEP * (i + 1), but for a white upper left corner. `times` in 1/30 s."""
+    with av.open(str(path), "w") as container:
+        if codec == "gif":
+            return _write_gif(path, frames, size)
+        stream = container.add_stream(codec, rate=30 if times else 8, options=options or {})
+        stream.height, stream.width = size
+        stream.pix_fmt = pix_fmt
+        if rotation:
+            stream.set_display_rotation(rotation)
+        for index in range(len(times) if times else frames):
+            frame = av.VideoFrame.from_ndarray(_picture(index, size), format="rgb24")
+            frame.pts, frame.time_base = times[index] if times else index, Fraction(1, 30 if times else 8)
+            if index in keyframes:
+                frame.pict_type = PictureType.I
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def frame_numbers(frames: Tensor) -> list[int]:
+    """What `write_numbered` wrote into frames (F, 3, H, W); read in the middle, which is never the white corner."""
+    H, W = frames.shape[-2:]
+    grey = frames[:, 0, H // 2 + 2 : H // 2 + 6, W // 2 + 2 : W // 2 + 6].float().mean(dim=(1, 2))
+    return (grey / STEP - 1).round().int().tolist()
+
+
+def _picture(index: int, size: tuple[int, int]) -> np.ndarray:
+    H, W = size
+    picture = np.full((H, W, 3), STEP * (index + 1), dtype=np.uint8)
+    picture[: H // 4, : W // 4] = 255
+    return picture
+
+
+def _write_gif(path: Path, frames: int, size: tuple[int, int]) -> Path:
+    first, *rest = [Image.fromarray(_picture(index, size)) for index in range(frames)]
+    first.save(path, save_all=True, append_images=rest, duration=120, loop=0)
+    return path
+
+
+@pytest.fixture(scope="session")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with all of CLIPS."""
+    folder = tmp_path_factory.mktemp("clips")
+    for name, how in CLIPS.items():
+        write_numbered(folder / name, **how)
+    return folder
+
+
+@pytest.fixture(
+    params=["pyav", pytest.param("decord", marks=pytest.mark.skipif(not find_spec("decord"), reason="no decord"))]
+)
+def decoder(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def numbered() -> Callable[..., Path]:
+    return write_numbered
+
+
+@pytest.fixture
+def numbers() -> Callable[[Tensor], list[int]]:
+    return frame_numbers
+
+
+@pytest.fixture
+def gradient() -> Tensor:
+    """A smooth moving clip (3, 8, 32, 64) in [0, 1]."""
+    frame, row, column = torch.meshgrid(*[torch.linspace(0, 1, n) for n in (8, 32, 64)], indexing="ij")
+    return torch.stack([row, column, (frame + column) / 2])

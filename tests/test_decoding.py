@@ -1,0 +1,131 @@
+"""read([i]) is frame i: of every kind of file, in any order, by every decoder that takes the file."""
+
+import random
+
+import pytest
+import torch
+
+from rin_video.datasets.decoding import backends_for, open_video, probe_video
+from rin_video.errors import UsageError
+
+NUM_FRAMES = {"variable_rate.mp4": 10, "one_frame.mp4": 1}
+NAMES = [
+    "plain.mp4",
+    "short_gop.mp4",
+    "scene_cuts.mp4",
+    "open_gop.mp4",
+    "odd.mkv",
+    "vp9.webm",
+    "mpeg4.avi",
+    "b_frames.avi",
+    "variable_rate.mp4",
+    "one_frame.mp4",
+    "animation.gif",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_frame_is_the_one_asked_for(clips, numbers, decoder, name):
+    path = clips / name
+    if decoder not in backends_for(probe_video(path), decoder="auto"):
+        pytest.skip(f"{decoder} does not take such a file")
+    with open_video(path, decoder) as video:
+        order = list(range(video.num_frames))
+        assert len(order) == NUM_FRAMES.get(name, 20)
+        assert numbers(video.read(order)) == order
+        for index in reversed(order):
+            assert numbers(video.read([index])) == [index]
+        random.Random(0).shuffle(order)
+        assert numbers(video.read(order)) == order
+        assert numbers(video.read([order[0]] * 3)) == [order[0]] * 3
+    for index in (video.num_frames - 1, video.num_frames // 2):
+        with open_video(path, decoder) as fresh:
+            assert numbers(fresh.read([index])) == [index]
+
+
+def test_decoders_agree(clips):
+    pytest.importorskip("decord")
+    for path in (clips / "plain.mp4", clips / "vp9.webm", clips / "odd.mkv"):
+        with open_video(path, "pyav") as one, open_video(path, "decord") as other:
+            torch.testing.assert_close(one.read([19, 3, 4]), other.read([19, 3, 4]), atol=1, rtol=0)
+
+
+def test_auto_leaves_to_pyav_what_decord_gets_wrong(clips):
+    for name in ("scene_cuts.mp4", "open_gop.mp4", "b_frames.avi", "animation.gif"):
+        assert backends_for(probe_video(clips / name)) == ["pyav"]
+        with pytest.raises(UsageError, match=r"--decoder pyav"):
+            open_video(clips / name, "decord")
+
+
+def test_auto_falls_back_where_decord_fails_while_reading(tmp_path, numbered, numbers):
+    """decord 0.6 cannot copy frames that are 48 wide."""
+    pytest.importorskip("decord")
+    path = numbered(tmp_path / "narrow.mp4", size=(32, 48))
+    with open_video(path) as video:
+        assert numbers(video.read([7, 2])) == [7, 2]
+        assert video.backend == "pyav"
+    with open_video(path, "decord") as video, pytest.raises(UsageError, match=r"narrow\.mp4 cannot be read"):
+        video.read([7, 2])
+
+
+def test_times_are_those_of_the_frames(clips):
+    torch.testing.assert_close(
+        torch.from_numpy(probe_video(clips / "variable_rate.mp4").times * 30),
+        torch.tensor([0, 1, 2, 5, 6, 10, 20, 21, 22, 30], dtype=torch.float64),
+        atol=1e-3,
+        rtol=0,
+    )
+    assert probe_video(clips / "animation.gif").fps == pytest.approx(1 / 0.12)
+    assert probe_video(clips / "plain.mp4").fps == 8
+
+
+@pytest.mark.parametrize(("rotation", "corner"), [(90, (-1, 0)), (-90, (0, -1)), (180, (-1, -1))])
+def test_rotation_is_applied(tmp_path, numbered, decoder, rotation, corner):
+    """The white corner is at the upper left as stored."""
+    try:
+        path = numbered(tmp_path / "turned.mp4", frames=3, rotation=rotation)
+    except AttributeError:
+        pytest.skip("this PyAV cannot write a rotation")
+    with open_video(path, decoder) as video:
+        assert video.size == ((32, 64) if rotation == 180 else (64, 32))
+        frame = video.read([1])[0]
+    assert frame.shape[1:] == video.size
+    assert frame[0][corner] > 200
+    assert frame[0][0, 0] < 100
+
+
+def test_truncated_file_is_read_to_where_it_ends(tmp_path, numbered, numbers):
+    whole = numbered(tmp_path / "whole.mkv", frames=20, options={"g": "4"}).read_bytes()
+    path = tmp_path / "cut.mkv"
+    path.write_bytes(whole[: len(whole) * 2 // 3])
+    with open_video(path) as video:
+        assert 0 < video.num_frames < 20
+        last = video.num_frames - 2
+        assert numbers(video.read([last, 0])) == [last, 0]
+
+
+@pytest.mark.parametrize("content", [random.Random(0).randbytes(20_000), b"", b"\0" * 5000, b"not a video"])
+def test_what_is_no_video_is_said_to_be_none(tmp_path, content):
+    path = tmp_path / "noise.mp4"
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match=r"noise\.mp4 cannot be read"):
+        open_video(path)
+
+
+def test_cut_header_missing_file_and_unknown_names_are_usage_errors(tmp_path, clips):
+    path = tmp_path / "cut.mp4"
+    path.write_bytes((clips / "plain.mp4").read_bytes()[:1500])
+    with pytest.raises(UsageError, match=r"cut\.mp4"):
+        open_video(path)
+    with pytest.raises(UsageError, match="there is no file"):
+        open_video(tmp_path / "nowhere.mp4")
+    with pytest.raises(UsageError, match="auto, decord, pyav"):
+        open_video(clips / "plain.mp4", "vlc")
+
+
+def test_frames_that_are_not_there_are_index_errors(clips):
+    with open_video(clips / "plain.mp4") as video:
+        for index in (20, -1):
+            with pytest.raises(IndexError, match="20 frames"):
+                video.read([0, index])
+        assert video.read([]).shape == (0, 3, 32, 64)
