@@ -67,17 +67,6 @@ class Video:
         self._backends = iter(backends)
         self._open_next()
 
-    def _open_next(self) -> None:
-        """The next backend that can open the file. UsageError where there is none, by what the last one said."""
-        error = UsageError(f"no decoder can read {self.path}: re-encode it or leave it out")
-        for backend in self._backends:
-            try:
-                self._reader, self.backend = DECODERS[backend](self.path, self.info), backend
-                return
-            except UsageError as refusal:  # noqa: PERF203
-                error = refusal
-        raise error
-
     def read(self, indices: Sequence[int]) -> Tensor:
         """Frames `indices`, in that order, as uint8 (F, 3, H, W).
 
@@ -95,6 +84,17 @@ class Video:
             )
         return torch.from_numpy(frames).permute(0, 3, 1, 2)
 
+    def close(self) -> None:
+        self._reader.close()
+
+    def __enter__(self) -> Video:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
     def _read(self, indices: Sequence[int]) -> np.ndarray:
         try:
             return self._reader.read(indices)
@@ -106,16 +106,16 @@ class Video:
                 raise (error if isinstance(error, UsageError) else _unreadable(self.path, error)) from error
         return self._read(indices)
 
-    def close(self) -> None:
-        self._reader.close()
-
-    def __enter__(self) -> Video:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+    def _open_next(self) -> None:
+        """The next backend that can open the file. UsageError where there is none, by what the last one said."""
+        error = UsageError(f"no decoder can read {self.path}: re-encode it or leave it out")
+        for backend in self._backends:
+            try:
+                self._reader, self.backend = DECODERS[backend](self.path, self.info), backend
+                return
+            except UsageError as refusal:  # noqa: PERF203
+                error = refusal
+        raise error
 
 
 def open_video(path: str | PathLike[str], decoder: str = "auto", info: VideoInfo | None = None) -> Video:
@@ -144,7 +144,12 @@ def probe_video(path: str | PathLike[str]) -> VideoInfo:
     with _open_container(path) as container:
         stream = container.streams.video[0]
         try:
-            packets = [packet for packet in container.demux(stream) if packet.size and not packet.is_discard]
+            # Notes on the packets, not the packets: together those are the whole file.
+            packets = [
+                (packet.pts, packet.dts, packet.is_keyframe)
+                for packet in container.demux(stream)
+                if packet.size and not packet.is_discard
+            ]
             with _open_container(path) as again:
                 frame = next(again.decode(video=0))
         except StopIteration:
@@ -156,19 +161,20 @@ def probe_video(path: str | PathLike[str]) -> VideoInfo:
 
     turns = round(frame.rotation / 90) % 4
     size = (frame.width, frame.height) if turns % 2 else (frame.height, frame.width)
-    stamps = [packet.pts for packet in packets]
+    stamps = [pts for pts, _, _ in packets]
+    keys = [index for index, (_, _, is_keyframe) in enumerate(packets) if is_keyframe]
     # The times in AVI are those of decoding, not of showing; and a missing or repeated time finds no frame.
-    if name == "avi" or None in stamps or len(set(stamps)) < len(stamps):
+    if name == "avi" or not keys or None in stamps or len(set(stamps)) < len(stamps):
         fps = fps or 1.0
         return VideoInfo(name, fps, size, turns, np.arange(len(stamps)) / fps, None, np.zeros(1, np.int64), False)
     timestamps = np.array(sorted(stamps), dtype=np.int64)
     times = (timestamps - timestamps[0]) * time_base
-    keys = [index for index, packet in enumerate(packets) if packet.is_keyframe]
-    keyframes = np.searchsorted(timestamps, sorted(stamps[key] for key in keys))
     if name == "gif" or not fps:  # for a GIF the container's rate is a guess from its first frames
         fps = _mean_rate(times)
+    keyframes = np.searchsorted(timestamps, sorted(stamps[key] for key in keys))
     # Containers are sought by decoding times: the next keyframe may be decoded before this one is shown.
-    overtaken = any(packets[b].dts is None or packets[b].dts <= stamps[a] for a, b in pairwise(keys))
+    decoded = [dts for _, dts, _ in packets]
+    overtaken = any(decoded[later] is None or decoded[later] <= stamps[key] for key, later in pairwise(keys))
     plain_seek = keyframes.tolist() == keys and not overtaken
     return VideoInfo(name, fps, size, turns, times, timestamps, keyframes, plain_seek)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -171,7 +172,7 @@ def size_range(sizes: Sequence[tuple[int, int]]) -> str:
     return f"{H}x{W}" if (H_max, W_max) == (H, W) else f"{H}x{W} to {H_max}x{W_max}"
 
 
-def _to_eight_bits(image, path):  # type: ignore[no-untyped-def]
+def _to_eight_bits(image: Any, path: str | PathLike[str]) -> Any:
     """16-bit grey, which Pillow clips at 255 when asked to convert it, scaled to 8 bits."""
     from PIL import Image
 
