@@ -1,1 +1,45 @@
-"""Train and sample Recurrent Interface Networks on images and video."""
+"""Train and sample Recurrent Interface Networks (RIN) on images and video."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rin_video.config import Config, ModelConfig, load_config
+    from rin_video.diffusion import GaussianDiffusion
+    from rin_video.errors import UsageError
+    from rin_video.export import save_samples, write_video
+    from rin_video.rin import RIN
+    from rin_video.trainer import Trainer
+
+__all__ = [
+    "RIN",
+    "Config",
+    "GaussianDiffusion",
+    "ModelConfig",
+    "Trainer",
+    "UsageError",
+    "load_config",
+    "save_samples",
+    "write_video",
+]
+
+# Imported when first asked for, so that `rin-video --help` costs no torch.
+_HOME = {
+    "RIN": "rin",
+    "Config": "config",
+    "GaussianDiffusion": "diffusion",
+    "ModelConfig": "config",
+    "Trainer": "trainer",
+    "UsageError": "errors",
+    "load_config": "config",
+    "save_samples": "export",
+    "write_video": "export",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -104,7 +104,9 @@ class Conditioner(nn.Module):
             return [tokens[name] for name, where in self.places.items() if where == place]
 
         modulation = torch.stack(at("adaln")).sum(0) if at("adaln") else None
-        return Condition(_stack(at("latent"), gamma, self.dim_latent), _stack(at("interface"), gamma, self.dim), modulation)
+        return Condition(
+            _stack(at("latent"), gamma, self.dim_latent), _stack(at("interface"), gamma, self.dim), modulation
+        )
 
 
 def _stack(tokens: list[Tensor], gamma: Tensor, dim: int) -> Tensor:

@@ -228,6 +228,12 @@ def model_config(**options: Any) -> ModelConfig:
     return ModelConfig(**options)
 
 
+def train_config(**options: Any) -> TrainConfig:
+    """A `TrainConfig`; an unknown option is a `UsageError` that names the nearest one."""
+    _check_names(options, TrainConfig, "Trainer", prefix="")
+    return TrainConfig(**options)
+
+
 def _read(name_or_file: str | os.PathLike[str]) -> tuple[str, str]:
     name = os.fspath(name_or_file)
     if name in presets():
@@ -247,7 +253,9 @@ def _parse(text: str, origin: str) -> Any:
     with _plain_errors(origin):
         parsed = OmegaConf.create(text)
     if not isinstance(parsed, DictConfig):
-        raise UsageError(f"{origin} is no mapping of sections: it starts with model:, diffusion:, data:, train:, sample:")
+        raise UsageError(
+            f"{origin} is no mapping of sections: it starts with model:, diffusion:, data:, train:, sample:"
+        )
     return parsed
 
 
@@ -270,7 +278,9 @@ def _check_names(given: Any, kind: Any, origin: str, prefix: str) -> None:
 
 
 def _elsewhere(name: str) -> list[str]:
-    keys = [f"{s.name}.{f.name}" for s in dataclasses.fields(Config) for f in dataclasses.fields(globals()[str(s.type)])]
+    keys = [
+        f"{s.name}.{f.name}" for s in dataclasses.fields(Config) for f in dataclasses.fields(globals()[str(s.type)])
+    ]
     return [key for key in keys if key.split(".")[1] == name]
 
 

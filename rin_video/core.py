@@ -78,9 +78,7 @@ class Block(nn.Module):
         )
         self.write = Unit(dim, dim_latent, mlp_ratio=mlp_ratio, **cross) if num_layers else None
 
-    def forward(
-        self, tokens: Tensor, latents: Tensor, cond: Condition, grid: tuple[int, ...]
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, tokens: Tensor, latents: Tensor, cond: Condition, grid: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         for mix in self.mixers:
             tokens = mix(tokens, grid)
         latents = self.read(latents, torch.cat([tokens, cond.interface.to(tokens)], dim=1), cond.modulation)
@@ -132,7 +130,9 @@ class RINCore(nn.Module):
                 raise UsageError(f"{name} is {heads}, more than the attention is wide ({width}): use fewer")
         self.num_latents, self.dim_latent = num_latents, dim_latent
         self.latents = make_position(latent_position, (learned,), dim_latent)
-        self.latent_self_cond = SelfConditioning(dim_latent, latent_mlp_ratio) if "latent" in self_conditioning else None
+        self.latent_self_cond = (
+            SelfConditioning(dim_latent, latent_mlp_ratio) if "latent" in self_conditioning else None
+        )
         self.interface_self_cond = SelfConditioning(dim, mlp_ratio) if "interface" in self_conditioning else None
 
         def mixers() -> list[nn.Module]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -60,9 +60,18 @@ class GaussianDiffusion(nn.Module):
         if scale <= 0:
             raise UsageError(f"scale is {scale}: it must be above 0")
         self.model = model
-        self.timesteps = timesteps
-        self.noise_schedule, self.schedule_kwargs = noise_schedule, dict(schedule_kwargs or {})
+        self.config = DiffusionConfig(
+            timesteps=timesteps,
+            noise_schedule=noise_schedule,
+            schedule_kwargs=dict(schedule_kwargs or {}),
+            objective=objective,
+            train_prob_self_cond=train_prob_self_cond,
+            scale=scale,
+            label_dropout=label_dropout,
+            clip_x0=clip_x0,
+        )
         self.schedule = make_schedule(noise_schedule, schedule_kwargs)
+        self.timesteps = timesteps
         self.objective = objective
         self.train_prob_self_cond = train_prob_self_cond
         self.scale = scale
@@ -72,12 +81,11 @@ class GaussianDiffusion(nn.Module):
 
     # ---- training
 
-    def forward(self, x: Tensor, label: Tensor | None = None) -> Tensor:
-        """The loss, a scalar, of data `x` (B, C, *grid) in [0, 1] or uint8."""
-        return self.losses(x, label).loss.mean()
+    def forward(self, x: Tensor, label: Tensor | None = None, *, per_sample: bool = False) -> Tensor | LossTerms:
+        """The loss of data `x` (B, C, *grid) in [0, 1] or uint8, at a random time for each sample.
 
-    def losses(self, x: Tensor, label: Tensor | None = None) -> LossTerms:
-        """The loss of every sample, at a random time each."""
+        A scalar; or, `per_sample`, the loss of each with its time.
+        """
         x0 = self.scale * to_diffusion_range(x)
         t = torch.rand(len(x0), device=x0.device)
         eps = torch.randn_like(x0)
@@ -88,7 +96,8 @@ class GaussianDiffusion(nn.Module):
         hidden = self.first_pass(x_t, level, label) if self.train_prob_self_cond else None
         prediction, _ = self.predict(x_t, level, label, hidden)
         loss = (prediction - target(self.objective, x0, eps, level)) ** 2
-        return LossTerms(loss.flatten(1).mean(1), t)
+        loss = loss.flatten(1).mean(1)
+        return LossTerms(loss, t) if per_sample else loss.mean()
 
     @torch.no_grad()
     def first_pass(self, x_t: Tensor, level: NoiseLevel, label: Tensor | None) -> Any:
@@ -138,7 +147,7 @@ class GaussianDiffusion(nn.Module):
 
     # ---- sampling
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def sample(
         self,
         batch_size: int = 16,
@@ -151,37 +160,48 @@ class GaussianDiffusion(nn.Module):
         label: Tensor | int | None = None,
         guidance: float = 0.0,
         seed: int | None = None,
-        first_index: int = 0,
+        max_batch: int | None = None,
         progress: bool = False,
         callback: Callable[[int, Step], None] | None = None,
     ) -> Tensor:
-        """Draw `batch_size` samples (B, C, *grid) in [0, 1].
+        """Draw `batch_size` samples (B, C, *grid) in [0, 1], at most `max_batch` of them at a time.
 
         `shape` (C, *grid) is the model's where it is not given; `steps` is `timesteps`; the schedule is that of
-        training. With a `seed`, sample i of a batch that starts at `first_index` is the same whatever the batch and the
-        device it is drawn on: each has its own generator, on the CPU. `callback(i, step)` sees every `Step`.
+        training; `label` is one class for all or (B,). With a `seed`, sample i is the same whatever the batch, the
+        chunks and the device: each has its own generator, on the CPU. `callback(i, step)` sees every `Step`.
         """
         shape = shape or self.shape
         if shape is None:
             raise UsageError("the model does not say its shape: give sample(shape=(C, *grid))")
         device = next((p.device for p in self.parameters()), torch.device("cpu"))
-        noise = NoiseSource(batch_size, shape, seed, first_index, device)
         schedule = self.schedule if noise_schedule is None else make_schedule(noise_schedule, schedule_kwargs)
-        if isinstance(label, int):
-            label = torch.full((batch_size,), label)
-        denoise = self.denoiser(None if label is None else label.to(device), guidance)
-        x = noise()
         levels = noise_levels(schedule, uniform_times(steps or self.timesteps))
+        draw = get_sampler(sampler)
+        labels = torch.full((batch_size,), label) if isinstance(label, int) else label
+        seed = int(torch.randint(2**62, ())) if seed is None else seed
+        max_batch = max_batch or batch_size
+        chunks = torch.arange(batch_size).split(max_batch)
+        bar = tqdm(total=len(levels) * len(chunks), desc="sampling", unit="step", disable=not progress)
+        samples = []
         was_training = self.training
         self.eval()
         try:
-            run = get_sampler(sampler)(denoise, x, levels, noise, None)
-            for i, step in enumerate(tqdm(run, total=len(levels), desc="sampling", disable=not progress)):
-                if callback is not None:
-                    callback(i, step)
+            for chunk in chunks:
+                noise = NoiseSource(seed, chunk.tolist(), shape, device)
+                denoise = self.denoiser(None if labels is None else labels[chunk].to(device), guidance)
+                for i, step in enumerate(draw(denoise, noise(), levels, noise, None)):
+                    bar.update()
+                    if callback is not None:
+                        callback(i, step)
+                samples.append(from_diffusion_range(step.x0 / self.scale))
         finally:
             self.train(was_training)
-        return from_diffusion_range(step.x0 / self.scale)
+            bar.close()
+        return torch.cat(samples)
+
+    def with_model(self, model: nn.Module) -> GaussianDiffusion:
+        """The same diffusion around another model."""
+        return GaussianDiffusion(model, **vars(self.config), shape=self.shape)
 
     @classmethod
     def from_config(cls, model: nn.Module, config: DiffusionConfig) -> GaussianDiffusion:
@@ -202,20 +222,20 @@ class GaussianDiffusion(nn.Module):
 class NoiseSource:
     """Standard normal noise (B, *shape) that does not depend on the batch: each sample has a CPU generator of its own.
 
-    Sample `i` of seed `s` draws the same numbers in whatever batch it stands. Without a seed, one is drawn.
+    Sample `i` of seed `s` draws the same numbers in whatever batch it stands.
     """
 
-    def __init__(self, batch_size: int, shape: tuple[int, ...], seed: int | None, first: int, device: torch.device) -> None:
-        if seed is None:
-            seed = int(torch.randint(2**62, ()))
+    def __init__(self, seed: int, indices: Sequence[int], shape: tuple[int, ...], device: torch.device) -> None:
         self.shape, self.device = shape, device
-        self.generators = []
-        for index in range(first, first + batch_size):
-            key = int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0] >> 1)
-            self.generators.append(torch.Generator().manual_seed(key))
+        self.generators = [torch.Generator().manual_seed(spread_seed(seed, index)) for index in indices]
 
     def __call__(self) -> Tensor:
         return torch.stack([torch.randn(self.shape, generator=g) for g in self.generators]).to(self.device)
+
+
+def spread_seed(*numbers: int) -> int:
+    """One seed from several numbers, so that neighbours have nothing in common."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
 def append_dims(value: Tensor, x: Tensor) -> Tensor:
@@ -239,7 +259,9 @@ def to_x0_eps(objective: str, prediction: Tensor, x_t: Tensor, level: NoiseLevel
     if objective == "x0":
         return prediction, eps_from_x0(prediction, x_t, level)
     power = level.alpha**2 + level.sigma**2  # 1 where variance is preserved
-    return (level.alpha * x_t - level.sigma * prediction) / power, (level.sigma * x_t + level.alpha * prediction) / power
+    return (level.alpha * x_t - level.sigma * prediction) / power, (
+        level.sigma * x_t + level.alpha * prediction
+    ) / power
 
 
 def eps_from_x0(x0: Tensor, x_t: Tensor, level: NoiseLevel) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from einops import rearrange
 from timm.layers import DropPath, Mlp
@@ -18,10 +17,8 @@ class LayerNorm(nn.LayerNorm):
         super().__init__(dim, eps=EPS)
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            return F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps).to(
-                x.dtype
-            )
+        normed = F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
+        return normed.to(x.dtype)
 
 
 class AdaptiveLayerNorm(nn.Module):

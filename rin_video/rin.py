@@ -102,7 +102,11 @@ class RIN(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Names of embeddings: parameters that weight decay leaves alone (biases and norms are known by their rank)."""
-        return {name for name, _ in self.named_parameters() if name.endswith((".table", "conditioner.label.projection.weight"))}
+        return {
+            name
+            for name, _ in self.named_parameters()
+            if name.endswith((".table", "conditioner.label.projection.weight"))
+        }
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> RIN:

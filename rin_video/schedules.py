@@ -88,5 +88,7 @@ def make_schedule(name: str, schedule_kwargs: Mapping[str, float] | None = None)
         )
     ends = function(torch.tensor([0.0, 1.0], dtype=torch.float64), **kwargs)
     if not (ends.isfinite().all() and ends[0] > ends[1]):
-        raise UsageError(f"noise_schedule {name} with {kwargs} does not fall from signal to noise: it gives {ends.tolist()}")
+        raise UsageError(
+            f"noise_schedule {name} with {kwargs} does not fall from signal to noise: it gives {ends.tolist()}"
+        )
     return lambda t: NoiseLevel.from_gamma(function(t, **kwargs))

@@ -54,7 +54,9 @@ def test_single_transitions(file, step, name, sampler):
         later = torch.ones_like(later)
     estimates = tensor(arrays, "step.data_pred"), tensor(arrays, "step.noise_pred"), None
     levels = [(NoiseLevel.from_gamma(now), NoiseLevel.from_gamma(later))]
-    run = get_sampler(sampler)(lambda x, level, hidden: estimates, tensor(arrays, "x_t"), levels, lambda: tensor(arrays, "noise"))
+    run = get_sampler(sampler)(
+        lambda x, level, hidden: estimates, tensor(arrays, "x_t"), levels, lambda: tensor(arrays, "noise")
+    )
     assert_close(next(iter(run)).x, tensor(arrays, f"{step}.{name}"), rtol=2e-6, atol=1e-5)
 
 
@@ -108,7 +110,9 @@ def test_hidden_states_of_the_first_pass(file):
     arrays = np.load(file)
     diffusion = golden_diffusion(json.loads(str(arrays["info_json"])))
     level = NoiseLevel.from_gamma(tensor(arrays, "selfcond.gamma"))
-    _, latents = diffusion.predict(channels_first(arrays["selfcond.x_noised"]), level, tensor(arrays, "gen.labels"), None)
+    _, latents = diffusion.predict(
+        channels_first(arrays["selfcond.x_noised"]), level, tensor(arrays, "gen.labels"), None
+    )
     theirs = tensor(arrays, "selfcond.latent")  # by share: the first of two samples keeps its states
     assert_close(latents[:1], theirs[:1], rtol=0, atol=5e-4)
     assert (theirs[1:] == 0).all()

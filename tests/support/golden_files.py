@@ -14,7 +14,9 @@ import torch
 from rin_video.rin import RIN
 
 GOLDEN = Path(os.environ.get("RIN_GOLDEN", Path(__file__).parents[1] / "golden"))
-NETWORKS = sorted(f for f in [*GOLDEN.glob("image_rin*.npz"), *GOLDEN.glob("video_rin*.npz")] if "predict" not in f.name)
+NETWORKS = sorted(
+    f for f in [*GOLDEN.glob("image_rin*.npz"), *GOLDEN.glob("video_rin*.npz")] if "predict" not in f.name
+)
 POSITIONS = {"learned": "learned", "sin_cos": "sincos", "sin_cos_plus_learned": "sincos_learned"}
 
 

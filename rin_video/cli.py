@@ -1,0 +1,104 @@
+"""The command line `rin-video`. Parsing only: torch is imported when a command runs, not for --help."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import re
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+
+from rin_video.errors import UsageError
+
+OVERRIDE = re.compile(r"^[A-Za-z_]\w*(\.\w+)+=")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0, 2 for a user's mistake, 130 for Ctrl-C."""
+    arguments, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
+    options = make_parser().parse_args(arguments)
+    if overrides and "overrides" not in options:
+        print(f"rin-video: error: {options.command} takes no key=value: {overrides[0]}", file=sys.stderr)
+        return 2
+    options.overrides = overrides
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    from rin_video import commands
+
+    try:
+        getattr(commands, options.command)(options)
+    except UsageError as error:
+        print(f"rin-video: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("rin-video: stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """`section.key=value` may stand anywhere, but not where an option waits for its value."""
+    arguments: list[str] = []
+    overrides: list[str] = []
+    for word in argv:
+        waits = bool(arguments) and arguments[-1].startswith("--") and "=" not in arguments[-1]
+        (overrides if OVERRIDE.match(word) and not waits else arguments).append(word)
+    return arguments, overrides
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rin-video", description="Train and sample Recurrent Interface Networks on images and video."
+    )
+    parser.add_argument("--version", action="version", version=f"rin-video {version('rin-video')}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    train = commands.add_parser(
+        "train",
+        help="train on a folder of clips or images; the same command again goes on",
+        description="Train on a folder of clips or images. The same command again goes on where it stopped.",
+        epilog="Any option of the configuration can be set as section.key=value: train.train_lr=3e-4 model.depth=4",
+    )
+    train.add_argument(
+        "--data", required=True, metavar="FOLDER", help="clips or images (sub-folders are classes), or one file"
+    )
+    train.add_argument(
+        "--frames", type=int, metavar="N", help="frames of a clip; 0 for images (default: by what is in FOLDER)"
+    )
+    train.add_argument("--size", metavar="N|HxW", help="height and width, in pixels")
+    train.add_argument("--config", metavar="NAME|FILE", help="a preset, or a YAML file (default: by frames and size)")
+    train.add_argument("--out", metavar="DIR", help="where everything is written (default: runs/NAME-OF-FOLDER)")
+    train.add_argument("--steps", type=int, metavar="N", help="train.train_num_steps")
+    train.add_argument("--batch-size", type=int, metavar="N", help="train.train_batch_size")
+    train.set_defaults(overrides=[])
+
+    sample = commands.add_parser("sample", help="draw clips or images from a trained model")
+    sample.add_argument("model", metavar="DIR", help="the folder that training wrote, or a hub id user/name")
+    sample.add_argument("--num", type=int, metavar="N", help="how many")
+    sample.add_argument("--steps", type=int, metavar="N", help="sampling steps")
+    sample.add_argument("--sampler", metavar="NAME", help="ddim, ddpm, ddpm_small")
+    sample.add_argument("--guidance", type=float, metavar="W", help="classifier-free guidance; 0: none")
+    sample.add_argument("--seed", type=int, default=0, metavar="N", help="the same seed gives the same samples")
+    sample.add_argument("--batch-size", type=int, metavar="N", help="how many at a time (less memory)")
+    sample.add_argument("--fps", type=float, metavar="N", help="of the clips that are written")
+    sample.add_argument("--out", metavar="FILE", help=".mp4 .gif .png .npy .safetensors, or a folder for one file each")
+    sample.set_defaults(overrides=[])
+
+    export = commands.add_parser(
+        "export", help="arrays, frames, GIF or MP4 to an MP4 that plays in browsers, GIF or PNG"
+    )
+    export.add_argument("input", metavar="INPUT", help=".npy, .safetensors, a folder of frames, or any clip")
+    export.add_argument("output", metavar="OUTPUT", help=".mp4, .gif or .png")
+    export.add_argument("--fps", type=float, metavar="N", help="frames per second (default: the source's, else 8)")
+
+    info = commands.add_parser("info", help="the presets, or what one model costs")
+    info.add_argument("model", nargs="?", metavar="DIR", help="the folder of a run")
+    info.add_argument("--config", metavar="NAME|FILE", help="a preset, or a YAML file")
+    info.add_argument("--json", action="store_true", help="print params, tokens, latents, gflops as JSON")
+    info.set_defaults(overrides=[])
+
+    demo = commands.add_parser("demo", help="make clips, train a tiny model on them, sample: a few minutes on a CPU")
+    demo.add_argument("--out", default="runs/demo", metavar="DIR", help="where everything is written (runs/demo)")
+    demo.set_defaults(overrides=[])
+    return parser

@@ -1,0 +1,185 @@
+"""What each command does. `options` is what `cli.make_parser` parsed."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+
+from rin_video.checkpoint import CONFIG, find_model
+from rin_video.config import Config, load_config, presets
+from rin_video.diffusion import GaussianDiffusion
+from rin_video.errors import UsageError
+from rin_video.info import describe, model_info, training_memory
+
+log = logging.getLogger("rin_video")
+
+
+def train(options: Namespace) -> None:
+    """`rin-video train`."""
+    from rin_video.datasets.folders import detect_kind
+    from rin_video.datasets.open import open_dataset
+    from rin_video.rin import RIN
+    from rin_video.trainer import Trainer
+
+    frames = options.frames
+    if frames is not None and frames < 0:
+        raise UsageError(f"--frames is {frames}: give the frames of a clip, or 0 for images")
+    if frames is None and not options.config:
+        frames = 0 if detect_kind(options.data) == "image" else None
+    config = load_config(options.config or default_preset(frames), options.overrides)
+    if frames is not None:
+        config.model.frames = frames or None
+    if options.size:
+        config.model.image_size = parse_size(options.size)
+    if options.steps is not None:
+        config.train.train_num_steps = options.steps
+        config.train.warmup_steps = min(config.train.warmup_steps, options.steps // 2)
+    if options.batch_size is not None:
+        config.train.train_batch_size = options.batch_size
+    config.train.__post_init__()
+    config.data.path = os.fspath(options.data)
+
+    shape = model_info(config.model).shape
+    dataset = open_dataset(options.data, shape, config.data, seed=config.train.seed)
+    if not any(override.startswith("model.num_classes=") for override in options.overrides):
+        config.model.num_classes = len(dataset.classes)
+    folder = Path(options.out or Path("runs") / Path(options.data).resolve().stem)
+
+    log.info("data\n%s", _indent(dataset.describe()))
+    log.info("model\n%s", describe(config.model))
+    diffusion = GaussianDiffusion.from_config(RIN(config.model), config.diffusion)
+    trainer = Trainer(diffusion, dataset, results_folder=folder, config=config)
+    log.info(
+        "training\n  on %s, about %.1f GB, %d steps of %d samples, into %s",
+        device_name(trainer.accelerator.device),
+        training_memory(config) / 1e9,
+        config.train.train_num_steps,
+        config.train.train_batch_size * config.train.gradient_accumulate_every * trainer.accelerator.num_processes,
+        folder,
+    )
+    trainer.train()
+    log.info("done: rin-video sample %s", folder)
+
+
+def sample(options: Namespace) -> None:
+    """`rin-video sample`."""
+    from rin_video.export import save_samples
+
+    folder = find_model(options.model)
+    config = load_config(folder / CONFIG, options.overrides)
+    wanted = config.sample
+    for name, value in (
+        ("num_samples", options.num),
+        ("steps", options.steps),
+        ("sampler", options.sampler),
+        ("guidance", options.guidance),
+        ("fps", options.fps),
+    ):
+        if value is not None:
+            setattr(wanted, name, value)
+    if wanted.num_samples < 1:
+        raise UsageError(f"--num is {wanted.num_samples}: draw at least 1")
+    diffusion = GaussianDiffusion.from_pretrained(folder, device=best_device())
+    classes = config.model.num_classes
+    out = Path(options.out or folder / ("samples.mp4" if config.model.frames else "samples.png"))
+    start = time.perf_counter()
+    samples = diffusion.sample(
+        wanted.num_samples,
+        steps=wanted.steps,
+        sampler=wanted.sampler,
+        noise_schedule=wanted.noise_schedule,
+        schedule_kwargs=wanted.schedule_kwargs,
+        guidance=wanted.guidance,
+        label=torch.arange(wanted.num_samples) % classes if classes else None,
+        seed=options.seed,
+        max_batch=options.batch_size or 16,
+        progress=True,
+    )
+    seconds = time.perf_counter() - start
+    paths = save_samples(samples.cpu(), out, fps=wanted.fps)
+    log.info("%d samples in %.1f s: %s", len(samples), seconds, paths[0] if len(paths) == 1 else out)
+
+
+def export(options: Namespace) -> None:
+    """`rin-video export`."""
+    from rin_video.export import export as convert
+
+    log.info(convert(options.input, options.output, fps=options.fps))
+
+
+def info(options: Namespace) -> None:
+    """`rin-video info`."""
+    if options.model and options.config:
+        raise UsageError("give the folder of a run or --config, not both")
+    if not (options.model or options.config):
+        rows = {name: model_info(load_config(name).model) for name in presets()}
+        if options.json:
+            _say(json.dumps({name: _counts(row) for name, row in rows.items()}, indent=2))
+            return
+        _say(f"{'preset':<14}{'sample':<16}{'tokens':>8}{'latents':>9}{'parameters':>13}{'GFLOPs':>9}")
+        for name, row in rows.items():
+            size = "x".join(map(str, row.shape[1:]))
+            _say(f"{name:<14}{size:<16}{row.tokens:>8}{row.latents:>9}{row.params:>13,}{row.gflops:>9.2f}")
+        _say("one in detail: rin-video info --config NAME")
+        return
+    source = find_model(options.model) / CONFIG if options.model else options.config
+    config = load_config(source, options.overrides)
+    if options.json:
+        _say(json.dumps(_counts(model_info(config.model))))
+        return
+    _say(describe(config.model))
+    batch = config.train.train_batch_size
+    _say(f"  {'training':<11}about {training_memory(config) / 1e9:.1f} GB at batch size {batch}")
+
+
+def demo(options: Namespace) -> None:
+    """`rin-video demo`."""
+    from rin_video.demo import run_demo
+
+    run_demo(Path(options.out), options.overrides)
+
+
+def default_preset(frames: int | None) -> str:
+    """The preset for images (frames 0) or clips."""
+    return "image64" if frames == 0 else "video64"
+
+
+def parse_size(text: str) -> int | list[int]:
+    """`64` or `48x64` (height x width)."""
+    if not re.fullmatch(r"\d+(x\d+)?", text):
+        raise UsageError(f"--size {text} is not understood: write 64, or 48x64 (height x width)")
+    numbers = [int(n) for n in text.split("x")]
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
+def best_device() -> torch.device:
+    """CUDA, else Apple's MPS, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def device_name(device: torch.device) -> str:
+    """The device for people."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else device.type
+
+
+def _counts(row: object) -> dict[str, object]:
+    return {key: getattr(row, key) for key in ("params", "tokens", "latents", "gflops")}
+
+
+def _indent(text: str) -> str:
+    return "\n".join(f"  {line}" for line in text.splitlines())
+
+
+def _say(text: str) -> None:
+    print(text)  # noqa: T201
