@@ -65,10 +65,14 @@ class ClipFolder(Dataset[dict[str, Tensor | int]]):
         return len(self.files)
 
     def __getitem__(self, index: int) -> dict[str, Tensor | int]:
+        return self.draw(index, self.chance.epoch)
+
+    def draw(self, index: int, epoch: int) -> dict[str, Tensor | int]:
+        """The item as a given epoch draws it."""
         from torchvision.transforms.v2 import functional as transforms
 
         index = range(len(self))[index]
-        chance, info = self.chance.draw(index), self.infos[index]
+        chance, info = self.chance.draw(index, epoch), self.infos[index]
         start = int(chance.integers(self._num_starts(info)))
         with open_video(self.files[index], self.decoder, info) as video:
             frames = self.framing(video.read(self._indices(info, start)), chance)

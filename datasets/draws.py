@@ -38,13 +38,15 @@ class DrawSampler(Sampler[list[tuple[int, int]]]):
 
 
 class Draws(Dataset[Any]):
-    """A dataset that is asked for (epoch, index), in whatever process; `set_epoch` is called where it exists."""
+    """A dataset that is asked for (epoch, index), in whatever process.
+
+    Ours have `draw(index, epoch)`; any other gives `dataset[index]`.
+    """
 
     def __init__(self, dataset: Dataset[Any]) -> None:
         self.dataset = dataset
 
-    def __getitem__(self, draw: tuple[int, int]) -> Any:
-        epoch, index = draw
-        if hasattr(self.dataset, "set_epoch"):
-            self.dataset.set_epoch(epoch)
-        return self.dataset[index]
+    def __getitem__(self, place: tuple[int, int]) -> Any:
+        epoch, index = place
+        draw = getattr(self.dataset, "draw", None)
+        return draw(index, epoch) if draw else self.dataset[index]

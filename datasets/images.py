@@ -58,9 +58,13 @@ class ImageFolder(Dataset[dict[str, Tensor | int]]):
         return len(self.files)
 
     def __getitem__(self, index: int) -> dict[str, Tensor | int]:
+        return self.draw(index, self.chance.epoch)
+
+    def draw(self, index: int, epoch: int) -> dict[str, Tensor | int]:
+        """The item as a given epoch draws it."""
         index = range(len(self))[index]
         image = read_image(self.files[index], self.shape[0])
-        return {"x": self.framing(image, self.chance.draw(index)), "label": self.labels[index]}
+        return {"x": self.framing(image, self.chance.draw(index, epoch)), "label": self.labels[index]}
 
     def describe(self) -> str:
         """A few lines on what was found: files, classes, sizes, what is enlarged, what was skipped."""
@@ -117,8 +121,12 @@ class Chance:
     def set_epoch(self, epoch: int) -> None:
         self._epoch.fill_(epoch)
 
-    def draw(self, index: int) -> np.random.Generator:
-        return np.random.default_rng(np.random.SeedSequence([self.seed, int(self._epoch), index]))
+    @property
+    def epoch(self) -> int:
+        return int(self._epoch)
+
+    def draw(self, index: int, epoch: int) -> np.random.Generator:
+        return np.random.default_rng(np.random.SeedSequence([self.seed, epoch, index]))
 
 
 def read_image(path: str | PathLike[str], channels: int = 3) -> Tensor:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from rin_video.checkpoint import CONFIG, find_model
-from rin_video.config import Config, load_config, presets
+from rin_video.config import load_config, presets
 from rin_video.diffusion import GaussianDiffusion
 from rin_video.errors import UsageError
 from rin_video.info import describe, model_info, training_memory

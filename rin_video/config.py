@@ -81,7 +81,7 @@ class ModelConfig:
             layers = [layers] * self.depth
         if len(layers) != self.depth or any(not isinstance(n, int) or n < 0 for n in layers):
             raise UsageError(
-                f"model.latent_self_attn_depth {list(layers)} must be one number or {self.depth} (model.depth), each >= 0"
+                f"model.latent_self_attn_depth {list(layers)} must be one number or {self.depth} (model.depth)"
             )
         return tuple(layers)
 

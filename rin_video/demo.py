@@ -45,7 +45,9 @@ def run_demo(folder: Path, overrides: Sequence[str] = ()) -> None:
     contact_sheet(samples, folder / "contact_sheet.png")
     minutes = (time.perf_counter() - start) / 60
     log.info(
-        "done in %.1f minutes. Look at\n  %s (any browser or player)\n  %s (a row for each clip, time from left to right)\n"
+        "done in %.1f minutes. Look at\n"
+        "  %s (any browser or player)\n"
+        "  %s (a row for each clip, time from left to right)\n"
         "Next: rin-video train --data YOUR_CLIPS --frames 16",
         minutes,
         folder / "sample.mp4",

@@ -101,7 +101,7 @@ class GaussianDiffusion(nn.Module):
 
     @torch.no_grad()
     def first_pass(self, x_t: Tensor, level: NoiseLevel, label: Tensor | None) -> Any:
-        """What a pass without memory hands on, for the whole batch, zeroed for 1 - train_prob_self_cond of the samples."""
+        """What a pass without memory hands on, zeroed for a share 1 - train_prob_self_cond of the samples."""
         prediction, latents = self.predict(x_t, level, label, None)
         torch.clear_autocast_cache()  # its weight casts carry no gradient: the main pass must make its own
         hidden = self.carry(latents, to_x0_eps(self.objective, prediction, x_t, level)[0])

@@ -25,8 +25,8 @@ class RIN(nn.Module):
         RIN(dim=256, image_size=64, frames=16, patch_size=(2, 4, 4), num_classes=10)
 
     `model(x, gamma, latents=None, label=None) -> (prediction, latents)`:
-    `x` (B, C, *grid) is the noisy input, about unit variance; `gamma` (B,) in (0, 1] is the share of signal (1 is clean);
-    `latents` is what the previous, noisier pass returned, an opaque value; `label` (B,) integers, -1 for none.
+    `x` (B, C, *grid) is the noisy input, about unit variance; `gamma` (B,) in (0, 1] is the share of signal, 1 is
+    clean; `latents` is what the previous, noisier pass returned, an opaque value; `label` (B,) integers, -1 for none.
     Other sizes than the built one work where the position code allows it. Raises `UsageError` for sizes and options
     that cannot be. Source: arXiv 2212.11972.
     """

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from rin_video.checkpoint import load_state, save_model, save_state, write_text
 from rin_video.config import Config, ModelConfig, SampleConfig, train_config
-from rin_video.datasets.draws import DrawSampler, Draws
+from rin_video.datasets.draws import Draws, DrawSampler
 from rin_video.datasets.open import open_dataset
 from rin_video.diffusion import GaussianDiffusion, LossTerms, spread_seed
 from rin_video.errors import UsageError

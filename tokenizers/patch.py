@@ -89,7 +89,7 @@ class PatchTokenizer(nn.Module):
         """How many tokens lie along each axis of a data grid. Raises `UsageError` where the patch does not fit."""
         if len(grid) != len(self.patch_size):
             raise UsageError(
-                f"{type(self).__name__} takes {len(self.patch_size)} axes {self._axes()}, not {len(grid)}: {tuple(grid)}"
+                f"{type(self).__name__} takes {len(self.patch_size)} axes {self._axes()}, not {tuple(grid)}"
             )
         for axis, size, patch in zip(self._axes(), grid, self.patch_size, strict=True):
             if size < 1 or size % patch:
