@@ -272,7 +272,7 @@ def _check_names(given: Any, kind: Any, origin: str, prefix: str) -> None:
     known = [f.name for f in dataclasses.fields(kind)]
     for name in given:
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1) or _elsewhere(str(name))
+            near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5) or _elsewhere(str(name))
             hint = f"did you mean {prefix if near[0] in known else ''}{near[0]}?" if near else f"known are {known}"
             raise UsageError(f"{origin}: unknown key {prefix}{name}: {hint}")
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from ema_pytorch import EMA
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
@@ -300,6 +301,7 @@ def make_accelerator(mixed_precision: str) -> Accelerator:
     """An `Accelerator`; fp16 without a GPU is a `UsageError`."""
     if mixed_precision == "fp16" and not torch.cuda.is_available():
         raise UsageError("train.mixed_precision=fp16 needs a CUDA GPU: use bf16, or no")
+    AcceleratorState._reset_state()  # accelerate keeps the precision of the first Trainer of a process otherwise
     return Accelerator(mixed_precision=mixed_precision)
 
 
