@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.float32]
+Array = NDArray[np.floating[Any]]
 
 # Signed distance to each shape of radius 1 (negative inside), and the shape's name.
 SHAPES: dict[str, Callable[[Array, Array], Array]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from rin_video.config import DataConfig
 from rin_video.datasets.clips import ClipFolder
@@ -17,7 +18,7 @@ def open_dataset(
     if shape is None or len(shape) not in (3, 4):
         raise UsageError(f"a folder holds images or clips, the model takes {shape}: give the Trainer a Dataset instead")
     channels, *frames, height, width = shape
-    common = {
+    common: dict[str, Any] = {
         "channels": channels,
         "augment_horizontal_flip": options.augment_horizontal_flip,
         "crop": options.crop,

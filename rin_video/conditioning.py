@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rin_video.errors import UsageError
+from rin_video.layers import init_linears
 from rin_video.tokenizers.positions import sincos
 
 
@@ -33,12 +34,12 @@ class TimeEmbedding(nn.Module):
         self.time_scaling = time_scaling
         self.dim_code = dim // 4
         self.mlp = nn.Sequential(nn.Linear(self.dim_code, dim), nn.SiLU(), nn.Linear(dim, dim))
-        _xavier(self.mlp)
+        init_linears(self.mlp)
 
     def forward(self, gamma: Tensor) -> Tensor:
         code = sincos(self.time_scaling * gamma.float(), self.dim_code)
         code = (code - code.mean(dim=-1, keepdim=True)) / code.std(dim=-1, correction=0, keepdim=True)
-        return self.mlp(code.to(self.mlp[0].weight.dtype))
+        return self.mlp(code.to(next(self.mlp.parameters()).dtype))
 
 
 class ClassEmbedding(nn.Module):
@@ -51,7 +52,7 @@ class ClassEmbedding(nn.Module):
         super().__init__()
         self.num_classes = num_classes
         self.projection = nn.Linear(num_classes, dim)
-        _xavier(self.projection)
+        init_linears(self.projection)
 
     def forward(self, label: Tensor | None, batch: int) -> Tensor:
         weight = self.projection.weight
@@ -111,10 +112,3 @@ class Conditioner(nn.Module):
 
 def _stack(tokens: list[Tensor], gamma: Tensor, dim: int) -> Tensor:
     return torch.stack(tokens, dim=1) if tokens else gamma.new_zeros(len(gamma), 0, dim)
-
-
-def _xavier(module: nn.Module) -> None:
-    for linear in module.modules():
-        if isinstance(linear, nn.Linear):
-            nn.init.xavier_uniform_(linear.weight)
-            nn.init.zeros_(linear.bias)

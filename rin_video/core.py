@@ -6,6 +6,7 @@ Source: Jabri, Fleet & Chen 2022, "Scalable Adaptive Computation for Iterative G
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +54,7 @@ class Block(nn.Module):
         mixers: Sequence[nn.Module] = (),
     ) -> None:
         super().__init__()
-        cross = {
+        cross: dict[str, Any] = {
             "dim_inner": min(dim, dim_latent),
             "num_heads": num_heads,
             "norm_context": norm_context,

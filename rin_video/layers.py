@@ -10,6 +10,14 @@ from torch import Tensor, nn
 EPS = 1e-6
 
 
+def init_linears(module: nn.Module) -> None:
+    """Every dense layer inside: Xavier-uniform weights, zero biases (the original's default)."""
+    for linear in module.modules():
+        if isinstance(linear, nn.Linear):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+
 class LayerNorm(nn.LayerNorm):
     """LayerNorm(eps=1e-6) computed in float32 whatever the precision around it."""
 
@@ -84,9 +92,7 @@ class FeedForward(nn.Module):
         self.norm = _norm(dim, dim_cond)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=(dropout, 0.0))
         self.drop_path = DropPath(drop_path)
-        for linear in (self.mlp.fc1, self.mlp.fc2):
-            nn.init.xavier_uniform_(linear.weight)
-            nn.init.zeros_(linear.bias)
+        init_linears(self.mlp)
 
     def forward(self, x: Tensor, modulation: Tensor | None = None) -> Tensor:
         return x + self.drop_path(self.mlp(_apply_norm(self.norm, x, modulation)))

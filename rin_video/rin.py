@@ -38,7 +38,7 @@ class RIN(nn.Module):
         self.x0_self_conditioning = "x0" in parts
         self.interface_self_conditioning = "interface" in parts
         dim_latent = config.dim_latent or config.dim
-        self.tokenizer = make_tokenizer(config, config.channels * (1 + self.x0_self_conditioning))
+        self.tokenizer: Any = make_tokenizer(config, config.channels * (1 + self.x0_self_conditioning))
         self.conditioner = Conditioner(
             config.dim,
             dim_latent,

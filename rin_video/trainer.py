@@ -170,8 +170,9 @@ class Trainer:
             x, label = batch, None
         device = self.accelerator.device
         classes = getattr(self.accelerator.unwrap_model(self.diffusion).model, "num_classes", 0)
-        keep = label is not None and classes
-        return x.to(device, non_blocking=True), label.to(device, non_blocking=True) if keep else None
+        if label is not None:
+            label = label.to(device, non_blocking=True) if classes else None
+        return x.to(device, non_blocking=True), label
 
     def sample(self) -> None:
         """Write samples of the averaged weights: the same seed and classes every time, so that pictures compare."""
@@ -308,7 +309,7 @@ def make_accelerator(mixed_precision: str) -> Accelerator:
 def make_optimizer(diffusion: GaussianDiffusion, config: Config) -> torch.optim.Optimizer:
     """AdamW or LAMB; weight decay on matrices only, not on biases, norms and embeddings."""
     options = config.train
-    extra = {"max_grad_norm": None} if options.optimizer == "lamb" else {}  # clipping is ours
+    extra: dict[str, Any] = {"max_grad_norm": None} if options.optimizer == "lamb" else {}  # clipping is ours
     return create_optimizer_v2(
         diffusion.model,
         opt=options.optimizer,

@@ -204,9 +204,7 @@ def test_sampling_leaves_the_mode_and_the_random_state_alone():
 
 def test_usage_of_the_known_port_stands():
     """`RIN(dim=256, image_size=128, ...)` in small: images in [0, 1] in, (4, 3, H, W) out."""
-    model = RIN(
-        dim=32, image_size=32, patch_size=8, depth=2, num_latents=8, dim_latent=64, latent_self_attn_depth=2
-    )
+    model = RIN(dim=32, image_size=32, patch_size=8, depth=2, num_latents=8, dim_latent=64, latent_self_attn_depth=2)
     diffusion = GaussianDiffusion(model, timesteps=4, train_prob_self_cond=0.9, scale=1.0)
     loss = diffusion(torch.rand(4, 3, 32, 32))
     loss.backward()

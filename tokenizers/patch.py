@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from rin_video.errors import UsageError
-from rin_video.layers import LayerNorm
+from rin_video.layers import LayerNorm, init_linears
 from rin_video.tokenizers.positions import make_position
 
 if TYPE_CHECKING:
@@ -56,9 +56,8 @@ class PatchTokenizer(nn.Module):
         self.position = make_position(position, self.token_grid(self.grid), dim, coordinate_range)
         self.out_norm = LayerNorm(dim)
         self.to_patches = nn.Linear(dim, volume * self.out_channels)
-        for linear in (self.to_tokens, self.to_patches):
-            nn.init.xavier_uniform_(linear.weight)
-            nn.init.zeros_(linear.bias)
+        init_linears(self.to_tokens)
+        init_linears(self.to_patches)
 
     @classmethod
     def grid_of(cls, config: ModelConfig) -> tuple[int, ...]:
