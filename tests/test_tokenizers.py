@@ -133,7 +133,7 @@ def test_sizes_that_do_not_divide_name_axis_size_and_the_nearest_that_fit(name):
 
 
 def test_a_grid_smaller_than_its_patch_is_told_the_one_size_that_is_near():
-    with pytest.raises(UsageError, match="length 3 is no multiple of its patch size 4: the nearest that fit are 4$"):
+    with pytest.raises(UsageError, match=r"length 3 is no multiple of its patch size 4: the nearest that fit are 4$"):
         build("sequence", grid=(3,))
 
 
@@ -198,7 +198,7 @@ def closed_form(grid: tuple[int, ...], dim: int, coordinate_range: float | None)
     """sin and cos of p / 10000^(2k/d), written out in float64; axes of one token take no width."""
     long = [axis for axis, size in enumerate(grid) if size > 1] or [0]
     share = dim // len(long) // 2 * 2
-    widths = {axis: share for axis in long} | {long[0]: dim - share * (len(long) - 1)}
+    widths = dict.fromkeys(long, share) | {long[0]: dim - share * (len(long) - 1)}
     rows = []
     for cell in itertools.product(*map(range, grid)):
         row = []
@@ -288,7 +288,7 @@ def test_a_name_that_is_taken_raises():
 
 
 def test_an_unknown_name_lists_the_known():
-    with pytest.raises(UsageError, match="unknown tokenizer 'tubes': known are .*image.*sequence.*tube"):
+    with pytest.raises(UsageError, match=r"unknown tokenizer 'tubes': known are .*image.*sequence.*tube"):
         TOKENIZERS.get("tubes")
     assert "tubes" not in TOKENIZERS
     assert set(NAMES) >= {"image", "sequence", "tube"}

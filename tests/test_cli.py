@@ -1,0 +1,335 @@
+"""The command line: help without torch, one line for a mistake, and the whole way on tiny files made here."""
+
+import json
+import logging
+import subprocess
+import sys
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from rin_video import cli
+from rin_video.config import load_config
+from rin_video.export import write_video
+
+TINY = [
+    "model.dim=32",
+    "model.dim_latent=32",
+    "model.num_latents=8",
+    "model.depth=1",
+    "model.num_heads=2",
+    "model.latent_num_heads=2",
+    "model.latent_self_attn_depth=1",
+    "sample.steps=2",
+    "sample.num_samples=2",
+    "data.num_workers=0",
+    "train.log_every=1",
+    "train.warmup_steps=0",
+]
+COMMANDS = ("train", "sample", "export", "info", "demo")
+
+
+@pytest.fixture
+def fails(capfd):
+    """Runs a command that must fail; its one line on stderr."""
+
+    def run(*argv) -> str:
+        capfd.readouterr()
+        try:
+            code = cli.main([str(word) for word in argv])
+        except SystemExit as stop:
+            code = stop.code
+        out, err = capfd.readouterr()
+        assert code == 2
+        assert not out
+        *usage, line = err.splitlines()
+        assert all(word.startswith(("usage: rin-video", " ")) for word in usage), err
+        assert "error: " in line
+        assert line.startswith("rin-video") if usage else line.startswith("rin-video: error: ")
+        assert "Traceback" not in err
+        return line
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """Three small MP4s of 6 frames."""
+    folder = tmp_path_factory.mktemp("clips")
+    for i in range(3):
+        write_video(torch.rand(3, 6, 24, 32, generator=torch.Generator().manual_seed(i)), folder / f"{i}.mp4")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def train_clips(clips, tmp_path_factory):
+    """Trains 3 steps on them; the command, to be given again, and the folder of the run."""
+    out = tmp_path_factory.mktemp("runs") / "clips"
+    command = ["train", "--data", str(clips), "--frames", "4", "--size", "16", "--batch-size", "2", "--out", str(out)]
+    assert cli.main([*command, "--steps", "3", *TINY]) == 0
+    return command, out
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def decode(path) -> np.ndarray:
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+# ---- help
+
+
+def test_help_imports_no_torch(tmp_path):
+    code = """
+import sys
+from rin_video import cli
+for command in ([], ["train"], ["sample"], ["export"], ["info"], ["demo"]):
+    try:
+        cli.main([*command, "--help"])
+    except SystemExit as stop:
+        assert stop.code == 0, command
+heavy = {"torch", "numpy", "timm", "accelerate", "omegaconf", "av", "PIL"}
+print("imported:", *heavy & {name.split(".")[0] for name in sys.modules})
+"""
+    done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "imported:"
+    assert done.stdout.count("usage: rin-video") == 6
+    assert not done.stderr
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_every_command(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, "--help"])
+    assert stop.value.code == 0
+    assert f"usage: rin-video {command}" in capsys.readouterr().out
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out.startswith("rin-video 0.")
+
+
+# ---- parsing
+
+
+def test_overrides_may_stand_anywhere_but_for_an_option_s_value():
+    for argv in (
+        ["a.b=1", "train", "--data", "x", "c.d=[1,2]"],
+        ["train", "a.b=1", "--data", "x", "c.d=[1,2]"],
+        ["train", "--data", "x", "a.b=1", "c.d=[1,2]"],
+        ["train", "--data=x", "a.b=1", "c.d=[1,2]"],
+    ):
+        arguments, overrides = cli.split_overrides(argv)
+        assert overrides == ["a.b=1", "c.d=[1,2]"]
+        assert cli.make_parser().parse_args(arguments).data == "x"
+    arguments, overrides = cli.split_overrides(["train", "--data", "a.b=1", "--out", "c.d=2"])
+    assert overrides == []
+    options = cli.make_parser().parse_args(arguments)
+    assert (options.data, options.out) == ("a.b=1", "c.d=2")
+    assert cli.split_overrides(["sample", "./a=b", "x=1"])[1] == []
+
+
+@pytest.mark.parametrize(("text", "size"), [("64", 64), ("48x64", [48, 64])])
+def test_size(text, size):
+    from rin_video.commands import parse_size
+
+    assert parse_size(text) == size
+
+
+# ---- mistakes
+
+
+def test_no_command_and_unknown_options(fails):
+    assert "COMMAND" in fails()
+    assert "--dta" in fails("train", "--data", "x", "--dta", "x")
+    assert "--data" in fails("train")
+    assert "invalid int value" in fails("train", "--data", "x", "--frames", "many")
+
+
+def test_mistakes_before_any_file_is_read(fails, clips, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    train = ("train", "--data", clips, "--frames", 4)
+    for argv, words in (
+        (("info", "--config", "cifar11"), "no preset and no file is called cifar11"),
+        ((*train, "--config", "cifar11"), "no preset and no file is called cifar11"),
+        ((*train, "model.dimm=3"), "unknown key model.dimm: did you mean model.dim?"),
+        ((*train, "model.dim=wide"), "model.dim"),
+        ((*train, "--size", "abc"), "--size abc is not understood"),
+        ((*train, "--size", "16x"), "--size 16x is not understood"),
+        ((*train, "--size", "18"), "height 18 is no multiple of its patch size 4: the nearest that fit are 16 and 20"),
+        ((*train, "--size", "16", "--batch-size", "0"), "train.train_batch_size is 0"),
+        ((*train, "--size", "16", "--steps", "0"), "train.train_num_steps is 0"),
+        (("train", "--data", clips, "--frames", "-1"), "--frames is -1"),
+        (("train", "--data", clips, "--frames", "3"), "frames 3 is no multiple of its patch size 2"),
+        (("train", "--data", tmp_path / "nowhere"), "there is no file or folder"),
+        (("train", "--data", tmp_path / "nowhere", "--frames", "4"), "there is no file or folder"),
+        (("train", "--data", empty), "holds no"),
+        (("train", "--data", empty, "--frames", "4"), "holds no"),
+        (("train", "--data", clips, "--frames", "0", "--size", "16"), "it holds 3 clips: use --frames 16"),
+        ((*train[:-1], 8, "--size", "16", *TINY), "6 frames, 8 "),
+        (("sample", empty), "holds no config.yaml"),
+        (("sample", tmp_path / "nowhere"), "no folder is called"),
+        (("info", empty), "holds no config.yaml"),
+        (("info", empty, "--config", "demo"), "not both"),
+        (("export", tmp_path / "nowhere.gif", tmp_path / "x.mp4"), "there is no file or folder"),
+        (("export", clips / "0.mp4", tmp_path / "x.doc"), "x.doc"),
+        (("export", clips / "0.mp4", tmp_path / "x.gif", "model.dim=3"), "export takes no key=value: model.dim=3"),
+    ):
+        line = fails(*argv)
+        assert words in line, line
+    assert not list(empty.iterdir())
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_mistakes_with_a_run(fails, train_clips):
+    command, run = train_clips
+    for argv, words in (
+        (("sample", run, "--num", "0"), "--num is 0"),
+        (("sample", run, "--sampler", "euler"), "euler"),
+        (("sample", run, "--steps", "0"), "steps"),
+        (("sample", run, "--guidance", "2", "--steps", "1", "--num", "1"), "guidance is 2"),
+        (("sample", run, "sample.stps=3"), "unknown key sample.stps: did you mean sample.steps?"),
+        ((*command, "--steps", "4", *TINY, "model.dim=64"), "was trained with model.dim=32, now it is 64"),
+    ):
+        line = fails(*argv)
+        assert words in line, line
+
+
+# ---- the whole way
+
+
+def test_training_writes_a_run(train_clips):
+    _, run = train_clips
+    assert [line["step"] for line in metrics(run)] == [1, 2, 3]
+    config = load_config(run / "config.yaml")
+    assert (config.model.frames, config.model.image_size, config.train.train_batch_size) == (4, 16, 2)
+    assert decode(run / "samples" / "step-00000003.mp4").shape[0] == 4
+    assert (run / "model.safetensors").is_file()
+
+
+def test_samples_come_as_any_kind_of_file(train_clips, tmp_path):
+    _, run = train_clips
+    common = ["sample", str(run), "--num", "2", "--steps", "2", "--out"]
+    assert cli.main([*common, str(tmp_path / "x.mp4")]) == 0
+    video = decode(tmp_path / "x.mp4")
+    assert video.shape[0] == 4
+    assert video.shape[1] >= 16  # two clips side by side, with a margin, both sides even
+    assert video.shape[2] >= 32
+    assert cli.main([*common, str(tmp_path / "x.gif"), "--fps", "5"]) == 0
+    with Image.open(tmp_path / "x.gif") as image:
+        assert image.n_frames == 4
+        assert image.info["duration"] == 200
+    assert cli.main([*common, str(tmp_path / "x.npy")]) == 0
+    array = np.load(tmp_path / "x.npy")
+    assert array.shape == (2, 3, 4, 16, 16)
+    assert array.std() > 0
+    assert 0 <= array.min() <= array.max() <= 1
+    assert cli.main([*common, str(tmp_path / "folder")]) == 0
+    files = sorted((tmp_path / "folder").iterdir())
+    assert [decode(file).shape for file in files] == [(4, 16, 16, 3)] * 2
+
+
+def test_without_out_samples_go_into_the_run(train_clips):
+    _, run = train_clips
+    assert cli.main(["sample", str(run), "--num", "1", "--steps", "1"]) == 0
+    assert decode(run / "samples.mp4").shape == (4, 16, 16, 3)
+
+
+def test_the_same_seed_gives_the_same_bytes(train_clips, tmp_path):
+    _, run = train_clips
+
+    def draw(name, *options):
+        out = tmp_path / f"{name}.npy"
+        assert cli.main(["sample", str(run), "--num", "2", "--steps", "2", "--out", str(out), *options]) == 0
+        return out
+
+    one, same, other = draw("one", "--seed", "1"), draw("same", "--seed", "1"), draw("other", "--seed", "2")
+    assert one.read_bytes() == same.read_bytes() != other.read_bytes()
+    each = draw("each", "--seed", "1", "--batch-size", "1")
+    np.testing.assert_allclose(np.load(each), np.load(one), rtol=0, atol=1e-5)
+
+
+def test_the_same_command_goes_on(train_clips, caplog):
+    command, run = train_clips
+    with caplog.at_level(logging.INFO, logger="rin_video"):
+        assert cli.main([*command, "--steps", "5", *TINY]) == 0
+    assert "going on from step 3" in caplog.text
+    assert [line["step"] for line in metrics(run)] == [1, 2, 3, 4, 5]
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"step-00000003", "step-00000005"}
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger="rin_video"):
+        assert cli.main([*command, "--steps", "5", *TINY]) == 0
+    assert "trained to step 5 already" in caplog.text
+    assert [line["step"] for line in metrics(run)] == [1, 2, 3, 4, 5]
+
+
+def test_images_in_folders_of_classes(tmp_path):
+    generator = np.random.default_rng(0)
+    for i in range(6):
+        path = tmp_path / "pictures" / ("cat", "dog")[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(256, size=(20, 24, 3), dtype=np.uint8)).save(path)
+    run = tmp_path / "run"
+    argv = ["train", "--data", str(tmp_path / "pictures"), "--size", "8x16", "--steps", "2", "--batch-size", "2"]
+    assert cli.main([*argv, "--out", str(run), *TINY]) == 0  # by what the folder holds: no --frames
+    config = load_config(run / "config.yaml")
+    assert (config.model.frames, config.model.num_classes, config.model.image_size) == (None, 2, [8, 16])
+    common = ["sample", str(run), "--num", "4", "--steps", "2", "--guidance", "1", "--out"]
+    assert cli.main([*common, str(tmp_path / "x.png")]) == 0
+    with Image.open(tmp_path / "x.png") as image:
+        assert image.width >= 32
+        assert image.height >= 16
+    assert cli.main([*common, str(tmp_path / "folder")]) == 0
+    assert [Image.open(file).size for file in sorted((tmp_path / "folder").iterdir())] == [(16, 8)] * 4
+    assert cli.main(["sample", str(run), "--num", "1", "--steps", "1"]) == 0
+    assert (run / "samples.png").is_file()
+
+
+def test_export_turns_clips_and_arrays_into_each_other(clips, tmp_path):
+    assert cli.main(["export", str(clips / "0.mp4"), str(tmp_path / "x.gif")]) == 0
+    with Image.open(tmp_path / "x.gif") as image:
+        assert image.n_frames == 6
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).random((3, 5, 16, 24), dtype=np.float32))
+    assert cli.main(["export", str(tmp_path / "x.npy"), str(tmp_path / "x.mp4"), "--fps", "4"]) == 0
+    assert decode(tmp_path / "x.mp4").shape == (5, 16, 24, 3)
+
+
+# ---- info
+
+
+def test_info_lists_the_presets(capsys):
+    from rin_video.config import presets
+
+    assert cli.main(["info"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:-1]] == presets()
+    assert cli.main(["info", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert list(rows) == presets()
+    assert all(set(row) == {"params", "tokens", "latents", "gflops"} for row in rows.values())
+
+
+def test_info_of_a_run_and_of_a_preset(train_clips, capsys):
+    _, run = train_clips
+    for source in ([str(run)], ["--config", "cifar10"], ["--config", str(run / "config.yaml")]):
+        capsys.readouterr()
+        assert cli.main(["info", *source, "--json"]) == 0
+        row = json.loads(capsys.readouterr().out)
+        assert set(row) == {"params", "tokens", "latents", "gflops"}
+        assert (row["tokens"], row["latents"]) == ((256, 128) if "cifar10" in source else (32, 8))
+    assert cli.main(["model.depth=1", "info", "--config", "cifar10", "model.num_latents=64", "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert row["latents"] == 64
+    assert row["params"] < 30951180 / 2
+    assert cli.main(["info", str(run)]) == 0
+    assert "GB at batch size 2" in capsys.readouterr().out

@@ -1,0 +1,235 @@
+"""Configuration: precedence, presets, the round trip through YAML, and what a wrong key or value is told."""
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rin_video import UsageError
+from rin_video.config import (
+    Config,
+    DataConfig,
+    DiffusionConfig,
+    ModelConfig,
+    SampleConfig,
+    TrainConfig,
+    load_config,
+    model_config,
+    presets,
+    resources,
+    to_yaml,
+    train_config,
+)
+
+SECTIONS = {
+    "model": ModelConfig,
+    "diffusion": DiffusionConfig,
+    "data": DataConfig,
+    "train": TrainConfig,
+    "sample": SampleConfig,
+}
+
+
+def preset_text(name):
+    return (resources.files("rin_video.configs") / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def plain(value, path="config"):
+    """Fails where anything but Python's own types and our dataclasses is found."""
+    if type(value) in (Config, *SECTIONS.values()):
+        for field in dataclasses.fields(value):
+            plain(getattr(value, field.name), f"{path}.{field.name}")
+    elif type(value) is dict:
+        for key, item in value.items():
+            assert type(key) is str, path
+            plain(item, f"{path}.{key}")
+    elif type(value) in (list, tuple):
+        for i, item in enumerate(value):
+            plain(item, f"{path}[{i}]")
+    else:
+        assert value is None or type(value) in (str, int, float, bool), f"{path} is a {type(value)}"
+
+
+def one_line(error) -> str:
+    message = str(error.value)
+    assert "\n" not in message, message
+    return message
+
+
+# ---- presets
+
+
+def test_there_are_presets():
+    assert {"cifar10", "demo", "image64", "imagenet64", "video64"} <= set(presets())
+
+
+@pytest.mark.parametrize("name", presets())
+def test_a_preset_loads_as_plain_objects_and_begins_with_its_story(name):
+    config = load_config(name)
+    assert type(config) is Config
+    plain(config)
+    assert config != Config()
+    assert preset_text(name).startswith("#")
+
+
+@pytest.mark.parametrize("name", [None, *presets()])
+def test_yaml_round_trip(name, tmp_path):
+    config = load_config(name)
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(config), encoding="utf-8")
+    assert load_config(file) == config
+    assert load_config(str(file)) == config
+
+
+@settings(deadline=None, max_examples=15)
+@given(
+    st.floats(1e-12, 1e12),
+    st.sampled_from(["a b", "true", "1", "a: b", "#x", "ünïcödé/片", "null", "${x}", "'", "C:\\clips", "1e-3"]),
+)
+def test_numbers_and_words_survive_the_round_trip(tmp_path_factory, number, word):
+    config = Config()
+    config.train.train_lr = number
+    config.diffusion.schedule_kwargs = {"tau": number}
+    config.model.latent_self_attn_depth = [1, 2]
+    if "$" not in word:  # OmegaConf's interpolation
+        config.data.path = word
+    file = tmp_path_factory.mktemp("config") / "config.yaml"
+    file.write_text(to_yaml(config), encoding="utf-8")
+    assert load_config(file) == config
+
+
+# ---- precedence
+
+
+def test_nothing_given_is_the_dataclasses():
+    assert load_config() == Config()
+
+
+def test_dataclass_then_preset_then_overrides(tmp_path):
+    assert TrainConfig().optimizer == "adamw"
+    assert TrainConfig().gradient_accumulate_every == 1
+    cifar = load_config("cifar10")
+    assert (cifar.train.optimizer, cifar.train.train_lr, cifar.train.gradient_accumulate_every) == ("lamb", 3e-3, 1)
+    config = load_config("cifar10", ["train.train_lr=3e-4", "model.patch_size=[4,4]", "data.path=a/b", "data.fps=12"])
+    assert (config.train.optimizer, config.train.train_lr, config.train.warmup_steps) == ("lamb", 3e-4, 10_000)
+    assert (config.model.patch_size, config.data.path, config.data.fps) == ([4, 4], "a/b", 12.0)
+    plain(config)
+
+    file = tmp_path / "mine.yaml"
+    file.write_text("train: {train_lr: 1}\ndiffusion:\n  schedule_kwargs: {tau: 0.5}\n")
+    config = load_config(file, ["train.train_lr=2", "train.train_lr=5", "diffusion.schedule_kwargs.end=2"])
+    assert config.train.train_lr == 5.0
+    assert config.diffusion.schedule_kwargs == {"tau": 0.5, "end": 2}
+    assert config.model == ModelConfig()
+    plain(config)
+
+
+def test_defaults_are_not_shared_between_configurations():
+    one, other = load_config(), load_config()
+    one.train.betas.append(3)
+    one.diffusion.schedule_kwargs["tau"] = 3
+    assert other == Config() == load_config()
+
+
+@pytest.mark.parametrize("text", ["model.frames=null", "model.frames=none"])
+def test_none_can_be_asked_for(text):
+    if text.endswith("null"):
+        assert load_config("video64", [text]).model.frames is None
+    else:
+        with pytest.raises(UsageError, match=r"model.frames=none"):
+            load_config("video64", [text])
+
+
+# ---- mistakes
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("modle.dim=3", "unknown key modle: did you mean model?"),
+        ("model.dimm=3", "unknown key model.dimm: did you mean model.dim?"),
+        ("train.train_rl=3", "unknown key train.train_rl: did you mean train.train_lr?"),
+        ("model.train_lr=3", "unknown key model.train_lr: did you mean train.train_lr?"),
+        ("depth=3", "unknown key depth: did you mean model.depth?"),
+        ("sample.zzzzzz=3", "unknown key sample.zzzzzz: known are"),
+        ("model=3", "model is a section: write model.key=value"),
+        ("model.dim", "overrides are written section.key=value"),
+        ("model.dim=wide", "model.dim"),
+        ("model.dim=2.5", "model.dim"),
+        ("train.train_lr=fast", "train.train_lr"),
+        ("train.betas=0.9", "train.betas"),
+        ("train.betas=[0.9,x]", "train.betas"),
+        ("model.qk_norm=perhaps", "model.qk_norm"),
+        ("diffusion.schedule_kwargs.tau=x", "tau"),
+        ("model.dim=null", "model.dim"),
+        ("model.dim=[", "model.dim=["),
+        ("train.optimizer=sgd", "train.optimizer=sgd is unknown: choose adamw, lamb"),
+        ("train.train_batch_size=0", "train.train_batch_size is 0: it must be at least 1"),
+        ("model.depth=-1", "model.depth is -1"),
+        ("model.position=polar", "model.position=polar is unknown: choose learned"),
+        ("data.crop=middle", "data.crop=middle is unknown: choose center, random"),
+    ],
+)
+def test_a_wrong_override_is_told_in_one_line_what_is_wrong(override, words):
+    with pytest.raises(UsageError) as error:
+        load_config("cifar10", [override])
+    assert words in one_line(error)
+
+
+def test_wrong_keys_and_values_in_a_file_name_the_file(tmp_path):
+    file = tmp_path / "mine.yaml"
+    for text, words in (
+        ("model: {dimm: 3}", "unknown key model.dimm: did you mean model.dim?"),
+        ("trian: {seed: 3}", "unknown key trian: did you mean train?"),
+        ("model: {dim: wide}", "wide"),
+        ("model: 3", "model is a section"),
+        ("- 1\n- 2", "no mapping of sections"),
+        ("model: {dim: [", "mine.yaml"),
+        ("model: {dim: 3}\n\tx: 1", "mine.yaml"),
+    ):
+        file.write_text(text, encoding="utf-8")
+        with pytest.raises(UsageError) as error:
+            load_config(file)
+        assert words in one_line(error), text
+        assert str(file) in one_line(error), text
+
+
+def test_a_file_that_is_missing_or_no_text(tmp_path):
+    with pytest.raises(UsageError) as error:
+        load_config("cifar11")
+    assert "no preset and no file is called cifar11" in one_line(error)
+    assert all(name in one_line(error) for name in presets())
+    with pytest.raises(UsageError, match=r"missing\.yaml"):
+        load_config(tmp_path / "missing.yaml")
+    with pytest.raises(UsageError, match="no file is called"):
+        load_config(tmp_path)
+    (tmp_path / "picture.yaml").write_bytes(b"\x89PNG\xff\xfe\x00")
+    with pytest.raises(UsageError, match=r"picture\.yaml is not a text file") as error:
+        load_config(tmp_path / "picture.yaml")
+    one_line(error)
+
+
+def test_options_given_in_python_are_checked_alike():
+    assert model_config(dim=32) == ModelConfig(dim=32)
+    assert train_config(train_lr=1.0) == TrainConfig(train_lr=1.0)
+    with pytest.raises(UsageError, match=r"RIN: unknown key num_latent: did you mean num_latents\?$"):
+        model_config(num_latent=3)
+    with pytest.raises(UsageError, match=r"Trainer: unknown key trainlr: did you mean train_lr\?$"):
+        train_config(trainlr=3)
+    with pytest.raises(UsageError, match=r"Trainer: unknown key dim: did you mean model.dim\?$"):
+        train_config(dim=3)
+
+
+# ---- what it costs
+
+
+def test_importing_the_configuration_imports_no_torch(tmp_path):
+    code = (
+        "import sys, rin_video.config as c; c.load_config('cifar10', ['model.dim=8']);"
+        "print(*{name.split('.')[0] for name in sys.modules} & {'torch', 'numpy', 'timm', 'accelerate', 'PIL', 'av'})"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
