@@ -87,21 +87,9 @@ def sample(options: Namespace) -> None:
     if wanted.num_samples < 1:
         raise UsageError(f"--num is {wanted.num_samples}: draw at least 1")
     diffusion = GaussianDiffusion.from_pretrained(folder, device=best_device())
-    classes = config.model.num_classes
     out = Path(options.out or folder / ("samples.mp4" if config.model.frames else "samples.png"))
     start = time.perf_counter()
-    samples = diffusion.sample(
-        wanted.num_samples,
-        steps=wanted.steps,
-        sampler=wanted.sampler,
-        noise_schedule=wanted.noise_schedule,
-        schedule_kwargs=wanted.schedule_kwargs,
-        guidance=wanted.guidance,
-        label=torch.arange(wanted.num_samples) % classes if classes else None,
-        seed=options.seed,
-        max_batch=options.batch_size or 16,
-        progress=True,
-    )
+    samples = diffusion.sample_from_config(wanted, seed=options.seed, max_batch=options.batch_size or 16, progress=True)
     seconds = time.perf_counter() - start
     paths = save_samples(samples.cpu(), out, fps=wanted.fps)
     log.info("%d samples in %.1f s: %s", len(samples), seconds, paths[0] if len(paths) == 1 else out)

@@ -102,13 +102,29 @@ class DiffusionConfig:
     """What the network learns to predict, and at which noise levels."""
 
     timesteps: int = 1000  # sampling steps where none are asked for
-    noise_schedule: str = "sigmoid"  # linear, cosine, cosine_simple, sigmoid
+    noise_schedule: str = "sigmoid"  # linear, cosine, cosine_simple, sigmoid, rectified_flow
     schedule_kwargs: dict[str, float] = field(default_factory=dict)  # start, end, tau of cosine and sigmoid
-    objective: str = "v"  # eps, x0, v
+    objective: str = "v"  # eps, x0, v, velocity (of rectified flow)
     train_prob_self_cond: float = 0.9  # share of the samples that see the result of a first pass
+    self_cond_gap: float = 0.0  # the first pass is at t + U(0, gap): 1 / steps of the sampler helps few steps
+    loss_weight: str = "none"  # none, min_snr, p2, sigmoid
+    loss_weight_kwargs: dict[str, float] = field(default_factory=dict)  # gamma of min_snr; gamma, k of p2; bias
+    time_sampling: str = "uniform"  # uniform, logit_normal
+    time_sampling_kwargs: dict[str, float] = field(default_factory=dict)  # mean, std of logit_normal
     scale: float = 1.0  # b: multiplies the data; below 1 makes every noise level noisier
     label_dropout: float = 0.0  # share of the samples that lose their label, for guidance
-    clip_x0: bool = True  # clip x0 estimates to the data's range while sampling
+    clip_x0: str = "static"  # x0 estimates while sampling: static (to the data's range), dynamic, none
+
+    def __post_init__(self) -> None:
+        _choice("time_sampling", self.time_sampling, ("uniform", "logit_normal"))
+        _choice("clip_x0", self.clip_x0, ("static", "dynamic", "none"))
+        for name in ("train_prob_self_cond", "self_cond_gap", "label_dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UsageError(f"{name} is {getattr(self, name)}: it lies in [0, 1]")
+        if self.scale <= 0:
+            raise UsageError(f"scale is {self.scale}: it must be above 0")
+        if unknown := set(self.time_sampling_kwargs) - ({"mean", "std"} if self.time_sampling != "uniform" else set()):
+            raise UsageError(f"time_sampling {self.time_sampling} has no parameter {', '.join(sorted(unknown))}")
 
 
 @dataclass
@@ -164,10 +180,16 @@ class SampleConfig:
 
     num_samples: int = 16
     steps: int = 100
-    sampler: str = "ddim"  # ddim, ddpm, ddpm_small
+    sampler: str = "ddim"  # ddim, ddpm, ddpm_small, dpmpp_2m, dpmpp_2m_sde, dpmpp_3m, heun
+    sampler_kwargs: dict[str, float] = field(default_factory=dict)  # eta of ddim, churn of heun
+    spacing: str = "uniform"  # of the steps: uniform, quadratic (in t), karras, logsnr (in sigma / alpha)
+    time_difference: float = 0.0  # how many steps further than the clock every step reaches
     noise_schedule: str | None = None  # none: the schedule of training
     schedule_kwargs: dict[str, float] = field(default_factory=dict)
     guidance: float = 0.0  # weight of classifier-free guidance; 0: none
+    guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])  # gammas at which there is guidance
+    guidance_rescale: float = 0.0  # 0 to 1: keeps the spread of the guided prediction
+    clip_x0: str | None = None  # none: as in training
     fps: float = 8.0  # of the clips that are written
 
 

@@ -7,8 +7,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from rin_video.config import load_config
 from rin_video.datasets.demo import SHAPES, write_demo_set
 from rin_video.datasets.open import open_dataset
@@ -37,10 +35,7 @@ def run_demo(folder: Path, overrides: Sequence[str] = ()) -> None:
     trainer = Trainer(diffusion, dataset, results_folder=folder / "run", config=config)
     trainer.train()
     log.info("3. sampling new clips, a column for each class")
-    count = config.sample.num_samples
-    samples = trainer.averaged().sample(
-        count, steps=config.sample.steps, label=torch.arange(count) % len(SHAPES), seed=0, progress=True
-    )
+    samples = trainer.averaged().sample_from_config(config.sample, seed=0, progress=True)
     save_samples(samples, folder / "sample.mp4", fps=config.sample.fps)
     contact_sheet(samples, folder / "contact_sheet.png")
     minutes = (time.perf_counter() - start) / 60

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,16 +12,15 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from rin_video.config import DiffusionConfig
+from rin_video.config import DiffusionConfig, SampleConfig
 from rin_video.errors import UsageError
-from rin_video.samplers import Step, get_sampler, noise_levels, uniform_times
+from rin_video.objectives import CLIPS, TIME_SAMPLINGS, eps_from_x0, make_loss_weight, target, to_x0_eps
+from rin_video.samplers import Denoise, get_sampler, make_levels
 from rin_video.schedules import NoiseLevel, make_schedule
-
-OBJECTIVES = ("eps", "x0", "v")
 
 
 class LossTerms(NamedTuple):
-    """Loss of every sample (B,), and the time t (B,) it was drawn at."""
+    """Weighted loss of every sample (B,), and the time t (B,) it was drawn at."""
 
     loss: Tensor
     t: Tensor
@@ -33,9 +33,10 @@ class GaussianDiffusion(nn.Module):
     in [0, 1]. `label` is handed to the model where it is given, and `x0` (the previous estimate) where the model has
     `x0_self_conditioning`; whatever the model returns as latents is carried unopened.
 
-    The options are those of `DiffusionConfig`. `scale` b multiplies the data; the noisy input is then divided by its
-    standard deviation per sample, in training and sampling alike (arXiv 2301.10972). Raises `UsageError` for unknown
-    names and values out of range.
+    The options are the fields of `DiffusionConfig`, by name or as one `config`; `shape` (C, *grid) is the model's where
+    it has one. `scale` b multiplies the data; unless it is 1, the noisy input is divided by its standard deviation per
+    sample, in training and sampling alike (arXiv 2301.10972). Raises `UsageError` for unknown names and values out of
+    range.
     """
 
     def __init__(
@@ -47,161 +48,37 @@ class GaussianDiffusion(nn.Module):
         objective: str = "v",
         train_prob_self_cond: float = 0.9,
         scale: float = 1.0,
+        *,
+        self_cond_gap: float = 0.0,
+        loss_weight: str = "none",
+        loss_weight_kwargs: Mapping[str, float] | None = None,
+        time_sampling: str = "uniform",
+        time_sampling_kwargs: Mapping[str, float] | None = None,
         label_dropout: float = 0.0,
-        clip_x0: bool = True,
+        clip_x0: str = "static",
         shape: tuple[int, ...] | None = None,
     ) -> None:
         super().__init__()
-        if objective not in OBJECTIVES:
-            raise UsageError(f"unknown objective {objective!r}: known are {', '.join(OBJECTIVES)}")
-        for name, value in (("train_prob_self_cond", train_prob_self_cond), ("label_dropout", label_dropout)):
-            if not 0 <= value <= 1:
-                raise UsageError(f"{name} is {value}: a probability lies in [0, 1]")
-        if scale <= 0:
-            raise UsageError(f"scale is {scale}: it must be above 0")
         self.model = model
-        self.config = DiffusionConfig(
+        self.config = config = DiffusionConfig(
             timesteps=timesteps,
             noise_schedule=noise_schedule,
             schedule_kwargs=dict(schedule_kwargs or {}),
             objective=objective,
             train_prob_self_cond=train_prob_self_cond,
             scale=scale,
+            self_cond_gap=self_cond_gap,
+            loss_weight=loss_weight,
+            loss_weight_kwargs=dict(loss_weight_kwargs or {}),
+            time_sampling=time_sampling,
+            time_sampling_kwargs=dict(time_sampling_kwargs or {}),
             label_dropout=label_dropout,
             clip_x0=clip_x0,
         )
-        self.schedule = make_schedule(noise_schedule, schedule_kwargs)
-        self.timesteps = timesteps
-        self.objective = objective
-        self.train_prob_self_cond = train_prob_self_cond
-        self.scale = scale
-        self.label_dropout = label_dropout
-        self.clip_x0 = clip_x0
+        self.schedule = make_schedule(noise_schedule, config.schedule_kwargs)
+        self.loss_weight = make_loss_weight(loss_weight, objective, config.loss_weight_kwargs)
+        self.draw_times = partial(TIME_SAMPLINGS[time_sampling], **config.time_sampling_kwargs)
         self.shape: tuple[int, ...] | None = shape or getattr(model, "shape", None)
-
-    # ---- training
-
-    def forward(self, x: Tensor, label: Tensor | None = None, *, per_sample: bool = False) -> Tensor | LossTerms:
-        """The loss of data `x` (B, C, *grid) in [0, 1] or uint8, at a random time for each sample.
-
-        A scalar; or, `per_sample`, the loss of each with its time.
-        """
-        x0 = self.scale * to_diffusion_range(x)
-        t = torch.rand(len(x0), device=x0.device)
-        eps = torch.randn_like(x0)
-        level = NoiseLevel(*(append_dims(v, x0) for v in self.schedule(t)))
-        x_t = level.alpha * x0 + level.sigma * eps
-        if label is not None and self.label_dropout:
-            label = torch.where(torch.rand(len(label), device=label.device) < self.label_dropout, -1, label)
-        hidden = self.first_pass(x_t, level, label) if self.train_prob_self_cond else None
-        prediction, _ = self.predict(x_t, level, label, hidden)
-        loss = (prediction - target(self.objective, x0, eps, level)) ** 2
-        loss = loss.flatten(1).mean(1)
-        return LossTerms(loss, t) if per_sample else loss.mean()
-
-    @torch.no_grad()
-    def first_pass(self, x_t: Tensor, level: NoiseLevel, label: Tensor | None) -> Any:
-        """What a pass without memory hands on, zeroed for a share 1 - train_prob_self_cond of the samples."""
-        prediction, latents = self.predict(x_t, level, label, None)
-        torch.clear_autocast_cache()  # its weight casts carry no gradient: the main pass must make its own
-        hidden = self.carry(latents, to_x0_eps(self.objective, prediction, x_t, level)[0])
-        keep = torch.rand(len(x_t), device=x_t.device) < self.train_prob_self_cond
-        return map_tensors(lambda h: h * append_dims(keep, h), hidden)
-
-    # ---- the model, as the loss and every sampler see it
-
-    def predict(self, x_t: Tensor, level: NoiseLevel, label: Tensor | None, hidden: Any) -> tuple[Tensor, Any]:
-        """The model's prediction (B, C, *grid) in the terms of `objective`, and its latents."""
-        inputs: dict[str, Any] = dict(hidden or {})
-        if label is not None:
-            inputs["label"] = label
-        if self.scale != 1:
-            x_t = x_t / append_dims(x_t.flatten(1).std(1), x_t)
-        gamma = torch.as_tensor(level.gamma, dtype=torch.float32, device=x_t.device)
-        return self.model(x_t, gamma.flatten().expand(len(x_t)), **inputs)
-
-    def carry(self, latents: Any, x0: Tensor) -> dict[str, Any]:
-        """What goes from one pass to the next."""
-        return {"latents": latents} | ({"x0": x0} if getattr(self.model, "x0_self_conditioning", False) else {})
-
-    def denoiser(
-        self, label: Tensor | None = None, guidance: float = 0.0
-    ) -> Callable[[Tensor, NoiseLevel, Any], tuple[Tensor, Tensor, Any]]:
-        """`denoise(x, level, hidden) -> (x0, eps, hidden)` for samplers: x0 clipped, eps re-derived from it.
-
-        `guidance` w mixes (1 + w) * labelled - w * unlabelled predictions (Ho & Salimans 2022); both see the same
-        hidden state and only the labelled one's is carried.
-        """
-
-        def denoise(x: Tensor, level: NoiseLevel, hidden: Any) -> tuple[Tensor, Tensor, Any]:
-            prediction, latents = self.predict(x, level, label, hidden)
-            if guidance and label is not None:
-                unlabelled, _ = self.predict(x, level, torch.full_like(label, -1), hidden)
-                prediction = (1 + guidance) * prediction - guidance * unlabelled
-            x0, _ = to_x0_eps(self.objective, prediction, x, level)
-            if self.clip_x0:
-                x0 = x0.clamp(-self.scale, self.scale)
-            return x0, eps_from_x0(x0, x, level), self.carry(latents, x0)
-
-        return denoise
-
-    # ---- sampling
-
-    @torch.no_grad()
-    def sample(
-        self,
-        batch_size: int = 16,
-        *,
-        shape: tuple[int, ...] | None = None,
-        steps: int | None = None,
-        sampler: str = "ddim",
-        noise_schedule: str | None = None,
-        schedule_kwargs: Mapping[str, float] | None = None,
-        label: Tensor | int | None = None,
-        guidance: float = 0.0,
-        seed: int | None = None,
-        max_batch: int | None = None,
-        progress: bool = False,
-        callback: Callable[[int, Step], None] | None = None,
-    ) -> Tensor:
-        """Draw `batch_size` samples (B, C, *grid) in [0, 1], at most `max_batch` of them at a time.
-
-        `shape` (C, *grid) is the model's where it is not given; `steps` is `timesteps`; the schedule is that of
-        training; `label` is one class for all or (B,). With a `seed`, sample i is the same whatever the batch, the
-        chunks and the device: each has its own generator, on the CPU. `callback(i, step)` sees every `Step`.
-        """
-        shape = shape or self.shape
-        if shape is None:
-            raise UsageError("the model does not say its shape: give sample(shape=(C, *grid))")
-        device = next((p.device for p in self.parameters()), torch.device("cpu"))
-        schedule = self.schedule if noise_schedule is None else make_schedule(noise_schedule, schedule_kwargs)
-        levels = noise_levels(schedule, uniform_times(steps or self.timesteps))
-        draw = get_sampler(sampler)
-        labels = torch.full((batch_size,), label) if isinstance(label, int) else label
-        seed = int(torch.randint(2**62, ())) if seed is None else seed
-        max_batch = max_batch or batch_size
-        chunks = torch.arange(batch_size).split(max_batch)
-        bar = tqdm(total=len(levels) * len(chunks), desc="sampling", unit="step", disable=not progress)
-        samples = []
-        was_training = self.training
-        self.eval()
-        try:
-            for chunk in chunks:
-                noise = NoiseSource(seed, chunk.tolist(), shape, device)
-                denoise = self.denoiser(None if labels is None else labels[chunk].to(device), guidance)
-                for i, step in enumerate(draw(denoise, noise(), levels, noise, None)):
-                    bar.update()
-                    if callback is not None:
-                        callback(i, step)
-                samples.append(from_diffusion_range(step.x0 / self.scale))
-        finally:
-            self.train(was_training)
-            bar.close()
-        return torch.cat(samples)
-
-    def with_model(self, model: nn.Module) -> GaussianDiffusion:
-        """The same diffusion around another model."""
-        return GaussianDiffusion(model, **vars(self.config), shape=self.shape)
 
     @classmethod
     def from_config(cls, model: nn.Module, config: DiffusionConfig) -> GaussianDiffusion:
@@ -217,6 +94,232 @@ class GaussianDiffusion(nn.Module):
 
         model, config = load_model(source, device=device)
         return cls.from_config(model, config.diffusion).to(device)
+
+    def with_model(self, model: nn.Module) -> GaussianDiffusion:
+        """The same diffusion around another model."""
+        return GaussianDiffusion(model, **vars(self.config), shape=self.shape)
+
+    # ---- training
+
+    def forward(self, x: Tensor, label: Tensor | None = None, *, per_sample: bool = False) -> Tensor | LossTerms:
+        """The loss of data `x` (B, C, *grid) in [0, 1] or uint8, at a random time for each sample.
+
+        A scalar; or, `per_sample`, the loss of each with its time.
+        """
+        t = self.draw_times(len(x), x.device)
+        terms = self.loss_at(x, t, label)
+        return terms if per_sample else terms.loss.mean()
+
+    def loss_at(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> LossTerms:
+        """The loss of every sample at given times `t` (B,) in [0, 1]."""
+        x0 = self.config.scale * to_diffusion_range(x)
+        eps = torch.randn_like(x0)
+        level = self.level(t, x0)
+        x_t = level.alpha * x0 + level.sigma * eps
+        label = drop_labels(label, self.config.label_dropout)
+        hidden = self.first_pass(x0, eps, t, label) if self.config.train_prob_self_cond else None
+        prediction, _ = self.predict(x_t, level, label, hidden)
+        error = (prediction - target(self.config.objective, x0, eps, level)) ** 2
+        return LossTerms((self.loss_weight(level) * error).flatten(1).mean(1), t)
+
+    @torch.no_grad()
+    def first_pass(self, x0: Tensor, eps: Tensor, t: Tensor, label: Tensor | None) -> Any:
+        """What a pass without memory hands on, zeroed for a share 1 - train_prob_self_cond of the samples.
+
+        It sees the same noise, later by up to `self_cond_gap`: a sampler's memory, too, comes from a noisier step.
+        """
+        gap = self.config.self_cond_gap
+        level = self.level((t + gap * torch.rand_like(t)).clamp(max=1) if gap else t, x0)
+        x_t = level.alpha * x0 + level.sigma * eps
+        prediction, latents = self.predict(x_t, level, label, None)
+        torch.clear_autocast_cache()  # its weight casts carry no gradient: the main pass must make its own
+        hidden = self.carry(latents, self.clip(to_x0_eps(self.config.objective, prediction, x_t, level)[0]))
+        keep = torch.rand(len(t), device=t.device) < self.config.train_prob_self_cond
+        return map_tensors(lambda h: h * append_dims(keep, h), hidden)
+
+    # ---- the model, as the loss and every sampler see it
+
+    def level(self, t: Tensor, x: Tensor) -> NoiseLevel:
+        """The noise level at times `t` (B,), shaped to multiply `x`."""
+        return self.schedule(t).map(lambda value: append_dims(value, x))
+
+    def predict(self, x_t: Tensor, level: NoiseLevel, label: Tensor | None, hidden: Any) -> tuple[Tensor, Any]:
+        """The model's prediction (B, C, *grid) in the terms of `objective`, and its latents."""
+        inputs: dict[str, Any] = dict(hidden or {})
+        if label is not None:
+            inputs["label"] = label
+        if self.config.scale != 1:
+            x_t = x_t / append_dims(x_t.flatten(1).std(1), x_t)
+        gamma = torch.as_tensor(level.gamma, dtype=torch.float32, device=x_t.device)
+        return self.model(x_t, gamma.flatten().expand(len(x_t)), **inputs)
+
+    def carry(self, latents: Any, x0: Tensor) -> dict[str, Any]:
+        """What goes from one pass to the next; the estimate in the data's own range, whatever the scale."""
+        if getattr(self.model, "x0_self_conditioning", False):
+            return {"latents": latents, "x0": x0 / self.config.scale}
+        return {"latents": latents}
+
+    def clip(self, x0: Tensor, how: str | None = None) -> Tensor:
+        """An estimate of the (scaled) data, kept in its range."""
+        return CLIPS[how or self.config.clip_x0](x0, self.config.scale)
+
+    def denoiser(
+        self,
+        label: Tensor | None = None,
+        guidance: float = 0.0,
+        *,
+        guidance_interval: Sequence[float] = (0.0, 1.0),
+        guidance_rescale: float = 0.0,
+        batched_guidance: bool = True,
+        clip_x0: str | None = None,
+    ) -> Denoise:
+        """`denoise(x, level, hidden) -> (x0, eps, hidden)` for samplers: x0 clipped, eps re-derived from it.
+
+        `guidance` w mixes (1 + w) * labelled - w * unlabelled predictions (Ho & Salimans 2022, arXiv 2207.12598), where
+        gamma lies in `guidance_interval` (Kynkaanniemi et al. 2024, arXiv 2404.07724). Both see the same hidden state,
+        only the labelled one's is carried; one forward pass of both, or two without `batched_guidance` (less memory).
+        `guidance_rescale` brings the spread of the guided prediction back towards that of the labelled one (Lin et al.
+        2023, arXiv 2305.08891, eq. 15 and 16).
+        """
+        low, high = guidance_interval
+
+        def predict(x: Tensor, level: NoiseLevel, hidden: Any) -> tuple[Tensor, Any]:
+            if not guidance or label is None or not low <= level.gamma <= high:
+                return self.predict(x, level, label, hidden)
+            nothing = torch.full_like(label, -1)
+            if batched_guidance:
+                both = map_tensors(lambda h: torch.cat([h, h]), hidden)
+                prediction, latents = self.predict(torch.cat([x, x]), level, torch.cat([label, nothing]), both)
+                labelled, unlabelled = prediction.chunk(2)
+                latents = map_tensors(lambda h: h.chunk(2)[0], latents)
+            else:
+                labelled, latents = self.predict(x, level, label, hidden)
+                unlabelled, _ = self.predict(x, level, nothing, hidden)
+            guided = (1 + guidance) * labelled - guidance * unlabelled
+            if guidance_rescale:
+                spread = labelled.flatten(1).std(1) / guided.flatten(1).std(1)
+                guided = guided * append_dims(guidance_rescale * spread + 1 - guidance_rescale, guided)
+            return guided, latents
+
+        def denoise(x: Tensor, level: NoiseLevel, hidden: Any) -> tuple[Tensor, Tensor, Any]:
+            prediction, latents = predict(x, level, hidden)
+            x0 = self.clip(to_x0_eps(self.config.objective, prediction, x, level)[0], clip_x0)
+            return x0, eps_from_x0(x0, x, level), self.carry(latents, x0)
+
+        return denoise
+
+    # ---- sampling
+
+    @torch.no_grad()
+    def sample(
+        self,
+        batch_size: int = 16,
+        *,
+        shape: tuple[int, ...] | None = None,
+        steps: int | None = None,
+        sampler: str = "ddim",
+        sampler_kwargs: Mapping[str, float] | None = None,
+        spacing: str = "uniform",
+        time_difference: float = 0.0,
+        noise_schedule: str | None = None,
+        schedule_kwargs: Mapping[str, float] | None = None,
+        label: Tensor | int | None = None,
+        guidance: float = 0.0,
+        guidance_interval: Sequence[float] = (0.0, 1.0),
+        guidance_rescale: float = 0.0,
+        batched_guidance: bool = True,
+        clip_x0: str | None = None,
+        seed: int | None = None,
+        max_batch: int | None = None,
+        progress: bool = False,
+        callback: Callable[[int, Tensor], None] | None = None,
+        return_trajectory: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Draw `batch_size` samples (B, C, *grid) in [0, 1], at most `max_batch` of them at a time.
+
+        `shape` (C, *grid) is the model's where it is not given; `steps` is `timesteps`; schedule and clipping are those
+        of training; `label` is one class for all or (B,). The samplers, their options and the spacings are those of
+        `rin_video.samplers`, guidance is that of `denoiser`.
+
+        With a `seed`, sample i is the same whatever the batch, the chunks and the device: each has its own generator,
+        on the CPU. `callback(i, x0)` sees the estimate (B', C, *grid) in [0, 1] after every step of every chunk;
+        `return_trajectory` returns them all too, (B, steps, C, *grid) on the CPU.
+        """
+        shape = shape or self.shape
+        if shape is None:
+            raise UsageError("the model does not say its shape: give sample(shape=(C, *grid))")
+        if batch_size < 1:
+            raise UsageError(f"batch_size is {batch_size}: draw at least 1 sample")
+        if guidance and label is None:
+            raise UsageError(f"guidance is {guidance}, but there is no label to be guided by: give label")
+        if clip_x0 not in (None, *CLIPS):
+            raise UsageError(f"unknown clip_x0 {clip_x0!r}: known are {', '.join(CLIPS)}")
+        device = next((p.device for p in self.parameters()), torch.device("cpu"))
+        schedule = self.schedule if noise_schedule is None else make_schedule(noise_schedule, schedule_kwargs)
+        levels = make_levels(
+            schedule,
+            self.config.timesteps if steps is None else steps,
+            spacing=spacing,
+            time_difference=time_difference,
+            scale=self.config.scale,
+        )
+        draw = get_sampler(sampler, sampler_kwargs)
+        labels = torch.full((batch_size,), label) if isinstance(label, int) else label
+        seed = int(torch.randint(2**62, ())) if seed is None else seed
+        chunks = torch.arange(batch_size).split(max_batch or batch_size)
+        bar = tqdm(total=len(levels) * len(chunks), desc="sampling", unit="step", disable=not progress)
+        samples, trajectories = [], []
+        was_training = self.training
+        self.eval()
+        try:
+            for chunk in chunks:
+                noise = NoiseSource(seed, chunk.tolist(), shape, device)
+                denoise = self.denoiser(
+                    None if labels is None else labels[chunk].to(device),
+                    guidance,
+                    guidance_interval=guidance_interval,
+                    guidance_rescale=guidance_rescale,
+                    batched_guidance=batched_guidance,
+                    clip_x0=clip_x0,
+                )
+                estimates = []
+                for i, step in enumerate(draw(denoise, noise(), levels, noise)):
+                    bar.update()
+                    if callback is not None:
+                        callback(i, from_diffusion_range(step.x0 / self.config.scale))
+                    if return_trajectory:
+                        estimates.append(from_diffusion_range(step.x0 / self.config.scale).cpu())
+                samples.append(from_diffusion_range(step.x0 / self.config.scale))
+                trajectories += [torch.stack(estimates, dim=1)] if return_trajectory else []
+        finally:
+            self.train(was_training)
+            bar.close()
+        return (torch.cat(samples), torch.cat(trajectories)) if return_trajectory else torch.cat(samples)
+
+    def sample_from_config(self, config: SampleConfig, **options: Any) -> Tensor:
+        """`sample` with the options of a configuration: a class for each sample in turn where the model has classes.
+
+        `options` are further arguments of `sample` (seed, progress, ...).
+        """
+        classes = getattr(self.model, "num_classes", 0)
+        samples = self.sample(
+            config.num_samples,
+            steps=config.steps,
+            sampler=config.sampler,
+            sampler_kwargs=config.sampler_kwargs,
+            spacing=config.spacing,
+            time_difference=config.time_difference,
+            noise_schedule=config.noise_schedule,
+            schedule_kwargs=config.schedule_kwargs,
+            label=torch.arange(config.num_samples) % classes if classes else None,
+            guidance=config.guidance,
+            guidance_interval=config.guidance_interval,
+            guidance_rescale=config.guidance_rescale,
+            clip_x0=config.clip_x0,
+            **options,
+        )
+        assert isinstance(samples, Tensor)
+        return samples
 
 
 class NoiseSource:
@@ -238,35 +341,16 @@ def spread_seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
+def drop_labels(label: Tensor | None, probability: float) -> Tensor | None:
+    """Labels (B,), each replaced by -1 (no label) with the given probability."""
+    if label is None or not probability:
+        return label
+    return torch.where(torch.rand(len(label), device=label.device) < probability, -1, label)
+
+
 def append_dims(value: Tensor, x: Tensor) -> Tensor:
     """One value per sample, (B,) or (B, 1, ...), shaped to multiply `x` (B, ...)."""
     return value.reshape(-1, *[1] * (x.ndim - 1))
-
-
-def target(objective: str, x0: Tensor, eps: Tensor, level: NoiseLevel) -> Tensor:
-    """What the model should have said. v: Salimans & Ho 2022 (arXiv 2202.00512), sec. 4."""
-    if objective == "eps":
-        return eps
-    if objective == "x0":
-        return x0
-    return level.alpha * eps - level.sigma * x0
-
-
-def to_x0_eps(objective: str, prediction: Tensor, x_t: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
-    """The one place where a prediction becomes estimates of the data and the noise; neither is clipped."""
-    if objective == "eps":
-        return (x_t - level.sigma * prediction) / level.alpha, prediction
-    if objective == "x0":
-        return prediction, eps_from_x0(prediction, x_t, level)
-    power = level.alpha**2 + level.sigma**2  # 1 where variance is preserved
-    return (level.alpha * x_t - level.sigma * prediction) / power, (
-        level.sigma * x_t + level.alpha * prediction
-    ) / power
-
-
-def eps_from_x0(x0: Tensor, x_t: Tensor, level: NoiseLevel) -> Tensor:
-    """The noise that makes `x_t` of `x0`."""
-    return (x_t - level.alpha * x0) / level.sigma
 
 
 def to_diffusion_range(x: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
-"""Noise schedules: plain functions from diffusion time t in [0, 1] to gamma, the share of signal power.
+"""Noise schedules: plain functions of diffusion time t in [0, 1], data at t = 0 and noise at t = 1.
 
-gamma falls from about 1 at t = 0 (data) to about 0 at t = 1 (noise). Source: Chen 2023, "On the importance of noise
-scheduling for diffusion models" (arXiv 2301.10972), and the authors' release.
+All but one give gamma, the share of signal power, of a variance-preserving path; `rectified_flow` gives the straight
+path. Sources: Chen 2023, "On the importance of noise scheduling for diffusion models" (arXiv 2301.10972), the authors'
+release, and Liu et al. 2022 (arXiv 2209.03003).
 """
 
 from __future__ import annotations
@@ -22,17 +23,39 @@ GAMMA_MIN = 1e-9
 class NoiseLevel(NamedTuple):
     """How much signal and noise: x_t = alpha * x0 + sigma * eps. `gamma` is what the network is told.
 
-    Each is a float (one level for the whole batch, as samplers use it) or a tensor that multiplies x_t.
+    Each is a float (one level for the whole batch, as samplers use it) or a tensor that multiplies x_t. A path is the
+    set of levels with alpha^power + sigma^power = 1: 2 preserves variance, 1 is rectified flow's straight line.
     """
 
     gamma: Any
     alpha: Any
     sigma: Any
+    power: int = 2
 
     @classmethod
     def from_gamma(cls, gamma: Any) -> NoiseLevel:
-        """Variance preserving: alpha^2 + sigma^2 = 1."""
+        """On the variance-preserving path."""
         return cls(gamma, gamma**0.5, (1 - gamma) ** 0.5)
+
+    @classmethod
+    def from_ratio(cls, ratio: Any, power: int = 2) -> NoiseLevel:
+        """The level of a path at a noise-to-signal ratio sigma / alpha."""
+        alpha = (1 + ratio**power) ** (-1 / power)
+        return cls(1 / (1 + ratio**2), alpha, alpha * ratio, power)
+
+    @property
+    def ratio(self) -> Any:
+        """sigma / alpha: the noise level of EDM (Karras et al. 2022)."""
+        return self.sigma / self.alpha
+
+    @property
+    def snr(self) -> Any:
+        """alpha^2 / sigma^2."""
+        return (self.alpha / self.sigma) ** 2
+
+    def map(self, function: Callable[[Any], Any]) -> NoiseLevel:
+        """The same level with `function` on each of its three values."""
+        return NoiseLevel(function(self.gamma), function(self.alpha), function(self.sigma), self.power)
 
 
 def linear(t: Tensor) -> Tensor:
@@ -65,15 +88,24 @@ def sigmoid(t: Tensor, start: float = -3.0, end: float = 3.0, tau: float = 1.0) 
     return ((last - f(start + t * (end - start))) / (last - first)).clamp(GAMMA_MIN, 1)
 
 
-SCHEDULES: dict[str, Callable[..., Tensor]] = {
+def rectified_flow(t: Tensor) -> NoiseLevel:
+    """The straight path: alpha = 1 - t, sigma = t. gamma is alpha^2 / (alpha^2 + sigma^2)."""
+    alpha = (1 - t).clamp(min=GAMMA_MIN**0.5)
+    return NoiseLevel(alpha**2 / (alpha**2 + t**2), alpha, t, power=1)
+
+
+SCHEDULES: dict[str, Callable[..., Tensor | NoiseLevel]] = {
     "linear": linear,
     "cosine": cosine,
     "cosine_simple": cosine_simple,
     "sigmoid": sigmoid,
+    "rectified_flow": rectified_flow,
 }
 
+Schedule = Callable[[Tensor], NoiseLevel]
 
-def make_schedule(name: str, schedule_kwargs: Mapping[str, float] | None = None) -> Callable[[Tensor], NoiseLevel]:
+
+def make_schedule(name: str, schedule_kwargs: Mapping[str, float] | None = None) -> Schedule:
     """The function t -> `NoiseLevel` of the schedule called `name` (one of `SCHEDULES`), with its parameters.
 
     Raises `UsageError` for an unknown name or parameter, and for parameters that span nothing.
@@ -86,9 +118,14 @@ def make_schedule(name: str, schedule_kwargs: Mapping[str, float] | None = None)
         raise UsageError(
             f"noise_schedule {name} has no parameter {', '.join(sorted(unknown))}: it has {', '.join(known) or 'none'}"
         )
-    ends = function(torch.tensor([0.0, 1.0], dtype=torch.float64), **kwargs)
+
+    def schedule(t: Tensor) -> NoiseLevel:
+        value = function(t, **kwargs)
+        return value if isinstance(value, NoiseLevel) else NoiseLevel.from_gamma(value)
+
+    ends = schedule(torch.tensor([0.0, 1.0], dtype=torch.float64, device="cpu")).gamma
     if not (ends.isfinite().all() and ends[0] > ends[1]):
         raise UsageError(
             f"noise_schedule {name} with {kwargs} does not fall from signal to noise: it gives {ends.tolist()}"
         )
-    return lambda t: NoiseLevel.from_gamma(function(t, **kwargs))
+    return schedule

@@ -62,7 +62,7 @@ class Trainer:
                 model=getattr(diffusion.model, "config", ModelConfig()),
                 diffusion=diffusion.config,
                 train=train_config(**options),
-                sample=SampleConfig(num_samples=num_samples, steps=min(100, diffusion.timesteps)),
+                sample=SampleConfig(num_samples=num_samples, steps=min(100, diffusion.config.timesteps)),
             )
         elif options:
             raise UsageError(f"give either config or the options {', '.join(options)}, not both")
@@ -178,20 +178,9 @@ class Trainer:
         """Write samples of the averaged weights: the same seed and classes every time, so that pictures compare."""
         if not self.accelerator.is_main_process:
             return
-        diffusion = self.averaged()
         options = self.config.sample
-        classes = getattr(diffusion.model, "num_classes", 0)
-        samples = diffusion.sample(
-            options.num_samples,
-            steps=options.steps,
-            sampler=options.sampler,
-            noise_schedule=options.noise_schedule,
-            schedule_kwargs=options.schedule_kwargs,
-            guidance=options.guidance,
-            label=torch.arange(options.num_samples) % classes if classes else None,
-            seed=self.options.seed,
-            max_batch=self.options.train_batch_size,
-            progress=self.progress,
+        samples = self.averaged().sample_from_config(
+            options, seed=self.options.seed, max_batch=self.options.train_batch_size, progress=self.progress
         )
         name = self.folder / "samples" / f"step-{self.step:08d}"
         name.parent.mkdir(parents=True, exist_ok=True)

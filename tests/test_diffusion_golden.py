@@ -8,18 +8,21 @@ import torch
 from golden_files import GOLDEN, build, channels_first, load_weights
 from torch.testing import assert_close
 
-from rin_video.diffusion import GaussianDiffusion, eps_from_x0, to_x0_eps
-from rin_video.samplers import get_sampler, noise_levels, uniform_times
+from rin_video.diffusion import GaussianDiffusion
+from rin_video.objectives import eps_from_x0, to_x0_eps
+from rin_video.samplers import get_sampler, make_levels
 from rin_video.schedules import NoiseLevel, make_schedule
 
 FILES = sorted(GOLDEN.glob("diffusion_steps*.npz"))
 OBJECTIVES = {"eps": "eps", "x": "x0", "v": "v"}
-RUNS = {  # name in the file: sampler, schedule of sampling
-    "ddim.td0": ("ddim", None),
-    "ddpm.td0": ("ddpm", None),
-    "ddpm_small.td0": ("ddpm_small", None),
-    "ddpm.td0.cosine_infer": ("ddpm", "cosine_simple"),
-    "ddim.td0.guided": ("ddim", None),
+RUNS = {  # name in the file: sampler, time difference, schedule of sampling
+    "ddim.td0": ("ddim", 0, None),
+    "ddim.td1": ("ddim", 1, None),
+    "ddpm.td0": ("ddpm", 0, None),
+    "ddpm.td1": ("ddpm", 1, None),
+    "ddpm_small.td0": ("ddpm_small", 0, None),
+    "ddpm.td0.cosine_infer": ("ddpm", 0, "cosine_simple"),
+    "ddim.td0.guided": ("ddim", 0, None),
 }
 
 pytestmark = pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
@@ -79,17 +82,18 @@ def golden_diffusion(info: dict) -> GaussianDiffusion:
     return GaussianDiffusion(model, noise_schedule=name, schedule_kwargs=kwargs, objective="eps")
 
 
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize(("run", "batched"), [*[(run, True) for run in RUNS], ("ddim.td0.guided", False)])
 @torch.no_grad()
-def test_whole_runs(file, run):
+def test_whole_runs(file, run, batched):
     arrays = np.load(file)
     info = json.loads(str(arrays["info_json"]))
     diffusion = golden_diffusion(info)
-    sampler, schedule = RUNS[run]
+    sampler, td, schedule = RUNS[run]
     schedule = diffusion.schedule if schedule is None else make_schedule(schedule)
     noise = map(channels_first, arrays["gen.step_noise"])
-    denoise = diffusion.denoiser(tensor(arrays, "gen.labels"), info["guidance_scale"] if "guided" in run else 0.0)
-    levels = noise_levels(schedule, uniform_times(info["steps"]), dtype=torch.float32)  # as the release computes them
+    guidance = info["guidance_scale"] if "guided" in run else 0.0
+    denoise = diffusion.denoiser(tensor(arrays, "gen.labels"), guidance, batched_guidance=batched)
+    levels = make_levels(schedule, info["steps"], time_difference=td, dtype=torch.float32)  # as the release has them
     steps = get_sampler(sampler)(denoise, channels_first(arrays["gen.init_noise"]), levels, lambda: next(noise))
     worst = 0.0
     for i, ((now, later), step) in enumerate(zip(levels, steps, strict=True)):

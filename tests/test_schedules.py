@@ -9,7 +9,7 @@ from golden_files import GOLDEN
 from torch.testing import assert_close
 
 from rin_video.errors import UsageError
-from rin_video.schedules import SCHEDULES, make_schedule
+from rin_video.schedules import SCHEDULES, NoiseLevel, make_schedule
 
 FILES = sorted(GOLDEN.glob("schedules*.npz"))
 NAMES = {"simple_linear": "linear", "cosine_simple": "cosine_simple", "cosine": "cosine", "sigmoid": "sigmoid"}
@@ -38,10 +38,13 @@ def test_schedule_is_the_release_s(file, name):
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_signal_falls_and_power_is_preserved(name):
-    level = make_schedule(name)(torch.linspace(0, 1, 101, dtype=torch.float64))
+def test_levels_lie_on_their_path(name):
+    level = make_schedule(name)(torch.linspace(0, 0.999, 101, dtype=torch.float64))
     assert (level.gamma.diff() < 0).all()
-    assert_close(level.alpha**2 + level.sigma**2, torch.ones(101, dtype=torch.float64))
+    assert level.power == (1 if name == "rectified_flow" else 2)
+    assert_close(level.alpha**level.power + level.sigma**level.power, torch.ones(101, dtype=torch.float64))
+    again = NoiseLevel.from_ratio(level.ratio, level.power)
+    assert_close(torch.stack(again[:3]), torch.stack(level[:3]))
 
 
 def test_unknown_names_and_parameters_are_named():

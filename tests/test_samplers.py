@@ -1,0 +1,363 @@
+"""Samplers against a denoiser whose score is known exactly: order, churn, spacings, guidance, thresholds."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from rin_video import GaussianDiffusion, UsageError
+from rin_video.config import SampleConfig
+from rin_video.objectives import (
+    LOSS_WEIGHTS,
+    OBJECTIVES,
+    clip_dynamic,
+    logit_normal_time,
+    make_loss_weight,
+    target,
+)
+from rin_video.samplers import SAMPLERS, SPACINGS, get_sampler, make_levels
+from rin_video.schedules import NoiseLevel, make_schedule
+
+
+class Mixture(nn.Module):
+    """The exact denoiser of a mixture of two Gaussians at -1/2 and 1/2 (in every coordinate) with std 0.3."""
+
+    std, place = 0.3, 0.5
+
+    def x0(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        spread = alpha**2 * self.std**2 + sigma**2
+        logit = (2 * alpha * self.place * x / spread).flatten(1).sum(1).view(-1, *[1] * (x.ndim - 1))
+        mean = self.place * torch.tanh(logit / 2)
+        return mean + alpha * self.std**2 / spread * (x - alpha * mean)
+
+
+def denoise(x: Tensor, level: NoiseLevel, hidden) -> tuple[Tensor, Tensor, None]:
+    x0 = Mixture().x0(x, level.alpha, level.sigma)
+    return x0, (x - level.alpha * x0) / level.sigma, None
+
+
+def run(sampler: str, schedule: str, steps: int, x: Tensor, spacing: str = "uniform", **options) -> Tensor:
+    levels = make_levels(make_schedule(schedule), steps, spacing=spacing)
+    *_, last = get_sampler(sampler, options)(denoise, x, levels, lambda: torch.randn_like(x))
+    return last.x
+
+
+STEPS = [10, 20, 40, 80, 160]
+ORDERS = {
+    ("ddim", "uniform"): 1,
+    ("ddim", "karras"): 1,
+    ("heun", "uniform"): 2,
+    ("heun", "karras"): 2,
+    ("dpmpp_2m", "karras"): 2,
+    ("dpmpp_3m", "karras"): 3,
+}
+
+
+@pytest.mark.parametrize("shape", [(1,), (2, 3, 2, 2)], ids=["rank 1", "rank 4"])
+@pytest.mark.parametrize("schedule", ["cosine", "rectified_flow"])
+@pytest.mark.parametrize(("sampler", "spacing"), ORDERS)
+def test_order_of_convergence(sampler, spacing, schedule, shape):
+    """The error against 2,000 steps of Heun falls with the slope of the method's order as steps double."""
+    x = torch.randn(64, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    reference = run("heun", schedule, 2000, x, spacing)
+    errors = [float((run(sampler, schedule, steps, x, spacing) - reference).abs().mean()) for steps in STEPS]
+    logs = torch.tensor(STEPS).double().log(), torch.tensor(errors).double().log()
+    slope = float(torch.linalg.lstsq(torch.stack([logs[0], torch.ones(5)], 1), logs[1]).solution[0])
+    print(f"{sampler} {spacing} {schedule} {shape}: slope {slope:.2f}")  # noqa: T201
+    assert slope == pytest.approx(-ORDERS[sampler, spacing], abs=0.3)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_every_sampler_on_every_spacing_finds_the_mixture(sampler, spacing):
+    """Half of the samples near each place, with the right spread; 150 steps, 4,000 samples."""
+    x = torch.randn(4000, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.manual_seed(1)
+    samples = run(sampler, "cosine", 150, x, spacing)
+    share = (samples.mean(1) > 0).double().mean().item()
+    assert share == pytest.approx(0.5, abs=0.03)
+    expected = math.sqrt(Mixture.std**2 + Mixture.place**2)
+    assert samples.square().mean().sqrt().item() == pytest.approx(expected, rel=0.04)
+
+
+@pytest.mark.parametrize("options", [("heun", {"churn": 20.0}), ("ddim", {"eta": 1.0}), ("ddim", {"eta": 0.5})])
+@pytest.mark.parametrize("schedule", ["cosine", "rectified_flow"])
+def test_noise_put_back_keeps_the_distribution(options, schedule):
+    sampler, kwargs = options
+    x = torch.randn(4000, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.manual_seed(1)
+    samples = run(sampler, schedule, 150, x, **kwargs)
+    still = run(sampler, schedule, 150, x)
+    assert (samples - still).abs().mean() > 0.05  # it is another sample
+    expected = math.sqrt(Mixture.std**2 + Mixture.place**2)
+    assert samples.square().mean().sqrt().item() == pytest.approx(expected, rel=0.04)
+
+
+def test_ddim_with_full_noise_is_ddpm_with_the_small_variance():
+    x = torch.randn(50, 3, dtype=torch.float64)
+    results = []
+    for sampler, options in (("ddim", {"eta": 1.0}), ("ddpm_small", {})):
+        torch.manual_seed(0)
+        results.append(run(sampler, "cosine", 20, x, **options))
+    assert_close(results[0], results[1])
+
+
+def test_heun_on_the_straight_path_is_heun_in_time():
+    """On rectified flow the general form is the textbook's, dx/dt = eps - x0."""
+    x = expected = torch.randn(20, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    levels = make_levels(make_schedule("rectified_flow"), 12)
+    for now, later in levels:
+        x0, eps, _ = denoise(expected, now, None)
+        slope, h = eps - x0, later.sigma - now.sigma
+        euler = expected + h * slope
+        if later.sigma:
+            x0, eps, _ = denoise(euler, later, None)
+            slope = (slope + eps - x0) / 2
+        expected = expected + h * slope
+    assert_close(run("heun", "rectified_flow", 12, x), expected, rtol=1e-4, atol=1e-4)  # t = 1 is moved by 3e-5
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_levels_fall_from_noise_to_data(spacing):
+    levels = make_levels(make_schedule("cosine"), 9, spacing=spacing)
+    assert len(levels) == 9
+    gammas = [now.gamma for now, _ in levels] + [levels[-1][1].gamma]
+    assert gammas == sorted(gammas)
+    assert gammas[0] < 1e-3
+    assert gammas[-1] == 1
+    assert all(later == now for (_, later), (now, _) in pairwise(levels))
+    assert all(isinstance(value, float) for pair in levels for level in pair for value in level[:3])
+
+
+def test_karras_spacing_is_edm_s():
+    """Karras et al. 2022, eq. 5, with rho = 7 from 80 to 0.002."""
+    ratios = [now.ratio for now, _ in make_levels(make_schedule("cosine"), 5, spacing="karras")]
+    expected = [(80 ** (1 / 7) + i / 4 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7 for i in range(5)]
+    assert ratios[:4] == pytest.approx(expected[:4])
+    assert ratios[4] >= 0.002
+
+
+def test_time_difference_reaches_further():
+    schedule = make_schedule("sigmoid")
+    plain, further = make_levels(schedule, 8), make_levels(schedule, 8, time_difference=1)
+    assert [now for now, _ in plain] == [now for now, _ in further]
+    assert [later for _, later in further[:-1]] == [later for _, later in plain[1:]]
+
+
+# ---- guidance, clipping
+
+
+class Labelled(nn.Module):
+    """Predicts its label; hands on how often it was called, and with how many samples."""
+
+    def forward(self, x, gamma, latents=None, label=None):
+        seen = torch.zeros(len(x)) if latents is None else latents
+        self.batch = len(x)
+        return torch.ones_like(x) * label.view(-1, 1) + 0.1 * x, seen + label.view(-1) + 2
+
+
+def test_guidance_batched_and_in_two_passes_are_the_same():
+    diffusion = GaussianDiffusion(Labelled(), objective="eps", clip_x0="none")
+    x, label = torch.randn(3, 4), torch.tensor([1, 2, 3])
+    level = NoiseLevel.from_gamma(0.5)
+    results = []
+    for batched in (True, False):
+        denoise = diffusion.denoiser(label, 2.0, batched_guidance=batched)
+        _, _, hidden = denoise(x, level, None)
+        results.append(denoise(x, level, hidden))
+        assert diffusion.model.batch == (6 if batched else 3)
+    assert_close(results[0], results[1])
+    assert_close(results[0][2]["latents"], 2 * (label + 2.0))  # of the labelled branch alone
+    prediction = 3 * (label.view(-1, 1) + 0.1 * x) - 2 * (-1 + 0.1 * x)
+    assert_close(results[0][1], prediction, rtol=1e-4, atol=1e-4)
+
+
+def test_guidance_interval_and_rescale():
+    diffusion = GaussianDiffusion(Labelled(), objective="eps", clip_x0="none")
+    x, label, level = torch.randn(3, 400), torch.tensor([1, 2, 3]), NoiseLevel.from_gamma(0.5)
+    plain = diffusion.denoiser(label)(x, level, None)
+    outside = diffusion.denoiser(label, 2.0, guidance_interval=(0.6, 1))(x, level, None)
+    assert_close(outside, plain)
+    rescaled = diffusion.denoiser(label, 2.0, guidance_rescale=1.0)(x, level, None)
+    assert_close(rescaled[1].std(1), plain[1].std(1), rtol=1e-4, atol=1e-4)
+
+
+def test_dynamic_threshold():
+    x0 = torch.linspace(-3, 3, 1001).repeat(2, 1)
+    x0[1] /= 6
+    clipped = clip_dynamic(x0, 1.0, quantile=0.9)
+    assert clipped[0].abs().max().item() == pytest.approx(1)
+    assert (clipped[0].abs() >= 0.999).float().mean().item() == pytest.approx(0.1, abs=0.01)
+    assert_close(clipped[1], x0[1])  # within the range already
+
+
+# ---- training
+
+
+@pytest.mark.parametrize(
+    ("objective", "snr", "expected"),
+    [
+        # hand-computed for gamma = 5: min(snr, 5) over 1, snr, snr + 1, (sqrt(snr) + 1)^2
+        ("x0", 0.1, 0.1), ("x0", 5.0, 5.0), ("x0", 100.0, 5.0),
+        ("eps", 0.1, 1.0), ("eps", 5.0, 1.0), ("eps", 100.0, 0.05),
+        ("v", 0.1, 1 / 11), ("v", 5.0, 5 / 6), ("v", 100.0, 5 / 101),
+        ("velocity", 0.1, 0.0577215), ("velocity", 5.0, 0.4774575), ("velocity", 100.0, 5 / 121),
+    ],
+)  # fmt: skip
+def test_min_snr_by_hand(objective, snr, expected):
+    """Trap 9: it is a minimum, and for v it is divided by snr + 1."""
+    weight = make_loss_weight("min_snr", objective)(NoiseLevel.from_gamma(torch.tensor(snr / (1 + snr)).double()))
+    assert weight.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", LOSS_WEIGHTS)
+@pytest.mark.parametrize("schedule", ["cosine", "rectified_flow"])
+def test_weighted_loss_is_the_same_whatever_the_objective(name, schedule):
+    """The same error of the data costs the same, however the model says it."""
+    generator = torch.Generator().manual_seed(0)
+    x0, wrong, eps = torch.randn(3, 1000, generator=generator, dtype=torch.float64)
+    for t in (0.1, 0.5, 0.9):
+        level = make_schedule(schedule)(torch.tensor(t, dtype=torch.float64))
+        x_t = level.alpha * x0 + level.sigma * eps
+        costs = []
+        for objective in OBJECTIVES:
+            said = target(objective, wrong, (x_t - level.alpha * wrong) / level.sigma, level)
+            error = (said - target(objective, x0, eps, level)) ** 2
+            costs.append((make_loss_weight(name, objective)(level) * error).mean())
+        if schedule == "rectified_flow":
+            costs.pop(OBJECTIVES.index("v"))  # v keeps variance; on the straight path it is another combination
+        assert_close(torch.stack(costs), costs[0].expand(len(costs)))
+
+
+def test_p2_and_sigmoid_by_hand():
+    level = NoiseLevel.from_gamma(torch.tensor(0.8, dtype=torch.float64))  # snr 4
+    assert make_loss_weight("p2", "eps")(level).item() == pytest.approx(1 / 5)
+    assert make_loss_weight("sigmoid", "eps", {"bias": 1.0})(level).item() == pytest.approx(
+        1 / (1 + math.exp(math.log(4) - 1))
+    )
+
+
+def test_logit_normal_times():
+    torch.manual_seed(0)
+    t = logit_normal_time(100_000, torch.device("cpu"), mean=-0.5, std=0.7)
+    n = torch.logit(t)
+    assert n.mean().item() == pytest.approx(-0.5, abs=0.01)
+    assert n.std().item() == pytest.approx(0.7, abs=0.01)
+
+
+class ScaledGaussian(nn.Module):
+    """The exact v of data N(0, (b std)^2), told the input divided by its own standard deviation."""
+
+    def __init__(self, std: float) -> None:
+        super().__init__()
+        self.std = std
+
+    def forward(self, x, gamma, latents=None):
+        gamma = gamma.view(-1, 1).double()
+        x_t = x * (gamma * self.std**2 + 1 - gamma) ** 0.5
+        level = NoiseLevel.from_gamma(gamma)
+        x0 = level.alpha * self.std**2 / (gamma * self.std**2 + 1 - gamma) * x_t
+        eps = (x_t - level.alpha * x0) / level.sigma
+        return target("v", x0, eps, level).to(x.dtype), None
+
+
+@pytest.mark.parametrize("scale", [0.3, 1.0])
+def test_scaled_data_are_sampled_without_bias(scale):
+    """Trap 6: b in training and in sampling, the normalised input in both, the result divided by b."""
+    std = 0.25
+    model = ScaledGaussian(std * scale)
+    if scale == 1:  # then the input is not normalised: give the model what it expects
+
+        class Plain(nn.Module):
+            def forward(self, x, gamma, latents=None):
+                return model(x / (gamma.view(-1, 1) * std**2 + 1 - gamma.view(-1, 1)) ** 0.5, gamma)
+
+        diffusion = GaussianDiffusion(Plain(), scale=scale, noise_schedule="cosine", clip_x0="none")
+    else:
+        diffusion = GaussianDiffusion(model, scale=scale, noise_schedule="cosine", clip_x0="none")
+    samples = diffusion.sample(50, shape=(4000,), steps=50, seed=0, sampler="heun", spacing="karras")
+    inside = 2 * samples.double() - 1
+    assert inside.std().item() == pytest.approx(std, rel=0.02)
+    assert inside.mean().item() == pytest.approx(0, abs=0.01)
+    torch.manual_seed(0)
+    x = torch.randn(200, 4000) * std / 2 + 0.5
+    loss, t = diffusion(x, per_sample=True)
+    gamma, variance = diffusion.schedule(t.double()).gamma, (std * scale) ** 2
+    assert_close(loss.double(), variance / (gamma * variance + 1 - gamma), rtol=0.2, atol=1e-3)
+    assert (loss.double() / (variance / (gamma * variance + 1 - gamma))).mean().item() == pytest.approx(1, abs=0.01)
+
+
+def test_first_pass_comes_from_a_noisier_level():
+    """Trap 12: with a gap, the memory is made at t + U(0, gap) of the same noise, as the sampler makes it."""
+    calls = []
+
+    class Seen(nn.Module):
+        def forward(self, x, gamma, latents=None):
+            calls.append((x, gamma))
+            return torch.zeros_like(x), torch.zeros(len(x), 1)
+
+    torch.manual_seed(0)
+    diffusion = GaussianDiffusion(Seen(), noise_schedule="linear", self_cond_gap=0.1)
+    diffusion.loss_at(torch.full((2000, 3), 0.75), torch.full((2000,), 0.5))
+    gamma_first, gamma_main = (gamma for _, gamma in calls)
+    assert_close(gamma_main, torch.full((2000,), 0.5))
+    gaps = gamma_main - gamma_first  # t is 1 - gamma
+    assert gaps.min() >= 0
+    assert gaps.max() <= 0.1 + 1e-6
+    assert gaps.mean().item() == pytest.approx(0.05, abs=0.003)
+    eps = [(x - gamma.sqrt()[:, None] * 0.5) / (1 - gamma).sqrt()[:, None] for x, gamma in calls]
+    assert_close(eps[0], eps[1], rtol=1e-4, atol=1e-4)
+    calls.clear()
+    GaussianDiffusion(Seen())(torch.rand(4, 3))
+    assert_close(calls[0], calls[1])
+
+
+def test_trajectory_and_callback_see_the_estimates():
+    diffusion = GaussianDiffusion(ScaledGaussian(0.5), noise_schedule="cosine")
+    seen = []
+    samples, trajectory = diffusion.sample(
+        5,
+        shape=(16,),
+        steps=4,
+        seed=0,
+        max_batch=2,
+        return_trajectory=True,
+        callback=lambda i, x0: seen.append((i, x0)),
+    )
+    assert trajectory.shape == (5, 4, 16)
+    assert_close(trajectory[:, -1], samples)
+    assert [i for i, _ in seen] == [0, 1, 2, 3] * 3
+    assert_close(seen[3][1], samples[:2])
+    assert trajectory.min() >= 0
+    assert trajectory.max() <= 1
+
+
+def test_mistakes_are_named():
+    diffusion = GaussianDiffusion(ScaledGaussian(0.5))
+    for options, message in (
+        ({"sampler_kwargs": {"etta": 1}}, r"sampler ddim has no option etta: it has eta"),
+        ({"spacing": "log"}, r"unknown spacing 'log': known are uniform"),
+        ({"spacing": "karras", "time_difference": 1}, r"time_difference is 1"),
+        ({"guidance": 1.0}, r"no label to be guided by"),
+        ({"clip_x0": "hard"}, r"unknown clip_x0 'hard'"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            diffusion.sample(1, shape=(3,), steps=2, **options)
+    with pytest.raises(UsageError, match=r"unknown loss_weight 'snr'.*min_snr"):
+        GaussianDiffusion(ScaledGaussian(0.5), loss_weight="snr")
+    with pytest.raises(UsageError, match=r"loss_weight min_snr has no parameter k: it has gamma"):
+        GaussianDiffusion(ScaledGaussian(0.5), loss_weight="min_snr", loss_weight_kwargs={"k": 1})
+    with pytest.raises(UsageError, match="time_sampling=normal is unknown"):
+        GaussianDiffusion(ScaledGaussian(0.5), time_sampling="normal")
+
+
+def test_every_option_of_the_configuration_reaches_the_sampler():
+    """`sample_from_config` hands on every field but the file's frame rate and the number of samples."""
+    seen = {}
+    diffusion = GaussianDiffusion(ScaledGaussian(0.5))
+    diffusion.sample = lambda count, **options: seen.update(options) or torch.zeros(count)
+    diffusion.sample_from_config(SampleConfig(num_samples=3))
+    assert set(vars(SampleConfig())) - {"num_samples", "fps"} <= set(seen)
