@@ -231,5 +231,5 @@ def test_importing_the_configuration_imports_no_torch(tmp_path):
         "import sys, rin_video.config as c; c.load_config('cifar10', ['model.dim=8']);"
         "print(*{name.split('.')[0] for name in sys.modules} & {'torch', 'numpy', 'timm', 'accelerate', 'PIL', 'av'})"
     )
-    done = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.split() == []

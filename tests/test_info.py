@@ -6,7 +6,7 @@ import pytest
 import torch
 from golden_files import GOLDEN
 
-from rin_video import RIN, UsageError
+from rin_video import RIN, GaussianDiffusion, UsageError
 from rin_video.config import Config, ModelConfig, load_config
 from rin_video.info import describe, model_info, training_memory
 
@@ -106,8 +106,6 @@ def test_training_memory_counts_what_autograd_keeps():
     config = Config(model=ModelConfig(dim=32, image_size=16, num_latents=16, depth=2))
     config.train.train_batch_size = 4
     config.diffusion.train_prob_self_cond = 0
-    from rin_video import GaussianDiffusion
-
     diffusion = GaussianDiffusion.from_config(RIN(config.model), config.diffusion)
     weights = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in diffusion.parameters()}
     saved = {}
