@@ -42,7 +42,8 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     arguments: list[str] = []
     overrides: list[str] = []
     for word in argv:
-        waits = bool(arguments) and arguments[-1].startswith("--") and "=" not in arguments[-1]
+        last = arguments[-1] if arguments else ""
+        waits = last.startswith("--") and "=" not in last and last != "--json"  # the one flag
         (overrides if OVERRIDE.match(word) and not waits else arguments).append(word)
     return arguments, overrides
 

@@ -13,10 +13,12 @@ from pathlib import Path
 import torch
 
 from rin_video.checkpoint import CONFIG, find_model
-from rin_video.config import load_config, presets
+from rin_video.config import Config, load_config, presets
 from rin_video.diffusion import GaussianDiffusion
 from rin_video.errors import UsageError
 from rin_video.info import describe, model_info, training_memory
+from rin_video.samplers import get_sampler, make_levels
+from rin_video.schedules import make_schedule
 
 log = logging.getLogger("rin_video")
 
@@ -51,9 +53,13 @@ def train(options: Namespace) -> None:
     if not any(override.startswith("model.num_classes=") for override in options.overrides):
         config.model.num_classes = len(dataset.classes)
     folder = Path(options.out or Path("runs") / Path(options.data).resolve().stem)
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--out {folder} is a file: give a folder")
+    check_sampling(config)
 
     log.info("data\n%s", _indent(dataset.describe()))
     log.info("model\n%s", describe(config.model))
+    torch.manual_seed(config.train.seed)
     diffusion = GaussianDiffusion.from_config(RIN(config.model), config.diffusion)
     trainer = Trainer(diffusion, dataset, results_folder=folder, config=config)
     log.info(
@@ -70,7 +76,7 @@ def train(options: Namespace) -> None:
 
 def sample(options: Namespace) -> None:
     """`rin-video sample`."""
-    from rin_video.export import save_samples
+    from rin_video.export import check_target, save_samples
 
     folder = find_model(options.model)
     config = load_config(folder / CONFIG, options.overrides)
@@ -84,10 +90,18 @@ def sample(options: Namespace) -> None:
     ):
         if value is not None:
             setattr(wanted, name, value)
-    if wanted.num_samples < 1:
-        raise UsageError(f"--num is {wanted.num_samples}: draw at least 1")
+    wanted.__post_init__()
+    check_sampling(config)
+    for name in ("seed", "batch_size"):
+        value = getattr(options, name)
+        if value is not None and value < (name == "batch_size"):
+            raise UsageError(f"--{name.replace('_', '-')} is {value}: it must be at least {int(name == 'batch_size')}")
+    for override in options.overrides:
+        if not override.startswith("sample."):
+            raise UsageError(f"{override} cannot change a trained model: sample takes sample.key=value")
     diffusion = GaussianDiffusion.from_pretrained(folder, device=best_device())
     out = Path(options.out or folder / ("samples.mp4" if config.model.frames else "samples.png"))
+    check_target(out, rank=len(diffusion.shape or ()) + 1, fps=wanted.fps)
     start = time.perf_counter()
     samples = diffusion.sample_from_config(wanted, seed=options.seed, max_batch=options.batch_size or 16, progress=True)
     seconds = time.perf_counter() - start
@@ -106,6 +120,8 @@ def info(options: Namespace) -> None:
     """`rin-video info`."""
     if options.model and options.config:
         raise UsageError("give the folder of a run or --config, not both")
+    if options.overrides and not (options.model or options.config):
+        raise UsageError(f"{options.overrides[0]} changes no model: give --config NAME too")
     if not (options.model or options.config):
         rows = {name: model_info(load_config(name).model) for name in presets()}
         if options.json:
@@ -132,6 +148,16 @@ def demo(options: Namespace) -> None:
     from rin_video.demo import run_demo
 
     run_demo(Path(options.out), options.overrides)
+
+
+def check_sampling(config: Config) -> None:
+    """What would fail in sampling, and can be said before: a `UsageError`."""
+    wanted = config.sample
+    if wanted.guidance and not config.model.num_classes:
+        raise UsageError(f"sample.guidance is {wanted.guidance:g}, but the model has no classes: leave it at 0")
+    get_sampler(wanted.sampler, wanted.sampler_kwargs)
+    schedule = make_schedule(wanted.noise_schedule or config.diffusion.noise_schedule, wanted.schedule_kwargs)
+    make_levels(schedule, wanted.steps, spacing=wanted.spacing, time_difference=wanted.time_difference)
 
 
 def default_preset(frames: int | None) -> str:

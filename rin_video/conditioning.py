@@ -45,7 +45,8 @@ class TimeEmbedding(nn.Module):
 class ClassEmbedding(nn.Module):
     """label to (B, dim): one-hot times a matrix, plus a bias. A missing label is the zero vector, so only the bias.
 
-    `label` is (B,) integers in [0, num_classes), where a negative one means missing; or (B, num_classes) weights.
+    `label` is (B,) integers below num_classes, where a negative one means missing; or (B, num_classes) weights. Any
+    other shape is a `UsageError`.
     """
 
     def __init__(self, num_classes: int, dim: int) -> None:
@@ -58,6 +59,9 @@ class ClassEmbedding(nn.Module):
         weight = self.projection.weight
         if label is None:
             label = weight.new_zeros(batch, self.num_classes)
+        elif label.shape not in ((batch,), (batch, self.num_classes)):
+            wanted = f"({batch},) classes or ({batch}, {self.num_classes}) weights"
+            raise UsageError(f"label has the shape {tuple(label.shape)}: give {wanted}")
         elif label.ndim == 1:
             known = torch.arange(self.num_classes, device=label.device)
             label = (label[:, None] == known).to(weight.dtype)

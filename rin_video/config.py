@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -56,10 +57,25 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
-            for part in str(getattr(self, name)).split("+"):
-                _choice(f"model.{name}", part, choices)
+            _choice(f"model.{name}", getattr(self, name), choices)
+        for name, choices in _COMBINATIONS.items():
+            value = getattr(self, name)
+            if value != "none":
+                for part in str(value).split("+"):
+                    _choice(f"model.{name}", part, choices)
         for name in ("dim", "channels", "depth", "num_latents", "num_heads", "latent_num_heads"):
-            _positive(f"model.{name}", getattr(self, name))
+            _at_least(f"model.{name}", getattr(self, name), 1, int)
+        for name in ("frames", "sequence_length", "dim_latent"):
+            if getattr(self, name) is not None:
+                _at_least(f"model.{name}", getattr(self, name), 1, int)
+        _at_least("model.num_classes", self.num_classes, 0, int)
+        for name in ("mlp_ratio", "latent_mlp_ratio", "time_scaling"):
+            _above("model", name, getattr(self, name), 0)
+        for name in ("dropout", "drop_path"):
+            _within(f"model.{name}", getattr(self, name), 0, 1)
+        for name in ("dual_patchnorm", "qk_norm", "norm_context"):
+            if not isinstance(getattr(self, name), bool):
+                raise UsageError(f"model.{name} is {getattr(self, name)!r}: it is true or false")
 
     @property
     def height_width(self) -> tuple[int, int]:
@@ -77,11 +93,10 @@ class ModelConfig:
     def compute_layers(self) -> tuple[int, ...]:
         """Compute layers of each block, one number a block."""
         layers = self.latent_self_attn_depth
-        if isinstance(layers, int):
-            layers = [layers] * self.depth
-        if len(layers) != self.depth or any(not isinstance(n, int) or n < 0 for n in layers):
+        layers = [layers] * self.depth if isinstance(layers, int) else layers
+        if not isinstance(layers, list | tuple) or len(layers) != self.depth or any(not _whole(n, 0) for n in layers):
             raise UsageError(
-                f"model.latent_self_attn_depth {list(layers)} must be one number or {self.depth} (model.depth)"
+                f"model.latent_self_attn_depth {layers} must be one number or {self.depth} (model.depth), all whole"
             )
         return tuple(layers)
 
@@ -92,8 +107,10 @@ _CHOICES = {
     "latent_position": ("learned", "sincos", "sincos_learned"),
     "time_conditioning": _CONDITIONING,
     "class_conditioning": _CONDITIONING,
-    "self_conditioning": ("none", "latent", "interface", "x0"),
-    "interface_mixing": ("none", "linear_attention", "conv"),
+}
+_COMBINATIONS = {  # none, or some of these joined by +
+    "self_conditioning": ("latent", "interface", "x0"),
+    "interface_mixing": ("linear_attention", "conv"),
 }
 
 
@@ -118,11 +135,10 @@ class DiffusionConfig:
     def __post_init__(self) -> None:
         _choice("time_sampling", self.time_sampling, ("uniform", "logit_normal"))
         _choice("clip_x0", self.clip_x0, ("static", "dynamic", "none"))
+        _at_least("timesteps", self.timesteps, 1, int)
         for name in ("train_prob_self_cond", "self_cond_gap", "label_dropout"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UsageError(f"{name} is {getattr(self, name)}: it lies in [0, 1]")
-        if self.scale <= 0:
-            raise UsageError(f"scale is {self.scale}: it must be above 0")
+            _within(name, getattr(self, name), 0, 1)
+        _above("diffusion", "scale", self.scale, 0)
         if unknown := set(self.time_sampling_kwargs) - ({"mean", "std"} if self.time_sampling != "uniform" else set()):
             raise UsageError(f"time_sampling {self.time_sampling} has no parameter {', '.join(sorted(unknown))}")
 
@@ -141,28 +157,32 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _choice("data.crop", self.crop, ("center", "random"))
+        _at_least("data.stride", self.stride, 1, int)
+        _at_least("data.num_workers", self.num_workers, 0, int)
+        if self.fps is not None:
+            _above("data", "fps", self.fps, 0)
 
 
 @dataclass
 class TrainConfig:
     """The optimisation."""
 
-    train_num_steps: int = 100_000
+    train_num_steps: int = 100_000  # optimizer steps
     train_batch_size: int = 16  # samples of one forward pass, per process
     gradient_accumulate_every: int = 1  # forward passes for one step
     optimizer: str = "adamw"  # adamw, lamb
-    train_lr: float = 1e-4
+    train_lr: float = 1e-4  # the highest learning rate
     weight_decay: float = 0.01  # not on biases, norms and embeddings
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # of the optimizer's two averages
     lr_schedule: str = "cosine"  # cosine, constant
     lr_cosine_portion: float = 1.0  # how much of the cosine's half period the run covers
-    warmup_steps: int = 0
+    warmup_steps: int = 0  # the learning rate rises linearly over these
     max_grad_norm: float = 1.0  # 0: no clipping
-    ema_decay: float = 0.9999
-    ema_update_every: int = 1
+    ema_decay: float = 0.9999  # of the averaged weights, reached by a warm-up
+    ema_update_every: int = 1  # steps
     mixed_precision: str = "no"  # no (fp32), bf16, fp16
-    seed: int = 0
-    save_and_sample_every: int = 1000
+    seed: int = 0  # of initial weights, data order, noise and samples
+    save_and_sample_every: int = 1000  # steps
     keep_checkpoints: int = 2  # states to resume from that are kept
     log_every: int = 10  # steps between lines of metrics.jsonl
 
@@ -170,27 +190,60 @@ class TrainConfig:
         _choice("train.optimizer", self.optimizer, ("adamw", "lamb"))
         _choice("train.lr_schedule", self.lr_schedule, ("cosine", "constant"))
         _choice("train.mixed_precision", self.mixed_precision, ("no", "bf16", "fp16"))
-        for name in ("train_num_steps", "train_batch_size", "gradient_accumulate_every", "save_and_sample_every"):
-            _positive(f"train.{name}", getattr(self, name))
+        for name in (
+            "train_num_steps",
+            "train_batch_size",
+            "gradient_accumulate_every",
+            "save_and_sample_every",
+            "ema_update_every",
+            "keep_checkpoints",
+            "log_every",
+        ):
+            _at_least(f"train.{name}", getattr(self, name), 1, int)
+        for name in ("warmup_steps", "seed"):
+            _at_least(f"train.{name}", getattr(self, name), 0, int)
+        _above("train", "train_lr", self.train_lr, 0)
+        _above("train", "lr_cosine_portion", self.lr_cosine_portion, 0)
+        for name in ("weight_decay", "max_grad_norm"):
+            _at_least(f"train.{name}", getattr(self, name), 0, float)
+        _within("train.ema_decay", self.ema_decay, 0, 1)
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise UsageError(f"train.betas is {list(self.betas)}: it takes two numbers in [0, 1)")
+
+
+SAMPLER_NAMES = ("ddim", "ddpm", "ddpm_small", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m", "heun")
 
 
 @dataclass
 class SampleConfig:
     """How pictures and clips are drawn, in training and by `rin-video sample`."""
 
-    num_samples: int = 16
-    steps: int = 100
-    sampler: str = "ddim"  # ddim, ddpm, ddpm_small, dpmpp_2m, dpmpp_2m_sde, dpmpp_3m, heun
+    num_samples: int = 16  # how many
+    steps: int = 100  # network calls, or twice as many with heun
+    sampler: str = "ddim"  # one of SAMPLER_NAMES
     sampler_kwargs: dict[str, float] = field(default_factory=dict)  # eta of ddim, churn of heun
     spacing: str = "uniform"  # of the steps: uniform, quadratic (in t), karras, logsnr (in sigma / alpha)
     time_difference: float = 0.0  # how many steps further than the clock every step reaches
     noise_schedule: str | None = None  # none: the schedule of training
-    schedule_kwargs: dict[str, float] = field(default_factory=dict)
+    schedule_kwargs: dict[str, float] = field(default_factory=dict)  # its parameters
     guidance: float = 0.0  # weight of classifier-free guidance; 0: none
     guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])  # gammas at which there is guidance
     guidance_rescale: float = 0.0  # 0 to 1: keeps the spread of the guided prediction
     clip_x0: str | None = None  # none: as in training
     fps: float = 8.0  # of the clips that are written
+
+    def __post_init__(self) -> None:
+        for name in ("num_samples", "steps"):
+            _at_least(f"sample.{name}", getattr(self, name), 1, int)
+        _choice("sample.sampler", self.sampler, SAMPLER_NAMES)
+        _choice("sample.spacing", self.spacing, ("uniform", "quadratic", "karras", "logsnr"))
+        if self.clip_x0 is not None:
+            _choice("sample.clip_x0", self.clip_x0, ("static", "dynamic", "none"))
+        _at_least("sample.time_difference", self.time_difference, 0, float)
+        _within("sample.guidance_rescale", self.guidance_rescale, 0, 1)
+        _above("sample", "fps", self.fps, 0)
+        if len(self.guidance_interval) != 2:
+            raise UsageError(f"sample.guidance_interval is {list(self.guidance_interval)}: it takes two gammas")
 
 
 @dataclass
@@ -272,7 +325,8 @@ def _read(name_or_file: str | os.PathLike[str]) -> tuple[str, str]:
 def _parse(text: str, origin: str) -> Any:
     from omegaconf import DictConfig, OmegaConf
 
-    with _plain_errors(origin):
+    parsed = None
+    with _plain_errors(origin), suppress(AssertionError):  # OmegaConf asserts on a lone number
         parsed = OmegaConf.create(text)
     if not isinstance(parsed, DictConfig):
         raise UsageError(
@@ -329,13 +383,33 @@ def _choice(name: str, value: str, choices: Sequence[str]) -> None:
         raise UsageError(f"{name}={value} is unknown: choose {', '.join(choices)}")
 
 
-def _positive(name: str, value: float) -> None:
-    if value < 1:
-        raise UsageError(f"{name} is {value}: it must be at least 1")
+def _at_least(name: str, value: Any, least: int, kind: type) -> None:
+    if kind is int and not _whole(value, -(10**18)):
+        raise UsageError(f"{name} is {value!r}: it must be a whole number")
+    if not _number(value) or value < least:
+        raise UsageError(f"{name} is {value!r}: it must be at least {least}")
+
+
+def _above(section: str, name: str, value: Any, bound: float) -> None:
+    if not (_number(value) and value > bound):
+        raise UsageError(f"{section}.{name} is {value!r}: it must be above {bound}")
+
+
+def _within(name: str, value: Any, low: float, high: float) -> None:
+    if not (_number(value) and low <= value <= high):
+        raise UsageError(f"{name} is {value!r}: it lies in [{low}, {high}]")
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _numbers(name: str, value: Any, count: int, names: str) -> tuple[int, ...]:
-    numbers = (value,) * count if isinstance(value, int) else tuple(value or ())
-    if len(numbers) != count or any(not isinstance(n, int) or isinstance(n, bool) or n < 1 for n in numbers):
+    numbers = tuple(value) if isinstance(value, list | tuple) else (value,) * count
+    if len(numbers) != count or any(not _whole(n, 1) for n in numbers):
         raise UsageError(f"{name} is {value}: it takes one number, or {count} ({names}), each at least 1")
     return numbers

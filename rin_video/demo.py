@@ -7,6 +7,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from rin_video.config import load_config
 from rin_video.datasets.demo import SHAPES, write_demo_set
 from rin_video.datasets.open import open_dataset
@@ -31,6 +33,7 @@ def run_demo(folder: Path, overrides: Sequence[str] = ()) -> None:
     dataset = open_dataset(folder / "data", (3, config.model.frames or 0, *config.model.height_width), config.data)
     log.info("1. %d clips of moving shapes (%s): %s", len(clips), ", ".join(SHAPES), folder / "data")
     log.info("2. training a small model on them\n%s", describe(config.model))
+    torch.manual_seed(config.train.seed)
     diffusion = GaussianDiffusion.from_config(RIN(config.model), config.diffusion)
     trainer = Trainer(diffusion, dataset, results_folder=folder / "run", config=config)
     trainer.train()

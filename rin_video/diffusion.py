@@ -264,7 +264,7 @@ class GaussianDiffusion(nn.Module):
             scale=self.config.scale,
         )
         draw = get_sampler(sampler, sampler_kwargs)
-        labels = torch.full((batch_size,), label) if isinstance(label, int) else label
+        labels = check_labels(label, batch_size, getattr(self.model, "num_classes", 0))
         seed = int(torch.randint(2**62, ())) if seed is None else seed
         chunks = torch.arange(batch_size).split(max_batch or batch_size)
         bar = tqdm(total=len(levels) * len(chunks), desc="sampling", unit="step", disable=not progress)
@@ -339,6 +339,19 @@ class NoiseSource:
 def spread_seed(*numbers: int) -> int:
     """One seed from several numbers, so that neighbours have nothing in common."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+def check_labels(label: Tensor | int | None, batch_size: int, num_classes: int) -> Tensor | None:
+    """Labels for a batch. Raises `UsageError` for a class that the model does not have."""
+    labels = torch.full((batch_size,), label) if isinstance(label, int) else label
+    if labels is None or not num_classes or labels.ndim > 1:
+        return labels
+    if len(labels) != batch_size or labels.max() >= num_classes:
+        raise UsageError(
+            f"{len(labels)} labels up to {int(labels.max())} do not suit {batch_size} samples, {num_classes} classes: "
+            f"give one for each sample, from 0 to {num_classes - 1}, or -1 for none"
+        )
+    return labels
 
 
 def drop_labels(label: Tensor | None, probability: float) -> Tensor | None:

@@ -81,15 +81,12 @@ def save_samples(samples: Tensor | np.ndarray, path: StrPath, fps: float = DEFAU
     A path with no suffix is a folder: one .png or .mp4 for every sample. Anything: .npy or .safetensors, as it is.
     """
     path, samples = Path(path), torch.as_tensor(samples).detach().cpu()
+    check_target(path, samples.ndim, fps)
     suffix = path.suffix.lower()
+    is_clips = samples.ndim == 5
     if suffix in ARRAY_SUFFIXES:
         _write_array(samples, path)
         return [path]
-    if samples.ndim not in (4, 5):
-        raise UsageError(
-            f"samples of shape {tuple(samples.shape)} are no pictures: write {' or '.join(ARRAY_SUFFIXES)}"
-        )
-    is_clips = samples.ndim == 5
     if not suffix:
         files = [path / f"{index:04d}{'.mp4' if is_clips else '.png'}" for index in range(len(samples))]
         return [
@@ -101,13 +98,24 @@ def save_samples(samples: Tensor | np.ndarray, path: StrPath, fps: float = DEFAU
         write_video(video_grid(samples, upscale=upscale), path, fps)
     elif suffix in PICTURE_SUFFIXES and is_clips:
         contact_sheet(samples, path, upscale=upscale)
-    elif suffix in PICTURE_SUFFIXES:
-        write_image_grid(samples, path, upscale=upscale)
     else:
-        known = (*VIDEO_SUFFIXES, *PICTURE_SUFFIXES) if is_clips else PICTURE_SUFFIXES
-        kind = "clips" if is_clips else "images"
-        raise UsageError(f"{kind} cannot be written as {suffix} ({path}): use {', '.join((*known, *ARRAY_SUFFIXES))}")
+        write_image_grid(samples, path, upscale=upscale)
     return [path]
+
+
+def check_target(path: StrPath, rank: int, fps: float) -> None:
+    """Raises `UsageError` where samples of a rank, the batch included, cannot be written to `path`: before the work."""
+    suffix = Path(path).suffix.lower()
+    if suffix in ARRAY_SUFFIXES:
+        return
+    if rank not in (4, 5):
+        raise UsageError(f"samples of rank {rank} are no pictures: write {' or '.join(ARRAY_SUFFIXES)}, not {path}")
+    known = (*VIDEO_SUFFIXES, *PICTURE_SUFFIXES) if rank == 5 else PICTURE_SUFFIXES
+    if suffix and suffix not in known:
+        kind = "clips" if rank == 5 else "images"
+        raise UsageError(f"{kind} cannot be written as {suffix} ({path}): use {', '.join((*known, *ARRAY_SUFFIXES))}")
+    if suffix == ".gif" and fps > MAX_GIF_FPS:
+        raise UsageError(f"{path}: browsers slow down a GIF of {fps:g} fps: use at most {MAX_GIF_FPS}, or .mp4")
 
 
 def load_media(path: StrPath) -> tuple[Tensor, float | None]:

@@ -13,6 +13,8 @@ from av.video.frame import PictureType
 from PIL import Image
 from torch import Tensor
 
+torch.set_num_threads(1)  # the tensors of these tests are too small for more: two are four times slower
+
 STEP = 10  # grey levels from one frame to the next
 
 # Name: codec and options. Each is a way in which finding frame i can go wrong.

@@ -194,7 +194,7 @@ def test_mistakes_before_any_file_is_read(fails, clips, tmp_path):
 def test_mistakes_with_a_run(fails, train_clips):
     command, run = train_clips
     for argv, words in (
-        (("sample", run, "--num", "0"), "--num is 0"),
+        (("sample", run, "--num", "0"), "sample.num_samples is 0"),
         (("sample", run, "--sampler", "euler"), "euler"),
         (("sample", run, "--steps", "0"), "steps"),
         (("sample", run, "--guidance", "2", "--steps", "1", "--num", "1"), "guidance is 2"),

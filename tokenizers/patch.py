@@ -105,7 +105,8 @@ class PatchTokenizer(nn.Module):
         if x.shape[1] != self.in_channels:
             raise UsageError(f"the input has {x.shape[1]} channels, the tokenizer takes {self.in_channels}")
         patches = rearrange(x, f"b c {self._cells()} -> b ({self._counts()}) ({self._inside()} c)", **self._sizes())
-        return self.norm(self.to_tokens(self.patch_norm(patches))) + self.position(grid)
+        tokens = self.norm(self.to_tokens(self.patch_norm(patches)))
+        return tokens.float() + self.position(grid).float()  # the residual stream stays float32 under autocast
 
     def detokenize(self, tokens: Tensor, grid: Sequence[int]) -> Tensor:
         """(B, N, dim) to (B, out_channels, *grid)."""
