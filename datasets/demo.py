@@ -24,10 +24,10 @@ def render_clip(shape: str, size: int, frames: int, rng: np.random.Generator) ->
     """One clip (3, F, size, size) of one shape, everything else drawn from `rng`: colours, path, spin, background."""
     time = np.arange(frames, dtype=np.float32)[:, None, None] / 16  # seconds or so
     rows, columns = np.meshgrid(*[(np.arange(size, dtype=np.float32) + 0.5) / size] * 2, indexing="ij")
-    radius = rng.uniform(0.17, 0.24)
+    radius = rng.uniform(0.2, 0.28)
     row, column = _path(time, radius, rng)
     y, x = (rows - row) / radius, (columns - column) / radius
-    angle = 0 if shape == "circle" else rng.uniform(0, 2 * math.pi) + rng.uniform(-2.5, 2.5) * time
+    angle = 0 if shape == "circle" else rng.uniform(0, 2 * math.pi) + rng.uniform(-1.5, 1.5) * time
     across, down = np.cos(angle) * x - np.sin(angle) * y, np.sin(angle) * x + np.cos(angle) * y
     cover = np.clip(0.5 - SHAPES[shape](across, down) * radius * size, 0, 1)[..., None]
 
@@ -41,7 +41,7 @@ def render_clip(shape: str, size: int, frames: int, rng: np.random.Generator) ->
 def _path(time: Array, radius: float, rng: np.random.Generator) -> tuple[Array, Array]:
     """Where the centre is: bouncing between the walls, round in a circle, swinging, or dropping and bouncing."""
     low, span = radius + 0.02, 1 - 2 * (radius + 0.02)
-    phase, speed = rng.uniform(0, 2, 2), rng.uniform(0.5, 1.1, 2) * rng.choice([-1, 1], 2)
+    phase, speed = rng.uniform(0, 2, 2), rng.uniform(0.25, 0.6, 2) * rng.choice([-1, 1], 2)
     motion = rng.integers(4)
     if motion == 0:
         row, column = (np.abs((phase[i] + speed[i] * time) % 2 - 1) for i in range(2))

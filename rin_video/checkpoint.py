@@ -103,6 +103,11 @@ def load_state(folder: Path) -> dict[str, Any]:
     return _put_tensors(tree, tensors)
 
 
+def saved_states(run: Path) -> list[Path]:
+    """Folders of the states of a run that can be resumed from, oldest first."""
+    return sorted(p for p in (run / "checkpoints").glob("step-*") if p.suffix != ".tmp")
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file; a damaged one is a `UsageError` that names it."""
     try:

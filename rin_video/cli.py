@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
+from rin_video.config import SAMPLER_NAMES
 from rin_video.errors import UsageError
 
 OVERRIDE = re.compile(r"^[A-Za-z_]\w*(\.\w+)+=")
@@ -78,13 +79,27 @@ def make_parser() -> argparse.ArgumentParser:
     sample.add_argument("model", metavar="DIR", help="the folder that training wrote, or a hub id user/name")
     sample.add_argument("--num", type=int, metavar="N", help="how many")
     sample.add_argument("--steps", type=int, metavar="N", help="sampling steps")
-    sample.add_argument("--sampler", metavar="NAME", help="ddim, ddpm, ddpm_small")
+    sample.add_argument("--sampler", metavar="NAME", help=", ".join(SAMPLER_NAMES))
+    sample.add_argument("--spacing", metavar="NAME", help="of the steps: uniform, quadratic, karras, logsnr")
+    sample.add_argument("--schedule", metavar="NAME", help="another noise schedule than that of training")
+    sample.add_argument("--class", dest="label", metavar="NAME|N", help="one class, or all in turn (default)")
     sample.add_argument("--guidance", type=float, metavar="W", help="classifier-free guidance; 0: none")
     sample.add_argument("--seed", type=int, default=0, metavar="N", help="the same seed gives the same samples")
     sample.add_argument("--batch-size", type=int, metavar="N", help="how many at a time (less memory)")
     sample.add_argument("--fps", type=float, metavar="N", help="of the clips that are written")
     sample.add_argument("--out", metavar="FILE", help=".mp4 .gif .png .npy .safetensors, or a folder for one file each")
+    sample.epilog = (
+        "More options as sample.key=value: sampler_kwargs.eta=0.5, time_difference=1, guidance_interval=[0.1,0.9], "
+        "guidance_rescale=0.7, clip_x0=dynamic"
+    )
     sample.set_defaults(overrides=[])
+
+    diagnose = commands.add_parser("diagnose", help="why samples look as they do: loss by noise level, pictures, words")
+    diagnose.add_argument("model", metavar="DIR", help="the folder that training wrote")
+    diagnose.add_argument("--data", metavar="FOLDER", help="clips or images (default: those of the training)")
+    diagnose.add_argument("--num", type=int, default=64, metavar="N", help="samples of the data to measure on (64)")
+    diagnose.add_argument("--out", metavar="DIR", help="for the pictures (default: DIR/diagnosis)")
+    diagnose.set_defaults(overrides=[])
 
     export = commands.add_parser(
         "export", help="arrays, frames, GIF or MP4 to an MP4 that plays in browsers, GIF or PNG"

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from rin_video.checkpoint import CONFIG, find_model
-from rin_video.config import Config, load_config, presets
+from rin_video.config import Config, class_index, load_config, presets
 from rin_video.diffusion import GaussianDiffusion
 from rin_video.errors import UsageError
 from rin_video.info import describe, model_info, training_memory
@@ -85,20 +85,23 @@ def sample(options: Namespace) -> None:
         ("num_samples", options.num),
         ("steps", options.steps),
         ("sampler", options.sampler),
+        ("spacing", options.spacing),
+        ("noise_schedule", options.schedule),
+        ("label", options.label),
         ("guidance", options.guidance),
         ("fps", options.fps),
     ):
         if value is not None:
             setattr(wanted, name, value)
     wanted.__post_init__()
+    if wanted.label == "all":
+        wanted.label = None
     check_sampling(config)
     for name in ("seed", "batch_size"):
         value = getattr(options, name)
         if value is not None and value < (name == "batch_size"):
             raise UsageError(f"--{name.replace('_', '-')} is {value}: it must be at least {int(name == 'batch_size')}")
-    for override in options.overrides:
-        if not override.startswith("sample."):
-            raise UsageError(f"{override} cannot change a trained model: sample takes sample.key=value")
+    allow_only(options.overrides, "sample.")
     diffusion = GaussianDiffusion.from_pretrained(folder, device=best_device())
     out = Path(options.out or folder / ("samples.mp4" if config.model.frames else "samples.png"))
     check_target(out, rank=len(diffusion.shape or ()) + 1, fps=wanted.fps)
@@ -107,6 +110,33 @@ def sample(options: Namespace) -> None:
     seconds = time.perf_counter() - start
     paths = save_samples(samples.cpu(), out, fps=wanted.fps)
     log.info("%d samples in %.1f s: %s", len(samples), seconds, paths[0] if len(paths) == 1 else out)
+
+
+def diagnose(options: Namespace) -> None:
+    """`rin-video diagnose`."""
+    from rin_video.datasets.open import open_dataset
+    from rin_video.diagnose import diagnose_run
+
+    folder = find_model(options.model)
+    config = load_config(folder / CONFIG, options.overrides)
+    allow_only(options.overrides, "data.", "sample.")
+    check_sampling(config)
+    data = options.data or config.data.path
+    if data is None:
+        raise UsageError(f"{folder / CONFIG} does not say what it was trained on: give --data FOLDER")
+    if options.num < 2:
+        raise UsageError(f"--num is {options.num}: it must be at least 2")
+    diffusion = GaussianDiffusion.from_pretrained(folder, device=best_device())
+    dataset = open_dataset(data, diffusion.shape, config.data, seed=config.train.seed)
+    out = Path(options.out or folder / "diagnosis")
+    diagnosis = diagnose_run(folder, diffusion, dataset, config, out, num=options.num)
+    _say(
+        f"loss ({config.diffusion.objective}, not weighted), mean of {min(options.num, len(dataset))} samples of {data}"
+    )
+    _say(diagnosis.table())
+    for finding in diagnosis.findings() or ["nothing looks wrong: every noise level is learnt, no latent is dead"]:
+        _say(f"- {finding}")
+    _say(f"pictures: {out / 'loss.png'}, {out / 'trajectory.png'} (a row for each sample, time from left to right)")
 
 
 def export(options: Namespace) -> None:
@@ -150,11 +180,21 @@ def demo(options: Namespace) -> None:
     run_demo(Path(options.out), options.overrides)
 
 
+def allow_only(overrides: list[str], *sections: str) -> None:
+    """A trained model stays what it is: overrides of other sections than these are a `UsageError`."""
+    for override in overrides:
+        if not override.startswith(sections):
+            kinds = " and ".join(f"{section}key=value" for section in sections)
+            raise UsageError(f"{override} cannot change a trained model: this command takes {kinds}")
+
+
 def check_sampling(config: Config) -> None:
     """What would fail in sampling, and can be said before: a `UsageError`."""
     wanted = config.sample
     if wanted.guidance and not config.model.num_classes:
         raise UsageError(f"sample.guidance is {wanted.guidance:g}, but the model has no classes: leave it at 0")
+    if wanted.label is not None:
+        wanted.label = class_index(wanted.label, config.data.classes, config.model.num_classes)
     get_sampler(wanted.sampler, wanted.sampler_kwargs)
     schedule = make_schedule(wanted.noise_schedule or config.diffusion.noise_schedule, wanted.schedule_kwargs)
     make_levels(schedule, wanted.steps, spacing=wanted.spacing, time_difference=wanted.time_difference)

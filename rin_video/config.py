@@ -154,6 +154,7 @@ class DataConfig:
     augment_horizontal_flip: bool = False
     decoder: str = "auto"  # auto, decord, pyav
     num_workers: int = 2  # processes that read; 0: in the training process
+    classes: list[str] = field(default_factory=list)  # names of the sub-folders, as training found them
 
     def __post_init__(self) -> None:
         _choice("data.crop", self.crop, ("center", "random"))
@@ -170,7 +171,7 @@ class TrainConfig:
     train_num_steps: int = 100_000  # optimizer steps
     train_batch_size: int = 16  # samples of one forward pass, per process
     gradient_accumulate_every: int = 1  # forward passes for one step
-    optimizer: str = "adamw"  # adamw, lamb
+    optimizer: str = "adamw"  # adamw, lamb, muon (matrices; AdamW for the rest)
     train_lr: float = 1e-4  # the highest learning rate
     weight_decay: float = 0.01  # not on biases, norms and embeddings
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # of the optimizer's two averages
@@ -187,7 +188,7 @@ class TrainConfig:
     log_every: int = 10  # steps between lines of metrics.jsonl
 
     def __post_init__(self) -> None:
-        _choice("train.optimizer", self.optimizer, ("adamw", "lamb"))
+        _choice("train.optimizer", self.optimizer, ("adamw", "lamb", "muon"))
         _choice("train.lr_schedule", self.lr_schedule, ("cosine", "constant"))
         _choice("train.mixed_precision", self.mixed_precision, ("no", "bf16", "fp16"))
         for name in (
@@ -226,6 +227,7 @@ class SampleConfig:
     time_difference: float = 0.0  # how many steps further than the clock every step reaches
     noise_schedule: str | None = None  # none: the schedule of training
     schedule_kwargs: dict[str, float] = field(default_factory=dict)  # its parameters
+    label: Any = None  # one class for all samples, by name or number; none: each class in turn
     guidance: float = 0.0  # weight of classifier-free guidance; 0: none
     guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])  # gammas at which there is guidance
     guidance_rescale: float = 0.0  # 0 to 1: keeps the spread of the guided prediction
@@ -255,6 +257,18 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+
+
+def class_index(label: Any, classes: Sequence[str], num_classes: int) -> int:
+    """A class by name or number as its number. Raises `UsageError` for one that the model does not have."""
+    if not num_classes:
+        raise UsageError(f"class {label} is asked for, but the model has no classes")
+    if label in classes:
+        return list(classes).index(label)
+    if str(label).isdecimal() and int(label) < num_classes:
+        return int(label)
+    names = f" ({', '.join(classes)})" if classes else ""
+    raise UsageError(f"the model has no class {label}: it has 0 to {num_classes - 1}{names}")
 
 
 def presets() -> list[str]:

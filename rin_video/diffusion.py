@@ -297,11 +297,13 @@ class GaussianDiffusion(nn.Module):
         return (torch.cat(samples), torch.cat(trajectories)) if return_trajectory else torch.cat(samples)
 
     def sample_from_config(self, config: SampleConfig, **options: Any) -> Tensor:
-        """`sample` with the options of a configuration: a class for each sample in turn where the model has classes.
+        """`sample` with the options of a configuration; `config.label` as a number.
 
-        `options` are further arguments of `sample` (seed, progress, ...).
+        Without one, each class in turn where the model has classes. `options` are further arguments of `sample`
+        (seed, progress, ...).
         """
         classes = getattr(self.model, "num_classes", 0)
+        in_turn = torch.arange(config.num_samples) % classes if classes else None
         samples = self.sample(
             config.num_samples,
             steps=config.steps,
@@ -311,7 +313,7 @@ class GaussianDiffusion(nn.Module):
             time_difference=config.time_difference,
             noise_schedule=config.noise_schedule,
             schedule_kwargs=config.schedule_kwargs,
-            label=torch.arange(config.num_samples) % classes if classes else None,
+            label=in_turn if config.label is None else config.label,
             guidance=config.guidance,
             guidance_interval=config.guidance_interval,
             guidance_rescale=config.guidance_rescale,

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from rin_video.checkpoint import load_state, save_model, save_state, write_text
+from rin_video.checkpoint import load_state, save_model, save_state, saved_states, write_text
 from rin_video.config import Config, ModelConfig, SampleConfig, train_config
-from rin_video.datasets.draws import Draws, DrawSampler
+from rin_video.datasets.draws import Draws, DrawSampler, unpack
 from rin_video.datasets.open import open_dataset
 from rin_video.diffusion import GaussianDiffusion, LossTerms, spread_seed
 from rin_video.errors import UsageError
 from rin_video.export import contact_sheet, save_samples
+from rin_video.plots import plot_metrics
 
 log = logging.getLogger("rin_video")
 
@@ -42,8 +43,8 @@ class Trainer:
     tensors (C, *grid), of (tensor, label) pairs, or of dicts with "x" and "label"; values in [0, 1] or uint8. The
     other options are the fields of `TrainConfig`. `train()` goes on from the last checkpoint in `results_folder`.
 
-    Written there: `metrics.jsonl`; `samples/` (PNG grids, or MP4 and contact sheets); `model.safetensors` and
-    `config.yaml` (averaged weights, for use); `checkpoints/` (the state to resume from).
+    Written there: `metrics.jsonl` and its curves, `metrics.png`; `samples/` (PNG grids, or MP4 and contact sheets);
+    `model.safetensors` and `config.yaml` (averaged weights, for use); `checkpoints/` (the state to resume from).
     """
 
     def __init__(
@@ -74,6 +75,8 @@ class Trainer:
             data = open_dataset(data, diffusion.shape, config.data, seed=self.options.seed)
         self.dataset = data
         check_classes(diffusion, data)
+        if getattr(diffusion.model, "num_classes", 0):
+            config.data.classes = list(getattr(data, "classes", []))
 
         self.optimizer = make_optimizer(diffusion, config)
         self.schedule = make_lr_schedule(self.optimizer, config)
@@ -162,12 +165,7 @@ class Trainer:
 
     def unpack(self, batch: Any) -> tuple[Tensor, Tensor | None]:
         """A batch of any accepted form as (x, label) on the device; labels only where the model has classes."""
-        if isinstance(batch, dict):
-            x, label = batch["x"], batch.get("label")
-        elif isinstance(batch, Sequence):
-            x, label = batch[0], batch[1] if len(batch) > 1 else None
-        else:
-            x, label = batch, None
+        x, label = unpack(batch)
         device = self.accelerator.device
         classes = getattr(self.accelerator.unwrap_model(self.diffusion).model, "num_classes", 0)
         if label is not None:
@@ -178,6 +176,7 @@ class Trainer:
         """Write samples of the averaged weights: the same seed and classes every time, so that pictures compare."""
         if not self.accelerator.is_main_process:
             return
+        plot_metrics(self.folder / "metrics.jsonl", self.folder / "metrics.png")
         options = self.config.sample
         samples = self.averaged().sample_from_config(
             options, seed=self.options.seed, max_batch=self.options.train_batch_size, progress=self.progress
@@ -199,7 +198,7 @@ class Trainer:
     @property
     def checkpoints(self) -> list[Path]:
         """Folders of the states that can be resumed from, oldest first."""
-        return sorted(p for p in (self.folder / "checkpoints").glob("step-*") if p.suffix != ".tmp")
+        return saved_states(self.folder)
 
     def save(self) -> None:
         """Write the state to resume from, then the averaged weights for use; old states are dropped."""
@@ -296,12 +295,16 @@ def make_accelerator(mixed_precision: str) -> Accelerator:
 
 
 def make_optimizer(diffusion: GaussianDiffusion, config: Config) -> torch.optim.Optimizer:
-    """AdamW or LAMB; weight decay on matrices only, not on biases, norms and embeddings."""
+    """AdamW, LAMB or Muon with Nesterov momentum; weight decay on matrices only, not on biases, norms and embeddings."""
     options = config.train
-    extra: dict[str, Any] = {"max_grad_norm": None} if options.optimizer == "lamb" else {}  # clipping is ours
+    extra: dict[str, Any] = {
+        "adamw": {},
+        "lamb": {"max_grad_norm": None},  # clipping is ours
+        "muon": {"momentum": 0.95},
+    }[options.optimizer]
     return create_optimizer_v2(
         diffusion.model,
-        opt=options.optimizer,
+        opt="nmuon" if options.optimizer == "muon" else options.optimizer,
         lr=options.train_lr,
         weight_decay=options.weight_decay,
         betas=tuple(options.betas),

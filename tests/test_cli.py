@@ -29,7 +29,7 @@ TINY = [
     "train.log_every=1",
     "train.warmup_steps=0",
 ]
-COMMANDS = ("train", "sample", "export", "info", "demo")
+COMMANDS = ("train", "sample", "diagnose", "export", "info", "demo")
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def test_help_imports_no_torch(tmp_path):
     code = """
 import sys
 from rin_video import cli
-for command in ([], ["train"], ["sample"], ["export"], ["info"], ["demo"]):
+for command in ([], ["train"], ["sample"], ["diagnose"], ["export"], ["info"], ["demo"]):
     try:
         cli.main([*command, "--help"])
     except SystemExit as stop:
@@ -99,7 +99,7 @@ print("imported:", *heavy & {name.split(".")[0] for name in sys.modules})
 """
     done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "imported:"
-    assert done.stdout.count("usage: rin-video") == 6
+    assert done.stdout.count("usage: rin-video") == 7
     assert not done.stderr
 
 
@@ -199,6 +199,16 @@ def test_mistakes_with_a_run(fails, train_clips):
         (("sample", run, "--steps", "0"), "steps"),
         (("sample", run, "--guidance", "2", "--steps", "1", "--num", "1"), "guidance is 2"),
         (("sample", run, "sample.stps=3"), "unknown key sample.stps: did you mean sample.steps?"),
+        (("sample", run, "model.dim=64"), "model.dim=64 cannot change a trained model"),
+        (("sample", run, "--class", "cat"), "class cat is asked for, but the model has no classes"),
+        (("sample", run, "--spacing", "log"), "sample.spacing=log is unknown: choose uniform"),
+        (("sample", run, "--schedule", "square"), "square"),
+        (("sample", run, "sample.sampler_kwargs.eta=0.5", "--sampler", "ddpm"), "eta"),
+        (("sample", run, "--batch-size", "0"), "--batch-size is 0"),
+        (("sample", run, "--seed", "-1"), "--seed is -1"),
+        (("diagnose", run, "--num", "1"), "--num is 1"),
+        (("diagnose", run, "model.dim=64"), "model.dim=64 cannot change a trained model"),
+        (("diagnose", run, "--data", run / "nowhere"), "there is no file or folder"),
         ((*command, "--steps", "4", *TINY, "model.dim=64"), "was trained with model.dim=32, now it is 64"),
     ):
         line = fails(*argv)
@@ -259,6 +269,24 @@ def test_the_same_seed_gives_the_same_bytes(train_clips, tmp_path):
     np.testing.assert_allclose(np.load(each), np.load(one), rtol=0, atol=1e-5)
 
 
+def test_diagnose_writes_pictures_and_words(train_clips, capsys):
+    _, run = train_clips
+    assert cli.main(["diagnose", str(run), "--num", "3"]) == 0
+    said = capsys.readouterr().out
+    assert "untrained noise levels: at t = " in said  # three steps teach nothing
+    report = json.loads((run / "diagnosis" / "diagnosis.json").read_text())
+    assert len(report["t"]) == len(report["loss"]) == len(report["loss_raw"]) == 10
+    assert len(report["clipped"]) == 2  # sampling steps
+    assert len(report["latent_spread"]) == 8
+    assert all(f"- {finding}" in said for finding in report["findings"])
+    with Image.open(run / "diagnosis" / "trajectory.png") as image:
+        assert image.height > image.width  # four samples, two steps
+    with Image.open(run / "diagnosis" / "loss.png") as image:
+        assert image.width >= 500
+    with Image.open(run / "metrics.png") as image:
+        assert image.width >= 1500
+
+
 def test_the_same_command_goes_on(train_clips, caplog):
     command, run = train_clips
     with caplog.at_level(logging.INFO, logger="rin_video"):
@@ -273,7 +301,7 @@ def test_the_same_command_goes_on(train_clips, caplog):
     assert [line["step"] for line in metrics(run)] == [1, 2, 3, 4, 5]
 
 
-def test_images_in_folders_of_classes(tmp_path):
+def test_images_in_folders_of_classes(fails, tmp_path):
     generator = np.random.default_rng(0)
     for i in range(6):
         path = tmp_path / "pictures" / ("cat", "dog")[i % 2] / f"{i}.png"
@@ -293,6 +321,16 @@ def test_images_in_folders_of_classes(tmp_path):
     assert [Image.open(file).size for file in sorted((tmp_path / "folder").iterdir())] == [(16, 8)] * 4
     assert cli.main(["sample", str(run), "--num", "1", "--steps", "1"]) == 0
     assert (run / "samples.png").is_file()
+
+    def of_class(label):
+        assert cli.main([*common[:-3], "--out", str(tmp_path / "x.npy"), "--class", label]) == 0
+        return np.load(tmp_path / "x.npy")
+
+    np.testing.assert_array_equal(of_class("dog"), of_class("1"))
+    np.testing.assert_array_equal(of_class("all")[1::2], of_class("dog")[1::2])
+    np.testing.assert_array_equal(of_class("all")[::2], of_class("cat")[::2])
+    assert not np.array_equal(of_class("cat"), of_class("dog"))
+    assert "it has 0 to 1 (cat, dog)" in fails("sample", run, "--class", "2")
 
 
 def test_export_turns_clips_and_arrays_into_each_other(clips, tmp_path):

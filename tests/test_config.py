@@ -166,7 +166,7 @@ def test_none_can_be_asked_for(text):
         ("diffusion.schedule_kwargs.tau=x", "tau"),
         ("model.dim=null", "model.dim"),
         ("model.dim=[", "model.dim=["),
-        ("train.optimizer=sgd", "train.optimizer=sgd is unknown: choose adamw, lamb"),
+        ("train.optimizer=sgd", "train.optimizer=sgd is unknown: choose adamw, lamb, muon"),
         ("train.train_batch_size=0", "train.train_batch_size is 0: it must be at least 1"),
         ("model.depth=-1", "model.depth is -1"),
         ("model.position=polar", "model.position=polar is unknown: choose learned"),

@@ -77,7 +77,7 @@ def lines(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
+@pytest.mark.parametrize("optimizer", ["adamw", "lamb", "muon"])
 def test_resume_is_bit_exact(tmp_path, optimizer):
     """20 steps without a stop are 10, a new process' worth of objects, and 10 more."""
     options = {"optimizer": optimizer, "model": {"dropout": 0.1, "drop_path": 0.1}, "gradient_accumulate_every": 2}

@@ -1,0 +1,228 @@
+"""Why samples look as they do: loss by noise level against trivial predictors, estimates on the way, latents."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, default_collate
+from tqdm.auto import tqdm
+
+from rin_video.checkpoint import load_state, saved_states, write_text
+from rin_video.config import Config
+from rin_video.datasets.draws import unpack
+from rin_video.diffusion import GaussianDiffusion, spread_seed, to_diffusion_range
+from rin_video.export import contact_sheet
+from rin_video.objectives import target, to_x0_eps
+from rin_video.plots import plot_losses
+
+log = logging.getLogger("rin_video")
+
+LEVELS = 10
+BATCH = 16
+SHEET_COLUMNS = 8
+
+
+@dataclass
+class Diagnosis:
+    """What was measured. Losses are unweighted means over the data, one for each of the times `t`."""
+
+    t: list[float]
+    log_snr: list[float]
+    loss: list[float]  # of the averaged weights, with the memory of a first pass
+    loss_first_pass: list[float]  # the same without memory
+    loss_raw: list[float] | None  # of the weights that were not averaged
+    loss_zero: list[float]  # of a predictor that always says 0
+    loss_copy: list[float]  # of a predictor that repeats its input
+    clipped: list[float] = field(default_factory=list)  # share of the values of x0 at its bounds, at each sampling step
+    clipped_data: float = 0.0  # the same share in the data
+    latent_spread: list[float] = field(default_factory=list)  # how far each latent depends on the input, 0: not at all
+
+    @property
+    def trivial(self) -> list[float]:
+        """The better one of the two trivial predictors."""
+        return [min(pair) for pair in zip(self.loss_zero, self.loss_copy, strict=True)]
+
+    @property
+    def self_conditioning_share(self) -> list[float]:
+        """How much of the improvement over the trivial predictors comes from the first pass's memory."""
+        rows = zip(self.trivial, self.loss_first_pass, self.loss, strict=True)
+        return [(first - loss) / (trivial - loss) if trivial > loss else 0.0 for trivial, first, loss in rows]
+
+    def table(self) -> str:
+        """The losses, a line for each noise level."""
+        head = f"{'t':>5}{'log SNR':>9}{'zero':>9}{'copy':>9}{'1st pass':>10}{'loss':>9}{'from memory':>13}"
+        lines = [head + (f"{'not averaged':>14}" if self.loss_raw else "")]
+        for i, t in enumerate(self.t):
+            line = f"{t:5.2f}{self.log_snr[i]:9.1f}{self.loss_zero[i]:9.4f}{self.loss_copy[i]:9.4f}"
+            line += f"{self.loss_first_pass[i]:10.4f}{self.loss[i]:9.4f}{self.self_conditioning_share[i]:13.0%}"
+            lines.append(line + (f"{self.loss_raw[i]:14.4f}" if self.loss_raw else ""))
+        return "\n".join(lines)
+
+    def findings(self) -> list[str]:
+        """What looks wrong, in words, with a remedy; empty where nothing does."""
+        found = []
+        # A predictor of eps at t = 1 cannot beat a copy, which is exact there: hence the 1 % of the target's variance.
+        rows = zip(self.t, self.loss, self.trivial, self.loss_zero, strict=True)
+        untrained = [t for t, loss, trivial, zero in rows if not loss <= 1.05 * trivial + 0.01 * zero]
+        if untrained:
+            found.append(
+                f"untrained noise levels: at t = {_numbers(untrained)} the loss is no better than predicting nothing. "
+                "Train longer; if it stays, look at loss_weight, time_sampling, the learning rate and NaN in the data"
+            )
+        if self.loss_raw and sum(self.loss_raw) < 0.95 * sum(self.loss):
+            found.append(
+                f"the averaged weights lag: their loss is {sum(self.loss) / sum(self.loss_raw):.2f} times that of the "
+                "weights as they are. Train longer, or lower train.ema_decay"
+            )
+        worse = [t for t, share in zip(self.t, self.self_conditioning_share, strict=True) if share < -0.05]
+        if worse:
+            found.append(
+                f"self-conditioning hurts at t = {_numbers(worse)}: the second pass is worse than the first. "
+                "Train longer, or check train_prob_self_cond (0 never shows the model a memory)"
+            )
+        active = sum(share > self.clipped_data + 0.05 for share in self.clipped)
+        if active > len(self.clipped) / 2:
+            found.append(
+                f"clipping is active in {active} of {len(self.clipped)} steps: more of the estimate lies at the bounds "
+                f"than of the data ({self.clipped_data:.0%}). Train longer, lower guidance, or try clip_x0=dynamic"
+            )
+        dead = sum(spread < 0.01 for spread in self.latent_spread)
+        if dead:
+            found.append(
+                f"dead latents: {dead} of {len(self.latent_spread)} hold the same whatever the input. Train longer; if "
+                "they stay so, fewer latents (num_latents) do the same work"
+            )
+        return found
+
+
+@torch.no_grad()
+def diagnose(
+    diffusion: GaussianDiffusion, data: Dataset[Any], *, raw_model: nn.Module | None = None, num: int = 64
+) -> Diagnosis:
+    """Measure the model on `num` samples of `data`, which gives what `Trainer` accepts.
+
+    `raw_model` holds the weights that were not averaged. Draws the same noise every time.
+    """
+    length = len(data)  # type: ignore[arg-type]
+    chosen = torch.linspace(0, length - 1, min(num, length)).long().tolist()
+    batches = [
+        _on_device(unpack(default_collate([data[i] for i in part])), diffusion) for part in _parts(chosen, BATCH)
+    ]
+    times = [(i + 0.5) / LEVELS for i in range(LEVELS)]
+    raw = diffusion.with_model(raw_model) if raw_model is not None else None
+    rows: dict[str, list[float]] = {name: [] for name in ("loss", "first", "raw", "zero", "copy", "log_snr")}
+    latents: list[Tensor] = []
+    with tqdm(total=len(times), desc="noise levels", unit="level") as bar:
+        for index, t in enumerate(times):
+            sums = torch.zeros(5, dtype=torch.float64)
+            for number, (x, label) in enumerate(batches):
+                generator = torch.Generator().manual_seed(spread_seed(index, number))
+                x0 = diffusion.config.scale * to_diffusion_range(x)
+                eps = torch.randn(x0.shape, generator=generator).to(x0)
+                level = diffusion.level(torch.full((len(x),), t, device=x.device), x0)
+                x_t = level.alpha * x0 + level.sigma * eps
+                wanted = target(diffusion.config.objective, x0, eps, level)
+                first, second, memory = _two_passes(diffusion, x_t, level, label)
+                guesses = [second, first, torch.zeros_like(wanted), x_t]
+                guesses.append(_two_passes(raw, x_t, level, label)[1] if raw else second)
+                sums += torch.stack([(guess - wanted).square().mean().cpu() for guess in guesses]) * len(x)
+                if t == times[LEVELS // 2] and isinstance(memory, Tensor) and memory.ndim == 3:
+                    latents.append(memory.float().cpu())
+            means = (sums / len(chosen)).tolist()
+            for name, value in zip(("loss", "first", "zero", "copy", "raw"), means, strict=True):
+                rows[name].append(value)
+            rows["log_snr"].append((level.alpha / level.sigma).square().log().flatten()[0].item())
+            bar.update()
+    everything = torch.cat([x.flatten().float() if x.dtype != torch.uint8 else x.flatten() / 255 for x, _ in batches])
+    return Diagnosis(
+        t=times,
+        log_snr=rows["log_snr"],
+        loss=rows["loss"],
+        loss_first_pass=rows["first"],
+        loss_raw=rows["raw"] if raw else None,
+        loss_zero=rows["zero"],
+        loss_copy=rows["copy"],
+        clipped_data=_at_bounds(everything),
+        latent_spread=latent_spread(torch.cat(latents)) if latents and len(chosen) > 1 else [],
+    )
+
+
+def latent_spread(latents: Tensor) -> list[float]:
+    """How far each latent of (B, M, D) differs between inputs, as a share of its own size."""
+    spread = (latents - latents.mean(0)).square().mean((0, 2)).sqrt()
+    return (spread / latents.square().mean((0, 2)).sqrt().clamp(min=1e-12)).tolist()
+
+
+def trajectory(diffusion: GaussianDiffusion, config: Config, num: int = 4) -> tuple[Tensor, list[float]]:
+    """Estimates of x0 while `num` samples are drawn, (num, C, columns, H, W) in [0, 1]; and the share at its bounds.
+
+    Of a clip, the middle frame. The share is that of each sampling step.
+    """
+    options = dataclasses.replace(config.sample, num_samples=num)
+    columns: list[Tensor] = []
+    shares: list[float] = []
+
+    def look(step: int, x0: Tensor) -> None:
+        shares.append(_at_bounds(x0))
+        columns.append((x0[:, :, x0.shape[2] // 2] if x0.ndim == 5 else x0).cpu())
+
+    diffusion.sample_from_config(options, seed=config.train.seed, callback=look, progress=True)
+    shown = torch.linspace(0, len(columns) - 1, min(SHEET_COLUMNS, len(columns))).round().long().tolist()
+    return torch.stack([columns[i] for i in shown], dim=2), shares
+
+
+def diagnose_run(
+    folder: Path, diffusion: GaussianDiffusion, data: Dataset[Any], config: Config, out: Path, *, num: int = 64
+) -> Diagnosis:
+    """Diagnose the run in `folder`; write `loss.png`, `trajectory.png` and `diagnosis.json` to `out`."""
+    raw_model = None
+    if states := saved_states(folder):
+        raw_model = type(diffusion.model)(config.model)
+        raw_model.load_state_dict(load_state(states[-1])["model"])
+        raw_model = raw_model.to(next(diffusion.parameters()).device).eval()
+    diagnosis = diagnose(diffusion, data, raw_model=raw_model, num=num)
+    sheet, diagnosis.clipped = trajectory(diffusion, config)
+    out.mkdir(parents=True, exist_ok=True)
+    if sheet.ndim == 5:
+        contact_sheet(sheet, out / "trajectory.png", max_frames=SHEET_COLUMNS, upscale=max(1, 64 // sheet.shape[-1]))
+    plot_losses(diagnosis, out / "loss.png")
+    report = dataclasses.asdict(diagnosis) | {"findings": diagnosis.findings()}
+    write_text(out / "diagnosis.json", json.dumps(report, indent=1) + "\n")
+    return diagnosis
+
+
+def _two_passes(
+    diffusion: GaussianDiffusion, x_t: Tensor, level: Any, label: Tensor | None
+) -> tuple[Tensor, Tensor, Any]:
+    """Predictions without memory and with that of the first pass; the latents of the second."""
+    first, latents = diffusion.predict(x_t, level, label, None)
+    x0 = diffusion.clip(to_x0_eps(diffusion.config.objective, first, x_t, level)[0])
+    second, latents = diffusion.predict(x_t, level, label, diffusion.carry(latents, x0))
+    return first, second, latents
+
+
+def _on_device(batch: tuple[Tensor, Tensor | None], diffusion: GaussianDiffusion) -> tuple[Tensor, Tensor | None]:
+    x, label = batch
+    device = next(diffusion.parameters()).device
+    labelled = label is not None and getattr(diffusion.model, "num_classes", 0)
+    return x.to(device), label.to(device) if label is not None and labelled else None
+
+
+def _parts(values: list[int], size: int) -> Iterator[list[int]]:
+    return (values[i : i + size] for i in range(0, len(values), size))
+
+
+def _at_bounds(x: Tensor) -> float:
+    return ((x <= 0) | (x >= 1)).float().mean().item()
+
+
+def _numbers(values: list[float]) -> str:
+    return ", ".join(f"{value:.2f}" for value in values)

@@ -1,0 +1,102 @@
+"""Diagnosis: the numbers of exact denoisers against closed forms, and the words for each thing that can be wrong."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from rin_video.diagnose import Diagnosis, diagnose, latent_spread
+from rin_video.diffusion import GaussianDiffusion
+
+STD = 0.5
+
+
+class Gaussian(nn.Module):
+    """The exact predictor of v for data N(0, STD^2), or `factor` times what it says; its latents are half dead."""
+
+    def __init__(self, factor: float = 1.0) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(factor))
+
+    def forward(self, x_t: Tensor, gamma: Tensor, *, latents: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        gamma = gamma.reshape(-1, 1, 1)
+        alpha, sigma = gamma.sqrt(), (1 - gamma).sqrt()
+        variance = gamma * STD**2 + 1 - gamma
+        v = alpha * sigma * (1 - STD**2) / variance * x_t
+        live = x_t.mean((1, 2)).reshape(-1, 1, 1).expand(-1, 2, 4)
+        return self.factor * v, torch.cat([live, torch.ones_like(live)], dim=1)
+
+
+@pytest.fixture(scope="module")
+def data() -> TensorDataset:
+    x = STD * torch.randn(64, 1, 256, generator=torch.Generator().manual_seed(0))
+    return TensorDataset((x + 1) / 2)
+
+
+def test_losses_are_those_of_the_closed_form(data):
+    """v has variance gamma + (1 - gamma) STD^2; given x_t, STD^2 over that of x_t is left."""
+    found = diagnose(GaussianDiffusion(Gaussian(), objective="v"), data)
+    for i, log_snr in enumerate(found.log_snr):
+        gamma = torch.tensor(log_snr).sigmoid().item()
+        assert found.loss[i] == pytest.approx(STD**2 / (gamma * STD**2 + 1 - gamma), rel=0.05)
+        assert found.loss_zero[i] == pytest.approx(gamma + (1 - gamma) * STD**2, rel=0.05)
+        alpha, sigma = gamma**0.5, (1 - gamma) ** 0.5
+        copy = (alpha - sigma) ** 2 + STD**2 * (alpha + sigma) ** 2  # x_t - v = (alpha + sigma) x0 + (sigma - alpha) eps
+        assert found.loss_copy[i] == pytest.approx(copy, rel=0.05)
+    assert found.loss_first_pass == found.loss
+    assert found.self_conditioning_share == [0] * len(found.t)
+    assert found.loss_raw is None
+    assert found == diagnose(GaussianDiffusion(Gaussian(), objective="v"), data)  # the same noise every time
+
+
+def test_dead_latents_are_counted(data):
+    found = diagnose(GaussianDiffusion(Gaussian(), objective="v"), data)
+    assert [spread < 0.01 for spread in found.latent_spread] == [False, False, True, True]
+    (words,) = found.findings()
+    assert words.startswith("dead latents: 2 of 4")
+
+
+def test_untrained_network_is_told(data):
+    words = " ".join(diagnose(GaussianDiffusion(Gaussian(-1.0), objective="v"), data).findings())
+    assert "untrained noise levels: at t = " in words
+    assert "averaged" not in words
+
+
+def test_averaged_weights_that_lag_are_told(data):
+    found = diagnose(GaussianDiffusion(Gaussian(0.0), objective="v"), data, raw_model=Gaussian())
+    assert any(words.startswith("the averaged weights lag: their loss is ") for words in found.findings())
+
+
+def test_findings_in_words():
+    fine = Diagnosis(
+        t=[0.25, 0.75],
+        log_snr=[2, -2],
+        loss=[0.1, 0.2],
+        loss_first_pass=[0.2, 0.2],
+        loss_raw=[0.1, 0.2],
+        loss_zero=[1, 1],
+        loss_copy=[0.5, 2],
+        clipped=[0.1, 0.1, 0.3],
+        clipped_data=0.1,
+        latent_spread=[0.5],
+    )
+    assert fine.findings() == []
+    assert fine.self_conditioning_share == pytest.approx([0.1 / 0.4, 0])
+    changes = {
+        "untrained noise levels: at t = 0.75": {"loss": [0.1, 1.2], "loss_first_pass": [0.2, 1.2], "loss_raw": None},
+        "untrained noise levels: at t = 0.25": {"loss": [float("nan"), 0.2]},
+        "self-conditioning hurts at t = 0.25": {"loss_first_pass": [0.05, 0.2]},
+        "clipping is active in 2 of 3 steps": {"clipped": [0.1, 0.2, 0.3]},
+        "dead latents: 1 of 1": {"latent_spread": [0.0]},
+        "the averaged weights lag: their loss is 1.50 times": {"loss_raw": [0.05, 0.15]},
+    }
+    for start, change in changes.items():
+        (words,) = dataclasses.replace(fine, **change).findings()
+        assert words.startswith(start)
+
+
+def test_latent_spread_of_known_latents():
+    latents = torch.stack([torch.tensor([[1.0, 1.0], [2.0, 0.0]]), torch.tensor([[1.0, 1.0], [-2.0, 0.0]])])
+    assert latent_spread(latents) == pytest.approx([0, 1])
