@@ -295,7 +295,7 @@ def make_accelerator(mixed_precision: str) -> Accelerator:
 
 
 def make_optimizer(diffusion: GaussianDiffusion, config: Config) -> torch.optim.Optimizer:
-    """AdamW, LAMB or Muon with Nesterov momentum; weight decay on matrices only, not on biases, norms and embeddings."""
+    """AdamW, LAMB or (Nesterov) Muon; weight decay on matrices only, not on biases, norms and embeddings."""
     options = config.train
     extra: dict[str, Any] = {
         "adamw": {},

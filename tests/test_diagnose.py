@@ -43,7 +43,8 @@ def test_losses_are_those_of_the_closed_form(data):
         assert found.loss[i] == pytest.approx(STD**2 / (gamma * STD**2 + 1 - gamma), rel=0.05)
         assert found.loss_zero[i] == pytest.approx(gamma + (1 - gamma) * STD**2, rel=0.05)
         alpha, sigma = gamma**0.5, (1 - gamma) ** 0.5
-        copy = (alpha - sigma) ** 2 + STD**2 * (alpha + sigma) ** 2  # x_t - v = (alpha + sigma) x0 + (sigma - alpha) eps
+        # x_t - v = (alpha + sigma) x0 + (sigma - alpha) eps
+        copy = (alpha - sigma) ** 2 + STD**2 * (alpha + sigma) ** 2
         assert found.loss_copy[i] == pytest.approx(copy, rel=0.05)
     assert found.loss_first_pass == found.loss
     assert found.self_conditioning_share == [0] * len(found.t)
