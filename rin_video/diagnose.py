@@ -212,8 +212,9 @@ def _two_passes(
 def _on_device(batch: tuple[Tensor, Tensor | None], diffusion: GaussianDiffusion) -> tuple[Tensor, Tensor | None]:
     x, label = batch
     device = next(diffusion.parameters()).device
-    labelled = label is not None and getattr(diffusion.model, "num_classes", 0)
-    return x.to(device), label.to(device) if label is not None and labelled else None
+    if label is None or not getattr(diffusion.model, "num_classes", 0):
+        return x.to(device), None
+    return x.to(device), label.to(device)
 
 
 def _parts(values: list[int], size: int) -> Iterator[list[int]]:

@@ -297,18 +297,18 @@ def make_accelerator(mixed_precision: str) -> Accelerator:
 def make_optimizer(diffusion: GaussianDiffusion, config: Config) -> torch.optim.Optimizer:
     """AdamW, LAMB or (Nesterov) Muon; weight decay on matrices only, not on biases, norms and embeddings."""
     options = config.train
-    extra: dict[str, Any] = {
+    extras: dict[str, dict[str, Any]] = {
         "adamw": {},
         "lamb": {"max_grad_norm": None},  # clipping is ours
         "muon": {"momentum": 0.95},
-    }[options.optimizer]
+    }
     return create_optimizer_v2(
         diffusion.model,
         opt="nmuon" if options.optimizer == "muon" else options.optimizer,
         lr=options.train_lr,
         weight_decay=options.weight_decay,
         betas=tuple(options.betas),
-        **extra,
+        **extras[options.optimizer],
     )
 
 
