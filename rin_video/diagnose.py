@@ -134,7 +134,8 @@ def diagnose(
                 guesses = [second, first, torch.zeros_like(wanted), x_t]
                 guesses.append(_two_passes(raw, x_t, level, label)[1] if raw else second)
                 sums += torch.stack([(guess - wanted).square().mean().cpu() for guess in guesses]) * len(x)
-                if t == times[LEVELS // 2] and isinstance(memory, Tensor) and memory.ndim == 3:
+                memory = memory[0] if isinstance(memory, tuple) else memory  # latents, or latents and interface
+                if index == LEVELS // 2 and isinstance(memory, Tensor) and memory.ndim == 3:
                     latents.append(memory.float().cpu())
             means = (sums / len(chosen)).tolist()
             for name, value in zip(("loss", "first", "zero", "copy", "raw"), means, strict=True):
