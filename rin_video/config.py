@@ -220,8 +220,8 @@ class SampleConfig:
     """How pictures and clips are drawn, in training and by `rin-video sample`."""
 
     num_samples: int = 16  # how many
-    steps: int = 100  # network calls, or twice as many with heun
-    sampler: str = "ddim"  # one of SAMPLER_NAMES
+    steps: int = 50  # network calls, or twice as many with heun
+    sampler: str = "dpmpp_2m_sde"  # one of SAMPLER_NAMES; this one and 50 by benchmarks/README.md
     sampler_kwargs: dict[str, float] = field(default_factory=dict)  # eta of ddim, churn of heun
     spacing: str = "uniform"  # of the steps: uniform, quadratic (in t), karras, logsnr (in sigma / alpha)
     time_difference: float = 0.0  # how many steps further than the clock every step reaches

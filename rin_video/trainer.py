@@ -63,7 +63,7 @@ class Trainer:
                 model=getattr(diffusion.model, "config", ModelConfig()),
                 diffusion=diffusion.config,
                 train=train_config(**options),
-                sample=SampleConfig(num_samples=num_samples, steps=min(100, diffusion.config.timesteps)),
+                sample=SampleConfig(num_samples=num_samples, steps=min(SampleConfig.steps, diffusion.config.timesteps)),
             )
         elif options:
             raise UsageError(f"give either config or the options {', '.join(options)}, not both")
