@@ -45,6 +45,7 @@ class ModelConfig:
     dropout: float = 0.0  # in the feed-forward of the compute layers
     drop_path: float = 0.0  # whole residual branches of the compute layers
 
+    known_mask: bool = False  # one more input channel says which cells are given: for diffusion.known and contexts
     num_classes: int = 0  # 0: no labels
     time_conditioning: str = "latent"  # latent, interface (a token that is only read), adaln
     class_conditioning: str = "latent"  # the same
@@ -73,7 +74,7 @@ class ModelConfig:
             _above("model", name, getattr(self, name), 0)
         for name in ("dropout", "drop_path"):
             _within(f"model.{name}", getattr(self, name), 0, 1)
-        for name in ("dual_patchnorm", "qk_norm", "norm_context"):
+        for name in ("dual_patchnorm", "qk_norm", "norm_context", "known_mask"):
             if not isinstance(getattr(self, name), bool):
                 raise UsageError(f"model.{name} is {getattr(self, name)!r}: it is true or false")
 
@@ -114,6 +115,10 @@ _COMBINATIONS = {  # none, or some of these joined by +
 }
 
 
+# The first k frames, the last k, some at both ends, some anywhere, boxes in space and time: see rin_video/known.py.
+KNOWN_KINDS = ("none", "first", "last", "ends", "frames", "boxes")
+
+
 @dataclass
 class DiffusionConfig:
     """What the network learns to predict, and at which noise levels."""
@@ -130,6 +135,8 @@ class DiffusionConfig:
     time_sampling_kwargs: dict[str, float] = field(default_factory=dict)  # mean, std of logit_normal
     scale: float = 1.0  # b: multiplies the data; below 1 makes every noise level noisier
     label_dropout: float = 0.0  # share of the samples that lose their label, for guidance
+    known: dict[str, float] = field(default_factory=dict)  # what training gives, by weight: KNOWN_KINDS
+    known_frames: list[int] = field(default_factory=list)  # least and most frames given; none: 1 to half
     clip_x0: str = "static"  # x0 estimates while sampling: static (to the data's range), dynamic, none
 
     def __post_init__(self) -> None:
@@ -141,6 +148,15 @@ class DiffusionConfig:
         _above("diffusion", "scale", self.scale, 0)
         if unknown := set(self.time_sampling_kwargs) - ({"mean", "std"} if self.time_sampling != "uniform" else set()):
             raise UsageError(f"time_sampling {self.time_sampling} has no parameter {', '.join(sorted(unknown))}")
+        for kind, weight in self.known.items():
+            _choice("diffusion.known", kind, KNOWN_KINDS)
+            _at_least(f"diffusion.known.{kind}", weight, 0, float)
+        if self.known and not sum(self.known.values()):
+            raise UsageError(f"diffusion.known is {self.known}: some weight must be above 0")
+        if self.known_frames:
+            if len(self.known_frames) != 2 or any(not _whole(n, 1) for n in self.known_frames):
+                raise UsageError(f"diffusion.known_frames is {list(self.known_frames)}: it takes two numbers from 1 on")
+            _at_least("the second of diffusion.known_frames", self.known_frames[1], self.known_frames[0], int)
 
 
 @dataclass
@@ -229,6 +245,7 @@ class SampleConfig:
     schedule_kwargs: dict[str, float] = field(default_factory=dict)  # its parameters
     label: Any = None  # one class for all samples, by name or number; none: each class in turn
     guidance: float = 0.0  # weight of classifier-free guidance; 0: none
+    guidance_drop: str = "label"  # what the other branch does without: label, known, label+known
     guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])  # gammas at which there is guidance
     guidance_rescale: float = 0.0  # 0 to 1: keeps the spread of the guided prediction
     clip_x0: str | None = None  # none: as in training

@@ -18,10 +18,13 @@ from tqdm.auto import tqdm
 from rin_video.checkpoint import load_state, saved_states, write_text
 from rin_video.config import Config
 from rin_video.datasets.draws import unpack
-from rin_video.diffusion import GaussianDiffusion, spread_seed, to_diffusion_range
+from rin_video.diffusion import GaussianDiffusion
 from rin_video.export import contact_sheet
-from rin_video.objectives import target, to_x0_eps
+from rin_video.given import Given
+from rin_video.noise import spread_seed
+from rin_video.objectives import target
 from rin_video.plots import plot_losses
+from rin_video.tensors import to_diffusion_range
 
 log = logging.getLogger("rin_video")
 
@@ -204,9 +207,10 @@ def _two_passes(
     diffusion: GaussianDiffusion, x_t: Tensor, level: Any, label: Tensor | None
 ) -> tuple[Tensor, Tensor, Any]:
     """Predictions without memory and with that of the first pass; the latents of the second."""
-    first, latents = diffusion.predict(x_t, level, label, None)
-    x0 = diffusion.clip(to_x0_eps(diffusion.config.objective, first, x_t, level)[0])
-    second, latents = diffusion.predict(x_t, level, label, diffusion.carry(latents, x0))
+    given = Given(label)
+    first, latents = diffusion.predict(x_t, level, given, None)
+    x0 = diffusion.estimate(first, x_t, level, given)
+    second, latents = diffusion.predict(x_t, level, given, diffusion.carry(latents, x0))
     return first, second, latents
 
 

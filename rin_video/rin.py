@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from rin_video.conditioning import Conditioner
 from rin_video.config import ModelConfig, model_config
 from rin_video.core import RINCore
+from rin_video.errors import UsageError
 from rin_video.tokenizers import make_tokenizer
 
 State = Tensor | tuple[Tensor, Tensor]  # latents, or (latents, interface tokens)
@@ -26,7 +27,9 @@ class RIN(nn.Module):
 
     `model(x, gamma, latents=None, label=None) -> (prediction, latents)`:
     `x` (B, C, *grid) is the noisy input, about unit variance; `gamma` (B,) in (0, 1] is the share of signal, 1 is
-    clean; `latents` is what the previous, noisier pass returned, an opaque value; `label` (B,) integers, -1 for none.
+    clean; `latents` is what the previous, noisier pass returned, an opaque value; `label` (B,) integers, -1 for none;
+    `x0` (B, C, *grid) the previous estimate, with x0 self-conditioning; `known` (B, 1, *grid), with `known_mask`, is
+    true where `x` is clean.
     Other sizes than the built one work where the position code allows it. Raises `UsageError` for sizes and options
     that cannot be. Source: arXiv 2212.11972.
     """
@@ -38,7 +41,8 @@ class RIN(nn.Module):
         self.x0_self_conditioning = "x0" in parts
         self.interface_self_conditioning = "interface" in parts
         dim_latent = config.dim_latent or config.dim
-        self.tokenizer: Any = make_tokenizer(config, config.channels * (1 + self.x0_self_conditioning))
+        in_channels = config.channels * (1 + self.x0_self_conditioning) + config.known_mask
+        self.tokenizer: Any = make_tokenizer(config, in_channels)
         self.conditioner = Conditioner(
             config.dim,
             dim_latent,
@@ -77,6 +81,10 @@ class RIN(nn.Module):
     def num_classes(self) -> int:
         return self.config.num_classes
 
+    @property
+    def known_mask(self) -> bool:
+        return self.config.known_mask
+
     def forward(
         self,
         x: Tensor,
@@ -85,13 +93,19 @@ class RIN(nn.Module):
         latents: State | None = None,
         label: Tensor | None = None,
         x0: Tensor | None = None,
+        known: Tensor | None = None,
     ) -> tuple[Tensor, State]:
         grid = x.shape[2:]
+        inputs = [x]
         if self.x0_self_conditioning:
-            x = torch.cat([x, torch.zeros_like(x) if x0 is None else x0], dim=1)
+            inputs.append(torch.zeros_like(x) if x0 is None else x0)
+        if self.known_mask:
+            inputs.append(torch.zeros_like(x[:, :1]) if known is None else known.to(x))
+        elif known is not None:
+            raise UsageError("the model is not told which cells are known: build it with known_mask=True")
         previous_latents, previous_tokens = latents if isinstance(latents, tuple) else (latents, None)
         tokens, new_latents = self.core(
-            self.tokenizer.tokenize(x),
+            self.tokenizer.tokenize(torch.cat(inputs, dim=1) if len(inputs) > 1 else x),
             previous_latents,
             self.conditioner(gamma, label),
             previous_tokens=previous_tokens,

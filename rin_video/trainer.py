@@ -26,9 +26,10 @@ from rin_video.checkpoint import load_state, save_model, save_state, saved_state
 from rin_video.config import Config, ModelConfig, SampleConfig, train_config
 from rin_video.datasets.draws import Draws, DrawSampler, unpack
 from rin_video.datasets.open import open_dataset
-from rin_video.diffusion import GaussianDiffusion, LossTerms, spread_seed
+from rin_video.diffusion import GaussianDiffusion, LossTerms
 from rin_video.errors import UsageError
 from rin_video.export import contact_sheet, save_samples
+from rin_video.noise import spread_seed
 from rin_video.plots import plot_metrics
 
 log = logging.getLogger("rin_video")

@@ -6,10 +6,11 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from rin_video import RIN, GaussianDiffusion, UsageError
-from rin_video.diffusion import NoiseSource, map_tensors
+from rin_video.noise import NoiseSource
 from rin_video.objectives import OBJECTIVES, target, to_x0_eps
 from rin_video.samplers import SAMPLERS, get_sampler, make_levels
 from rin_video.schedules import NoiseLevel
+from rin_video.tensors import map_tensors
 
 SHAPES = {1: (64,), 2: (2, 32), 3: (2, 4, 8), 4: (1, 4, 4, 4)}  # (C, *grid) of rank 1 to 4
 TINY = {"dim": 32, "num_latents": 6, "dim_latent": 32, "depth": 1, "num_heads": 2, "latent_num_heads": 2}

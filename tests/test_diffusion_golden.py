@@ -9,6 +9,7 @@ from golden_files import GOLDEN, build, channels_first, load_weights
 from torch.testing import assert_close
 
 from rin_video.diffusion import GaussianDiffusion
+from rin_video.given import Given
 from rin_video.objectives import eps_from_x0, to_x0_eps
 from rin_video.samplers import get_sampler, make_levels
 from rin_video.schedules import NoiseLevel, make_schedule
@@ -92,7 +93,7 @@ def test_whole_runs(file, run, batched):
     schedule = diffusion.schedule if schedule is None else make_schedule(schedule)
     noise = map(channels_first, arrays["gen.step_noise"])
     guidance = info["guidance_scale"] if "guided" in run else 0.0
-    denoise = diffusion.denoiser(tensor(arrays, "gen.labels"), guidance, batched_guidance=batched)
+    denoise = diffusion.denoiser(Given(tensor(arrays, "gen.labels")), guidance, batched_guidance=batched)
     levels = make_levels(schedule, info["steps"], time_difference=td, dtype=torch.float32)  # as the release has them
     steps = get_sampler(sampler)(denoise, channels_first(arrays["gen.init_noise"]), levels, lambda: next(noise))
     worst = 0.0
@@ -115,7 +116,7 @@ def test_hidden_states_of_the_first_pass(file):
     diffusion = golden_diffusion(json.loads(str(arrays["info_json"])))
     level = NoiseLevel.from_gamma(tensor(arrays, "selfcond.gamma"))
     _, latents = diffusion.predict(
-        channels_first(arrays["selfcond.x_noised"]), level, tensor(arrays, "gen.labels"), None
+        channels_first(arrays["selfcond.x_noised"]), level, Given(tensor(arrays, "gen.labels")), None
     )
     theirs = tensor(arrays, "selfcond.latent")  # by share: the first of two samples keeps its states
     assert_close(latents[:1], theirs[:1], rtol=0, atol=5e-4)

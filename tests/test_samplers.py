@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 from rin_video import GaussianDiffusion, UsageError
 from rin_video.config import SampleConfig
+from rin_video.given import Given
 from rin_video.objectives import (
     LOSS_WEIGHTS,
     OBJECTIVES,
@@ -165,7 +166,7 @@ def test_guidance_batched_and_in_two_passes_are_the_same():
     level = NoiseLevel.from_gamma(0.5)
     results = []
     for batched in (True, False):
-        denoise = diffusion.denoiser(label, 2.0, batched_guidance=batched)
+        denoise = diffusion.denoiser(Given(label), 2.0, batched_guidance=batched)
         _, _, hidden = denoise(x, level, None)
         results.append(denoise(x, level, hidden))
         assert diffusion.model.batch == (6 if batched else 3)
@@ -178,10 +179,10 @@ def test_guidance_batched_and_in_two_passes_are_the_same():
 def test_guidance_interval_and_rescale():
     diffusion = GaussianDiffusion(Labelled(), objective="eps", clip_x0="none")
     x, label, level = torch.randn(3, 400), torch.tensor([1, 2, 3]), NoiseLevel.from_gamma(0.5)
-    plain = diffusion.denoiser(label)(x, level, None)
-    outside = diffusion.denoiser(label, 2.0, guidance_interval=(0.6, 1))(x, level, None)
+    plain = diffusion.denoiser(Given(label))(x, level, None)
+    outside = diffusion.denoiser(Given(label), 2.0, guidance_interval=(0.6, 1))(x, level, None)
     assert_close(outside, plain)
-    rescaled = diffusion.denoiser(label, 2.0, guidance_rescale=1.0)(x, level, None)
+    rescaled = diffusion.denoiser(Given(label), 2.0, guidance_rescale=1.0)(x, level, None)
     assert_close(rescaled[1].std(1), plain[1].std(1), rtol=1e-4, atol=1e-4)
 
 
@@ -338,7 +339,7 @@ def test_trajectory_and_callback_see_the_estimates():
 def test_mistakes_are_named():
     diffusion = GaussianDiffusion(ScaledGaussian(0.5))
     for options, message in (
-        ({"sampler_kwargs": {"etta": 1}}, r"sampler ddim has no option etta: it has eta"),
+        ({"sampler": "ddim", "sampler_kwargs": {"etta": 1}}, r"sampler ddim has no option etta: it has eta"),
         ({"spacing": "log"}, r"unknown spacing 'log': known are uniform"),
         ({"spacing": "karras", "time_difference": 1}, r"time_difference is 1"),
         ({"guidance": 1.0}, r"no label to be guided by"),
@@ -358,6 +359,6 @@ def test_every_option_of_the_configuration_reaches_the_sampler():
     """`sample_from_config` hands on every field but the file's frame rate and the number of samples."""
     seen = {}
     diffusion = GaussianDiffusion(ScaledGaussian(0.5))
-    diffusion.sample = lambda count, **options: seen.update(options) or torch.zeros(count)
+    diffusion.sample = lambda batch_size, **options: seen.update(options) or torch.zeros(batch_size)
     diffusion.sample_from_config(SampleConfig(num_samples=3))
     assert set(vars(SampleConfig())) - {"num_samples", "fps"} <= set(seen)

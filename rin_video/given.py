@@ -1,0 +1,107 @@
+"""What is given with a sample: its label, an embedding, and those of its cells that are known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rin_video.errors import UsageError
+from rin_video.tensors import append_dims
+
+
+class Given(NamedTuple):
+    """Every condition of a batch, each part possibly absent; in training and in sampling alike.
+
+    `known` (B, 1, *grid) is true where a cell is known; there `values` (B, C, *grid) holds the clean data, in the range
+    of diffusion (scale included). Nothing is what a dropped part becomes: label -1, embedding 0, no cell known.
+    """
+
+    label: Tensor | None = None  # (B,) integers, or (B, num_classes) weights
+    embedding: Tensor | None = None  # (B, L, D)
+    known: Tensor | None = None
+    values: Tensor | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Given:
+        """`function` on every part that is there."""
+        return Given(*(None if part is None else function(part) for part in self))
+
+    def put(self, x0: Tensor) -> Tensor:
+        """`x0` with the known cells in their place, bit for bit."""
+        if self.known is None or self.values is None:
+            return x0
+        return torch.where(self.known, self.values.to(x0.dtype), x0)
+
+    def without(self, *parts: str) -> Given:
+        """The same with nothing in place of `parts`: "label" (the embedding too), "known"."""
+        label, embedding, known, values = self
+        if "label" in parts:
+            label = None if label is None else torch.full_like(label, -1 if label.ndim == 1 else 0)
+            embedding = None if embedding is None else torch.zeros_like(embedding)
+        if "known" in parts and known is not None:
+            known = torch.zeros_like(known)
+        return Given(label, embedding, known, values)
+
+    def drop(self, probability: float) -> Given:
+        """Label and embedding replaced by nothing, for each sample with the given probability."""
+        told = next((part for part in (self.label, self.embedding) if part is not None), None)
+        if told is None or not probability:
+            return self
+        dropped = torch.rand(len(told), device=told.device) < probability
+        label, embedding, *_ = self.without("label")
+        return self._replace(
+            label=None if label is None else torch.where(append_dims(dropped, label), label, self.label),
+            embedding=None
+            if embedding is None
+            else torch.where(append_dims(dropped, embedding), embedding, self.embedding),
+        )
+
+    def followed_by(self, other: Given) -> Given:
+        """Both batches as one; they have the same parts."""
+        pairs = zip(self, other, strict=True)
+        return Given(*(None if one is None or two is None else torch.cat([one, two]) for one, two in pairs))
+
+    def mean_unknown(self, error: Tensor) -> Tensor:
+        """Mean of `error` (B, C, *grid) over the cells of each sample that are not known: (B,). 0 where all are."""
+        if self.known is None:
+            return error.flatten(1).mean(1)
+        unknown = ~self.known.expand_as(error)
+        return torch.where(unknown, error, 0).flatten(1).sum(1) / unknown.flatten(1).sum(1).clamp(min=1)
+
+    def spread_unknown(self, x: Tensor) -> Tensor:
+        """Standard deviation of `x` (B, C, *grid) over the cells of each sample that are not known: (B,)."""
+        if self.known is None:
+            return x.flatten(1).std(1)
+        unknown = (~self.known).expand_as(x).flatten(1).to(x.dtype)
+        count = unknown.sum(1)
+        offset = x.flatten(1) - ((x.flatten(1) * unknown).sum(1) / count.clamp(min=1))[:, None]
+        variance = (offset.square() * unknown).sum(1) / (count - 1).clamp(min=1)
+        return torch.where(count > 1, variance.sqrt(), 1)
+
+
+def check_labels(label: Tensor | int | None, batch_size: int, num_classes: int) -> Tensor | None:
+    """Labels for a batch. Raises `UsageError` for a class that the model does not have."""
+    labels = torch.full((batch_size,), label) if isinstance(label, int) else label
+    if labels is None or not num_classes or labels.ndim > 1:
+        return labels
+    if len(labels) != batch_size or labels.max() >= num_classes:
+        raise UsageError(
+            f"{len(labels)} labels up to {int(labels.max())} do not suit {batch_size} samples, {num_classes} classes: "
+            f"give one for each sample, from 0 to {num_classes - 1}, or -1 for none"
+        )
+    return labels
+
+
+def check_guidance(guidance: float, drop: str, given: Given) -> None:
+    """Raises `UsageError` where guidance has nothing to drop."""
+    there = {"label": given.label is not None or given.embedding is not None, "known": given.known is not None}
+    parts = drop.split("+")
+    if unknown := set(parts) - set(there):
+        raise UsageError(f"guidance_drop is {drop}: {', '.join(sorted(unknown))} is unknown, it takes label, known")
+    if missing := [part for part in parts if not there[part]]:
+        raise UsageError(
+            f"guidance is {guidance}, but there is no {' and no '.join(missing)} to be guided by: give one"
+            f"{', or guidance_drop=known' if given.known is not None else ''}"
+        )

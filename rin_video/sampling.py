@@ -1,0 +1,192 @@
+"""Drawing samples: the options resolved, the batch in chunks, what is given in its place. Methods of the diffusion."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from rin_video.config import SampleConfig
+from rin_video.errors import UsageError
+from rin_video.given import Given, check_guidance, check_labels
+from rin_video.known import place_context
+from rin_video.noise import NoiseSource
+from rin_video.objectives import CLIPS
+from rin_video.samplers import get_sampler, make_levels
+from rin_video.schedules import make_schedule
+from rin_video.tensors import from_diffusion_range, join_tensors, map_tensors, to_diffusion_range
+
+if TYPE_CHECKING:
+    from rin_video.diffusion import GaussianDiffusion
+
+
+@torch.no_grad()
+def sample(
+    diffusion: GaussianDiffusion,
+    batch_size: int | None = None,
+    *,
+    shape: tuple[int, ...] | None = None,
+    steps: int | None = None,
+    sampler: str = SampleConfig.sampler,
+    sampler_kwargs: Mapping[str, float] | None = None,
+    spacing: str = SampleConfig.spacing,
+    time_difference: float = 0.0,
+    noise_schedule: str | None = None,
+    schedule_kwargs: Mapping[str, float] | None = None,
+    label: Tensor | int | None = None,
+    embedding: Tensor | None = None,
+    context: Tensor | None = None,
+    known: Tensor | None = None,
+    guidance: float = 0.0,
+    guidance_drop: str = "label",
+    guidance_interval: Sequence[float] = (0.0, 1.0),
+    guidance_rescale: float = 0.0,
+    batched_guidance: bool = True,
+    clip_x0: str | None = None,
+    seed: int | None = None,
+    max_batch: int | None = None,
+    hidden: Any = None,
+    progress: bool = False,
+    callback: Callable[[int, Tensor], None] | None = None,
+    return_trajectory: bool = False,
+    return_hidden: bool = False,
+) -> Any:
+    """Draw `batch_size` samples (B, C, *grid) in [0, 1], at most `max_batch` of them at a time.
+
+    `shape` (C, *grid) is the model's where it is not given; `steps` is `timesteps`; schedule and clipping are those
+    of training. The samplers, their options and the spacings are those of `rin_video.samplers`, guidance is that of
+    `denoiser`. `label` is one class for all or (B,); `embedding` is (L, D) or (B, L, D).
+
+    `context` (C, *grid) or (B, C, *grid), in [0, 1] or uint8, is kept bit for bit where `known`, booleans over the
+    grid or (B, *grid), is true. A context of fewer frames needs no mask: it is the start.
+
+    With a `seed`, sample i is the same whatever the batch, the chunks and the device: each has its own generator,
+    on the CPU. `callback(i, x0)` sees the estimate (B', C, *grid) in [0, 1] after every step of every chunk.
+    `return_trajectory` returns them all too, (B, steps, C, *grid) on the CPU; `return_hidden` what the model would
+    hand on, for another call's `hidden`. Raises `UsageError` for what does not fit.
+    """
+    shape = shape or diffusion.shape
+    if shape is None:
+        raise UsageError("the model does not say its shape: give sample(shape=(C, *grid))")
+    if batch_size is None:
+        batched = next(
+            (x for x, rank in ((context, len(shape)), (embedding, 2)) if x is not None and x.ndim > rank), ()
+        )
+        batch_size = len(batched) or 16
+    if batch_size < 1:
+        raise UsageError(f"batch_size is {batch_size}: draw at least 1 sample")
+    if clip_x0 not in (None, *CLIPS):
+        raise UsageError(f"unknown clip_x0 {clip_x0!r}: known are {', '.join(CLIPS)}")
+    device = next((p.device for p in diffusion.parameters()), torch.device("cpu"))
+    schedule = diffusion.schedule if noise_schedule is None else make_schedule(noise_schedule, schedule_kwargs)
+    levels = make_levels(
+        schedule,
+        diffusion.config.timesteps if steps is None else steps,
+        spacing=spacing,
+        time_difference=time_difference,
+        scale=diffusion.config.scale,
+    )
+    draw = get_sampler(sampler, sampler_kwargs)
+    given, data = _given(diffusion, batch_size, shape, label, embedding, context, known)
+    if guidance:
+        check_guidance(guidance, guidance_drop, given)
+    seed = int(torch.randint(2**62, ())) if seed is None else seed
+    chunks = torch.arange(batch_size).split(max_batch or batch_size)
+    bar = tqdm(total=len(levels) * len(chunks), desc="sampling", unit="step", disable=not progress)
+    samples, trajectories, handed_on = [], [], []
+    was_training = diffusion.training
+    diffusion.eval()
+    try:
+        for chunk in chunks:
+            noise = NoiseSource(seed, chunk.tolist(), shape, device)
+            denoise = diffusion.denoiser(
+                given.map(lambda part, chunk=chunk: part[chunk].to(device)),  # type: ignore[misc]
+                guidance,
+                guidance_drop=guidance_drop,
+                guidance_interval=guidance_interval,
+                guidance_rescale=guidance_rescale,
+                batched_guidance=batched_guidance,
+                clip_x0=clip_x0,
+            )
+            start = map_tensors(lambda part, chunk=chunk: part[chunk.to(part.device)].to(device), hidden)
+            estimates = []
+            for i, step in enumerate(draw(denoise, noise(), levels, noise, start)):
+                bar.update()
+                if callback is not None:
+                    callback(i, from_diffusion_range(step.x0 / diffusion.config.scale))
+                if return_trajectory:
+                    estimates.append(from_diffusion_range(step.x0 / diffusion.config.scale).cpu())
+            drawn = from_diffusion_range(step.x0 / diffusion.config.scale)
+            if given.known is not None and data is not None:
+                drawn = torch.where(given.known[chunk].to(device), data[chunk].to(drawn), drawn)
+            samples.append(drawn)
+            trajectories += [torch.stack(estimates, dim=1)] if return_trajectory else []
+            handed_on.append(step.hidden)
+    finally:
+        diffusion.train(was_training)
+        bar.close()
+    result: list[Any] = [torch.cat(samples)]
+    result += [torch.cat(trajectories)] if return_trajectory else []
+    result += [join_tensors(handed_on)] if return_hidden else []
+    return tuple(result) if len(result) > 1 else result[0]
+
+
+def _given(
+    diffusion: GaussianDiffusion,
+    batch: int,
+    shape: tuple[int, ...],
+    label: Tensor | int | None,
+    embedding: Tensor | None,
+    context: Tensor | None,
+    known: Tensor | None,
+) -> tuple[Given, Tensor | None]:
+    """What a batch is drawn by; and the context in [0, 1], so that it comes back bit for bit."""
+    label = check_labels(label, batch, getattr(diffusion.model, "num_classes", 0))
+    if embedding is not None:
+        embedding = embedding.expand(batch, *embedding.shape[-2:])
+    if context is None:
+        if known is not None:
+            raise UsageError("known says which cells are given, but not what they hold: give context too")
+        return Given(label, embedding), None
+    if getattr(diffusion.model, "known_mask", True) is False:
+        raise UsageError(
+            "the model was trained without known cells and cannot take a context: train with "
+            "model.known_mask=true diffusion.known.none=1 diffusion.known.first=1"
+        )
+    data, mask = place_context(context, known, shape, batch)
+    data = data / 255 if data.dtype == torch.uint8 else data
+    return Given(label, embedding, mask, diffusion.config.scale * to_diffusion_range(data)), data
+
+
+def sample_from_config(diffusion: GaussianDiffusion, config: SampleConfig, **options: Any) -> Any:
+    """`sample` with the options of a configuration; `config.label` as a number.
+
+    Without one, each class in turn where the model has classes. `options` are further arguments of `sample`
+    (seed, progress, ...), and go before the configuration's.
+    """
+    return diffusion.sample(**(sample_options(diffusion, config) | options))
+
+
+def sample_options(diffusion: GaussianDiffusion, config: SampleConfig) -> dict[str, Any]:
+    """The arguments of `sample` that a configuration sets."""
+    classes = getattr(diffusion.model, "num_classes", 0)
+    in_turn = torch.arange(config.num_samples) % classes if classes else None
+    return {
+        "batch_size": config.num_samples,
+        "steps": config.steps,
+        "sampler": config.sampler,
+        "sampler_kwargs": config.sampler_kwargs,
+        "spacing": config.spacing,
+        "time_difference": config.time_difference,
+        "noise_schedule": config.noise_schedule,
+        "schedule_kwargs": config.schedule_kwargs,
+        "label": in_turn if config.label is None else config.label,
+        "guidance": config.guidance,
+        "guidance_drop": config.guidance_drop,
+        "guidance_interval": config.guidance_interval,
+        "guidance_rescale": config.guidance_rescale,
+        "clip_x0": config.clip_x0,
+    }
