@@ -12,6 +12,7 @@ from importlib.metadata import version
 from rin_video.config import SAMPLER_NAMES
 from rin_video.errors import UsageError
 
+FLAGS = ("--json", "--carry-latents", "--key-frames", "--interpolate-positions")  # options without a value
 OVERRIDE = re.compile(r"^[A-Za-z_]\w*(\.\w+)+=")
 
 
@@ -44,7 +45,7 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     overrides: list[str] = []
     for word in argv:
         last = arguments[-1] if arguments else ""
-        waits = last.startswith("--") and "=" not in last and last != "--json"  # the one flag
+        waits = last.startswith("--") and "=" not in last and last not in FLAGS
         (overrides if OVERRIDE.match(word) and not waits else arguments).append(word)
     return arguments, overrides
 
@@ -84,8 +85,20 @@ def make_parser() -> argparse.ArgumentParser:
     sample.add_argument("--schedule", metavar="NAME", help="another noise schedule than that of training")
     sample.add_argument("--class", dest="label", metavar="NAME|N", help="one class, or all in turn (default)")
     sample.add_argument("--guidance", type=float, metavar="W", help="classifier-free guidance; 0: none")
+    sample.add_argument("--guidance-drop", metavar="WHAT", help="what guidance does without: label, known, label+known")
+    sample.add_argument("--frames", type=int, metavar="N", help="frames of a clip, any number; 0: images")
+    sample.add_argument("--size", metavar="N|HxW", help="height and width, where the positions allow it")
+    sample.add_argument("--context", metavar="FILE", help="a clip that the samples go on from, or a folder of them")
+    sample.add_argument("--context-frames", type=int, metavar="N", help="how many of its frames are given (all)")
+    sample.add_argument("--fill", metavar="A:B", help="frames to invent of the clip --context; the others are given")
+    sample.add_argument("--image", metavar="FILE", help="an image that the samples start with")
+    sample.add_argument("--window", type=int, metavar="N", help="frames of one pass (default: the model's)")
+    sample.add_argument("--overlap", type=int, metavar="N", help="frames that a window is given of the one before")
+    sample.add_argument("--carry-latents", action="store_true", help="windows hand on latents too")
+    sample.add_argument("--key-frames", action="store_true", help="frames far apart first, then those between them")
+    sample.add_argument("--interpolate-positions", action="store_true", help="learned positions at other sizes")
     sample.add_argument("--seed", type=int, default=0, metavar="N", help="the same seed gives the same samples")
-    sample.add_argument("--batch-size", type=int, metavar="N", help="how many at a time (less memory)")
+    sample.add_argument("--max-batch", type=int, metavar="N", help="how many at a time (less memory)")
     sample.add_argument("--fps", type=float, metavar="N", help="of the clips that are written")
     sample.add_argument("--out", metavar="FILE", help=".mp4 .gif .png .npy .safetensors, or a folder for one file each")
     sample.epilog = (

@@ -5,20 +5,21 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import time
 from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from rin_video.checkpoint import CONFIG, find_model
-from rin_video.config import Config, class_index, load_config, presets
+from rin_video.config import Config, SampleConfig, class_index, is_set, load_config, presets
 from rin_video.diffusion import GaussianDiffusion
 from rin_video.errors import UsageError
 from rin_video.info import describe, model_info, training_memory
+from rin_video.passes import extend_parts, parse_size, plan_pass, refuse_extension
 from rin_video.samplers import get_sampler, make_levels
-from rin_video.schedules import make_schedule
+from rin_video.sampling import sampling_schedule
 
 log = logging.getLogger("rin_video")
 
@@ -35,7 +36,8 @@ def train(options: Namespace) -> None:
         raise UsageError(f"--frames is {frames}: give the frames of a clip, or 0 for images")
     if frames is None and not options.config:
         frames = 0 if detect_kind(options.data) == "image" else None
-    config = load_config(options.config or default_preset(frames), options.overrides)
+    preset = options.config or default_preset(frames, options.size)
+    config = load_config(preset, options.overrides)
     if frames is not None:
         config.model.frames = frames or None
     if options.size:
@@ -50,7 +52,7 @@ def train(options: Namespace) -> None:
 
     shape = model_info(config.model).shape
     dataset = open_dataset(options.data, shape, config.data, seed=config.train.seed)
-    if not any(override.startswith("model.num_classes=") for override in options.overrides):
+    if not is_set("model.num_classes", preset, options.overrides):
         config.model.num_classes = len(dataset.classes)
     folder = Path(options.out or Path("runs") / Path(options.data).resolve().stem)
     if folder.exists() and not folder.is_dir():
@@ -76,40 +78,52 @@ def train(options: Namespace) -> None:
 
 def sample(options: Namespace) -> None:
     """`rin-video sample`."""
-    from rin_video.export import check_target, save_samples
+    from rin_video.context import read_given
+    from rin_video.export import check_target, save_parts, save_samples
 
     folder = find_model(options.model)
     config = load_config(folder / CONFIG, options.overrides)
     wanted = config.sample
-    for name, value in (
-        ("num_samples", options.num),
-        ("steps", options.steps),
-        ("sampler", options.sampler),
-        ("spacing", options.spacing),
-        ("noise_schedule", options.schedule),
-        ("label", options.label),
-        ("guidance", options.guidance),
-        ("fps", options.fps),
-    ):
-        if value is not None:
-            setattr(wanted, name, value)
+    for name in ("steps", "sampler", "spacing", "schedule", "label", "guidance", "guidance_drop", "fps"):
+        if getattr(options, name) is not None:
+            setattr(wanted, name, getattr(options, name))
+    wanted.num_samples = wanted.num_samples if options.num is None else options.num
     wanted.__post_init__()
     if wanted.label == "all":
         wanted.label = None
     check_sampling(config)
-    for name in ("seed", "batch_size"):
-        value = getattr(options, name)
-        if value is not None and value < (name == "batch_size"):
-            raise UsageError(f"--{name.replace('_', '-')} is {value}: it must be at least {int(name == 'batch_size')}")
+    if options.seed < 0:
+        raise UsageError(f"--seed is {options.seed}: it must be at least 0")
+    if options.max_batch is not None and options.max_batch < 1:
+        raise UsageError(f"--max-batch is {options.max_batch}: it must be at least 1")
     allow_only(options.overrides, "sample.")
     diffusion = GaussianDiffusion.from_pretrained(folder, device=best_device())
-    out = Path(options.out or folder / ("samples.mp4" if config.model.frames else "samples.png"))
-    check_target(out, rank=len(diffusion.shape or ()) + 1, fps=wanted.fps)
+    if options.interpolate_positions:
+        diffusion.model.interpolate_positions()
+    pass_ = plan_pass(diffusion.model, options.frames, options.size, options.window)
+    given = read_given(options, pass_, config)
+    out = Path(options.out or folder / f"samples{'.mp4' if pass_.frames else '.png'}")
+    check_target(out, rank=len(pass_.shape) + 1, fps=wanted.fps)
     start = time.perf_counter()
-    samples = diffusion.sample_from_config(wanted, seed=options.seed, max_batch=options.batch_size or 16, progress=True)
+    titles = sample_titles(wanted, config)
+    common = given | {"seed": options.seed, "max_batch": options.max_batch or 16, "shape": pass_.shape}
+    if pass_.extends:
+        paths = save_parts(extend_parts(diffusion, wanted, options, pass_, common), out, wanted.fps, titles=titles)
+    else:
+        refuse_extension(options, pass_)
+        samples = diffusion.sample_from_config(wanted, progress=True, **common)
+        paths = save_samples(samples.cpu(), out, fps=wanted.fps, titles=titles)
     seconds = time.perf_counter() - start
-    paths = save_samples(samples.cpu(), out, fps=wanted.fps)
-    log.info("%d samples in %.1f s: %s", len(samples), seconds, paths[0] if len(paths) == 1 else out)
+    log.info("%d samples in %.1f s: %s", wanted.num_samples, seconds, paths[0] if len(paths) == 1 else out)
+
+
+def sample_titles(wanted: SampleConfig, config: Config) -> list[str] | None:
+    """The class of every sample, by name where it has one."""
+    classes = config.model.num_classes
+    if not classes:
+        return None
+    names = config.data.classes or [str(i) for i in range(classes)]
+    return [names[i % classes if wanted.label is None else wanted.label] for i in range(wanted.num_samples)]
 
 
 def diagnose(options: Namespace) -> None:
@@ -157,10 +171,10 @@ def info(options: Namespace) -> None:
         if options.json:
             _say(json.dumps({name: _counts(row) for name, row in rows.items()}, indent=2))
             return
-        _say(f"{'preset':<14}{'sample':<16}{'tokens':>8}{'latents':>9}{'parameters':>13}{'GFLOPs':>9}")
+        _say(f"{'preset':<20}{'sample':<14}{'tokens':>8}{'latents':>9}{'parameters':>13}{'GFLOPs':>9}")
         for name, row in rows.items():
             size = "x".join(map(str, row.shape[1:]))
-            _say(f"{name:<14}{size:<16}{row.tokens:>8}{row.latents:>9}{row.params:>13,}{row.gflops:>9.2f}")
+            _say(f"{name:<20}{size:<14}{row.tokens:>8}{row.latents:>9}{row.params:>13,}{row.gflops:>9.2f}")
         _say("one in detail: rin-video info --config NAME")
         return
     source = find_model(options.model) / CONFIG if options.model else options.config
@@ -193,24 +207,24 @@ def check_sampling(config: Config) -> None:
     wanted = config.sample
     if wanted.guidance and not config.model.num_classes:
         raise UsageError(f"sample.guidance is {wanted.guidance:g}, but the model has no classes: leave it at 0")
+    if wanted.guidance and "label" in wanted.guidance_drop and not config.diffusion.label_dropout:
+        raise UsageError(
+            f"sample.guidance is {wanted.guidance:g}, but the model never learnt to do without labels: "
+            "train with diffusion.label_dropout=0.1"
+        )
     if wanted.label is not None:
         wanted.label = class_index(wanted.label, config.data.classes, config.model.num_classes)
     get_sampler(wanted.sampler, wanted.sampler_kwargs)
-    schedule = make_schedule(wanted.noise_schedule or config.diffusion.noise_schedule, wanted.schedule_kwargs)
+    schedule = sampling_schedule(config.diffusion, wanted.schedule, wanted.schedule_kwargs)
     make_levels(schedule, wanted.steps, spacing=wanted.spacing, time_difference=wanted.time_difference)
 
 
-def default_preset(frames: int | None) -> str:
-    """The preset for images (frames 0) or clips."""
-    return "image64" if frames == 0 else "video64"
-
-
-def parse_size(text: str) -> int | list[int]:
-    """`64` or `48x64` (height x width)."""
-    if not re.fullmatch(r"\d+(x\d+)?", text):
-        raise UsageError(f"--size {text} is not understood: write 64, or 48x64 (height x width)")
-    numbers = [int(n) for n in text.split("x")]
-    return numbers[0] if len(numbers) == 1 else numbers
+def default_preset(frames: int | None, size: str | None) -> str:
+    """The preset for images (frames 0) or clips of a size: the smallest that was made for so much."""
+    longest = np.max(parse_size(size)) if size else 64
+    if frames == 0:
+        return "image64" if longest <= 64 else "image128" if longest <= 128 else "image256"
+    return "video64" if longest <= 64 else "video128"
 
 
 def best_device() -> torch.device:

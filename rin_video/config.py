@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
 from collections.abc import Sequence
 from contextlib import suppress
@@ -28,7 +29,7 @@ class ModelConfig:
     frames: int | None = None  # frames of a clip; none: images
     channels: int = 3
     sequence_length: int | None = None  # for the tokenizer `sequence`
-    tokenizer: str = "auto"  # auto (by frames and image_size), image, tube, sequence, or a registered name
+    tokenizer: str = "auto"  # auto (by frames), image, tube, sequence, a registered name; tube+image: one core for both
     position: str = "learned"  # learned, sincos, sincos_learned, coordinate
     coordinate_range: float | None = 1000.0  # sin-cos positions run from 0 to this along an axis; none: 0, 1, 2, ...
     dual_patchnorm: bool = False  # LayerNorm on the raw patch too
@@ -47,8 +48,11 @@ class ModelConfig:
 
     known_mask: bool = False  # one more input channel says which cells are given: for diffusion.known and contexts
     num_classes: int = 0  # 0: no labels
+    embedding_dim: int = 0  # width of the vectors that come with a sample, of a text or any other signal; 0: none
+    embedding_tokens: int = 1  # how many of them at most
     time_conditioning: str = "latent"  # latent, interface (a token that is only read), adaln
     class_conditioning: str = "latent"  # the same
+    embedding_conditioning: str = "interface"  # latent, interface
     self_conditioning: str = "latent"  # none, or what is handed on, joined by +: latent, interface, x0
     time_scaling: float = 1000.0  # gamma is multiplied by this before its sin-cos code
 
@@ -64,12 +68,13 @@ class ModelConfig:
             if value != "none":
                 for part in str(value).split("+"):
                     _choice(f"model.{name}", part, choices)
-        for name in ("dim", "channels", "depth", "num_latents", "num_heads", "latent_num_heads"):
+        for name in ("dim", "channels", "depth", "num_latents", "num_heads", "latent_num_heads", "embedding_tokens"):
             _at_least(f"model.{name}", getattr(self, name), 1, int)
         for name in ("frames", "sequence_length", "dim_latent"):
             if getattr(self, name) is not None:
                 _at_least(f"model.{name}", getattr(self, name), 1, int)
-        _at_least("model.num_classes", self.num_classes, 0, int)
+        for name in ("num_classes", "embedding_dim"):
+            _at_least(f"model.{name}", getattr(self, name), 0, int)
         for name in ("mlp_ratio", "latent_mlp_ratio", "time_scaling"):
             _above("model", name, getattr(self, name), 0)
         for name in ("dropout", "drop_path"):
@@ -84,7 +89,12 @@ class ModelConfig:
         return _numbers("model.image_size", self.image_size, 2, "height, width")  # type: ignore[return-value]
 
     def patch_sizes(self, num_axes: int, names: str) -> tuple[int, ...]:
-        """`patch_size` as one number for each axis. A single number serves images and sequences only."""
+        """`patch_size` as one number for each axis. A single number serves images and sequences only.
+
+        Where a model has several tokenizers, one of fewer axes takes the last numbers: an image the height and width.
+        """
+        if "+" in self.tokenizer and isinstance(self.patch_size, list | tuple) and len(self.patch_size) > num_axes:
+            return _numbers("model.patch_size", self.patch_size[-num_axes:], num_axes, names)
         if isinstance(self.patch_size, int) and num_axes == 3:
             p = self.patch_size
             raise UsageError(f"model.patch_size is {p}, tubes need three numbers ({names}): for example [2,{p},{p}]")
@@ -108,6 +118,7 @@ _CHOICES = {
     "latent_position": ("learned", "sincos", "sincos_learned"),
     "time_conditioning": _CONDITIONING,
     "class_conditioning": _CONDITIONING,
+    "embedding_conditioning": ("latent", "interface"),
 }
 _COMBINATIONS = {  # none, or some of these joined by +
     "self_conditioning": ("latent", "interface", "x0"),
@@ -123,7 +134,7 @@ KNOWN_KINDS = ("none", "first", "last", "ends", "frames", "boxes")
 class DiffusionConfig:
     """What the network learns to predict, and at which noise levels."""
 
-    timesteps: int = 1000  # sampling steps where none are asked for
+    timesteps: int = 1000  # sampling steps at most, where none are asked for
     noise_schedule: str = "sigmoid"  # linear, cosine, cosine_simple, sigmoid, rectified_flow
     schedule_kwargs: dict[str, float] = field(default_factory=dict)  # start, end, tau of cosine and sigmoid
     objective: str = "v"  # eps, x0, v, velocity (of rectified flow)
@@ -228,7 +239,7 @@ class TrainConfig:
             raise UsageError(f"train.betas is {list(self.betas)}: it takes two numbers in [0, 1)")
 
 
-SAMPLER_NAMES = ("ddim", "ddpm", "ddpm_small", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m", "heun")
+SAMPLER_NAMES = ("ddim", "euler", "ddpm", "ddpm_small", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m", "heun")
 
 
 @dataclass
@@ -241,12 +252,13 @@ class SampleConfig:
     sampler_kwargs: dict[str, float] = field(default_factory=dict)  # eta of ddim, churn of heun
     spacing: str = "uniform"  # of the steps: uniform, quadratic (in t), karras, logsnr (in sigma / alpha)
     time_difference: float = 0.0  # how many steps further than the clock every step reaches
-    noise_schedule: str | None = None  # none: the schedule of training
+    schedule: str | None = None  # noise schedule; none: that of training
     schedule_kwargs: dict[str, float] = field(default_factory=dict)  # its parameters
     label: Any = None  # one class for all samples, by name or number; none: each class in turn
     guidance: float = 0.0  # weight of classifier-free guidance; 0: none
     guidance_drop: str = "label"  # what the other branch does without: label, known, label+known
     guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])  # gammas at which there is guidance
+    batched_guidance: bool = True  # both branches in one forward pass; false: in two, with less memory
     guidance_rescale: float = 0.0  # 0 to 1: keeps the spread of the guided prediction
     clip_x0: str | None = None  # none: as in training
     fps: float = 8.0  # of the clips that are written
@@ -260,9 +272,11 @@ class SampleConfig:
             _choice("sample.clip_x0", self.clip_x0, ("static", "dynamic", "none"))
         _at_least("sample.time_difference", self.time_difference, 0, float)
         _within("sample.guidance_rescale", self.guidance_rescale, 0, 1)
+        _at_least("sample.guidance", self.guidance, 0, float)
         _above("sample", "fps", self.fps, 0)
-        if len(self.guidance_interval) != 2:
-            raise UsageError(f"sample.guidance_interval is {list(self.guidance_interval)}: it takes two gammas")
+        interval = list(self.guidance_interval)
+        if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
+            raise UsageError(f"sample.guidance_interval is {interval}: it takes two gammas, 0 <= low < high <= 1")
 
 
 @dataclass
@@ -301,6 +315,27 @@ def load_config(name_or_file: str | os.PathLike[str] | None = None, overrides: S
     """
     from omegaconf import OmegaConf
 
+    merged = OmegaConf.structured(Config)
+    for origin, layer in _layers(name_or_file, overrides):
+        _check_keys(OmegaConf.to_container(layer), origin)
+        with _plain_errors(origin):
+            merged = OmegaConf.merge(merged, layer)
+    with _plain_errors("the configuration"):
+        config = OmegaConf.to_object(merged)
+    assert isinstance(config, Config)
+    return config
+
+
+def is_set(key: str, name_or_file: str | os.PathLike[str] | None = None, overrides: Sequence[str] = ()) -> bool:
+    """Whether `section.key` is said by the file or the overrides, be it with its default."""
+    section, name = key.split(".")
+    return any(name in (layer.get(section) or {}) for _, layer in _layers(name_or_file, overrides))
+
+
+def _layers(name_or_file: str | os.PathLike[str] | None, overrides: Sequence[str]) -> list[tuple[str, Any]]:
+    """What is merged onto the defaults, each with its name for errors."""
+    from omegaconf import OmegaConf
+
     layers: list[tuple[str, Any]] = []
     if name_or_file is not None:
         text, origin = _read(name_or_file)
@@ -310,15 +345,7 @@ def load_config(name_or_file: str | os.PathLike[str] | None = None, overrides: S
             raise UsageError(f"cannot read {override!r}: overrides are written section.key=value")
         with _plain_errors(override):
             layers.append((override, OmegaConf.from_dotlist([override])))
-    merged = OmegaConf.structured(Config)
-    for origin, layer in layers:
-        _check_keys(OmegaConf.to_container(layer), origin)
-        with _plain_errors(origin):
-            merged = OmegaConf.merge(merged, layer)
-    with _plain_errors("the configuration"):
-        config = OmegaConf.to_object(merged)
-    assert isinstance(config, Config)
-    return config
+    return layers
 
 
 def to_yaml(config: Config | ModelConfig) -> str:
@@ -432,7 +459,7 @@ def _within(name: str, value: Any, low: float, high: float) -> None:
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _whole(value: Any, least: int) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rin_video.config import DiffusionConfig
 from rin_video.errors import UsageError
+from rin_video.extend import extend
 from rin_video.given import Given
 from rin_video.known import ANY_GRID, draw_known
 from rin_video.objectives import CLIPS, TIME_SAMPLINGS, eps_from_x0, make_loss_weight, target, to_x0_eps
@@ -147,7 +148,8 @@ class GaussianDiffusion(nn.Module):
         if known is None and self.config.known:
             known = draw_known(self.config.known, self.config.known_frames, len(x), x.shape[2:]).to(x.device)
         given = Given(label, embedding, known, x0).drop(self.config.label_dropout)
-        hidden = self.first_pass(x0, eps, t, given) if self.config.train_prob_self_cond else None
+        carries = self.config.train_prob_self_cond and getattr(self.model, "self_conditioning", True)
+        hidden = self.first_pass(x0, eps, t, given) if carries else None
         prediction, _ = self.predict(x_t, level, given, hidden)
         error = (prediction - target(self.config.objective, x0, eps, level)) ** 2
         return LossTerms(given.mean_unknown(self.loss_weight(level) * error), t)
@@ -255,4 +257,5 @@ class GaussianDiffusion(nn.Module):
     # ---- sampling: functions of their own, methods here
 
     sample = sample
+    extend = extend
     sample_from_config = sample_from_config

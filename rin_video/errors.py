@@ -7,3 +7,9 @@ class UsageError(ValueError):
     The message names the file, the number and the remedy, in one line. The command line prints it without a traceback
     and exits with code 2; in Python it is an ordinary `ValueError`.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; its kind where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

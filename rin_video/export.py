@@ -6,14 +6,16 @@ same folder and renamed, so that a failed write leaves nothing.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import tempfile
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from fractions import Fraction
-from itertools import pairwise
+from functools import lru_cache
+from itertools import chain, pairwise
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,7 @@ MAX_GIF_FPS = 50  # browsers slow down what is faster
 TOLERANCE = 1e-3  # how far outside [0, 1] a value may be
 SMPTE_170M, LIMITED_RANGE = 6, 1  # FFmpeg's numbers for BT.601 colours and for luma from 16 to 235
 MARGIN = 2  # pixels between the pictures of a grid
+TITLE_HEIGHT = 12  # pixels above a picture
 
 
 def write_video(clip: Tensor | np.ndarray, path: StrPath, fps: float = DEFAULT_FPS, *, crf: int = 18) -> None:
@@ -54,31 +57,100 @@ def write_video(clip: Tensor | np.ndarray, path: StrPath, fps: float = DEFAULT_F
         warnings.warn(f"{path}: {note}", stacklevel=2)
 
 
-def write_image_grid(images: Tensor | np.ndarray, path: StrPath, columns: int | None = None, upscale: int = 1) -> None:
+class VideoWriter:
+    """Writes an H.264 MP4 part by part: memory does not grow with its length. A context manager.
+
+    `write` takes frames (C, F, H, W), C 1 or 3, all of one size. The file appears when the block ends well.
+    """
+
+    def __init__(self, path: StrPath, fps: float = DEFAULT_FPS, *, crf: int = 18) -> None:
+        if Path(path).suffix.lower() != ".mp4":
+            raise UsageError(f"a clip is written part by part as .mp4 only, not {path}")
+        self.path, self.crf = Path(path), crf
+        self.rate = Fraction(fps).limit_denominator(1001)
+        self._stack = ExitStack()
+        self._stream: Any = None
+
+    def __enter__(self) -> VideoWriter:
+        import av
+
+        temporary = self._stack.enter_context(_replacing(self.path))
+        self._container = self._stack.enter_context(av.open(temporary, "w", options={"movflags": "+faststart"}))
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if kind is None and self._stream is not None:
+            self._container.mux(self._stream.encode())
+        self._stack.__exit__(kind, error, trace)
+
+    def write(self, frames: Tensor | np.ndarray) -> None:
+        import av
+
+        frames = as_pixels(frames).expand(3, -1, -1, -1)
+        H, W = frames.shape[2:]
+        frames = F.pad(frames.float(), (0, W % 2, 0, H % 2), mode="replicate").byte()  # H.264 needs even sizes
+        if self._stream is None:
+            self._stream = self._open_stream(frames.shape[2], frames.shape[3])
+        for pixels in rearrange(frames, "c f h w -> f h w c").contiguous().numpy():
+            self._container.mux(self._stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+
+    def _open_stream(self, height: int, width: int) -> Any:
+        stream: Any = self._container.add_stream("libx264", rate=self.rate, options={"crf": str(self.crf)})
+        stream.height, stream.width = height, width
+        stream.pix_fmt = "yuv420p"
+        context = stream.codec_context  # say which colours these are, or players guess: BT.601, limited range
+        context.color_primaries = context.color_trc = context.colorspace = SMPTE_170M
+        context.color_range = LIMITED_RANGE
+        return stream
+
+
+def write_image_grid(
+    images: Tensor | np.ndarray,
+    path: StrPath,
+    columns: int | None = None,
+    upscale: int = 1,
+    titles: Sequence[str] | None = None,
+) -> None:
     """Write images (B, C, H, W) as one picture, `columns` in a row (as many as rows, if not given)."""
-    _write_picture(_grid(as_pixels(images), columns, upscale), Path(path))
+    _write_picture(_grid(as_pixels(images), columns, upscale, titles), Path(path))
 
 
-def contact_sheet(clips: Tensor | np.ndarray, path: StrPath, max_frames: int = 8, upscale: int = 1) -> None:
+def contact_sheet(
+    clips: Tensor | np.ndarray,
+    path: StrPath,
+    max_frames: int = 8,
+    upscale: int = 1,
+    titles: Sequence[str] | None = None,
+) -> None:
     """Write clips (B, C, F, H, W) as one picture: a clip a row, up to `max_frames` frames, evenly spaced."""
     clips = as_pixels(clips)
     num_frames = min(max_frames, clips.shape[2])
     chosen = torch.linspace(0, clips.shape[2] - 1, num_frames).round().long()
     images = rearrange(clips[:, :, chosen], "b c f h w -> (b f) c h w")
-    _write_picture(_grid(images, num_frames, upscale), Path(path))
+    above = [text for title in titles for text in (title, *[""] * (num_frames - 1))] if titles else None
+    _write_picture(_grid(images, num_frames, upscale, above), Path(path))
 
 
-def video_grid(clips: Tensor | np.ndarray, columns: int | None = None, upscale: int = 1) -> Tensor:
+def video_grid(
+    clips: Tensor | np.ndarray, columns: int | None = None, upscale: int = 1, titles: Sequence[str] | None = None
+) -> Tensor:
     """Clips (B, C, F, H, W) side by side as one, uint8 (3, F, H', W')."""
     frames = as_pixels(clips).unbind(2)
-    return torch.stack([_grid(images, columns, upscale) for images in frames], dim=1)
+    return torch.stack([_grid(images, columns, upscale, titles) for images in frames], dim=1)
 
 
-def save_samples(samples: Tensor | np.ndarray, path: StrPath, fps: float = DEFAULT_FPS, upscale: int = 1) -> list[Path]:
+def save_samples(
+    samples: Tensor | np.ndarray,
+    path: StrPath,
+    fps: float = DEFAULT_FPS,
+    upscale: int = 1,
+    titles: Sequence[str] | None = None,
+) -> list[Path]:
     """Write samples (B, C, *grid) in the form that `path` names; returns the files written.
 
     Images: one grid as .png, .jpg or .webp. Clips: one grid as .mp4 or .gif, or a contact sheet as .png, .jpg or .webp.
     A path with no suffix is a folder: one .png or .mp4 for every sample. Anything: .npy or .safetensors, as it is.
+    `titles`, one for each sample, stand above the pictures and in the names of single files.
     """
     path, samples = Path(path), torch.as_tensor(samples).detach().cpu()
     check_target(path, samples.ndim, fps)
@@ -88,24 +160,54 @@ def save_samples(samples: Tensor | np.ndarray, path: StrPath, fps: float = DEFAU
         _write_array(samples, path)
         return [path]
     if not suffix:
-        files = [path / f"{index:04d}{'.mp4' if is_clips else '.png'}" for index in range(len(samples))]
+        files = sample_files(path, len(samples), ".mp4" if is_clips else ".png", titles)
         return [
             file
             for one, file in zip(samples, files, strict=True)
             for file in save_samples(one[None], file, fps, upscale)
         ]
     if suffix in VIDEO_SUFFIXES and is_clips:
-        write_video(video_grid(samples, upscale=upscale), path, fps)
+        write_video(video_grid(samples, upscale=upscale, titles=titles), path, fps)
     elif suffix in PICTURE_SUFFIXES and is_clips:
-        contact_sheet(samples, path, upscale=upscale)
+        contact_sheet(samples, path, upscale=upscale, titles=titles)
     else:
-        write_image_grid(samples, path, upscale=upscale)
+        write_image_grid(samples, path, upscale=upscale, titles=titles)
     return [path]
+
+
+def save_parts(
+    parts: Iterable[Tensor], path: StrPath, fps: float = DEFAULT_FPS, titles: Sequence[str] | None = None
+) -> list[Path]:
+    """Write clips that come in parts (B, C, f, H, W), as `save_samples` would; returns the files written.
+
+    As .mp4, or a folder of them, no more than a part is held in memory; as anything else, all of it.
+    """
+    path, parts = Path(path), iter(parts)
+    if path.suffix.lower() not in ("", ".mp4"):
+        return save_samples(torch.cat([as_pixels(part) for part in parts], dim=2), path, fps, titles=titles)
+    first = next(parts)
+    files = [path] if path.suffix else sample_files(path, len(first), ".mp4", titles)
+    with ExitStack() as stack:
+        writers = [stack.enter_context(VideoWriter(file, fps)) for file in files]
+        for part in chain([first], parts):
+            clips = [video_grid(part, titles=titles)] if path.suffix else part.unbind(0)
+            for writer, clip in zip(writers, clips, strict=True):
+                writer.write(clip)
+    return files
+
+
+def sample_files(folder: Path, count: int, suffix: str, titles: Sequence[str] | None = None) -> list[Path]:
+    """A name for every sample: its number, and its title made safe for any file system."""
+    names = [re.sub(r"[^\w-]+", "_", title) for title in titles or [""] * count]
+    return [folder / f"{index:04d}{'-' if name else ''}{name}{suffix}" for index, name in enumerate(names)]
 
 
 def check_target(path: StrPath, rank: int, fps: float) -> None:
     """Raises `UsageError` where samples of a rank, the batch included, cannot be written to `path`: before the work."""
     suffix = Path(path).suffix.lower()
+    _check_folder(Path(path).parent if suffix else Path(path))
+    if not 0 < fps < math.inf:
+        raise UsageError(f"fps is {fps:g}: it must be a number above 0")
     if suffix in ARRAY_SUFFIXES:
         return
     if rank not in (4, 5):
@@ -116,6 +218,15 @@ def check_target(path: StrPath, rank: int, fps: float) -> None:
         raise UsageError(f"{kind} cannot be written as {suffix} ({path}): use {', '.join((*known, *ARRAY_SUFFIXES))}")
     if suffix == ".gif" and fps > MAX_GIF_FPS:
         raise UsageError(f"{path}: browsers slow down a GIF of {fps:g} fps: use at most {MAX_GIF_FPS}, or .mp4")
+
+
+def _check_folder(folder: Path) -> None:
+    """Raises `UsageError` where files cannot be written into `folder`, which need not exist yet."""
+    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not there.is_dir():
+        raise UsageError(f"{there} is a file: nothing can be written below it")
+    if not os.access(there, os.W_OK):
+        raise UsageError(f"{there} cannot be written to: choose another place")
 
 
 def load_media(path: StrPath) -> tuple[Tensor, float | None]:
@@ -187,8 +298,8 @@ def _write_clip(clip: Tensor, path: Path, fps: float, crf: int) -> str | None:
     """Returns what had to be changed, in words."""
     if clip.ndim != 4 or clip.shape[0] not in (1, 3) or not clip.numel():
         raise UsageError(f"a clip is (C, F, H, W) with 1 or 3 channels, not {tuple(clip.shape)}")
-    if fps <= 0:
-        raise UsageError(f"fps is {fps:g}: it must be above 0")
+    if not 0 < fps < math.inf:
+        raise UsageError(f"fps is {fps:g}: it must be a number above 0")
     suffix = path.suffix.lower()
     if suffix not in VIDEO_SUFFIXES:
         raise UsageError(f"cannot write a clip as {path}: use {' or '.join(VIDEO_SUFFIXES)}")
@@ -197,25 +308,11 @@ def _write_clip(clip: Tensor, path: Path, fps: float, crf: int) -> str | None:
         _write_gif(clip, path, fps)
         return None
     H, W = clip.shape[2:]
-    pad = (0, W % 2, 0, H % 2)
-    _write_mp4(F.pad(clip.float(), pad, mode="replicate").byte(), path, fps, crf)
-    return f"padded from {H}x{W} to {H + pad[3]}x{W + pad[1]}, because H.264 needs even sizes" if any(pad) else None
-
-
-def _write_mp4(clip: Tensor, path: Path, fps: float, crf: int) -> None:
-    import av
-
-    rate = Fraction(fps).limit_denominator(1001)
-    with _replacing(path) as temporary, av.open(temporary, "w", options={"movflags": "+faststart"}) as container:
-        stream: Any = container.add_stream("libx264", rate=rate, options={"crf": str(crf)})
-        stream.height, stream.width = clip.shape[2:]
-        stream.pix_fmt = "yuv420p"
-        context = stream.codec_context  # say which colours these are, or players guess: BT.601, limited range
-        context.color_primaries = context.color_trc = context.colorspace = SMPTE_170M
-        context.color_range = LIMITED_RANGE
-        for pixels in rearrange(clip, "c f h w -> f h w c").contiguous().numpy():
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
-        container.mux(stream.encode())
+    with VideoWriter(path, fps, crf=crf) as writer:
+        writer.write(clip)
+    if H % 2 or W % 2:
+        return f"padded from {H}x{W} to {H + H % 2}x{W + W % 2}, because H.264 needs even sizes"
+    return None
 
 
 def _write_gif(clip: Tensor, path: Path, fps: float) -> None:
@@ -259,14 +356,17 @@ def _write_array(samples: Tensor, path: Path) -> None:
 @contextmanager
 def _replacing(path: Path) -> Iterator[str]:
     """A temporary name beside `path`, with its suffix, that becomes `path` at the end."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".writing-", dir=path.parent) as folder:
-        temporary = Path(folder, path.name)
-        yield str(temporary)
-        os.replace(temporary, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".writing-", dir=path.parent) as folder:
+            temporary = Path(folder, path.name)
+            yield str(temporary)
+            os.replace(temporary, path)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
-def _grid(images: Tensor, columns: int | None, upscale: int) -> Tensor:
+def _grid(images: Tensor, columns: int | None, upscale: int, titles: Sequence[str] | None = None) -> Tensor:
     """uint8 (B, C, H, W) to (3, H', W'), or 4 channels where C is 4; one image gets no margin."""
     from torchvision.utils import make_grid
 
@@ -274,7 +374,21 @@ def _grid(images: Tensor, columns: int | None, upscale: int) -> Tensor:
         raise UsageError(f"images are (B, C, H, W) with 1, 3 or 4 channels, not {tuple(images.shape)}")
     columns = columns or int(np.ceil(len(images) ** 0.5))
     images = images.repeat_interleave(upscale, -2).repeat_interleave(upscale, -1)
+    if titles:
+        above = [_title(title, *images.shape[1::2]) for title in titles]
+        images = torch.cat([torch.stack(above), images], dim=2)
     return make_grid(images, nrow=columns, padding=MARGIN if len(images) > 1 else 0)
+
+
+@lru_cache(maxsize=1024)
+def _title(text: str, channels: int, width: int) -> Tensor:
+    """White on black, uint8 (channels, TITLE_HEIGHT, width); cut off where it is too long."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    strip = Image.new("L", (width, TITLE_HEIGHT))
+    ImageDraw.Draw(strip).text((1, 0), text, fill=255, font=ImageFont.load_default(TITLE_HEIGHT - 2))
+    pixels = torch.from_numpy(np.array(strip)).expand(channels, -1, -1)
+    return torch.cat([pixels[:3], torch.full_like(pixels[:1], 255)]) if channels == 4 else pixels
 
 
 def _read_array(path: Path) -> Tensor:

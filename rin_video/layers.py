@@ -170,12 +170,13 @@ class LinearAttention(nn.Module):
 class DepthwiseConv(nn.Module):
     """x + depth-wise convolution of size 3 over the grid of tokens. (B, N, dim) to the same; starts as the identity.
 
-    `grid` is the grid of tokens, outermost first, of 1 to 3 axes. Source: Chu et al. 2021, "PEG".
+    `grid` is the grid of tokens, outermost first, of 1 to 3 axes; one of fewer than `num_axes` lacks the outer ones
+    (an image is a clip of one frame). Source: Chu et al. 2021, "PEG".
     """
 
     def __init__(self, dim: int, num_axes: int) -> None:
         super().__init__()
-        self.norm = LayerNorm(dim)
+        self.norm, self.num_axes = LayerNorm(dim), num_axes
         conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[num_axes - 1]
         self.conv = conv(dim, dim, 3, padding=1, groups=dim)
         nn.init.zeros_(self.conv.weight)
@@ -183,5 +184,6 @@ class DepthwiseConv(nn.Module):
             nn.init.zeros_(self.conv.bias)
 
     def forward(self, x: Tensor, grid: tuple[int, ...]) -> Tensor:
+        grid = (1,) * (self.num_axes - len(grid)) + grid
         maps = self.norm(x).transpose(1, 2).unflatten(-1, grid)
         return x + self.conv(maps).flatten(2).transpose(1, 2)

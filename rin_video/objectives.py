@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rin_video.errors import UsageError
-from rin_video.schedules import NoiseLevel
+from rin_video.schedules import GAMMA_MIN, NoiseLevel
 
 OBJECTIVES = ("eps", "x0", "v", "velocity")
 
@@ -62,7 +62,10 @@ def p2(snr: Tensor, gamma: float = 1.0, k: float = 1.0) -> Tensor:
 
 
 def sigmoid_weight(snr: Tensor, bias: float = 0.0) -> Tensor:
-    """Weight on the error of eps: sigmoid(bias - log snr). Kingma & Gao 2023 (arXiv 2303.00848), sec. 4."""
+    """Weight on the error of eps: sigmoid(bias - log snr). Kingma & Gao 2023 (arXiv 2303.00848), sec. 4.
+
+    Their integral is over log snr; here t is drawn, and the weight multiplies its error as it is.
+    """
     return snr * torch.sigmoid(bias - snr.log())
 
 
@@ -74,8 +77,8 @@ def make_loss_weight(
 ) -> Callable[[NoiseLevel], Any]:
     """The weight of the squared error of `objective` at a level: "none" (1), or one of `LOSS_WEIGHTS`.
 
-    A weight on the error of x0 is divided by how much larger the error of the objective is at the same level:
-    snr for eps, snr + 1 for v, (sqrt(snr) + 1)^2 for velocity. For v, min-SNR is min(snr, gamma) / (snr + 1).
+    A weight on the error of x0 is divided by how much larger the error of the objective is at the same level: where
+    variance is preserved, by snr for eps and snr + 1 for v; min-SNR for v is min(snr, gamma) / (snr + 1).
     Raises `UsageError` for unknown names and parameters.
     """
     if objective not in OBJECTIVES:
@@ -93,8 +96,14 @@ def make_loss_weight(
     on_x0 = partial(LOSS_WEIGHTS[name], **kwargs)
 
     def weight(level: NoiseLevel) -> Tensor:
-        snr = level.snr
-        return on_x0(snr) / {"x0": 1, "eps": snr, "v": snr + 1, "velocity": (snr**0.5 + 1) ** 2}[objective]
+        _, alpha, sigma, _ = level
+        share = {  # how far an error of the objective moves x0: see to_x0_eps
+            "x0": 1,
+            "eps": sigma / alpha,
+            "v": sigma / (alpha**2 + sigma**2),
+            "velocity": sigma / (alpha + sigma),
+        }
+        return on_x0(level.snr.clamp(max=1 / GAMMA_MIN)) * share[objective] ** 2  # no noise at all: snr is infinite
 
     return weight
 

@@ -12,7 +12,8 @@ from rin_video.conditioning import Conditioner
 from rin_video.config import ModelConfig, model_config
 from rin_video.core import RINCore
 from rin_video.errors import UsageError
-from rin_video.tokenizers import make_tokenizer
+from rin_video.tokenizers import make_tokenizer, tokenizer_names
+from rin_video.tokenizers.positions import LearnedPosition
 
 State = Tensor | tuple[Tensor, Tensor]  # latents, or (latents, interface tokens)
 
@@ -25,13 +26,13 @@ class RIN(nn.Module):
         RIN(dim=256, image_size=128, patch_size=8, depth=6, num_latents=128, dim_latent=512, latent_self_attn_depth=4)
         RIN(dim=256, image_size=64, frames=16, patch_size=(2, 4, 4), num_classes=10)
 
-    `model(x, gamma, latents=None, label=None) -> (prediction, latents)`:
+    `model(x, gamma, latents=None, label=None, ...) -> (prediction, latents)`:
     `x` (B, C, *grid) is the noisy input, about unit variance; `gamma` (B,) in (0, 1] is the share of signal, 1 is
     clean; `latents` is what the previous, noisier pass returned, an opaque value; `label` (B,) integers, -1 for none;
-    `x0` (B, C, *grid) the previous estimate, with x0 self-conditioning; `known` (B, 1, *grid), with `known_mask`, is
-    true where `x` is clean.
-    Other sizes than the built one work where the position code allows it. Raises `UsageError` for sizes and options
-    that cannot be. Source: arXiv 2212.11972.
+    `embedding` (B, n, embedding_dim), zeros for none; `x0` (B, C, *grid), with x0 self-conditioning, is the previous
+    estimate; `known` (B, 1, *grid), with `known_mask`, is true where `x` is clean. With several tokenizers, the number
+    of axes of `x` says which. Other sizes than the built one work where the position code allows it. Raises
+    `UsageError` for sizes and options that cannot be. Source: arXiv 2212.11972.
     """
 
     def __init__(self, config: ModelConfig | None = None, /, **options: Any) -> None:
@@ -42,13 +43,21 @@ class RIN(nn.Module):
         self.interface_self_conditioning = "interface" in parts
         dim_latent = config.dim_latent or config.dim
         in_channels = config.channels * (1 + self.x0_self_conditioning) + config.known_mask
-        self.tokenizer: Any = make_tokenizer(config, in_channels)
+        first, *others = tokenizer_names(config)
+        self.tokenizer: Any = make_tokenizer(config, in_channels, first)
+        self.other_tokenizers = nn.ModuleDict({name: make_tokenizer(config, in_channels, name) for name in others})
+        ranks = [len(shape) for shape in self.shapes]
+        if len(set(ranks)) < len(ranks):
+            raise UsageError(f"model.tokenizer={config.tokenizer} takes one kind of data twice: name each kind once")
         self.conditioner = Conditioner(
             config.dim,
             dim_latent,
             num_classes=config.num_classes,
+            embedding_dim=config.embedding_dim,
+            embedding_tokens=config.embedding_tokens,
             time_conditioning=config.time_conditioning,
             class_conditioning=config.class_conditioning,
+            embedding_conditioning=config.embedding_conditioning,
             time_scaling=config.time_scaling,
         )
         self.core = RINCore(
@@ -64,7 +73,7 @@ class RIN(nn.Module):
             latent_position=config.latent_position,
             self_conditioning=parts,
             interface_mixing=config.interface_mixing.split("+"),
-            num_axes=len(self.shape) - 1,
+            num_axes=max(ranks) - 1,
             dropout=config.dropout,
             drop_path=config.drop_path,
             norm_context=config.norm_context,
@@ -74,12 +83,39 @@ class RIN(nn.Module):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of one sample, (C, *grid)."""
+        """Shape of one sample, (C, *grid); of the first tokenizer's data."""
         return self.tokenizer.shape
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Shapes of one sample of every kind of data that the model takes."""
+        return [tokenizer.shape for tokenizer in self.tokenizers]
+
+    @property
+    def tokenizers(self) -> list[Any]:
+        """All of them, the first first."""
+        return [self.tokenizer, *self.other_tokenizers.values()]
+
+    def tokenizer_for(self, x: Tensor) -> Any:
+        """The tokenizer of data like `x` (B, C, *grid), by the number of axes."""
+        return next((t for t in self.tokenizers if len(t.shape) == x.ndim - 1), self.tokenizer)
+
+    def interpolate_positions(self, on: bool = True) -> RIN:
+        """Let learned positions of tokens serve grids they were not made for, read in between; returns the model."""
+        for tokenizer in self.tokenizers:
+            for module in tokenizer.modules():
+                if isinstance(module, LearnedPosition):
+                    module.interpolate = on
+        return self
 
     @property
     def num_classes(self) -> int:
         return self.config.num_classes
+
+    @property
+    def self_conditioning(self) -> bool:
+        """Whether a pass makes use of what the previous one handed on."""
+        return self.config.self_conditioning != "none"
 
     @property
     def known_mask(self) -> bool:
@@ -92,10 +128,11 @@ class RIN(nn.Module):
         *,
         latents: State | None = None,
         label: Tensor | None = None,
+        embedding: Tensor | None = None,
         x0: Tensor | None = None,
         known: Tensor | None = None,
     ) -> tuple[Tensor, State]:
-        grid = x.shape[2:]
+        grid, tokenizer = x.shape[2:], self.tokenizer_for(x)
         inputs = [x]
         if self.x0_self_conditioning:
             inputs.append(torch.zeros_like(x) if x0 is None else x0)
@@ -105,13 +142,13 @@ class RIN(nn.Module):
             raise UsageError("the model is not told which cells are known: build it with known_mask=True")
         previous_latents, previous_tokens = latents if isinstance(latents, tuple) else (latents, None)
         tokens, new_latents = self.core(
-            self.tokenizer.tokenize(torch.cat(inputs, dim=1) if len(inputs) > 1 else x),
+            tokenizer.tokenize(torch.cat(inputs, dim=1) if len(inputs) > 1 else x),
             previous_latents,
-            self.conditioner(gamma, label),
+            self.conditioner(gamma, label, embedding),
             previous_tokens=previous_tokens,
-            grid=self.tokenizer.token_grid(grid),
+            grid=tokenizer.token_grid(grid),
         )
-        prediction = self.tokenizer.detokenize(tokens, grid)
+        prediction = tokenizer.detokenize(tokens, grid)
         return prediction, (new_latents, tokens) if self.interface_self_conditioning else new_latents
 
     def no_weight_decay(self) -> set[str]:

@@ -162,6 +162,7 @@ def heun(
 Sampler = Callable[..., Iterator[Step]]
 SAMPLERS: dict[str, Sampler] = {
     "ddim": ddim,
+    "euler": ddim,  # what DDIM is, in sigma / alpha or on the straight path
     "ddpm": ddpm,
     "ddpm_small": partial(ddpm, small=True),
     "dpmpp_2m": dpmpp_2m,
@@ -182,6 +183,10 @@ def get_sampler(name: str, sampler_kwargs: Mapping[str, float] | None = None) ->
         raise UsageError(
             f"sampler {name} has no option {', '.join(sorted(unknown))}: it has {', '.join(known) or 'none'}"
         )
+    for option, value in (sampler_kwargs or {}).items():
+        most = {"eta": 1.0, "churn": math.inf}[option]
+        if not (0 <= value <= most and math.isfinite(value)):
+            raise UsageError(f"sampler_kwargs.{option} is {value}: it lies in [0, {most:g}]")
     return partial(sampler, **(sampler_kwargs or {}))
 
 

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from rin_video.config import SampleConfig
+from rin_video.config import DiffusionConfig, SampleConfig
 from rin_video.errors import UsageError
 from rin_video.given import Given, check_guidance, check_labels
 from rin_video.known import place_context
 from rin_video.noise import NoiseSource
 from rin_video.objectives import CLIPS
 from rin_video.samplers import get_sampler, make_levels
-from rin_video.schedules import make_schedule
-from rin_video.tensors import from_diffusion_range, join_tensors, map_tensors, to_diffusion_range
+from rin_video.schedules import Schedule, make_schedule
+from rin_video.tensors import from_diffusion_range, join_tensors, map_tensors, to_diffusion_range, to_unit_range
 
 if TYPE_CHECKING:
     from rin_video.diffusion import GaussianDiffusion
@@ -34,7 +34,7 @@ def sample(
     sampler_kwargs: Mapping[str, float] | None = None,
     spacing: str = SampleConfig.spacing,
     time_difference: float = 0.0,
-    noise_schedule: str | None = None,
+    schedule: str | None = None,
     schedule_kwargs: Mapping[str, float] | None = None,
     label: Tensor | int | None = None,
     embedding: Tensor | None = None,
@@ -56,9 +56,9 @@ def sample(
 ) -> Any:
     """Draw `batch_size` samples (B, C, *grid) in [0, 1], at most `max_batch` of them at a time.
 
-    `shape` (C, *grid) is the model's where it is not given; `steps` is `timesteps`; schedule and clipping are those
-    of training. The samplers, their options and the spacings are those of `rin_video.samplers`, guidance is that of
-    `denoiser`. `label` is one class for all or (B,); `embedding` is (L, D) or (B, L, D).
+    `shape` (C, *grid) is the model's where it is not given; `steps` is 50, or `timesteps` if fewer; `schedule`
+    and clipping are those of training. The samplers, their options and the spacings are those of `rin_video.samplers`,
+    guidance is that of `denoiser`. `label` is one class for all or (B,); `embedding` is (L, D) or (B, L, D).
 
     `context` (C, *grid) or (B, C, *grid), in [0, 1] or uint8, is kept bit for bit where `known`, booleans over the
     grid or (B, *grid), is true. A context of fewer frames needs no mask: it is the start.
@@ -81,10 +81,9 @@ def sample(
     if clip_x0 not in (None, *CLIPS):
         raise UsageError(f"unknown clip_x0 {clip_x0!r}: known are {', '.join(CLIPS)}")
     device = next((p.device for p in diffusion.parameters()), torch.device("cpu"))
-    schedule = diffusion.schedule if noise_schedule is None else make_schedule(noise_schedule, schedule_kwargs)
     levels = make_levels(
-        schedule,
-        diffusion.config.timesteps if steps is None else steps,
+        sampling_schedule(diffusion.config, schedule, schedule_kwargs),
+        min(SampleConfig.steps, diffusion.config.timesteps) if steps is None else steps,
         spacing=spacing,
         time_difference=time_difference,
         scale=diffusion.config.scale,
@@ -157,7 +156,7 @@ def _given(
             "model.known_mask=true diffusion.known.none=1 diffusion.known.first=1"
         )
     data, mask = place_context(context, known, shape, batch)
-    data = data / 255 if data.dtype == torch.uint8 else data
+    data = to_unit_range(data)
     return Given(label, embedding, mask, diffusion.config.scale * to_diffusion_range(data)), data
 
 
@@ -181,12 +180,29 @@ def sample_options(diffusion: GaussianDiffusion, config: SampleConfig) -> dict[s
         "sampler_kwargs": config.sampler_kwargs,
         "spacing": config.spacing,
         "time_difference": config.time_difference,
-        "noise_schedule": config.noise_schedule,
+        "schedule": config.schedule,
         "schedule_kwargs": config.schedule_kwargs,
         "label": in_turn if config.label is None else config.label,
         "guidance": config.guidance,
         "guidance_drop": config.guidance_drop,
         "guidance_interval": config.guidance_interval,
+        "batched_guidance": config.batched_guidance,
         "guidance_rescale": config.guidance_rescale,
         "clip_x0": config.clip_x0,
     }
+
+
+def sampling_schedule(
+    config: DiffusionConfig, name: str | None = None, schedule_kwargs: Mapping[str, float] | None = None
+) -> Schedule:
+    """The schedule to sample with: another one by name, or that of training with other parameters.
+
+    Raises `UsageError` for one on another path, whose inputs the network never saw.
+    """
+    if name is None:
+        name, schedule_kwargs = config.noise_schedule, {**config.schedule_kwargs, **(schedule_kwargs or {})}
+    schedule = make_schedule(name, schedule_kwargs)
+    trained = make_schedule(config.noise_schedule, config.schedule_kwargs)
+    if schedule(torch.tensor(0.5)).power != trained(torch.tensor(0.5)).power:
+        raise UsageError(f"schedule {name} is on another path than {config.noise_schedule}, which the model learnt")
+    return schedule

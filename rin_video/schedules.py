@@ -123,9 +123,13 @@ def make_schedule(name: str, schedule_kwargs: Mapping[str, float] | None = None)
         value = function(t, **kwargs)
         return value if isinstance(value, NoiseLevel) else NoiseLevel.from_gamma(value)
 
-    ends = schedule(torch.tensor([0.0, 1.0], dtype=torch.float64, device="cpu")).gamma
-    if not (ends.isfinite().all() and ends[0] > ends[1]):
+    try:
+        gamma = schedule(torch.linspace(0, 1, 65, dtype=torch.float64, device="cpu")).gamma
+    except ArithmeticError:
+        gamma = torch.tensor([torch.nan])
+    if not (gamma.isfinite().all() and (gamma.diff() <= 0).all() and (gamma[1:] < 1).all()):
         raise UsageError(
-            f"noise_schedule {name} with {kwargs} does not fall from signal to noise: it gives {ends.tolist()}"
+            f"noise_schedule {name} with {kwargs} does not fall from signal to noise: it gives {gamma[0]:.3g} to "
+            f"{gamma[-1]:.3g}"
         )
     return schedule

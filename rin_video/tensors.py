@@ -14,6 +14,11 @@ def append_dims(value: Tensor, x: Tensor) -> Tensor:
     return value.reshape(-1, *[1] * (x.ndim - 1))
 
 
+def to_unit_range(x: Tensor) -> Tensor:
+    """uint8 to [0, 1]; floats as they are."""
+    return x / 255 if x.dtype == torch.uint8 else x
+
+
 def to_diffusion_range(x: Tensor) -> Tensor:
     """[0, 1] floats or uint8 to [-1, 1]."""
     if x.dtype == torch.uint8:

@@ -195,7 +195,18 @@ def test_mistakes_with_a_run(fails, train_clips):
     command, run = train_clips
     for argv, words in (
         (("sample", run, "--num", "0"), "sample.num_samples is 0"),
-        (("sample", run, "--sampler", "euler"), "euler"),
+        (("sample", run, "--sampler", "rk4"), "rk4"),
+        (("sample", run, "--sampler", "ddim", "sample.sampler_kwargs.eta=2"), "sampler_kwargs.eta is 2"),
+        (("sample", run, "--sampler", "heun", "sample.sampler_kwargs.churn=-5"), "sampler_kwargs.churn is -5"),
+        (("sample", run, "--sampler", "ddim", "sample.sampler_kwargs.eta=.nan"), "sampler_kwargs.eta is nan"),
+        (("sample", run, "--schedule", "cosine", "sample.schedule_kwargs.start=2"), "does not fall from signal"),
+        (("sample", run, "sample.schedule_kwargs.tau=0"), "does not fall from signal to noise"),
+        (("sample", run, "--schedule", "rectified_flow"), "on another path than sigmoid"),
+        (("sample", run, "sample.guidance_interval=[0.9,0.1]"), "sample.guidance_interval is [0.9, 0.1]"),
+        (("sample", run, "--guidance", "nan"), "sample.guidance is nan"),
+        (("sample", run, "--fps", "inf"), "fps is inf"),
+        (("sample", run, "--out", run / "config.yaml" / "x.png"), "config.yaml is a file"),
+        (("sample", run / "config.yaml"), "config.yaml is a file: give the folder of a run"),
         (("sample", run, "--steps", "0"), "steps"),
         (("sample", run, "--guidance", "2", "--steps", "1", "--num", "1"), "guidance is 2"),
         (("sample", run, "sample.stps=3"), "unknown key sample.stps: did you mean sample.steps?"),
@@ -204,7 +215,7 @@ def test_mistakes_with_a_run(fails, train_clips):
         (("sample", run, "--spacing", "log"), "sample.spacing=log is unknown: choose uniform"),
         (("sample", run, "--schedule", "square"), "square"),
         (("sample", run, "sample.sampler_kwargs.eta=0.5", "--sampler", "ddpm"), "eta"),
-        (("sample", run, "--batch-size", "0"), "--batch-size is 0"),
+        (("sample", run, "--max-batch", "0"), "--max-batch is 0"),
         (("sample", run, "--seed", "-1"), "--seed is -1"),
         (("diagnose", run, "--num", "1"), "--num is 1"),
         (("diagnose", run, "model.dim=64"), "model.dim=64 cannot change a trained model"),
@@ -265,7 +276,7 @@ def test_the_same_seed_gives_the_same_bytes(train_clips, tmp_path):
 
     one, same, other = draw("one", "--seed", "1"), draw("same", "--seed", "1"), draw("other", "--seed", "2")
     assert one.read_bytes() == same.read_bytes() != other.read_bytes()
-    each = draw("each", "--seed", "1", "--batch-size", "1")
+    each = draw("each", "--seed", "1", "--max-batch", "1")
     np.testing.assert_allclose(np.load(each), np.load(one), rtol=0, atol=1e-5)
 
 

@@ -109,7 +109,7 @@ def test_model_is_told_gamma_not_t():
     """Trap 10: which is why a model may be sampled with another schedule than it was trained with."""
     model = Recorder()
     diffusion = GaussianDiffusion(model, noise_schedule="cosine")
-    diffusion.sample(2, shape=(3,), steps=4, noise_schedule="linear")
+    diffusion.sample(2, shape=(3,), steps=4, schedule="linear")
     told = torch.stack([call["gamma"] for call in model.calls])
     assert_close(told, torch.tensor([1e-9, 0.25, 0.5, 0.75])[:, None].expand(4, 2))
 
@@ -224,7 +224,7 @@ def test_mistakes_are_named():
         GaussianDiffusion(model, scale=0)
     with pytest.raises(UsageError, match="does not say its shape"):
         GaussianDiffusion(model).sample(2)
-    with pytest.raises(UsageError, match=r"'dddim'.*ddim, ddpm"):
+    with pytest.raises(UsageError, match=r"'dddim'.*ddim, euler, ddpm"):
         GaussianDiffusion(model).sample(2, shape=(3,), sampler="dddim")
     with pytest.raises(UsageError, match="steps is -1"):
         GaussianDiffusion(model).sample(2, shape=(3,), steps=-1)

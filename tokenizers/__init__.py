@@ -28,6 +28,7 @@ __all__ = [
     "Tokenizer",
     "TubeTokenizer",
     "make_tokenizer",
+    "tokenizer_names",
 ]
 
 
@@ -58,9 +59,13 @@ TOKENIZERS.register("tube")(TubeTokenizer)
 TOKENIZERS.register("sequence")(SequenceTokenizer)
 
 
-def make_tokenizer(config: ModelConfig, in_channels: int) -> nn.Module:
-    """The tokenizer that a configuration names; `auto` goes by what the data is."""
-    name = config.tokenizer
-    if name == "auto":
-        name = "tube" if config.frames else "sequence" if config.sequence_length else "image"
-    return TOKENIZERS.get(name).from_config(config, in_channels)
+def tokenizer_names(config: ModelConfig) -> list[str]:
+    """The tokenizers of a model, joined by + in its configuration; `auto` goes by what the data is."""
+    if config.tokenizer == "auto":
+        return ["tube" if config.frames else "sequence" if config.sequence_length else "image"]
+    return config.tokenizer.split("+")
+
+
+def make_tokenizer(config: ModelConfig, in_channels: int, name: str | None = None) -> nn.Module:
+    """The tokenizer called `name`, or the first one that a configuration names."""
+    return TOKENIZERS.get(name or tokenizer_names(config)[0]).from_config(config, in_channels)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rin_video.errors import UsageError
@@ -47,20 +48,29 @@ def grid_sincos(grid: tuple[int, ...], dim: int, coordinate_range: float | None 
 
 
 class LearnedPosition(nn.Module):
-    """A table, truncated normal 0.02: one row a token, for one grid only."""
+    """A table, truncated normal 0.02: one row a token, for one grid only.
+
+    With `interpolate` set, another grid of as many axes (up to three) reads the table in between, linearly.
+    """
 
     def __init__(self, grid: tuple[int, ...], dim: int) -> None:
         super().__init__()
-        self.grid = grid
+        self.grid, self.interpolate = tuple(grid), False
         self.table = nn.Parameter(nn.init.trunc_normal_(torch.empty(math.prod(grid), dim), std=0.02))
 
     def forward(self, grid: tuple[int, ...]) -> Tensor:
-        if tuple(grid) != self.grid:
+        if tuple(grid) == self.grid:
+            return self.table
+        if not self.interpolate:
             raise UsageError(
-                f"learned positions were made for {_by(self.grid)} tokens and cannot serve {_by(grid)}: "
-                "train with position=sincos or position=coordinate for other sizes"
+                f"learned positions were made for {_by(self.grid)} tokens and cannot serve {_by(grid)}: interpolate "
+                "them (--interpolate-positions), or train with position=sincos or position=coordinate"
             )
-        return self.table
+        if len(grid) != len(self.grid) or len(grid) > 3:
+            raise UsageError(f"learned positions of {_by(self.grid)} tokens cannot be interpolated to {_by(grid)}")
+        maps = self.table.T.reshape(1, -1, *self.grid)
+        maps = F.interpolate(maps, size=tuple(grid), mode=("linear", "bilinear", "trilinear")[len(grid) - 1])
+        return maps.flatten(2)[0].T
 
 
 class SinCosPosition(nn.Module):

@@ -1,0 +1,120 @@
+"""Reading what a sample is given from files: frames of a clip, an image; and which frames are to be invented."""
+
+from __future__ import annotations
+
+import re
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rin_video.config import Config, DataConfig
+from rin_video.datasets.decoding import VideoInfo, open_video, probe_video
+from rin_video.datasets.folders import CLIP_EXTENSIONS, find_files
+from rin_video.datasets.images import Framing, read_image
+from rin_video.errors import UsageError
+from rin_video.known import known_frames_mask
+from rin_video.passes import Pass
+
+
+def read_given(options: Namespace, pass_: Pass, config: Config) -> dict[str, Any]:
+    """The context of the samples, and what of it is known, as arguments of `diffusion.sample`."""
+    for name, needs in (("context_frames", "context"), ("fill", "context"), ("image", None), ("context", None)):
+        if getattr(options, name) is None:
+            continue
+        flag = f"--{name.replace('_', '-')}"
+        if not pass_.frames:
+            raise UsageError(f"{flag} is for clips, and these are images")
+        if needs and getattr(options, needs) is None:
+            raise UsageError(f"{flag} says which frames are given, but not of what: give --{needs} clip.mp4")
+    if options.image is not None and options.context is not None:
+        raise UsageError("give either --image or --context: both are the start")
+    if options.fill is not None and options.context_frames is not None:
+        raise UsageError("give either --context-frames or --fill: both say which frames are given")
+    if options.image is not None:
+        return {"context": read_start_image(Path(options.image), pass_.shape)}
+    if options.context is None:
+        return {}
+    count, frames = config.sample.num_samples, options.context_frames
+    if frames is not None and not 0 < frames < pass_.frames:
+        raise UsageError(
+            f"--context-frames is {frames}, the clips have {pass_.frames}: give 1 to {pass_.frames - 1}, "
+            "or more --frames"
+        )
+    if options.fill is not None:
+        if pass_.extends:
+            raise UsageError(f"--fill needs the whole clip in one pass: use --window {pass_.frames}")
+        known = known_frames_mask(pass_.shape[1:], parse_fill(options.fill, pass_.frames))
+        context = read_context(Path(options.context), pass_.shape, config.data, count, pass_.frames)
+        return {"context": context, "known": known}
+    context = read_context(Path(options.context), pass_.shape, config.data, count, frames)
+    if context.shape[2] >= pass_.frames:
+        raise UsageError(
+            f"{options.context} has {context.shape[2]} frames, the clips {pass_.frames}: "
+            f"use --context-frames 1 to {pass_.frames - 1}, or more --frames"
+        )
+    return {"context": context}
+
+
+def read_context(path: Path, shape: tuple[int, ...], options: DataConfig, num: int, frames: int | None) -> Tensor:
+    """The first `frames` frames of a clip, as training would cut them: uint8 (num, C, frames, H, W).
+
+    At the stride or rate of `options`, resized and cropped at the centre to the H and W of `shape` (C, F, H, W). None:
+    all frames. A folder gives sample i its i-th clip, and starts again behind the last.
+    """
+    files = find_files(path, CLIP_EXTENSIONS)[:num]
+    clips = [_read_clip(file, shape, options, frames) for file in files]
+    lengths = {clip.shape[1] for clip in clips}
+    if len(lengths) > 1:
+        raise UsageError(f"the clips of {path} have {min(lengths)} to {max(lengths)} frames: give --context-frames")
+    return torch.stack([clips[i % len(clips)] for i in range(num)])
+
+
+def read_start_image(path: Path, shape: tuple[int, ...]) -> Tensor:
+    """An image as a clip of one frame, resized and cropped at the centre: uint8 (C, 1, H, W)."""
+    if not path.is_file():
+        raise UsageError(f"there is no file {path}")
+    framing = Framing(shape[2:], crop="center", flip=False)
+    return framing(read_image(path, shape[0]), np.random.default_rng(0)).unsqueeze(1)
+
+
+def parse_fill(text: str, frames: int) -> range:
+    """`4:12` is frames 4 to 11, those to invent, as in Python. `UsageError` where the clip has no such frames."""
+    found = re.fullmatch(r"(\d+):(\d+)", text)
+    if not found:
+        raise UsageError(f"--fill {text} is not understood: write FIRST:END, 4:12 for frames 4 to 11")
+    invented = range(int(found[1]), int(found[2]))
+    if not len(invented) or invented.stop > frames:
+        raise UsageError(f"--fill {text} names no frames of a clip of {frames}: write FIRST:END, up to {frames}")
+    if len(invented) == frames:
+        raise UsageError(f"--fill {text} is the whole clip: leave out --context and --fill")
+    return invented
+
+
+def _read_clip(file: Path, shape: tuple[int, ...], options: DataConfig, frames: int | None) -> Tensor:
+    info = probe_video(file)
+    indices = _indices(info, options)
+    if frames is not None and frames > len(indices):
+        raise UsageError(
+            f"{file} has {len(indices)} frames at this stride or rate, not {frames}: lower --context-frames"
+        )
+    framing = Framing(shape[2:], crop="center", flip=False)
+    with open_video(file, options.decoder, info) as video:
+        clip = framing(video.read(indices[:frames]), np.random.default_rng(0))
+    if shape[0] == 1:
+        from torchvision.transforms.v2 import functional as transforms
+
+        clip = transforms.rgb_to_grayscale(clip)
+    return clip.transpose(0, 1)
+
+
+def _indices(info: VideoInfo, options: DataConfig) -> Sequence[int]:
+    """The frames of a whole file at the stride or the rate of training."""
+    if options.fps is None:
+        return range(0, info.num_frames, options.stride)
+    wanted = np.arange(0, info.times[-1] + 0.5 / info.fps, 1 / options.fps)
+    return [int(np.abs(info.times - time).argmin()) for time in wanted]
