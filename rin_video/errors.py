@@ -7,3 +7,19 @@ class UsageError(ValueError):
     The message names the file, the number and the remedy, in one line. The command line prints it without a traceback
     and exits with code 2; in Python it is an ordinary `ValueError`.
     """
+
+
+class Stopped(SystemExit):
+    """Training was stopped by a signal, after it had written a checkpoint: the same command goes on.
+
+    A script that lets it pass ends with exit code 75 ("try again later"), so that a cluster can tell it from a failure.
+    """
+
+    CODE = 75
+
+    def __init__(self, message: str) -> None:
+        super().__init__(self.CODE)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
