@@ -16,7 +16,7 @@ OVERRIDE = re.compile(r"^[A-Za-z_]\w*(\.\w+)+=")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, 2 for a user's mistake, 75 for a signal that was heeded, 130 for Ctrl-C."""
+    """Run a command; returns the exit code: 0, 2 for a mistake, 75 for a signal that was heeded, 130 for Ctrl-C."""
     arguments, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
     options = make_parser().parse_args(arguments)
     if overrides and "overrides" not in options:

@@ -17,6 +17,7 @@ from rin_video.config import Config, class_index, load_config, presets
 from rin_video.diffusion import GaussianDiffusion
 from rin_video.errors import UsageError
 from rin_video.info import describe, model_info, training_memory
+from rin_video.memory import largest_batch
 from rin_video.provenance import device_name
 from rin_video.samplers import get_sampler, make_levels
 from rin_video.schedules import make_schedule

@@ -59,6 +59,7 @@ def training_memory(config: Config, *, device: str = "cpu", num_processes: int =
     bf16 = options.mixed_precision != "no"
     with torch.device("meta"):
         model = RIN(config.model)
+    diffusion = GaussianDiffusion.from_config(model, config.diffusion)
     with FakeTensorMode(allow_non_fake_inputs=True), PeakMemory() as memory, torch.device(device):
         model.to_empty(device=device)
         weights = memory.now
@@ -66,7 +67,6 @@ def training_memory(config: Config, *, device: str = "cpu", num_processes: int =
             model.core.gradient_checkpointing = True
         x = torch.empty(max(options.train_batch_size // num_processes, 1), *model.shape)
         label = torch.zeros(len(x), dtype=torch.long) if config.model.num_classes else None
-        diffusion = GaussianDiffusion.from_config(model, config.diffusion)
         with torch.autocast(kind, dtype=torch.bfloat16, enabled=bf16):
             loss = diffusion(x, label)
         loss.backward()

@@ -121,7 +121,7 @@ class Trainer:
         out or the disk is full.
         """
         self.resume()
-        if self.is_due(self.options.save_and_sample_every) and not self.pictures():
+        if self.is_due(self.options.save_and_sample_every) and not self.is_sampled():
             self.sample()  # it was stopped between the checkpoint and its pictures
         if self.step >= self.options.train_num_steps:
             log.info("%s is trained to step %d already", self.folder, self.step)
@@ -289,11 +289,18 @@ class Trainer:
         averaged = self.averaged()
         if not self.accelerator.is_main_process:
             return
-        plot_metrics(self.folder / "metrics.jsonl", self.folder / "metrics.png")
+        if (self.folder / "metrics.jsonl").exists():
+            plot_metrics(self.folder / "metrics.jsonl", self.folder / "metrics.png")
         options = self.config.sample
         samples = averaged.sample_from_config(
             options, seed=self.options.seed, max_batch=self.batch_size, progress=self.progress
         )
+        evaluations = self.folder / "evaluations.jsonl"
+        trim_lines(evaluations, self.step - 1)
+        for callback in self.callbacks:
+            scores = callback.evaluate(self, averaged)
+            if scores:
+                append_line(evaluations, {"step": self.step, **scores})
         name = self.folder / "samples" / f"step-{self.step:08d}"
         name.parent.mkdir(parents=True, exist_ok=True)
         if samples.ndim == 5:
@@ -302,16 +309,14 @@ class Trainer:
         else:
             save_samples(samples, name.with_suffix(".png" if samples.ndim == 4 else ".safetensors"))
         self.call("on_sample", samples, self.pictures())
-        evaluations = self.folder / "evaluations.jsonl"
-        trim_lines(evaluations, self.step - 1)
-        for callback in self.callbacks:
-            scores = callback.evaluate(self, averaged)
-            if scores:
-                append_line(evaluations, {"step": self.step, **scores})
 
     def pictures(self) -> list[Path]:
         """What `sample` wrote at the present step."""
         return sorted((self.folder / "samples").glob(f"step-{self.step:08d}.*"))
+
+    def is_sampled(self) -> bool:
+        """Whether `sample` came to its end at the present step: the clip is not the last file that it writes."""
+        return any(path.suffix != ".mp4" for path in self.pictures())
 
     def averaged(self) -> GaussianDiffusion:
         """The diffusion with the averaged weights. To be called by all processes."""

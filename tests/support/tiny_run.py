@@ -1,6 +1,6 @@
-"""A tiny training in a process of its own: `python tiny_run.py FOLDER key=value ...`; prints the losses as JSON.
+"""Tiny trainings in a process of their own: `python tiny_run.py FOLDER key=value ... [-- FOLDER key=value ...]`.
 
-The checkpoint's weights depend on the options alone. `SLOW_WRITES=seconds` makes every sync to the disk take that long,
+What they write depends on the options alone. `SLOW_WRITES=seconds` makes every sync to the disk take that long,
 `STEP_SECONDS` every step.
 """
 
@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import time
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -71,4 +72,6 @@ def main(folder: str, *overrides: str) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(*sys.argv[1:])
+    for _, words in groupby(sys.argv[1:], "--".__eq__):
+        if (run := list(words)) != ["--"]:
+            main(*run)
