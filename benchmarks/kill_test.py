@@ -2,8 +2,8 @@
 
     python benchmarks/kill_test.py --kills 50
 
-The training is `rin-video train` on a few clips made here, with writes to the disk slowed down so that kills hit them: two
-of five SIGKILLs wait for a checkpoint that is being written. POSIX only.
+The training is `rin-video train` on a few clips made here, with writes to the disk slowed down so that kills hit them:
+two of five SIGKILLs wait for a checkpoint that is being written. POSIX only.
 """
 
 from __future__ import annotations
@@ -86,7 +86,13 @@ def compare(one: Path, other: Path) -> dict[str, bool]:
         return a == b
 
     def files(pattern: str) -> bool:
-        found = [sorted(path.relative_to(run) for path in run.glob(pattern)) for run in (one, other)]
+        # Hidden files are what a kill left of a file that was being written.
+        found = [
+            sorted(path.relative_to(run) for path in run.glob(pattern) if not path.name.startswith("."))
+            for run in (one, other)
+        ]
+        if found[0] != found[1]:
+            print("only in one of the two:", *sorted(set(found[0]) ^ set(found[1])))
         return (
             bool(found[0])
             and found[0] == found[1]

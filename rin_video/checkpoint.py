@@ -56,15 +56,21 @@ def load_model(source: str | os.PathLike[str], *, device: str | torch.device = "
     from rin_video.rin import RIN
 
     folder = find_model(source)
-    config = load_config(folder / CONFIG)
-    check_origin(folder, config)
-    weights = read_tensors(folder / WEIGHTS)
-    model = RIN(config.model)
+    try:
+        config = load_config(folder / CONFIG)
+        check_origin(folder, config)
+        weights = read_tensors(folder / WEIGHTS)
+        model = RIN(config.model)
+    except UsageError as error:
+        raise error if str(folder) in str(error) else UsageError(f"{folder / CONFIG}: {error}") from None
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
         first = str(error).splitlines()[1].strip()
         raise UsageError(f"{folder / WEIGHTS} does not fit {folder / CONFIG}: {first}") from None
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() != weights[name].is_floating_point():
+            raise UsageError(f"{folder / WEIGHTS} does not fit: {name} is {weights[name].dtype}, not {value.dtype}")
     return model.to(device).eval(), config
 
 

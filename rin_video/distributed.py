@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from rin_video.config import TrainConfig
 from rin_video.diffusion import map_tensors, spread_seed
 from rin_video.errors import UsageError
+from rin_video.tracking import check_trackers
 
 # The others wait while the first process samples and writes.
 TIMEOUT = timedelta(hours=2)
@@ -29,6 +30,7 @@ def make_accelerator(options: TrainConfig, folder: Path) -> Accelerator:
     """An `Accelerator`; fp16 without a GPU, or FSDP of the first version, is a `UsageError`."""
     if options.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise UsageError("train.mixed_precision=fp16 needs a CUDA GPU: use bf16, or no")
+    check_trackers(options.trackers)
     plugin = None
     if options.sharding == "fsdp2" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         plugin = FullyShardedDataParallelPlugin(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from rin_video.trainer import Trainer
 
 
-def check_trackers(names: list[str]) -> None:
+def check_trackers(names: Sequence[str]) -> None:
     """Raises `UsageError` for a tracker that accelerate does not know or that is not installed."""
     from accelerate.utils import LoggerType
 
@@ -52,7 +53,9 @@ class Tracking(Callback):
         for tracker in trainer.accelerator.trackers:
             if sheet is not None and hasattr(tracker, "log_images"):
                 with Image.open(sheet) as image:
-                    tracker.log_images({"samples": np.asarray(image.convert("RGB"))[None]}, step=trainer.step)
+                    pixels = np.asarray(image.convert("RGB"))[None]
+                form = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({"samples": pixels}, step=trainer.step, **form)
             if clip is not None and tracker.name == "wandb":
                 import wandb
 
