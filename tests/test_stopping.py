@@ -193,3 +193,12 @@ def test_other_errors_stay_what_they_are(tmp_path, monkeypatch):
     monkeypatch.setattr(run.diffusion, "forward", fail)
     with pytest.raises(RuntimeError, match="something else"):
         run.train()
+
+
+@pytest.mark.slow
+def test_the_example_trains_on_tensors_of_its_own(tmp_path):
+    script = Path(__file__).parents[1] / "examples" / "spectrograms.py"
+    assert len(script.read_text().splitlines()) < 40
+    subprocess.run([sys.executable, str(script), str(tmp_path / "run"), "6"], check=True, timeout=120)
+    assert (tmp_path / "run/samples/step-00000006.png").is_file()
+    assert "loudness" in (tmp_path / "run/evaluations.jsonl").read_text()
