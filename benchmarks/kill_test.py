@@ -93,16 +93,18 @@ def compare(one: Path, other: Path) -> dict[str, bool]:
         ]
         if found[0] != found[1]:
             print("only in one of the two:", *sorted(set(found[0]) ^ set(found[1])))
-        return (
-            bool(found[0])
-            and found[0] == found[1]
-            and all(
+            return False
+        different = [
+            name
+            for name in found[0]
+            if not (
                 equal(load_file(one / name), load_file(other / name))
                 if name.suffix == ".safetensors"
                 else (one / name).read_bytes() == (other / name).read_bytes()
-                for name in found[0]
             )
-        )
+        ]
+        print(f"{pattern}: {len(found[0])} files,", *(f"{name} differs" for name in different), flush=True)
+        return bool(found[0]) and not different
 
     def metrics(run: Path) -> list[dict[str, object]]:
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

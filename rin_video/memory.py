@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
@@ -32,14 +32,14 @@ def free_memory(device: torch.device) -> int:
 
 def checkpoint_blocks(model: nn.Module, on: bool) -> None:
     """Gradient checkpointing by block. Raises `UsageError` for a model without blocks."""
-    core = getattr(model, "core", None)
+    core: Any = getattr(model, "core", None)
     if hasattr(core, "gradient_checkpointing"):
         core.gradient_checkpointing = on
     elif on:
         raise UsageError("train.gradient_checkpointing works block by block, and this model is no RIN: leave it false")
 
 
-def with_batch(config: Config, batch_size: int, **options: object) -> Config:
+def with_batch(config: Config, batch_size: int, **options: Any) -> Config:
     """The configuration with another batch size, and perhaps other options of `train`."""
     return dataclasses.replace(config, train=dataclasses.replace(config.train, train_batch_size=batch_size, **options))
 
@@ -118,7 +118,7 @@ def advice(config: Config, device: torch.device, num_processes: int = 1) -> str:
     kind, batch = "cuda" if device.type == "cuda" else "cpu", config.train.train_batch_size
     half = max(batch // 2 // num_processes, 1) * num_processes
 
-    def gigabytes(batch_size: int, **options: object) -> str:
+    def gigabytes(batch_size: int, **options: Any) -> str:
         needs = training_memory(with_batch(config, batch_size, **options), device=kind, num_processes=num_processes)
         return f"{needs / 1e9:.1f} GB"
 

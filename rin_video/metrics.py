@@ -45,11 +45,12 @@ class Metrics:
         if path is not None:
             trim_lines(path, step)
         self.restart(step)
-        self.before = state or self.before
+        self.before.update(state or {})
 
     def restart(self, step: int) -> None:
         self.step = step  # the last one that is not in `terms`
-        self.before = {name: torch.empty(0) for name in ("loss", "t", "grad_norm")}  # from before the last stop
+        # From before the last stop.
+        self.before = {name: torch.empty(0) for name in ("loss", "t", "grad_norm")}
         self.terms: list[LossTerms] = []
         self.grad_norms: list[Tensor] = []
         self.waited = 0.0
