@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rin_video.callbacks import Callback
     from rin_video.config import Config, ModelConfig, load_config
     from rin_video.diffusion import GaussianDiffusion
     from rin_video.errors import UsageError
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "RIN",
+    "Callback",
     "Config",
     "GaussianDiffusion",
     "ModelConfig",
@@ -28,6 +30,7 @@ __all__ = [
 # Imported when first asked for, so that `rin-video --help` costs no torch.
 _HOME = {
     "RIN": "rin",
+    "Callback": "callbacks",
     "Config": "config",
     "GaussianDiffusion": "diffusion",
     "ModelConfig": "config",

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
+import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rin_video.config import Config, load_config, to_yaml
 from rin_video.errors import UsageError, first_line
 
+log = logging.getLogger("rin_video")
+
 WEIGHTS, CONFIG = "model.safetensors", "config.yaml"
+STATE_FILES = ("state.safetensors", "state.json")
+MANIFEST = "manifest.json"
 
 
 # ---- weights for use
@@ -26,31 +34,63 @@ WEIGHTS, CONFIG = "model.safetensors", "config.yaml"
 
 def save_model(folder: str | os.PathLike[str], model: nn.Module, config: Config) -> None:
     """Write the model's weights and its configuration, so that `load_model(folder)` gives it back."""
+    save_weights(folder, model.state_dict(), config)
+
+
+def save_weights(folder: str | os.PathLike[str], weights: dict[str, Tensor], config: Config) -> None:
+    """`save_model` for a state dict. The file says what made it: options of model and diffusion, and a checksum."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    origin = {section: json.dumps(plain(getattr(config, section))) for section in ("model", "diffusion")}
     with replacing(folder / WEIGHTS) as path:
-        save_file(tensors, path, metadata={"format": "pt"})
+        save_file(tensors, path, metadata={"format": "pt", "sha256": tensors_digest(tensors), **origin})
     write_text(folder / CONFIG, to_yaml(config))
 
 
 def load_model(source: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> tuple[Any, Config]:
     """The model, in eval mode, and the configuration of a folder or of a hub id `user/name`.
 
-    Raises `UsageError` where the folder is not a run's, or the weights do not fit the configuration.
+    Raises `UsageError` where the folder is not a run's, the weights do not fit the configuration, or are damaged.
     """
     from rin_video.rin import RIN
 
     folder = find_model(source)
-    config = load_config(folder / CONFIG)
-    model = RIN(config.model)
-    weights = read_tensors(folder / WEIGHTS)
+    try:
+        config = load_config(folder / CONFIG)
+        check_origin(folder, config)
+        weights = read_tensors(folder / WEIGHTS)
+        model = RIN(config.model)
+    except UsageError as error:
+        raise error if str(folder) in str(error) else UsageError(f"{folder / CONFIG}: {error}") from None
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
         first = str(error).splitlines()[1].strip()
         raise UsageError(f"{folder / WEIGHTS} does not fit {folder / CONFIG}: {first}") from None
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() != weights[name].is_floating_point():
+            raise UsageError(f"{folder / WEIGHTS} does not fit: {name} is {weights[name].dtype}, not {value.dtype}")
     return model.to(device).eval(), config
+
+
+def check_origin(folder: Path, config: Config) -> None:
+    """Weights that say which options made them must be beside the same options."""
+    metadata = read_metadata(folder / WEIGHTS)
+    for section in ("model", "diffusion"):
+        if section not in metadata:
+            continue
+        now = plain(getattr(config, section))
+        try:
+            then = dict(json.loads(metadata[section]))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise UsageError(f"{folder / WEIGHTS} is damaged: its header does not read ({error})") from None
+        for key in sorted(then.keys() & now.keys()):
+            if then[key] != now[key]:
+                raise UsageError(
+                    f"{folder / CONFIG} says {section}.{key}={now[key]}, but {WEIGHTS} was trained with {then[key]}: "
+                    "put that back, or take both files from one run"
+                )
 
 
 def find_model(source: str | os.PathLike[str]) -> Path:
@@ -80,29 +120,69 @@ def find_model(source: str | os.PathLike[str]) -> Path:
 
 
 def save_state(folder: Path, state: dict[str, Any]) -> None:
-    """Write a nested state as a new folder that appears whole or not at all."""
+    """Write a nested state as a new folder that appears whole or not at all, with checksums of its files.
+
+    Raises `UsageError` where the disk is full; what was there before is untouched.
+    """
     temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    tensors: dict[str, Tensor] = {}
-    tree = _take_tensors(state, tensors)
-    save_file(tensors, temporary / "state.safetensors")
-    (temporary / "state.json").write_text(json.dumps(tree), encoding="utf-8")
-    for path in temporary.iterdir():
-        _sync(path)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
-    _sync(folder.parent)
+    with full_disk(folder):
+        remove_state(temporary)
+        temporary.mkdir(parents=True)
+        try:
+            tensors: dict[str, Tensor] = {}
+            tree = _take_tensors(state, tensors, set())
+            save_file(tensors, temporary / STATE_FILES[0])
+            (temporary / STATE_FILES[1]).write_text(json.dumps(tree), encoding="utf-8")
+            digests = {name: file_digest(temporary / name) for name in STATE_FILES}
+            (temporary / MANIFEST).write_text(json.dumps(digests), encoding="utf-8")
+            for path in (*temporary.iterdir(), temporary):
+                sync(path)
+            remove_state(folder)
+            os.replace(temporary, folder)
+            sync(folder.parent)
+        except BaseException:
+            with suppress(OSError):
+                remove_state(temporary)
+            raise
 
 
 def load_state(folder: Path) -> dict[str, Any]:
-    """What `save_state` wrote."""
-    tensors = read_tensors(folder / "state.safetensors")
+    """What `save_state` wrote. Raises `UsageError` where the folder is not whole."""
     try:
-        tree = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{folder} cannot be resumed from ({error}): delete it to go back to an earlier one") from None
-    return _put_tensors(tree, tensors)
+        digests = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        changed = [name for name in STATE_FILES if file_digest(folder / name) != digests[name]]
+        if changed:
+            raise ValueError(f"{changed[0]} is not what was written")
+        tensors = read_tensors(folder / STATE_FILES[0])
+        return dict(_put_tensors(json.loads((folder / STATE_FILES[1]).read_text(encoding="utf-8")), tensors))
+    except UsageError:
+        raise
+    except FileNotFoundError as error:
+        reason = f"it has no {Path(str(error.filename)).name}"
+    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+        reason = str(error)
+    raise UsageError(f"checkpoint {folder} is damaged ({reason}): delete it to go back to an earlier one")
+
+
+def newest_state(run: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest state of a run that is whole, and its folder; None where the run has none.
+
+    Damaged and unfinished ones are passed over, and this is logged. Raises `UsageError` where all are damaged.
+    """
+    for unfinished in sorted((run / "checkpoints").glob("step-*.tmp")):
+        log.warning("checkpoint %s was not finished when the run was stopped: passed over", unfinished)
+    states = saved_states(run)
+    for folder in reversed(states):
+        try:
+            return folder, load_state(folder)
+        except UsageError as error:  # noqa: PERF203
+            log.warning("passed over: %s", error)
+    if states:
+        raise UsageError(
+            f"none of the {len(states)} checkpoints in {run / 'checkpoints'} can be read: delete that folder to train "
+            "from the start, or give another folder (--out)"
+        )
+    return None
 
 
 def saved_states(run: Path) -> list[Path]:
@@ -110,23 +190,75 @@ def saved_states(run: Path) -> list[Path]:
     return sorted(p for p in (run / "checkpoints").glob("step-*") if p.suffix != ".tmp")
 
 
+def remove_state(folder: Path) -> None:
+    """Delete a state: only the files that `save_state` wrote. One cut short leaves a state that is known as damaged."""
+    if folder.is_dir():
+        for name in (MANIFEST, *STATE_FILES):
+            (folder / name).unlink(missing_ok=True)
+        folder.rmdir()
+
+
+# ---- tensors and checksums
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file; a damaged one is a `UsageError` that names it."""
+    wanted = read_metadata(path).get("sha256")
     try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
+        tensors = load_file(path)
+    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UsageError(f"{path} cannot be read as safetensors: {error}") from None
+    if wanted is not None and tensors_digest(tensors) != wanted:
+        raise UsageError(f"{path} is damaged: its checksum is not that of its tensors. Copy or download it again")
+    return tensors
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says about itself; `UsageError` where it cannot be read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError, ValueError) as error:
         raise UsageError(f"{path} cannot be read as safetensors: {error}") from None
 
 
-def _take_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
+def tensors_digest(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of names, types, shapes and bytes of tensors on the CPU."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """A configuration as JSON has it: tuples are lists."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def _take_tensors(value: Any, tensors: dict[str, Tensor], seen: set[int]) -> Any:
     if isinstance(value, Tensor):
         name = str(len(tensors))
-        tensors[name] = value.detach().cpu().contiguous().clone()
+        tensor = value.detach().cpu().contiguous()
+        # safetensors refuses tensors that share memory: views, and weights that are tied.
+        alone = tensor.untyped_storage().nbytes() == tensor.nbytes and tensor.data_ptr() not in seen
+        seen.add(tensor.data_ptr())
+        tensors[name] = tensor if alone else tensor.clone()
         return {"tensor": name}
     if isinstance(value, dict):
-        return {"dict": [[key, _take_tensors(item, tensors)] for key, item in value.items()]}
+        return {"dict": [[key, _take_tensors(item, tensors, seen)] for key, item in value.items()]}
     if isinstance(value, list | tuple):
-        return [_take_tensors(item, tensors) for item in value]
+        return [_take_tensors(item, tensors, seen) for item in value]
     return value
 
 
@@ -148,9 +280,10 @@ def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`, renamed onto it when the block ends well and removed when it does not."""
     temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
     try:
-        yield temporary
-        _sync(temporary)
-        os.replace(temporary, path)
+        with full_disk(path):
+            yield temporary
+            sync(temporary)
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -161,7 +294,8 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
     if path.is_dir() and os.name == "nt":
         return  # Windows cannot open a folder
     handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
@@ -169,3 +303,26 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def full_disk(path: Path) -> Iterator[None]:
+    """Turns "no space left" while writing `path` into a `UsageError` that says how much is free."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if not is_full_disk(error):
+            raise
+        free = shutil.disk_usage(next(p for p in path.absolute().parents if p.is_dir())).free
+        raise UsageError(
+            f"{path} could not be written, {free / 1e6:,.0f} MB are free ({error}): make room, or lower "
+            "train.keep_checkpoints. What was written before is whole: the same command goes on from there"
+        ) from None
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Whether an error of the system, or of safetensors, which gives its text only, means a full disk or quota."""
+    codes = [errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)]
+    if isinstance(error, OSError):
+        return error.errno in codes
+    return any(f"os error {code})" in str(error) for code in codes)

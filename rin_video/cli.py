@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import re
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
 from rin_video.config import SAMPLER_NAMES
-from rin_video.errors import UsageError
+from rin_video.errors import Stopped, UsageError
 
 FLAGS = ("--json", "--carry-latents", "--key-frames", "--interpolate-positions")  # options without a value
 OVERRIDE = re.compile(r"^[A-Za-z_]\w*(\.\w+)+=")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, 2 for a user's mistake, 130 for Ctrl-C."""
+    """Run a command; returns the exit code: 0, 2 for a mistake, 75 for a signal that was heeded, 130 for Ctrl-C."""
     arguments, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
     options = make_parser().parse_args(arguments)
     if overrides and "overrides" not in options:
         print(f"rin-video: error: {options.command} takes no key=value: {overrides[0]}", file=sys.stderr)
         return 2
     options.overrides = overrides
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    first = os.environ.get("RANK", "0") == "0"  # of several processes, one talks
+    logging.basicConfig(level=logging.INFO if first else logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     from rin_video import commands
 
@@ -33,6 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"rin-video: error: {error}", file=sys.stderr)
         return 2
+    except Stopped as stop:
+        print(f"rin-video: {stop}", file=sys.stderr)
+        return Stopped.CODE
     except KeyboardInterrupt:
         print("rin-video: stopped", file=sys.stderr)
         return 130
@@ -48,6 +53,11 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         waits = last.startswith("--") and "=" not in last and last not in FLAGS
         (overrides if OVERRIDE.match(word) and not waits else arguments).append(word)
     return arguments, overrides
+
+
+def batch_size(text: str) -> int | str:
+    """A number, or auto."""
+    return text if text == "auto" else int(text)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -73,7 +83,9 @@ def make_parser() -> argparse.ArgumentParser:
     train.add_argument("--config", metavar="NAME|FILE", help="a preset, or a YAML file (default: by frames and size)")
     train.add_argument("--out", metavar="DIR", help="where everything is written (default: runs/NAME-OF-FOLDER)")
     train.add_argument("--steps", type=int, metavar="N", help="train.train_num_steps")
-    train.add_argument("--batch-size", type=int, metavar="N", help="train.train_batch_size")
+    train.add_argument(
+        "--batch-size", type=batch_size, metavar="N|auto", help="train.train_batch_size; auto: the largest that fits"
+    )
     train.set_defaults(overrides=[])
 
     sample = commands.add_parser("sample", help="draw clips or images from a trained model")
@@ -113,6 +125,22 @@ def make_parser() -> argparse.ArgumentParser:
     diagnose.add_argument("--num", type=int, default=64, metavar="N", help="samples of the data to measure on (64)")
     diagnose.add_argument("--out", metavar="DIR", help="for the pictures (default: DIR/diagnosis)")
     diagnose.set_defaults(overrides=[])
+
+    ema = commands.add_parser("ema", help="averaged weights of other lengths, without training again")
+    ema.add_argument("model", metavar="DIR", help="the folder that training wrote")
+    ema.add_argument(
+        "--sigma-rel",
+        type=float,
+        nargs="+",
+        required=True,
+        metavar="S",
+        help="lengths, as a share of the training: 0.05 0.1 0.15",
+    )
+    ema.add_argument("--out", metavar="DIR", help="for a folder ema-S each (default: DIR)")
+
+    report = commands.add_parser("report", help="one HTML page on a run: curves, samples, options, versions")
+    report.add_argument("model", metavar="DIR", help="the folder that training wrote")
+    report.add_argument("--out", metavar="FILE", help="the page (default: DIR/report.html)")
 
     export = commands.add_parser(
         "export", help="arrays, frames, GIF or MP4 to an MP4 that plays in browsers, GIF or PNG"

@@ -12,12 +12,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rin_video.checkpoint import CONFIG, find_model
+from rin_video.checkpoint import CONFIG, find_model, newest_state
 from rin_video.config import Config, SampleConfig, class_index, is_set, load_config, presets
 from rin_video.diffusion import GaussianDiffusion
 from rin_video.errors import UsageError
 from rin_video.info import describe, model_info, training_memory
+from rin_video.memory import largest_batch
 from rin_video.passes import extend_parts, parse_size, plan_pass, refuse_extension
+from rin_video.provenance import device_name
 from rin_video.samplers import get_sampler, make_levels
 from rin_video.sampling import sampling_schedule
 
@@ -45,7 +47,7 @@ def train(options: Namespace) -> None:
     if options.steps is not None:
         config.train.train_num_steps = options.steps
         config.train.warmup_steps = min(config.train.warmup_steps, options.steps // 2)
-    if options.batch_size is not None:
+    if options.batch_size not in (None, "auto"):
         config.train.train_batch_size = options.batch_size
     config.train.__post_init__()
     config.data.path = os.fspath(options.data)
@@ -61,15 +63,17 @@ def train(options: Namespace) -> None:
 
     log.info("data\n%s", _indent(dataset.describe()))
     log.info("model\n%s", describe(config.model))
+    if options.batch_size == "auto":
+        config.train.train_batch_size = choose_batch(config, folder, len(dataset))
     torch.manual_seed(config.train.seed)
     diffusion = GaussianDiffusion.from_config(RIN(config.model), config.diffusion)
     trainer = Trainer(diffusion, dataset, results_folder=folder, config=config)
     log.info(
         "training\n  on %s, about %.1f GB, %d steps of %d samples, into %s",
         device_name(trainer.accelerator.device),
-        training_memory(config) / 1e9,
+        training_memory(config, num_processes=trainer.accelerator.num_processes) / 1e9,
         config.train.train_num_steps,
-        config.train.train_batch_size * config.train.gradient_accumulate_every * trainer.accelerator.num_processes,
+        config.train.train_batch_size * config.train.gradient_accumulate_every,
         folder,
     )
     trainer.train()
@@ -153,6 +157,25 @@ def diagnose(options: Namespace) -> None:
     _say(f"pictures: {out / 'loss.png'}, {out / 'trajectory.png'} (a row for each sample, time from left to right)")
 
 
+def ema(options: Namespace) -> None:
+    """`rin-video ema`."""
+    from rin_video.averages import write_averages
+
+    run = find_model(options.model)
+    for folder, error in write_averages(run, options.sigma_rel, Path(options.out) if options.out else None):
+        log.info("%s (its profile is met within %.2g %%): rin-video sample %s", folder, 100 * error, folder)
+        if error > 0.01:
+            log.warning("that is far off: more snapshots (train.ema_snapshot_every) meet a length this short better")
+
+
+def report(options: Namespace) -> None:
+    """`rin-video report`."""
+    from rin_video.report import write_report
+
+    run = Path(options.model)
+    log.info("%s", write_report(run, Path(options.out or run / "report.html")))
+
+
 def export(options: Namespace) -> None:
     """`rin-video export`."""
     from rin_video.export import export as convert
@@ -202,6 +225,18 @@ def allow_only(overrides: list[str], *sections: str) -> None:
             raise UsageError(f"{override} cannot change a trained model: this command takes {kinds}")
 
 
+def choose_batch(config: Config, folder: Path, num_samples: int) -> int:
+    """The largest batch that fits, or that of the run which goes on: the order of the data depends on it."""
+    from accelerate import PartialState
+
+    if newest := newest_state(folder):
+        return newest[1]["config"]["train"]["train_batch_size"]
+    state = PartialState()
+    size = largest_batch(config, state.device, num_processes=state.num_processes, limit=num_samples)
+    log.info("batch size %d, the largest that fits into %s", size, device_name(state.device))
+    return size
+
+
 def check_sampling(config: Config) -> None:
     """What would fail in sampling, and can be said before: a `UsageError`."""
     wanted = config.sample
@@ -232,13 +267,6 @@ def best_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def device_name(device: torch.device) -> str:
-    """The device for people."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else device.type
 
 
 def _counts(row: object) -> dict[str, object]:

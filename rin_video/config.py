@@ -196,7 +196,7 @@ class TrainConfig:
     """The optimisation."""
 
     train_num_steps: int = 100_000  # optimizer steps
-    train_batch_size: int = 16  # samples of one forward pass, per process
+    train_batch_size: int = 16  # samples of one forward pass, shared out among the processes
     gradient_accumulate_every: int = 1  # forward passes for one step
     optimizer: str = "adamw"  # adamw, lamb, muon (matrices; AdamW for the rest)
     train_lr: float = 1e-4  # the highest learning rate
@@ -208,35 +208,55 @@ class TrainConfig:
     max_grad_norm: float = 1.0  # 0: no clipping
     ema_decay: float = 0.9999  # of the averaged weights, reached by a warm-up
     ema_update_every: int = 1  # steps
+    ema_sigma_rel: list[float] = field(default_factory=lambda: [0.05, 0.1])  # two lengths or more for `rin-video ema`
+    ema_snapshot_every: int = 5000  # steps between what `rin-video ema` puts together
     mixed_precision: str = "no"  # no (fp32), bf16, fp16
+    gradient_checkpointing: bool = False  # compute each block again for its gradient: less memory, a third more time
+    compile: bool = False  # torch.compile the model; left out where it fails
+    sharding: str = "none"  # none (every process holds the model: DDP), fsdp2 (each holds a part)
     seed: int = 0  # of initial weights, data order, noise and samples
     save_and_sample_every: int = 1000  # steps
     keep_checkpoints: int = 2  # states to resume from that are kept
+    keep_every: int = 0  # steps; states at its multiples are kept for good, 0: none
     log_every: int = 10  # steps between lines of metrics.jsonl
+    trackers: list[str] = field(default_factory=list)  # tensorboard, wandb or another one that accelerate knows
 
     def __post_init__(self) -> None:
         _choice("train.optimizer", self.optimizer, ("adamw", "lamb", "muon"))
         _choice("train.lr_schedule", self.lr_schedule, ("cosine", "constant"))
         _choice("train.mixed_precision", self.mixed_precision, ("no", "bf16", "fp16"))
+        _choice("train.sharding", self.sharding, ("none", "fsdp2"))
         for name in (
             "train_num_steps",
             "train_batch_size",
             "gradient_accumulate_every",
             "save_and_sample_every",
             "ema_update_every",
+            "ema_snapshot_every",
             "keep_checkpoints",
             "log_every",
         ):
             _at_least(f"train.{name}", getattr(self, name), 1, int)
-        for name in ("warmup_steps", "seed"):
+        for name in ("warmup_steps", "seed", "keep_every"):
             _at_least(f"train.{name}", getattr(self, name), 0, int)
         _above("train", "train_lr", self.train_lr, 0)
         _above("train", "lr_cosine_portion", self.lr_cosine_portion, 0)
         for name in ("weight_decay", "max_grad_norm"):
             _at_least(f"train.{name}", getattr(self, name), 0, float)
         _within("train.ema_decay", self.ema_decay, 0, 1)
+        for sigma_rel in self.ema_sigma_rel:
+            check_sigma_rel("train.ema_sigma_rel", sigma_rel)
+        if len(self.ema_sigma_rel) == 1 or len(set(self.ema_sigma_rel)) != len(self.ema_sigma_rel):
+            raise UsageError(
+                f"train.ema_sigma_rel is {list(self.ema_sigma_rel)}: give two lengths that differ, or none"
+            )
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise UsageError(f"train.betas is {list(self.betas)}: it takes two numbers in [0, 1)")
+
+
+def check_sigma_rel(name: str, value: Any) -> None:
+    """The length of an average, as a share of the training (Karras et al. 2024): 0.28 is nearly all of it."""
+    _within(name, value, 0.01, 0.28)
 
 
 SAMPLER_NAMES = ("ddim", "euler", "ddpm", "ddpm_small", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m", "heun")

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from rin_video.conditioning import Condition
 from rin_video.errors import UsageError
@@ -130,6 +131,7 @@ class RINCore(nn.Module):
             if heads > width:
                 raise UsageError(f"{name} is {heads}, more than the attention is wide ({width}): use fewer")
         self.num_latents, self.dim_latent = num_latents, dim_latent
+        self.gradient_checkpointing = False  # keep no activations of a block, compute it again for the gradient
         self.latents = make_position(latent_position, (learned,), dim_latent)
         self.latent_self_cond = (
             SelfConditioning(dim_latent, latent_mlp_ratio) if "latent" in self_conditioning else None
@@ -181,6 +183,10 @@ class RINCore(nn.Module):
             tokens = tokens + self.interface_self_cond(
                 torch.zeros_like(tokens) if previous_tokens is None else previous_tokens
             )
+        again = self.gradient_checkpointing and torch.is_grad_enabled()
         for block in self.blocks:
-            tokens, slots = block(tokens, slots, cond, grid)
+            if again:
+                tokens, slots = checkpoint(block, tokens, slots, cond, grid, use_reentrant=False)
+            else:
+                tokens, slots = block(tokens, slots, cond, grid)
         return tokens, slots

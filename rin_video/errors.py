@@ -13,3 +13,19 @@ def first_line(error: BaseException) -> str:
     """What an error says, in one line; its kind where it says nothing."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+class Stopped(SystemExit):
+    """Training was stopped by a signal, after it had written a checkpoint: the same command goes on.
+
+    A script that lets it pass ends with exit code 75 ("try again later"), so that a cluster can tell it from a failure.
+    """
+
+    CODE = 75
+
+    def __init__(self, message: str) -> None:
+        super().__init__(self.CODE)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+import weakref
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from rin_video.config import Config, ModelConfig
@@ -45,25 +49,58 @@ def model_info(config: ModelConfig) -> ModelInfo:
     )
 
 
-def training_memory(config: Config) -> int:
-    """Bytes a training step needs, about: weights, gradients, two optimizer moments, the average, and activations."""
+def training_memory(config: Config, *, device: str = "cpu", num_processes: int = 1) -> int:
+    """Bytes that training needs on each device, about: weights, moments, averages, and the peak of a step.
+
+    The step is gone through with tensors that have shapes and no contents, so that what lives at the same time is
+    counted, temporary results and gradients included. Sharding is not: with FSDP2 it is less.
+    """
+    options, kind = config.train, torch.device(device).type
+    bf16 = options.mixed_precision != "no"
     with torch.device("meta"):
         model = RIN(config.model)
-        x = torch.empty(config.train.train_batch_size, *model.shape)
+    diffusion = GaussianDiffusion.from_config(model, config.diffusion)
+    with FakeTensorMode(allow_non_fake_inputs=True), PeakMemory() as memory, torch.device(device):
+        model.to_empty(device=device)
+        weights = memory.now
+        if options.gradient_checkpointing:
+            model.core.gradient_checkpointing = True
+        x = torch.empty(max(options.train_batch_size // num_processes, 1), *model.shape)
         label = torch.zeros(len(x), dtype=torch.long) if config.model.num_classes else None
-    weights = {p.untyped_storage()._cdata: p.untyped_storage() for p in model.parameters()}
-    saved = {}
+        with torch.autocast(kind, dtype=torch.bfloat16, enabled=bf16):
+            loss = diffusion(x, label)
+        loss.backward()
+    moments = 1 if options.optimizer == "muon" else 2
+    averages = 1 + len(options.ema_sigma_rel)
+    buckets = int(num_processes > 1)  # what DDP sends
+    return (moments + averages + buckets) * weights + max(memory.peak, 3 * weights)  # the optimizer works in one more
 
-    def keep(tensor: Tensor) -> Tensor:
-        saved[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+
+class PeakMemory(TorchDispatchMode):
+    """Counts the bytes of all storages that are alive, and their peak, while operations run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.alive: set[int] = set()
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return tree_map_only(Tensor, self.count, function(*args, **(kwargs or {})))
+
+    def count(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.alive:
+            self.alive.add(storage._cdata)
+            weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
         return tensor
 
-    with saved_tensors_hooks(keep, lambda tensor: tensor):
-        GaussianDiffusion.from_config(model, config.diffusion)(x, label)
-    activations = sum(storage.nbytes() for name, storage in saved.items() if name not in weights)
-    if config.train.mixed_precision != "no":
-        activations //= 2
-    return 5 * sum(storage.nbytes() for storage in weights.values()) + activations
+    def free(self, name: int, size: int) -> None:
+        self.alive.discard(name)
+        self.now -= size
 
 
 def describe(config: ModelConfig) -> str:

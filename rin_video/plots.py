@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from rin_video.checkpoint import replacing
 
@@ -46,18 +50,62 @@ def plot_metrics(metrics: Path, path: Path) -> None:
             shown = [(step, value) for step, value in zip(steps, values, strict=True) if value is not None]
             by_noise.plot(*zip(*shown, strict=True) if shown else ([], []), color=f"{0.8 - 0.8 * i / bins:.2f}", lw=1)
         by_noise.set(xlabel="step", title="loss by noise level (black: noise, grey: clean)", yscale="log")
-        gradient.plot(steps, [row["grad_norm"] for row in rows])
+        gradient.plot(steps, [math.nan if row["grad_norm"] is None else row["grad_norm"] for row in rows])
         gradient.set(xlabel="step", title="gradient norm", yscale="log")
+
+
+def metrics_svg(rows: list[dict[str, Any]], points: int = 500) -> str:
+    """Curves of the lines of a `metrics.jsonl` as SVG text: loss, by noise level, rate, gradient, throughput, waiting.
+
+    At most `points` of them are drawn.
+    """
+    rows = rows[:: max(1, math.ceil(len(rows) / points))]
+    steps = [row["step"] for row in rows]
+    panels = {
+        "loss": "log",
+        "grad_norm": "log",
+        "lr": "linear",
+        "samples_per_second": "linear",
+        "data_wait": "linear",
+    }
+    figure, axes = _axes(2, 3)
+    for (name, scale), plot in zip(panels.items(), [*axes[:1], *axes[2:]], strict=True):
+        values = [row.get(name) for row in rows]
+        plot.plot(steps, [math.nan if value is None else value for value in values])
+        plot.set(xlabel="step", title=PANEL_TITLES.get(name, name), yscale=scale)
+    table = [[math.nan if v is None else v for v in row["loss_by_t"]] for row in rows]
+    heights = np.log10(np.maximum(np.array(table, dtype=float).T, 1e-12))
+    picture = axes[1].pcolormesh(steps, np.linspace(0.05, 0.95, len(heights)), heights, shading="nearest")
+    axes[1].set(xlabel="step", ylabel="t (1: noise)", title="log10 of the loss by noise level")
+    figure.colorbar(picture, ax=axes[1])
+    file = io.StringIO()
+    figure.savefig(file, format="svg")
+    text = file.getvalue()
+    return text[text.index("<svg") :]
+
+
+PANEL_TITLES = {
+    "grad_norm": "gradient norm",
+    "lr": "learning rate",
+    "samples_per_second": "samples per second",
+    "data_wait": "share of time waiting for data",
+}
+
+
+def _axes(rows: int, columns: int) -> tuple[Any, list[Any]]:
+    """A figure without a display, and its axes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6 * columns, 4 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
 @contextmanager
 def _figure(path: Path, panels: int) -> Iterator[list[Any]]:
     """Axes side by side; written atomically when the block ends. Needs no display and leaves no state behind."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6 * panels, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    yield list(figure.subplots(1, panels, squeeze=False)[0])
+    figure, axes = _axes(1, panels)
+    yield axes
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=100)

@@ -2,39 +2,50 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import logging
 import os
+import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from ema_pytorch import EMA
-from timm.optim import create_optimizer_v2
-from timm.scheduler import CosineLRScheduler
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from rin_video.checkpoint import load_state, save_model, save_state, saved_states, write_text
+from rin_video.averages import make_ema, make_tracks, save_snapshot, track_state
+from rin_video.callbacks import Callback, append_line
+from rin_video.checkpoint import full_disk, newest_state, plain, remove_state, save_state, save_weights, saved_states
 from rin_video.config import Config, ModelConfig, SampleConfig, train_config
 from rin_video.datasets.draws import Draws, DrawSampler, unpack
 from rin_video.datasets.open import open_dataset
 from rin_video.diffusion import GaussianDiffusion, LossTerms
-from rin_video.errors import UsageError
+from rin_video.distributed import (
+    agree,
+    load_whole,
+    load_whole_optimizer,
+    make_accelerator,
+    shard_module_like,
+    share,
+    shared_draws,
+    whole,
+)
+from rin_video.errors import Stopped, UsageError
 from rin_video.export import contact_sheet, save_samples
+from rin_video.memory import checkpoint_blocks, out_of_memory
+from rin_video.metrics import Metrics, trim_lines
 from rin_video.noise import spread_seed
+from rin_video.optimizers import make_lr_schedule, make_optimizer
 from rin_video.plots import plot_metrics
+from rin_video.provenance import write_provenance
+from rin_video.signals import StopSignals, ignore_signals
+from rin_video.tracking import Tracking
 
 log = logging.getLogger("rin_video")
-
-NOISE_BINS = 10
 
 
 class Trainer:
@@ -42,10 +53,12 @@ class Trainer:
 
     `data` is a folder of images or clips (which of the two follows from the model's shape), or any `Dataset` of
     tensors (C, *grid), of (tensor, label) pairs, or of dicts with "x" and "label"; values in [0, 1] or uint8. The
-    other options are the fields of `TrainConfig`. `train()` goes on from the last checkpoint in `results_folder`.
+    other options are the fields of `TrainConfig`. `callbacks` look on and measure. `train()` goes on from the last
+    whole checkpoint in `results_folder`; a signal ends it with `Stopped`, after a checkpoint.
 
     Written there: `metrics.jsonl` and its curves, `metrics.png`; `samples/` (PNG grids, or MP4 and contact sheets);
-    `model.safetensors` and `config.yaml` (averaged weights, for use); `checkpoints/` (the state to resume from).
+    `model.safetensors` and `config.yaml` (averaged weights, for use); `averages/` (snapshots for other averages);
+    `checkpoints/` (the state to resume from); `run.json` (versions, hardware). The first of several processes writes.
     """
 
     def __init__(
@@ -57,6 +70,7 @@ class Trainer:
         num_samples: int = 16,
         config: Config | None = None,
         progress: bool = True,
+        callbacks: Sequence[Callback] = (),
         **options: Any,
     ) -> None:
         if config is None:
@@ -71,7 +85,8 @@ class Trainer:
         self.config, self.options = config, config.train
         self.folder = Path(results_folder)
         self.progress = progress
-        self.accelerator = make_accelerator(self.options.mixed_precision)
+        self.accelerator = make_accelerator(self.options, self.folder)
+        self.batch_size = share(self.options.train_batch_size, self.accelerator.num_processes)
         if isinstance(data, str | os.PathLike):
             data = open_dataset(data, diffusion.shape, config.data, seed=self.options.seed)
         self.dataset = data
@@ -79,75 +94,150 @@ class Trainer:
         if getattr(diffusion.model, "num_classes", 0):
             config.data.classes = list(getattr(data, "classes", []))
 
+        device = self.accelerator.device
         self.optimizer = make_optimizer(diffusion, config)
         self.schedule = make_lr_schedule(self.optimizer, config)
-        self.ema = EMA(
-            diffusion.model,
-            beta=self.options.ema_decay,
-            update_after_step=0,
-            update_every=self.options.ema_update_every,
-            include_online_model=False,
-            use_foreach=True,
-        ).to(self.accelerator.device)
+        self.ema = make_ema(diffusion.model, self.options, device)
+        self.tracks = make_tracks(diffusion.model, self.options, device)
+        checkpoint_blocks(diffusion.model, self.options.gradient_checkpointing)
         self.diffusion, self.optimizer = self.accelerator.prepare(diffusion, self.optimizer)
+        for average in (self.ema, *self.tracks):
+            shard_module_like(average.ema_model, self.unwrapped.model)
+        self.compiling = self.options.compile
+        if self.compiling:
+            self.unwrapped.model.compile()
+        self.callbacks = [*([Tracking()] if self.options.trackers else []), *callbacks]
         self.step = 0
+        self.pending: dict[str, Tensor] | None = None
+
+    @property
+    def unwrapped(self) -> GaussianDiffusion:
+        """The diffusion without what accelerate put around it."""
+        return self.accelerator.unwrap_model(self.diffusion, keep_torch_compile=False)
 
     def train(self) -> None:
-        """Train up to `train_num_steps`, from the last checkpoint where there is one."""
+        """Train up to `train_num_steps`, from the last checkpoint where there is one.
+
+        Raises `Stopped` after SIGTERM, SIGINT or SIGUSR1, and `UsageError` where a loss is not a number, memory runs
+        out or the disk is full.
+        """
         self.resume()
+        if self.is_due(self.options.save_and_sample_every) and not self.is_sampled():
+            self.sample()  # it was stopped between the checkpoint and its pictures
         if self.step >= self.options.train_num_steps:
             log.info("%s is trained to step %d already", self.folder, self.step)
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        metrics = Metrics(self.folder / "metrics.jsonl", self.step)
+        main = self.accelerator.is_main_process
+        if main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_provenance(self.folder, self.config, self.accelerator)
+        metrics = Metrics(
+            self.folder / "metrics.jsonl" if main else None,
+            self.step,
+            state=self.pending,
+            gather=self.accelerator.gather,
+        )
         batches = self.batches()
         bar = tqdm(
             total=self.options.train_num_steps,
             initial=self.step,
             desc="training",
             unit="step",
-            disable=not (self.progress and self.accelerator.is_main_process),
+            disable=not (self.progress and main),
         )
-        with bar:
-            while self.step < self.options.train_num_steps:
-                terms, grad_norm = self.train_step(batches)
-                metrics.add(terms, grad_norm)
-                bar.update()
-                if self.step % self.options.log_every == 0 or self.step == self.options.train_num_steps:
-                    line = metrics.write(self.step, lr=self.optimizer.param_groups[0]["lr"])
-                    bar.set_postfix_str(f"loss {line['loss']:.4f}, {line['samples_per_second']:.1f} samples/s")
-                if self.step % self.options.save_and_sample_every == 0 or self.step == self.options.train_num_steps:
-                    self.save()
-                    self.sample()
-                    metrics.restart_clock()
+        self.call("on_start")
+        try:
+            with StopSignals() as signals, bar, full_disk(self.folder), out_of_memory(self):
+                while self.step < self.options.train_num_steps:
+                    terms, grad_norm, waited = self.train_step(batches)
+                    metrics.add(terms, grad_norm, waited)
+                    bar.update()
+                    self.call("on_step", terms[-1].loss.mean())
+                    stopping = agree(signals.received is not None, self.accelerator)
+                    saving = self.is_due(self.options.save_and_sample_every)
+                    logging_ = self.is_due(self.options.log_every)
+                    if logging_ or saving or stopping:
+                        self.check(metrics)
+                    if logging_:
+                        line = metrics.write(self.step, lr=self.optimizer.param_groups[0]["lr"])
+                        bar.set_postfix_str(describe_line(line))
+                        self.call("on_log", line)
+                    if self.is_due(self.options.ema_snapshot_every):
+                        self.snapshot()
+                    if saving or stopping:
+                        metrics.sync()
+                        self.pending = metrics.state()
+                        self.save()
+                    if saving:
+                        self.sample()
+                        metrics.restart_clock()
+                    if stopping and self.step < self.options.train_num_steps:
+                        raise Stopped(
+                            f"stopped by {signals.received or 'a signal to another process'} at step {self.step}, "
+                            f"checkpoint written: the same command goes on"
+                        )
+        finally:
+            self.call("on_end")
 
-    def train_step(self, batches: Iterator[Any]) -> tuple[list[LossTerms], Tensor]:
-        """One optimizer step over `gradient_accumulate_every` batches."""
-        seed_step(self.options.seed, self.step, self.accelerator.process_index)
+    def is_due(self, every: int) -> bool:
+        """Whether the present step is a multiple of `every`, or the last one."""
+        return self.step > 0 and (self.step % every == 0 or self.step == self.options.train_num_steps)
+
+    def call(self, name: str, *arguments: Any) -> None:
+        """Call all callbacks, in the first process."""
+        if self.accelerator.is_main_process:
+            for callback in self.callbacks:
+                getattr(callback, name)(self, *arguments)
+
+    def train_step(self, batches: Iterator[Any]) -> tuple[list[LossTerms], Tensor, float]:
+        """One optimizer step over `gradient_accumulate_every` batches; the last number is the seconds without data."""
+        several = self.accelerator.num_processes > 1
+        seed_step(self.options.seed, self.step, self.accelerator.process_index + several)
         self.diffusion.train()
-        terms = []
+        terms, waited = [], 0.0
         count = self.options.gradient_accumulate_every
-        for micro in range(count):
-            x, label = self.unpack(next(batches))
-            last = micro == count - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.diffusion), self.accelerator.autocast():
-                term: LossTerms = self.diffusion(x, label, per_sample=True)
-                self.accelerator.backward(term.loss.mean() / count)
-            terms.append(LossTerms(term.loss.detach(), term.t))
+        with shared_draws(self.options.seed, self.step, self.batch_size, self.accelerator):
+            for micro in range(count):
+                start = time.perf_counter()
+                batch = next(batches)
+                waited += time.perf_counter() - start
+                last = micro == count - 1
+                with nullcontext() if last else self.accelerator.no_sync(self.diffusion):
+                    terms.append(self.accumulate(batch, count))
         limit = self.options.max_grad_norm or float("inf")
         grad_norm = self.accelerator.clip_grad_norm_(self.diffusion.parameters(), limit)
         self.step += 1
         self.schedule.step_update(self.step)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.ema.update()
-        return terms, grad_norm
+        for average in (self.ema, *self.tracks):
+            average.update()
+        return terms, grad_norm, waited
+
+    def accumulate(self, batch: Any, count: int) -> LossTerms:
+        """The loss of one batch, and its gradient, which is added to what is there."""
+        x, label = self.unpack(batch)
+        try:
+            with self.accelerator.autocast():
+                term: LossTerms = self.diffusion(x, label, per_sample=True)
+                self.accelerator.backward(term.loss.mean() / count)
+        except Exception as error:
+            if not self.compiling or isinstance(error, torch.OutOfMemoryError):
+                raise
+            log.warning("torch.compile failed, training goes on without it: %s", str(error).strip().splitlines()[0])
+            self.compiling = False
+            self.unwrapped.model._compiled_call_impl = None
+            self.optimizer.zero_grad()
+            seed_step(self.options.seed, self.step, self.accelerator.process_index)
+            return self.accumulate(batch, count)
+        self.compiling = False  # it works: what fails from now on fails for another reason
+        return LossTerms(term.loss.detach(), term.t)
 
     def batches(self) -> Iterator[Any]:
         """Batches without end, from where the present step stands. What they hold follows from seed and step alone."""
         sampler = DrawSampler(
             len(self.dataset),  # type: ignore[arg-type]
-            self.options.train_batch_size,
+            self.batch_size,
             seed=self.options.seed,
             first_batch=self.step * self.options.gradient_accumulate_every,
             rank=self.accelerator.process_index,
@@ -160,6 +250,7 @@ class Trainer:
                 batch_sampler=sampler,
                 num_workers=workers,
                 persistent_workers=workers > 0,
+                worker_init_fn=ignore_signals,
                 pin_memory=self.accelerator.device.type == "cuda",
             )
         )
@@ -168,20 +259,49 @@ class Trainer:
         """A batch of any accepted form as (x, label) on the device; labels only where the model has classes."""
         x, label = unpack(batch)
         device = self.accelerator.device
-        classes = getattr(self.accelerator.unwrap_model(self.diffusion).model, "num_classes", 0)
+        classes = getattr(self.unwrapped.model, "num_classes", 0)
         if label is not None:
             label = label.to(device, non_blocking=True) if classes else None
         return x.to(device, non_blocking=True), label
 
+    def check(self, metrics: Metrics) -> None:
+        """Raises `UsageError` where a loss is not a number, before it can spoil a checkpoint."""
+        failure = metrics.failure(check_gradient=self.accelerator.scaler is None)
+        if failure is None:
+            return
+        count = self.options.gradient_accumulate_every
+        size = self.options.train_batch_size
+        first = (failure.step - 1) * count
+        order = iter(DrawSampler(len(self.dataset), size, seed=self.options.seed, first_batch=first))  # type: ignore[arg-type]
+        drawn = [index for _ in range(count) for _, index in next(order)]
+        files = getattr(self.dataset, "files", None)
+        guilty = sorted({drawn[place] for place in failure.places} or set(drawn))
+        names = [str(files[index]) if files else f"sample {index}" for index in guilty]
+        last = self.checkpoints[-1] if self.checkpoints else "none"
+        named = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        raise UsageError(
+            f"the {'loss' if failure.places else 'gradient'} of step {failure.step} is not a number. It came with "
+            f"{named}. The last good checkpoint is {last}: look at these files; if they are sound, "
+            " lower train.train_lr, raise train.warmup_steps, or use train.mixed_precision=bf16 instead of fp16"
+        )
+
     def sample(self) -> None:
         """Write samples of the averaged weights: the same seed and classes every time, so that pictures compare."""
+        averaged = self.averaged()
         if not self.accelerator.is_main_process:
             return
-        plot_metrics(self.folder / "metrics.jsonl", self.folder / "metrics.png")
+        if (self.folder / "metrics.jsonl").exists():
+            plot_metrics(self.folder / "metrics.jsonl", self.folder / "metrics.png")
         options = self.config.sample
-        samples = self.averaged().sample_from_config(
-            options, seed=self.options.seed, max_batch=self.options.train_batch_size, progress=self.progress
+        samples = averaged.sample_from_config(
+            options, seed=self.options.seed, max_batch=self.batch_size, progress=self.progress
         )
+        evaluations = self.folder / "evaluations.jsonl"
+        trim_lines(evaluations, self.step - 1)
+        for callback in self.callbacks:
+            scores = callback.evaluate(self, averaged)
+            if scores:
+                append_line(evaluations, {"step": self.step, **scores})
         name = self.folder / "samples" / f"step-{self.step:08d}"
         name.parent.mkdir(parents=True, exist_ok=True)
         if samples.ndim == 5:
@@ -189,10 +309,24 @@ class Trainer:
             contact_sheet(samples, name.with_suffix(".png"))
         else:
             save_samples(samples, name.with_suffix(".png" if samples.ndim == 4 else ".safetensors"))
+        self.call("on_sample", samples, self.pictures())
+
+    def pictures(self) -> list[Path]:
+        """What `sample` wrote at the present step."""
+        return sorted((self.folder / "samples").glob(f"step-{self.step:08d}.*"))
+
+    def is_sampled(self) -> bool:
+        """Whether `sample` came to its end at the present step: the clip is not the last file that it writes."""
+        return any(path.suffix != ".mp4" for path in self.pictures())
 
     def averaged(self) -> GaussianDiffusion:
-        """The diffusion with the averaged weights."""
-        return self.accelerator.unwrap_model(self.diffusion).with_model(self.ema.ema_model)
+        """The diffusion with the averaged weights. To be called by all processes."""
+        if not self.accelerator.is_fsdp2:
+            return self.unwrapped.with_model(self.ema.ema_model)
+        weights = whole(self.ema.ema_model.state_dict())
+        model = type(self.unwrapped.model)(self.config.model).to(self.accelerator.device)
+        model.load_state_dict(weights)
+        return self.unwrapped.with_model(model)
 
     # ---- stopping and going on
 
@@ -202,129 +336,67 @@ class Trainer:
         return saved_states(self.folder)
 
     def save(self) -> None:
-        """Write the state to resume from, then the averaged weights for use; old states are dropped."""
-        if not self.accelerator.is_main_process:
-            return
+        """Write the averaged weights for use, then the state to resume from; old states are dropped."""
         scaler = self.accelerator.scaler
         state = {
             "step": self.step,
-            "config": dataclasses.asdict(self.config),
-            "model": self.accelerator.unwrap_model(self.diffusion).model.state_dict(),
-            "ema": self.ema.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "config": plain(self.config),
+            "model": whole(self.unwrapped.model.state_dict()),
+            "ema": whole(self.ema.state_dict()),
+            "tracks": [whole(track.state_dict()) for track in self.tracks],
+            "optimizer": whole(self.optimizer.state_dict()),
             "scaler": scaler.state_dict() if scaler is not None else None,
+            "metrics": self.pending,
         }
-        save_state(self.folder / "checkpoints" / f"step-{self.step:08d}", state)
-        save_model(self.folder, self.ema.ema_model, self.config)
+        if not self.accelerator.is_main_process:
+            return
+        prefix = "ema_model."
+        weights = {n.removeprefix(prefix): value for n, value in state["ema"].items() if n.startswith(prefix)}
+        save_weights(self.folder, weights, self.config)
+        folder = self.folder / "checkpoints" / f"step-{self.step:08d}"
+        save_state(folder, state)
+        every = self.options.keep_every
         for old in self.checkpoints[: -self.options.keep_checkpoints]:
-            remove_state(old)
+            if not every or int(old.name.removeprefix("step-")) % every:
+                remove_state(old)
+        self.call("on_checkpoint", folder)
+
+    def snapshot(self) -> None:
+        """Write down the averages of all lengths, for `rin-video ema`."""
+        states = [track_state(track) for track in self.tracks]
+        if states and self.accelerator.is_main_process:
+            save_snapshot(self.folder, self.step, self.options.ema_sigma_rel, states)
 
     def resume(self) -> None:
-        """Go on from the last checkpoint. Raises `UsageError` where it is of another model."""
-        if not self.checkpoints:
+        """Go on from the last whole checkpoint. Raises `UsageError` where it is of another model."""
+        newest = newest_state(self.folder)
+        if newest is None:
             return
-        folder = self.checkpoints[-1]
-        state = load_state(folder)
+        folder, state = newest
         for section in ("model", "diffusion"):
-            then, now = state["config"][section], json.loads(json.dumps(dataclasses.asdict(self.config)[section]))
+            then, now = state["config"][section], plain(getattr(self.config, section))
             for key in now:
-                if then.get(key) != now[key]:
+                if key in then and then[key] != now[key]:
                     raise UsageError(
-                        f"{self.folder} was trained with {section}.{key}={then.get(key)}, now it is {now[key]}: "
+                        f"{self.folder} was trained with {section}.{key}={then[key]}, now it is {now[key]}: "
                         "use the same, or another folder (--out)"
                     )
-        self.accelerator.unwrap_model(self.diffusion).model.load_state_dict(state["model"])
-        self.ema.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_whole(self.unwrapped.model, state["model"])
+        load_whole(self.ema, state["ema"])
+        if len(state["tracks"]) == len(self.tracks):
+            for track, values in zip(self.tracks, state["tracks"], strict=True):
+                load_whole(track, values)
+        load_whole_optimizer(self.optimizer, state["optimizer"])
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.step = state["step"]
+        self.step, self.pending = state["step"], state["metrics"]
         log.info("going on from step %d in %s", self.step, folder)
 
 
-class Metrics:
-    """Gathers loss, loss by noise level, gradient norm and rate between lines of `metrics.jsonl`.
-
-    Nothing is brought from the device before a line is due. Lines of a run that was cut off behind `step` are removed,
-    so that a step stands in the file once.
-    """
-
-    def __init__(self, path: Path, step: int) -> None:
-        self.path = path
-        if path.exists():
-            lines = [line for line in path.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= step]
-            write_text(path, "".join(f"{line}\n" for line in lines))
-        self.restart()
-
-    def restart(self) -> None:
-        self.terms: list[LossTerms] = []
-        self.grad_norms: list[Tensor] = []
-        self.restart_clock()
-
-    def restart_clock(self) -> None:
-        """Leave what came before (sampling, saving) out of the rate."""
-        self.clock, self.counted = time.perf_counter(), sum(len(term.t) for term in self.terms)
-
-    def add(self, terms: list[LossTerms], grad_norm: Tensor) -> None:
-        self.terms += terms
-        self.grad_norms.append(grad_norm)
-
-    def write(self, step: int, lr: float) -> dict[str, Any]:
-        loss, t = (torch.cat(column).float().cpu() for column in zip(*self.terms, strict=True))
-        bins = (t * NOISE_BINS).long().clamp(max=NOISE_BINS - 1)
-        by_noise = [loss[bins == i].mean().item() if (bins == i).any() else None for i in range(NOISE_BINS)]
-        line = {
-            "step": step,
-            "loss": loss.mean().item(),
-            "loss_by_t": by_noise,
-            "grad_norm": torch.stack([torch.as_tensor(g) for g in self.grad_norms]).float().mean().item(),
-            "lr": lr,
-            "samples_per_second": (len(t) - self.counted) / max(time.perf_counter() - self.clock, 1e-9),
-        }
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        self.restart()
-        return line
-
-
-def make_accelerator(mixed_precision: str) -> Accelerator:
-    """An `Accelerator`; fp16 without a GPU is a `UsageError`."""
-    if mixed_precision == "fp16" and not torch.cuda.is_available():
-        raise UsageError("train.mixed_precision=fp16 needs a CUDA GPU: use bf16, or no")
-    AcceleratorState._reset_state()  # accelerate keeps the precision of the first Trainer of a process otherwise
-    return Accelerator(mixed_precision=mixed_precision)
-
-
-def make_optimizer(diffusion: GaussianDiffusion, config: Config) -> torch.optim.Optimizer:
-    """AdamW, LAMB or (Nesterov) Muon; weight decay on matrices only, not on biases, norms and embeddings."""
-    options = config.train
-    extras: dict[str, dict[str, Any]] = {
-        "adamw": {},
-        "lamb": {"max_grad_norm": None},  # clipping is ours
-        "muon": {"momentum": 0.95},
-    }
-    return create_optimizer_v2(
-        diffusion.model,
-        opt="nmuon" if options.optimizer == "muon" else options.optimizer,
-        lr=options.train_lr,
-        weight_decay=options.weight_decay,
-        betas=tuple(options.betas),
-        **extras[options.optimizer],
-    )
-
-
-def make_lr_schedule(optimizer: torch.optim.Optimizer, config: Config) -> CosineLRScheduler:
-    """Linear warm-up, then a cosine (or a constant, which is a cosine that falls nowhere)."""
-    options = config.train
-    decay_steps = max(options.train_num_steps - options.warmup_steps, 1) / options.lr_cosine_portion
-    return CosineLRScheduler(
-        optimizer,
-        t_initial=max(round(decay_steps), 1),
-        lr_min=options.train_lr if options.lr_schedule == "constant" else 0.0,
-        warmup_t=options.warmup_steps,
-        warmup_prefix=True,
-        t_in_epochs=False,
-    )
+def describe_line(line: dict[str, Any]) -> str:
+    """A line of the metrics for the progress bar; waiting for data is said where it costs something."""
+    text = f"loss {line['loss']:.4f}, {line['samples_per_second']:.1f} samples/s"
+    return text + (f", {line['data_wait']:.0%} waiting for data" if line["data_wait"] >= 0.05 else "")
 
 
 def check_classes(diffusion: GaussianDiffusion, data: Any) -> None:
@@ -339,11 +411,7 @@ def check_classes(diffusion: GaussianDiffusion, data: Any) -> None:
 
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Everything random in a training step follows from these three numbers, so nothing random has to be saved."""
-    torch.manual_seed(spread_seed(seed, step, rank))
-
-
-def remove_state(folder: Path) -> None:
-    """Delete a state that is no longer kept: only the files that `save_state` wrote."""
-    for name in ("state.safetensors", "state.json"):
-        (folder / name).unlink(missing_ok=True)
-    folder.rmdir()
+    number = spread_seed(seed, step, rank)
+    random.seed(number)
+    np.random.seed(number % 2**32)
+    torch.manual_seed(number)

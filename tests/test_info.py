@@ -8,7 +8,7 @@ from golden_files import GOLDEN
 
 from rin_video import RIN, GaussianDiffusion, UsageError
 from rin_video.config import Config, ModelConfig, load_config
-from rin_video.info import describe, model_info, training_memory
+from rin_video.info import PeakMemory, describe, model_info, training_memory
 
 COUNTS = GOLDEN / "paper_models.json"
 RELEASED = json.loads(COUNTS.read_text(encoding="utf-8"))["from_released_configs"] if COUNTS.exists() else {}
@@ -91,36 +91,29 @@ def test_training_memory_is_weights_and_a_linear_share_for_each_sample():
     config = Config(model=ModelConfig(dim=32, image_size=16, num_latents=16, depth=2))
     params = model_info(config.model).params
     needs = {}
-    for batch in (2, 4, 8, 16):
+    for batch in (16, 32, 64, 128):
         config.train.train_batch_size = batch
         needs[batch] = training_memory(config)
     assert all(bytes_ >= 4 * params * 4 for bytes_ in needs.values())
-    each = [(needs[2 * b] - needs[b]) / b for b in (2, 4, 8)]
+    each = [(needs[2 * b] - needs[b]) / b for b in (16, 32, 64)]
     assert each[0] == pytest.approx(each[1], rel=1e-3) == pytest.approx(each[2], rel=1e-3)
     assert each[0] > 0
-    beyond = needs[2] - 2 * each[0]
-    assert 4 * params * 4 <= beyond < 6 * params * 4
+    beyond = needs[16] - 16 * each[0]
+    assert 6 * params * 4 <= beyond < 8 * params * 4  # weights, two moments, three averages; gradients come late
 
 
-def test_training_memory_counts_what_autograd_keeps():
-    """Against the bytes that a real step saves for its backward pass."""
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_training_memory_is_what_a_real_step_takes(checkpointing):
+    """Shapes without contents give the peak that real tensors have."""
     config = Config(model=ModelConfig(dim=32, image_size=16, num_latents=16, depth=2))
-    config.train.train_batch_size = 4
-    config.diffusion.train_prob_self_cond = 0
-    diffusion = GaussianDiffusion.from_config(RIN(config.model), config.diffusion)
-    weights = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in diffusion.parameters()}
-    saved = {}
-
-    def keep(tensor):
-        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = diffusion(torch.rand(4, 3, 16, 16))
-    real = sum(size for pointer, size in saved.items() if pointer not in weights)
-    assert loss.requires_grad
-    ours = training_memory(config) - 5 * sum(weights.values())
-    assert ours == pytest.approx(real, rel=0.35)  # attention keeps less or more by the kernel that runs
+    config.train.train_batch_size, config.train.gradient_checkpointing = 16, checkpointing
+    with PeakMemory() as memory:
+        model = RIN(config.model)
+        model.core.gradient_checkpointing = checkpointing
+        weights = sum(p.numel() * 4 for p in model.parameters())
+        diffusion = GaussianDiffusion.from_config(model, config.diffusion)
+        diffusion(torch.rand(16, 3, 16, 16)).backward()
+    assert training_memory(config) - 5 * weights == pytest.approx(memory.peak, rel=0.02)
 
 
 def test_the_description_holds_the_counts():

@@ -1,0 +1,37 @@
+"""Train on tensors of your own: here spectrograms of chirps, (1, 32 frequencies, 32 times).
+
+python examples/spectrograms.py runs/chirps
+"""
+
+import sys
+
+import torch
+from torch.utils.data import Dataset
+
+from rin_video import RIN, Callback, GaussianDiffusion, Trainer
+
+
+class Chirps(Dataset):
+    """A tone that rises or falls, as a spectrogram in [0, 1]."""
+
+    def __len__(self):
+        return 512
+
+    def __getitem__(self, index):
+        low, high = 0.02 + 0.4 * torch.rand(2, generator=torch.Generator().manual_seed(index))
+        wave = torch.sin(2 * torch.pi * torch.linspace(low, high, 1024).cumsum(0))
+        window = torch.hann_window(64)
+        power = torch.stft(wave, 64, hop_length=32, window=window, return_complex=True).abs()[:32, :32]
+        return {"x": (power / 32).clamp(0, 1)[None], "label": int(high > low)}
+
+
+class Loudness(Callback):
+    def evaluate(self, trainer, diffusion):
+        return {"loudness": diffusion.sample(8, steps=10, label=1, seed=0).mean().item()}
+
+
+out, steps = sys.argv[1], int((sys.argv[2:] or ["2000"])[0])
+model = RIN(dim=64, channels=1, image_size=32, patch_size=4, depth=2, num_latents=32, num_classes=2, num_heads=4)
+diffusion = GaussianDiffusion(model, objective="x0", train_prob_self_cond=0)
+options = {"train_num_steps": steps, "train_lr": 1e-3, "save_and_sample_every": 500}
+Trainer(diffusion, Chirps(), results_folder=out, callbacks=[Loudness()], **options).train()

@@ -1,0 +1,145 @@
+"""Averaged weights: the one that is used while training, and lengths that are put together afterwards.
+
+`EMA` follows `ema_decay`. Beside it, power-function averages (Karras et al. 2024, arXiv 2312.02696) of a few lengths
+are tracked and written down now and then; any other length is a weighted sum of these snapshots.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from ema_pytorch import EMA
+from ema_pytorch.post_hoc_ema import KarrasEMA, p_dot_p, sigma_rel_to_gamma, solve_weights
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from rin_video.checkpoint import CONFIG, newest_state, read_metadata, read_tensors, replacing, save_weights
+from rin_video.config import TrainConfig, check_sigma_rel, load_config
+from rin_video.distributed import whole
+from rin_video.errors import UsageError
+
+log = logging.getLogger("rin_video")
+
+SNAPSHOTS = "averages"
+
+
+def make_ema(model: nn.Module, options: TrainConfig, device: torch.device) -> EMA:
+    """The average that is sampled from. Its counters stay on the CPU: reading them must not wait for a GPU."""
+    ema = EMA(
+        model,
+        beta=options.ema_decay,
+        update_after_step=0,
+        update_every=options.ema_update_every,
+        include_online_model=False,
+        use_foreach=True,
+    )
+    ema.ema_model.to(device)
+    return ema
+
+
+def make_tracks(model: nn.Module, options: TrainConfig, device: torch.device) -> list[KarrasEMA]:
+    """An average for each length in `ema_sigma_rel`."""
+    tracks = [KarrasEMA(model, sigma_rel=sigma_rel, update_every=1) for sigma_rel in options.ema_sigma_rel]
+    for track in tracks:
+        track.ema_model.to(device)
+    return tracks
+
+
+def save_snapshot(run: Path, step: int, sigma_rels: Sequence[float], states: Sequence[dict[str, Tensor]]) -> None:
+    """Write the averages of all lengths at a step, in half precision."""
+    tensors = {
+        f"{index}.{name}": value.detach().cpu().half().contiguous()
+        for index, state in enumerate(states)
+        for name, value in state.items()
+        if value.is_floating_point()
+    }
+    path = run / SNAPSHOTS / f"step-{step:08d}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata={"step": str(step), "sigma_rel": json.dumps(list(sigma_rels))})
+
+
+def averaged_weights(run: Path, sigma_rels: Sequence[float]) -> list[tuple[dict[str, Tensor], float]]:
+    """For each length: the weights at the newest checkpoint, and how far their profile is from the wanted one.
+
+    The second number is the share of the wanted profile's square that the sum of snapshots leaves out. Raises
+    `UsageError` where the run tracked no averages.
+    """
+    for sigma_rel in sigma_rels:
+        check_sigma_rel("--sigma-rel", sigma_rel)
+    newest = newest_state(run)
+    if newest is None:
+        raise UsageError(f"{run} has no checkpoint: averages are put together from one")
+    step, state = newest[1]["step"], newest[1]
+    tracked = state["config"]["train"].get("ema_sigma_rel") or []
+    if not tracked:
+        raise UsageError(f"{run} was trained with train.ema_sigma_rel=[]: nothing was tracked to make averages from")
+    # Source: algorithm 3 of arXiv 2312.02696. The newest checkpoint holds the averages at its step in full precision.
+    sources: list[tuple[float, int, Any]] = [
+        (s, step, track) for s, track in zip(tracked, state["tracks"], strict=True)
+    ]
+    for path in sorted((run / SNAPSHOTS).glob("step-*.safetensors")):
+        try:
+            metadata = read_metadata(path)
+            at, lengths = int(metadata["step"]), json.loads(metadata["sigma_rel"])
+        except (KeyError, ValueError) as error:
+            raise UsageError(f"{path} is no snapshot of averages ({error}): delete it") from None
+        if at < step:
+            sources += [(sigma_rel, at, (path, index)) for index, sigma_rel in enumerate(lengths)]
+    gammas = torch.tensor([sigma_rel_to_gamma(s) for s, _, _ in sources], dtype=torch.float64)
+    times = torch.tensor([at for _, at, _ in sources], dtype=torch.float64)
+    weights, errors = [], []
+    for sigma_rel in sigma_rels:
+        wanted = torch.tensor([sigma_rel_to_gamma(sigma_rel)], dtype=torch.float64), torch.tensor([float(step)])
+        weights.append(solve_weights(times, gammas, wanted[1], wanted[0]).flatten())
+        errors.append(profile_error(weights[-1], times, gammas, wanted[1], wanted[0]))
+    sums: list[dict[str, Tensor]] = [{} for _ in sigma_rels]
+    for index, (_, _, source) in enumerate(sources):
+        for name, value in _numbers_of(source).items():
+            for total, weight in zip(sums, weights, strict=True):
+                total[name] = total.get(name, 0) + weight[index] * value.double()
+    fixed = state["model"]  # what is not averaged, and the types
+    return [
+        ({name: total[name].to(value.dtype) if name in total else value for name, value in fixed.items()}, error)
+        for total, error in zip(sums, errors, strict=True)
+    ]
+
+
+def profile_error(weights: Tensor, times: Tensor, gammas: Tensor, time: Tensor, gamma: Tensor) -> float:
+    """|sum of weighted profiles - wanted profile|^2 / |wanted profile|^2."""
+    rows, columns = (times[:, None], gammas[:, None]), (times[None], gammas[None])
+    among, with_wanted = p_dot_p(*rows, *columns), p_dot_p(times, gammas, time, gamma)
+    wanted = p_dot_p(time, gamma, time, gamma)
+    return max(((weights @ among @ weights - 2 * weights @ with_wanted + wanted) / wanted).item(), 0.0)
+
+
+def write_averages(run: Path, sigma_rels: Sequence[float], out: Path | None = None) -> list[tuple[Path, float]]:
+    """Write a model folder for each length below `out` (default: the run); the folders, and their profile errors."""
+    config = load_config(run / CONFIG)
+    written = []
+    for sigma_rel, (weights, error) in zip(sigma_rels, averaged_weights(run, sigma_rels), strict=True):
+        folder = (out or run) / f"ema-{sigma_rel:g}"
+        save_weights(folder, weights, config)
+        written.append((folder, error))
+    return written
+
+
+def track_state(track: KarrasEMA) -> dict[str, Tensor]:
+    """The averaged tensors of a track by the model's names, whole. To be called by all processes."""
+    return whole(track.ema_model.state_dict())
+
+
+def _numbers_of(source: Any) -> dict[str, Tensor]:
+    if isinstance(source, dict):  # the state of a track, in a checkpoint
+        prefix = "ema_model."
+        values = {name.removeprefix(prefix): value for name, value in source.items() if name.startswith(prefix)}
+    else:
+        path, index = source
+        prefix = f"{index}."
+        values = {name.removeprefix(prefix): v for name, v in read_tensors(path).items() if name.startswith(prefix)}
+    return {name: value for name, value in values.items() if value.is_floating_point()}

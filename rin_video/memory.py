@@ -1,0 +1,140 @@
+"""How much memory is there, what to change when it is not enough, the largest batch that fits."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+from torch import nn
+
+from rin_video.config import Config
+from rin_video.errors import UsageError
+from rin_video.info import training_memory
+
+if TYPE_CHECKING:
+    from rin_video.trainer import Trainer
+
+USABLE = 0.9  # of the free memory: the rest is fragments, and other programs
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be had on a device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    return psutil.virtual_memory().available
+
+
+def checkpoint_blocks(model: nn.Module, on: bool) -> None:
+    """Gradient checkpointing by block. Raises `UsageError` for a model without blocks."""
+    core: Any = getattr(model, "core", None)
+    if hasattr(core, "gradient_checkpointing"):
+        core.gradient_checkpointing = on
+    elif on:
+        raise UsageError("train.gradient_checkpointing works block by block, and this model is no RIN: leave it false")
+
+
+def with_batch(config: Config, batch_size: int, **options: Any) -> Config:
+    """The configuration with another batch size, and perhaps other options of `train`."""
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, train_batch_size=batch_size, **options))
+
+
+def largest_batch(config: Config, device: torch.device, *, num_processes: int = 1, limit: int | None = None) -> int:
+    """The largest batch size (all processes together) that fits, at most `limit`.
+
+    Found by prediction, and on a CUDA GPU by trying it: one forward and backward pass, a tenth less as long as it does
+    not fit. Raises `UsageError` where not even one sample a process fits.
+    """
+    kind = "cuda" if device.type == "cuda" else "cpu"
+    free = int(USABLE * free_memory(device))
+
+    def needed(each: int) -> int:
+        return training_memory(with_batch(config, each * num_processes), device=kind, num_processes=num_processes)
+
+    one, two, four = needed(1), needed(2), needed(4)
+    if one > free:
+        raise UsageError(
+            f"training needs {one / 1e9:.1f} GB with a batch of 1, {free / 1e9:.1f} GB can be used: use a smaller "
+            "model (model.dim, model.num_latents), larger patches, or train.gradient_checkpointing=true"
+        )
+    per_sample = max((four - two) / 2, 1.0)
+    each = max(int(1 + (free - max(one, two - per_sample)) / per_sample), 1)
+    if limit is not None:
+        each = max(min(each, limit // num_processes), 1)
+    if device.type == "cuda":
+        each = _largest_that_runs(config, device, each, num_processes)
+    return each * num_processes
+
+
+def _largest_that_runs(config: Config, device: torch.device, start: int, num_processes: int) -> int:
+    from accelerate.utils import find_executable_batch_size
+
+    from rin_video.diffusion import GaussianDiffusion
+    from rin_video.rin import RIN
+
+    @find_executable_batch_size(starting_batch_size=start)
+    def attempt(batch_size: int) -> int:
+        model = RIN(config.model).to(device)
+        checkpoint_blocks(model, config.train.gradient_checkpointing)
+        copies = 3 + len(config.train.ema_sigma_rel)  # moments and averages
+        ballast = [torch.empty_like(p) for p in model.parameters() for _ in range(copies)]
+        x = torch.rand(batch_size, *model.shape, device=device)
+        label = torch.zeros(batch_size, dtype=torch.long, device=device) if config.model.num_classes else None
+        half = config.train.mixed_precision
+        with torch.autocast("cuda", torch.float16 if half == "fp16" else torch.bfloat16, enabled=half != "no"):
+            GaussianDiffusion.from_config(model, config.diffusion)(x, label).backward()
+        del ballast
+        return batch_size
+
+    return attempt()
+
+
+@contextmanager
+def out_of_memory(trainer: Trainer) -> Iterator[None]:
+    """Turns an out-of-memory error into a `UsageError` that says what to change, with numbers."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UsageError(
+            advice(trainer.config, trainer.accelerator.device, trainer.accelerator.num_processes)
+        ) from None
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error means that an allocation failed: only CUDA's has a type of its own."""
+    words = ("can't allocate memory", "out of memory", "not enough memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
+
+
+def advice(config: Config, device: torch.device, num_processes: int = 1) -> str:
+    """What to change where memory ran out."""
+    kind, batch = "cuda" if device.type == "cuda" else "cpu", config.train.train_batch_size
+    half = max(batch // 2 // num_processes, 1) * num_processes
+
+    def gigabytes(batch_size: int, **options: Any) -> str:
+        needs = training_memory(with_batch(config, batch_size, **options), device=kind, num_processes=num_processes)
+        return f"{needs / 1e9:.1f} GB"
+
+    ways = []
+    if half < batch:
+        accumulate = config.train.gradient_accumulate_every * batch // half
+        ways.append(
+            f"--batch-size {half} with train.gradient_accumulate_every={accumulate} (the same step) needs "
+            f"{gigabytes(half)}"
+        )
+    if not config.train.gradient_checkpointing:
+        ways.append(f"train.gradient_checkpointing=true needs {gigabytes(batch, gradient_checkpointing=True)}")
+    if config.train.mixed_precision == "no":
+        ways.append(f"train.mixed_precision=bf16 needs {gigabytes(batch, mixed_precision='bf16')}")
+    ways.append("--batch-size auto takes the largest that fits")
+    return (
+        f"out of memory on {device}: a batch of {batch} needs about {gigabytes(batch)}, "
+        f"{free_memory(device) / 1e9:.1f} GB are free. {'; '.join(ways)}"
+    )

@@ -1,0 +1,143 @@
+"""`metrics.jsonl`: what is gathered between two lines of it, over all processes, and across a stop."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rin_video.checkpoint import sync, write_text
+from rin_video.diffusion import LossTerms
+
+NOISE_BINS = 10
+
+
+class Failure(NamedTuple):
+    """A step whose loss or gradient is not a number, and which of its samples were to blame (places in the batch)."""
+
+    step: int
+    places: list[int]
+
+
+class Metrics:
+    """Gathers loss, loss by noise level, gradient norm and rates between lines of `metrics.jsonl`.
+
+    Nothing is brought from the device before a line is due. Lines of a run that was cut off behind `step` are removed,
+    and what was gathered when a checkpoint was written (`state`) is taken up again: each line stands in the file once,
+    as if there had been no stop. `gather` brings together tensors (1, ...) of all processes.
+    """
+
+    def __init__(
+        self,
+        path: Path | None,
+        step: int,
+        *,
+        state: dict[str, Tensor] | None = None,
+        gather: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    ) -> None:
+        self.path, self.gather = path, gather
+        if path is not None:
+            trim_lines(path, step)
+        self.restart(step)
+        self.before.update(state or {})
+
+    def restart(self, step: int) -> None:
+        self.step = step  # the last one that is not in `terms`
+        # From before the last stop.
+        self.before = {name: torch.empty(0) for name in ("loss", "t", "grad_norm")}
+        self.terms: list[LossTerms] = []
+        self.grad_norms: list[Tensor] = []
+        self.waited = 0.0
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leave what came before (sampling, saving) out of the rates."""
+        self.clock, self.counted, self.waited = time.perf_counter(), len(self.terms), 0.0
+
+    def add(self, terms: list[LossTerms], grad_norm: Tensor, waited: float = 0.0) -> None:
+        """One step: the terms of its forward passes, and the seconds it waited for data."""
+        self.terms.append(LossTerms(*(torch.stack(column) for column in zip(*terms, strict=True))))
+        self.grad_norms.append(torch.as_tensor(grad_norm))
+        self.waited += waited
+
+    def gathered(self) -> dict[str, Tensor]:
+        """Losses and times (processes, steps, passes, samples) and gradient norms (steps,), on the CPU."""
+        loss, t = (torch.stack(column).float() for column in zip(*self.terms, strict=True))
+        return {
+            "loss": self.gather(loss[None]).cpu(),
+            "t": self.gather(t[None]).cpu(),
+            "grad_norm": torch.stack(self.grad_norms).float().cpu(),
+        }
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint needs, so that the line that is in the making comes out whole."""
+        if not self.terms:
+            return self.before
+        new = self.gathered()
+        return {name: torch.cat([self.before[name], new[name].flatten()]) for name in self.before}
+
+    def failure(self, *, check_gradient: bool = True) -> Failure | None:
+        """The first step whose loss (or gradient) is not a number."""
+        if not self.terms:
+            return None
+        new = self.gathered()
+        bad = ~new["loss"].isfinite()
+        steps = bad.any(3).any(2).any(0)
+        if check_gradient:
+            steps |= ~new["grad_norm"].isfinite()
+        if not steps.any():
+            return None
+        index = int(steps.nonzero()[0])
+        places = (
+            bad[:, index].transpose(0, 1).flatten().nonzero().flatten()
+        )  # pass, process, sample: as they were drawn
+        return Failure(self.step + index + 1, places.tolist())
+
+    def write(self, step: int, lr: float) -> dict[str, Any]:
+        """A line for the steps since the last one; all processes get it, the one with a path writes it."""
+        new, seconds = self.gathered(), max(time.perf_counter() - self.clock, 1e-9)
+        loss, t, grad_norm = (torch.cat([self.before[name], new[name].flatten()]) for name in self.before)
+        bins = (t * NOISE_BINS).long().clamp(max=NOISE_BINS - 1)
+        by_noise = [loss[bins == i].mean().item() if (bins == i).any() else None for i in range(NOISE_BINS)]
+        samples = new["loss"][:, self.counted :].numel()
+        line = {
+            "step": step,
+            "loss": loss.mean().item(),
+            "loss_by_t": by_noise,
+            "grad_norm": grad_norm.mean().item()
+            if grad_norm.isfinite().all()
+            else None,  # a scaler looks for its range
+            "lr": lr,
+            "samples_per_second": samples / seconds,
+            "data_wait": min(self.waited / seconds, 1.0),
+        }
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        self.restart(step)
+        return line
+
+    def sync(self) -> None:
+        """A checkpoint relies on the lines before it."""
+        if self.path is not None and self.path.exists():
+            sync(self.path)
+
+
+def trim_lines(path: Path, step: int) -> None:
+    """Drop the lines of a JSON-lines file that lie behind `step`, and one that was cut short."""
+    if path.exists():
+        kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+        write_text(path, "".join(f"{line}\n" for line in kept))
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf

@@ -1,0 +1,61 @@
+"""`run.json`: what a run was made with and on."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from rin_video.checkpoint import write_text
+from rin_video.config import Config
+
+PACKAGES = ("rin-video", "torch", "torchvision", "accelerate", "timm", "ema-pytorch", "numpy", "av", "decord")
+
+
+def write_provenance(folder: Path, config: Config, accelerator: Any) -> None:
+    """Write versions, hardware and time of the start; earlier starts of the same run are kept below `earlier`."""
+    path = folder / "run.json"
+    now = {
+        "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "versions": {"python": platform.python_version(), **{n: v for n in PACKAGES if (v := _version(n))}},
+        "system": platform.platform(),
+        "device": device_name(accelerator.device),
+        "processes": accelerator.num_processes,
+        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
+        "data": config.data.path,
+        "command": sys.argv[1:] if Path(sys.argv[0]).stem == "rin-video" else None,
+    }
+    earlier = []
+    if path.exists():
+        before = read_json(path)
+        earlier = [*before.pop("earlier", []), before]
+    write_text(path, json.dumps(now | {"earlier": earlier}, indent=1) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; an empty one where there is none that can be read."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def device_name(device: torch.device) -> str:
+    """The device for people."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else device.type
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,112 @@
+"""`rin-video report`: a run as one HTML page that needs nothing else, to be sent or kept."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import math
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from rin_video.checkpoint import CONFIG, write_text
+from rin_video.errors import UsageError
+from rin_video.plots import metrics_svg
+from rin_video.provenance import read_json
+
+KINDS = {".mp4": "video/mp4", ".gif": "image/gif", ".png": "image/png"}
+SHOWN = 8  # steps whose samples are in the page
+
+PAGE = Template(
+    """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>$title</title>
+<style>
+  body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1100px; padding: 0 1rem; color: #222; }
+  h1 { margin-bottom: 0; } h2 { border-bottom: 1px solid #ddd; margin-top: 2.5rem; }
+  figure { display: inline-block; margin: 0 1rem 1rem 0; vertical-align: top; }
+  figcaption { color: #666; } video, figure img { max-width: 500px; min-width: 240px; image-rendering: pixelated; }
+  svg { width: 100%; height: auto; } table { border-collapse: collapse; } td { padding: .1rem 1.5rem .1rem 0; }
+  pre { background: #f6f6f6; overflow: auto; padding: 1rem; }
+</style></head><body>
+<h1>$title</h1>
+<p>$summary</p>
+<h2>Curves</h2>
+$curves
+<h2>Samples over time</h2>
+$samples
+<h2>Versions and hardware</h2>
+<table>$facts</table>
+<h2>Configuration</h2>
+<pre>$config</pre>
+</body></html>
+"""
+)
+
+
+def write_report(run: Path, path: Path) -> Path:
+    """Write the page of the run in folder `run`. Raises `UsageError` for a folder that is no run's."""
+    lines = read_lines(run / "metrics.jsonl")
+    if not lines:
+        raise UsageError(f"{run} holds no metrics.jsonl: give the folder that `rin-video train --out` wrote")
+    made = read_json(run / "run.json")
+    config = run / CONFIG
+    last = lines[-1]
+    write_text(
+        path,
+        PAGE.substitute(
+            title=html.escape(f"{run.resolve().name}: training of a RIN"),
+            summary=html.escape(
+                f"Step {last['step']:,}, loss {last['loss']:.4f}, {last['samples_per_second']:.1f} samples/s; "
+                f"started {made.get('started', 'at an unknown time')}, {len(made.get('earlier', []))} times before."
+            ),
+            curves=metrics_svg(lines),
+            samples="\n".join(figures(run / "samples")) or "<p>none yet</p>",
+            facts="".join(fact(name, value) for name, value in made.items() if name != "earlier"),
+            config=html.escape(config.read_text(encoding="utf-8") if config.is_file() else "not written yet"),
+        ),
+    )
+    return path
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a `metrics.jsonl`; one that is cut short is left out."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            line = json.loads(text)
+            if math.isfinite(line["loss"]):
+                lines.append(line)
+        except (ValueError, KeyError, TypeError):  # noqa: PERF203
+            continue
+    return lines
+
+
+def figures(folder: Path) -> list[str]:
+    """The samples of a few steps, spread over the training: clips that play, or pictures."""
+    files: dict[int, Path] = {}
+    for path in sorted(folder.glob("step-*"), key=lambda path: path.suffix == ".mp4"):  # a clip replaces its sheet
+        if path.suffix in KINDS and path.stem.removeprefix("step-").isdecimal():
+            files[int(path.stem.removeprefix("step-"))] = path
+    steps = sorted(files)
+    count = min(SHOWN, len(steps))
+    chosen = [steps[round(i * (len(steps) - 1) / max(count - 1, 1))] for i in range(count)]
+    return [figure(step, files[step]) for step in chosen]
+
+
+def figure(step: int, path: Path) -> str:
+    kind = KINDS[path.suffix]
+    data = f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+    media = (
+        f'<video src="{data}" autoplay loop muted playsinline controls></video>'
+        if kind.startswith("video")
+        else f'<img src="{data}" alt="samples at step {step}">'
+    )
+    return f"<figure>{media}<figcaption>step {step:,}</figcaption></figure>"
+
+
+def fact(name: str, value: Any) -> str:
+    text = ", ".join(f"{key} {item}" for key, item in value.items()) if isinstance(value, dict) else value
+    text = " ".join(map(str, text)) if isinstance(text, list) else text
+    return f"<tr><td>{html.escape(name)}</td><td>{html.escape(str(text))}</td></tr>"

@@ -1,0 +1,80 @@
+"""TensorBoard, Weights & Biases and the other trackers of accelerate: numbers, pictures, clips."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from rin_video.callbacks import Callback
+from rin_video.checkpoint import plain
+from rin_video.errors import UsageError
+
+if TYPE_CHECKING:
+    from rin_video.trainer import Trainer
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raises `UsageError` for a tracker that accelerate does not know or that is not installed."""
+    from accelerate.utils import LoggerType
+
+    known = [str(kind) for kind in LoggerType if kind != "all"]
+    for name in names:
+        if name not in known:
+            raise UsageError(f"train.trackers={name} is unknown: choose {', '.join(known)}")
+        module = {"tensorboard": "tensorboard", "comet_ml": "comet_ml"}.get(name, name)
+        if find_spec(module) is None:
+            extra = f"rin-video[{name}]" if name in ("tensorboard", "wandb") else name
+            raise UsageError(f"train.trackers={name} needs a package that is not installed: pip install '{extra}'")
+
+
+class Tracking(Callback):
+    """Hands metrics and samples to the trackers in `train.trackers`."""
+
+    def on_start(self, trainer: Trainer) -> None:
+        config = {f"{section}.{key}": value if isinstance(value, int | float | str | bool) else str(value)
+                  for section, values in plain(trainer.config).items() for key, value in values.items()}  # fmt: skip
+        trainer.accelerator.init_trackers("rin-video", config=config)
+
+    def on_log(self, trainer: Trainer, line: dict[str, Any]) -> None:
+        numbers = {name: value for name, value in line.items() if isinstance(value, float)}
+        by_t = {f"loss_by_t/{i}": value for i, value in enumerate(line["loss_by_t"]) if value is not None}
+        trainer.accelerator.log(numbers | by_t, step=line["step"])
+
+    def on_sample(self, trainer: Trainer, samples: Tensor, paths: list[Path]) -> None:
+        clip = next((path for path in paths if path.suffix == ".mp4"), None)
+        sheet = next((path for path in paths if path.suffix == ".png"), None)
+        for tracker in trainer.accelerator.trackers:
+            if sheet is not None and hasattr(tracker, "log_images"):
+                with Image.open(sheet) as image:
+                    pixels = np.asarray(image.convert("RGB"))[None]
+                form = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({"samples": pixels}, step=trainer.step, **form)
+            if clip is not None and tracker.name == "wandb":
+                import wandb
+
+                tracker.log({"clips": wandb.Video(str(clip), format="mp4")}, step=trainer.step)
+            if clip is not None and tracker.name == "tensorboard":
+                _add_animation(tracker.tracker, "clips", samples, trainer.config.sample.fps, trainer.step)
+
+    def on_end(self, trainer: Trainer) -> None:
+        trainer.accelerator.end_training()
+
+
+def _add_animation(writer: Any, tag: str, clips: Tensor, fps: float, step: int) -> None:
+    """Clips (B, C, F, H, W) beside each other, as a GIF: TensorBoard plays these among the images."""
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    frames = (clips.permute(2, 3, 0, 4, 1).flatten(2, 3) * 255).round().byte().cpu().numpy()  # F, H, B * W, C
+    pictures = [Image.fromarray(frame.repeat(3, -1) if frame.shape[-1] == 1 else frame[..., :3]) for frame in frames]
+    file = io.BytesIO()
+    pictures[0].save(file, "GIF", save_all=True, append_images=pictures[1:], duration=round(1000 / fps), loop=0)
+    height, width = frames.shape[1:3]
+    image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=file.getvalue())
+    writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)

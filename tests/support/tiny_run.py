@@ -1,0 +1,77 @@
+"""Tiny trainings in a process of their own: `python tiny_run.py FOLDER key=value ... [-- FOLDER key=value ...]`.
+
+What they write depends on the options alone. `SLOW_WRITES=seconds` makes every sync to the disk take that long,
+`STEP_SECONDS` every step.
+"""
+
+import json
+import os
+import sys
+import time
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from torch.utils.data import Dataset
+
+from rin_video import RIN, GaussianDiffusion, Trainer, checkpoint
+from rin_video.callbacks import Callback
+from rin_video.config import Config, train_config
+
+TINY = {"dim": 32, "num_latents": 6, "dim_latent": 32, "depth": 2, "num_heads": 2, "latent_num_heads": 2,
+        "image_size": 8, "patch_size": 4}  # fmt: skip
+
+
+class Noise(Dataset):
+    def __init__(self) -> None:
+        self.x = torch.rand(29, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index):
+        return {"x": self.x[index]}
+
+
+class Slow(Callback):
+    def on_step(self, trainer, loss):
+        time.sleep(float(os.environ.get("STEP_SECONDS", 0)))
+
+
+def make_trainer(folder: str | Path, model: dict | None = None, callbacks=(), data=None, **options) -> Trainer:
+    torch.manual_seed(0)
+    defaults = {"train_num_steps": 20, "train_batch_size": 8, "train_lr": 1e-3, "log_every": 1,
+                "save_and_sample_every": 10, "ema_snapshot_every": 5}  # fmt: skip
+    diffusion = GaussianDiffusion(RIN(**TINY | (model or {})), timesteps=3)
+    config = Config(diffusion.model.config, diffusion.config, train=train_config(**defaults | options))
+    config.data.num_workers = 0
+    config.sample.num_samples, config.sample.steps = 2, 2
+    return Trainer(
+        diffusion, data or Noise(), results_folder=folder, config=config, progress=False, callbacks=callbacks
+    )
+
+
+def main(folder: str, *overrides: str) -> None:
+    if "SLOW_WRITES" in os.environ:
+        sync = checkpoint.sync
+
+        def slow(path: Path) -> None:
+            time.sleep(float(os.environ["SLOW_WRITES"]))
+            sync(path)
+
+        checkpoint.sync = slow
+    options = {}
+    for override in overrides:
+        key, value = override.split("=")
+        options[key] = json.loads(value) if value[:1] in "0123456789[tf" and value != "fsdp2" else value
+    trainer = make_trainer(folder, callbacks=[Slow()], **options)
+    trainer.train()
+    if trainer.accelerator.is_main_process:
+        print("trained to", trainer.step, flush=True)  # noqa: T201
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for _, words in groupby(sys.argv[1:], "--".__eq__):
+        if (run := list(words)) != ["--"]:
+            main(*run)

@@ -1,0 +1,75 @@
+"""Averages of any length after the training, against ones that were tracked directly."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from ema_pytorch.post_hoc_ema import KarrasEMA
+from safetensors.torch import load_file
+from tiny_run import make_trainer
+
+from rin_video import GaussianDiffusion, UsageError, cli
+from rin_video.averages import averaged_weights
+from rin_video.callbacks import Callback
+
+LENGTHS = [0.05, 0.075, 0.1, 0.15]
+
+
+class Direct(Callback):
+    """Tracks averages of other lengths while training, and the weights that were averaged."""
+
+    def on_start(self, trainer):
+        self.tracks = {s: KarrasEMA(trainer.diffusion.model, sigma_rel=s, update_every=1) for s in LENGTHS}
+
+    def on_step(self, trainer, loss):
+        for track in self.tracks.values():
+            track.update()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> tuple[Path, dict[float, KarrasEMA], dict[str, torch.Tensor]]:
+    folder, direct = tmp_path_factory.mktemp("run"), Direct()
+    trainer = make_trainer(
+        folder, callbacks=[direct], train_num_steps=60, ema_snapshot_every=3, save_and_sample_every=100, log_every=100,
+        train_lr=1e-2, lr_schedule="constant",
+    )  # fmt: skip
+    trainer.train()
+    return folder, direct.tracks, dict(trainer.diffusion.model.named_parameters())
+
+
+def distance(weights, others) -> float:
+    return sum((weights[name] - value).double().square().sum() for name, value in others.items()).sqrt().item()
+
+
+@pytest.mark.parametrize("sigma_rel", LENGTHS)
+def test_an_average_put_together_is_the_one_that_was_tracked(run, sigma_rel):
+    """Measured against the distance from the average to the last weights."""
+    folder, tracks, last = run
+    ((weights, error),) = averaged_weights(folder, [sigma_rel])
+    direct = dict(tracks[sigma_rel].ema_model.named_parameters())
+    assert distance(weights, direct) < 0.02 * distance(last, direct)
+    assert error < 1e-3
+    other = dict(tracks[0.15 if sigma_rel < 0.1 else 0.05].ema_model.named_parameters())
+    assert distance(weights, other) > 0.1 * distance(last, direct)  # it is this one and not any
+
+
+def test_the_command_writes_folders_that_are_sampled_from(run, tmp_path, caplog):
+    folder, _, _ = run
+    assert cli.main(["ema", str(folder), "--sigma-rel", "0.05", "0.15", "--out", str(tmp_path)]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ema-0.05", "ema-0.15"]
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("ema-0.05", "ema-0.15"))
+    assert distance(one, other) > 0
+    assert GaussianDiffusion.from_pretrained(tmp_path / "ema-0.05").sample(1, steps=1).isfinite().all()
+
+
+def test_mistakes_are_named(run, tmp_path):
+    folder, _, _ = run
+    with pytest.raises(UsageError, match=r"--sigma-rel is 0\.4: it lies in \[0\.01, 0\.28\]"):
+        averaged_weights(folder, [0.4])
+    with pytest.raises(UsageError, match="has no checkpoint"):
+        averaged_weights(tmp_path, [0.1])
+    make_trainer(tmp_path, train_num_steps=1, ema_sigma_rel=[]).train()
+    with pytest.raises(UsageError, match="nothing was tracked"):
+        averaged_weights(tmp_path, [0.1])
+    with pytest.raises(UsageError, match="give two lengths that differ"):
+        make_trainer(tmp_path, ema_sigma_rel=[0.1])

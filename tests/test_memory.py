@@ -1,0 +1,133 @@
+"""Less memory: checkpointed blocks, the batch that fits, what is predicted; and torch.compile."""
+
+import logging
+
+import pytest
+import torch
+from tiny_run import TINY, make_trainer
+from torch.testing import assert_close
+
+from rin_video import RIN, GaussianDiffusion, UsageError, cli
+from rin_video.config import load_config
+from rin_video.export import write_video
+from rin_video.info import PeakMemory, training_memory
+from rin_video.memory import checkpoint_blocks, largest_batch, with_batch
+
+
+def gradients(checkpointing: bool, bf16: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    torch.manual_seed(0)
+    model = RIN(**TINY, dropout=0.2, drop_path=0.2)
+    checkpoint_blocks(model, checkpointing)
+    with torch.autocast("cpu", enabled=bf16):
+        loss = GaussianDiffusion(model)(torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(1)))
+    loss.backward()
+    return loss, [p.grad for p in model.parameters()]
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_checkpointed_blocks_give_the_same_gradients(bf16):
+    """Dropout and drop-path too: the second pass draws what the first drew."""
+    assert_close(gradients(True, bf16), gradients(False, bf16), rtol=0, atol=0)
+
+
+def test_checkpointed_blocks_need_less_memory():
+    config = load_config("demo", ["model.depth=6"])
+    without, with_ = (training_memory(with_batch(config, 32, gradient_checkpointing=on)) for on in (False, True))
+    assert with_ < 0.5 * without
+
+
+def test_a_model_without_blocks_cannot_be_checkpointed():
+    with pytest.raises(UsageError, match="this model is no RIN"):
+        checkpoint_blocks(torch.nn.Linear(1, 1), True)
+    checkpoint_blocks(torch.nn.Linear(1, 1), False)
+
+
+def test_peak_memory_is_that_of_what_lives_at_once():
+    with PeakMemory() as memory:
+        one = torch.zeros(1000)
+        for _ in range(3):
+            other = one + 1
+        del other
+        kept = one * 2
+    assert memory.now == 8000
+    assert memory.peak == 12000  # the loop's old result lives until its name is taken
+    del kept
+
+
+def test_the_largest_batch_fits_and_the_next_does_not(monkeypatch):
+    config = load_config("demo", ["model.depth=1"])
+    free = 700_000_000
+    monkeypatch.setattr("rin_video.memory.free_memory", lambda device: free / 0.9)
+    size = largest_batch(config, torch.device("cpu"))
+    assert training_memory(with_batch(config, size)) <= free < 1.03 * training_memory(with_batch(config, size + 2))
+    assert largest_batch(config, torch.device("cpu"), limit=10) == 10
+    assert largest_batch(config, torch.device("cpu"), num_processes=4, limit=10) == 8
+    monkeypatch.setattr("rin_video.memory.free_memory", lambda device: 1e6)
+    with pytest.raises(UsageError, match=r"needs \d\.\d GB with a batch of 1, 0\.0 GB can be used"):
+        largest_batch(config, torch.device("cpu"))
+
+
+def test_batch_size_auto_and_the_same_again(tmp_path, monkeypatch, caplog):
+    """The run that goes on keeps its batch: the order of the data depends on it."""
+    for i in range(3):
+        write_video(torch.rand(3, 4, 16, 16), tmp_path / "clips" / f"{i}.mp4")
+    command = ["train", "--data", str(tmp_path / "clips"), "--frames", "4", "--size", "16", "--batch-size", "auto",
+               "--out", str(tmp_path / "run"), "model.dim=32", "model.dim_latent=32", "model.num_latents=8",
+               "model.depth=1", "data.num_workers=0", "sample.steps=1", "sample.num_samples=1"]  # fmt: skip
+    with caplog.at_level(logging.INFO, logger="rin_video"):
+        assert cli.main([*command, "--steps", "1"]) == 0
+        assert "batch size 3, the largest that fits" in caplog.text
+        monkeypatch.setattr("rin_video.memory.free_memory", lambda device: 1e6)
+        assert cli.main([*command, "--steps", "2"]) == 0
+    assert load_config(tmp_path / "run/config.yaml").train.train_batch_size == 3
+
+
+# ---- torch.compile
+
+
+def test_a_failing_compiler_is_left_out(tmp_path, monkeypatch, caplog):
+    compile_ = torch.nn.Module.compile
+
+    def broken(graph, inputs):
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile_(self, backend=broken))
+    run = make_trainer(tmp_path / "compiled", compile=True, train_num_steps=3)
+    run.train()
+    assert "torch.compile failed, training goes on without it" in caplog.text
+    plain = make_trainer(tmp_path / "plain", train_num_steps=3)
+    plain.train()
+    assert_close(run.diffusion.model.state_dict(), plain.diffusion.model.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_a_compiled_model_trains(tmp_path, caplog):
+    """Where there is a compiler: the losses of the plain model, and a state dict with the usual names."""
+    run = make_trainer(tmp_path / "compiled", compile=True, train_num_steps=3, callbacks=[])
+    before = {name: value.clone() for name, value in run.diffusion.model.state_dict().items()}
+    run.train()
+    assert "torch.compile failed" not in caplog.text
+    plain = make_trainer(tmp_path / "plain", train_num_steps=3)
+    plain.train()
+    expected = plain.diffusion.model.state_dict()["core.latents.table"]
+    after = run.diffusion.model.state_dict()
+    assert after.keys() == before.keys()
+    assert not torch.equal(after["core.latents.table"], before["core.latents.table"])
+    assert_close(after["core.latents.table"], expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "batch"), [("demo", 16), ("image64", 4), ("video64", 1)])
+def test_the_prediction_is_near_the_measured_peak(name, batch):
+    """Linux: the peak of a process' memory, as benchmarks/memory.py measures it."""
+    import json
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    if not sys.platform.startswith("linux"):
+        pytest.skip("reads /proc")
+    script = Path(__file__).parents[1] / "benchmarks" / "memory.py"
+    done = subprocess.run([sys.executable, script, name, str(batch)], capture_output=True, text=True, check=True)
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert figures["predicted"] == pytest.approx(figures["measured"], rel=0.2)

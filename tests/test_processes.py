@@ -1,0 +1,173 @@
+"""Two processes on the CPU: the same training as one, and checkpoints that pass from one number to another."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_run
+import torch
+from tiny_run import make_trainer
+from torch.testing import assert_close
+
+from rin_video import GaussianDiffusion, UsageError
+from rin_video.callbacks import Callback
+from rin_video.checkpoint import newest_state
+from rin_video.distributed import SharedDraws, share
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="no gloo")
+
+
+def launch(*words: str, processes: int = 2) -> None:
+    """`tiny_run.py` with torchrun."""
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    done = subprocess.run(
+        [*torchrun, tiny_run.__file__, *words], env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """20 steps of 2 x 2 x 2 samples: in one process, in two (DDP), in two with FSDP2."""
+    folder = tmp_path_factory.mktemp("runs")
+    common = ["train_batch_size=4", "gradient_accumulate_every=2"]
+    make_trainer(folder / "one", train_batch_size=4, gradient_accumulate_every=2).train()
+    launch(str(folder / "ddp"), *common, "--", str(folder / "fsdp2"), *common, "sharding=fsdp2")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_the_loss_curve_is_that_of_one_process(runs, name):
+    """The same samples, noise and times: what differs is the order of sums."""
+    one, two = losses(runs / "one"), losses(runs / name)
+    assert len(one) == len(two) == 20
+    assert_close(torch.tensor(two), torch.tensor(one), rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_one_process_takes_up_what_two_wrote(runs, name, tmp_path):
+    for folder in (name, "one"):
+        shutil.copytree(runs / folder, tmp_path / folder)
+    runs = tmp_path
+    state, expected = newest_state(runs / name)[1], newest_state(runs / "one")[1]
+    for part in ("model", "ema", "tracks"):
+        # Adam makes steps of full size from the gradient of a key's bias, which is rounding: softmax cancels it.
+        assert_close(state[part], expected[part], rtol=0, atol=1e-4)
+    assert GaussianDiffusion.from_pretrained(runs / name).sample(1, steps=1).shape == (1, 3, 8, 8)
+    make_trainer(runs / name, train_num_steps=24, train_batch_size=4, gradient_accumulate_every=2).train()
+    make_trainer(runs / "one", train_num_steps=24, train_batch_size=4, gradient_accumulate_every=2).train()
+    assert_close(torch.tensor(losses(runs / name)), torch.tensor(losses(runs / "one")), rtol=1e-5, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["none", "fsdp2"])
+def test_two_processes_take_up_what_one_wrote(tmp_path, sharding):
+    make_trainer(tmp_path / "parts", train_num_steps=10, lr_schedule="constant").train()
+    make_trainer(tmp_path / "whole", lr_schedule="constant").train()
+    launch(str(tmp_path / "parts"), "train_num_steps=20", "lr_schedule=constant", f"sharding={sharding}")
+    assert_close(torch.tensor(losses(tmp_path / "parts")), torch.tensor(losses(tmp_path / "whole")), rtol=1e-5, atol=0)
+
+
+@pytest.mark.slow
+def test_accelerate_launch_with_its_own_fsdp2_options(tmp_path):
+    make_trainer(tmp_path / "one").train()
+    command = ["accelerate.commands.launch", "--num_processes=2", "--num_machines=1", "--mixed_precision=no",
+               "--dynamo_backend=no", "--use_fsdp", "--fsdp_version=2", "--fsdp_cpu_ram_efficient_loading=false",
+               "--fsdp_auto_wrap_policy=TRANSFORMER_BASED_WRAP",
+               "--fsdp_transformer_layer_cls_to_wrap=Block"]  # fmt: skip
+    environment = os.environ | {
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", *command, tiny_run.__file__, str(tmp_path / "two")],
+        env=environment, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_close(torch.tensor(losses(tmp_path / "two")), torch.tensor(losses(tmp_path / "one")), rtol=2e-6, atol=0)
+
+
+def test_accumulation_sends_gradients_once_a_step(tmp_path, monkeypatch):
+    run = make_trainer(tmp_path, train_num_steps=1, gradient_accumulate_every=3)
+    calls = []
+    quiet = type(run.accelerator).no_sync
+    monkeypatch.setattr(type(run.accelerator), "no_sync", lambda self, model: calls.append(1) or quiet(self, model))
+    run.train()
+    assert len(calls) == 2
+
+
+def test_draws_of_two_are_those_of_one():
+    def draw(batch):
+        x = torch.zeros(batch, 2, 3)
+        return [torch.rand(batch), torch.randn(batch, 4), torch.randn_like(x), torch.rand_like(x), torch.rand(7)]
+
+    torch.manual_seed(5)
+    alone = draw(6)
+    parts = []
+    for rank in range(3):
+        with SharedDraws(5, 2, rank, 3):
+            parts.append(draw(2))
+    for one, rows in zip(alone[:4], zip(*parts, strict=True), strict=False):
+        assert torch.equal(torch.cat(rows), one)
+    assert all(torch.equal(part[4], alone[4]) for part in parts)
+
+
+def test_a_batch_that_cannot_be_shared_out_is_said():
+    assert share(12, 4) == 3
+    with pytest.raises(UsageError, match="train_batch_size is 10, to be shared out among 4 processes: use 8, or 12"):
+        share(10, 4)
+
+
+def test_callbacks_see_steps_lines_samples_checkpoints_and_measure(tmp_path):
+    class Watch(Callback):
+        def __init__(self):
+            self.seen = {}
+
+        def count(self, name):
+            self.seen[name] = self.seen.get(name, 0) + 1
+
+        def on_step(self, trainer, loss):
+            assert loss.ndim == 0
+            self.count("step")
+
+        def on_log(self, trainer, line):
+            self.count("log")
+
+        def on_sample(self, trainer, samples, paths):
+            assert samples.shape == (2, 3, 8, 8)
+            assert all(path.is_file() for path in paths)
+            self.count("sample")
+
+        def on_checkpoint(self, trainer, folder):
+            assert folder == trainer.checkpoints[-1]
+            self.count("checkpoint")
+
+        def evaluate(self, trainer, diffusion):
+            torch.manual_seed(trainer.step)  # changes nothing in the training
+            return {"mean": diffusion.sample(2, steps=1, seed=0).mean().item()}
+
+        def on_end(self, trainer):
+            self.count("end")
+
+    watch = Watch()
+    make_trainer(tmp_path / "seen", train_num_steps=6, log_every=2, save_and_sample_every=3, callbacks=[watch]).train()
+    assert watch.seen == {"step": 6, "log": 3, "sample": 2, "checkpoint": 2, "end": 1}
+    scores = [json.loads(line) for line in (tmp_path / "seen/evaluations.jsonl").read_text().splitlines()]
+    assert [score["step"] for score in scores] == [3, 6]
+    assert all(0 < score["mean"] < 1 for score in scores)
+    make_trainer(tmp_path / "alone", train_num_steps=6, log_every=2, save_and_sample_every=3).train()
+    assert losses(tmp_path / "seen") == losses(tmp_path / "alone")

@@ -1,0 +1,204 @@
+"""Signals, kills, numbers that are none, no memory: a run that ends early says so and loses nothing."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny_run
+import torch
+from safetensors.torch import load_file
+from tiny_run import Noise, make_trainer
+from torch.testing import assert_close
+
+from rin_video import UsageError, cli
+from rin_video.callbacks import Callback
+from rin_video.checkpoint import newest_state
+from rin_video.errors import Stopped
+from rin_video.metrics import Metrics
+from rin_video.signals import StopSignals
+
+
+class At(Callback):
+    """Does something once, after a step."""
+
+    def __init__(self, step, what):
+        self.step, self.what = step, what
+
+    def on_step(self, trainer, loss):
+        if trainer.step == self.step:
+            self.what()
+
+
+def lines(folder: Path) -> list:
+    """The metrics without what a clock says."""
+    import json
+
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in ("samples_per_second", "data_wait")} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A run that was never stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    make_trainer(folder, log_every=4).train()
+    return folder
+
+
+def assert_same_run(folder: Path, whole: Path) -> None:
+    one, other = newest_state(folder)[1], newest_state(whole)[1]
+    for state in (one, other):
+        state["config"] = None
+    assert_close(one, other, rtol=0, atol=0)
+    assert lines(folder) == lines(whole)
+    for name in ("model.safetensors", "averages/step-00000015.safetensors"):
+        assert_close(load_file(folder / name), load_file(whole / name), rtol=0, atol=0)
+    picture = "samples/step-00000020.png"
+    assert (folder / picture).read_bytes() == (whole / picture).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_a_signal_stops_kindly_and_nothing_is_lost(tmp_path, whole, name):
+    """In the middle between two lines and two checkpoints."""
+    if not hasattr(signal, name):
+        pytest.skip(f"no {name} here")
+    before = signal.getsignal(getattr(signal, name))
+    stop = At(7, lambda: signal.raise_signal(getattr(signal, name)))
+    with pytest.raises(Stopped, match=f"stopped by {name} at step 7, checkpoint written") as stopped:
+        make_trainer(tmp_path, log_every=4, callbacks=[stop]).train()
+    assert stopped.value.code == 75
+    assert signal.getsignal(getattr(signal, name)) is before
+    assert newest_state(tmp_path)[1]["step"] == 7
+    make_trainer(tmp_path, log_every=4).train()
+    assert_same_run(tmp_path, whole)
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path):
+    def twice():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(tmp_path, callbacks=[At(3, twice)]).train()
+    assert newest_state(tmp_path) is None
+    with StopSignals() as signals:  # what a cluster sends after its first signal changes nothing
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+    assert signals.received == "SIGTERM"
+
+
+def test_the_command_line_ends_with_a_code_of_its_own(monkeypatch, capsys):
+    def stop(options):
+        raise Stopped("stopped by SIGTERM at step 7")
+
+    monkeypatch.setattr("rin_video.commands.info", stop)
+    assert cli.main(["info"]) == 75
+    assert capsys.readouterr().err == "rin-video: stopped by SIGTERM at step 7\n"
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL")
+def test_a_kill_while_writing_loses_nothing(tmp_path, whole):
+    """The short version of benchmarks/kill_test.py: the second checkpoint is cut off while it is written."""
+    command = [sys.executable, tiny_run.__file__, str(tmp_path), "log_every=4", "save_and_sample_every=10"]
+    slow = os.environ | {"SLOW_WRITES": "0.2", "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen(command, env=slow)
+    unfinished = tmp_path / "checkpoints" / "step-00000020.tmp"
+    deadline = time.monotonic() + 60
+    while not (unfinished / "state.safetensors").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert unfinished.exists()
+    assert newest_state(tmp_path)[1]["step"] == 10
+    make_trainer(tmp_path, log_every=4).train()
+    assert_same_run(tmp_path, whole)
+
+
+def test_stopped_between_checkpoint_and_pictures(tmp_path, whole):
+    make_trainer(tmp_path, log_every=4).train()
+    (tmp_path / "samples/step-00000020.png").unlink()
+    make_trainer(tmp_path, log_every=4).train()
+    assert_same_run(tmp_path, whole)
+
+
+# ---- not a number
+
+
+class Broken(Noise):
+    """Sample 5 is not a number."""
+
+    def __getitem__(self, index):
+        return {"x": torch.full((3, 8, 8), torch.nan) if index == 5 else self.x[index]}
+
+
+class BrokenFiles(Broken):
+    files = [f"clips/{i}.mp4" for i in range(29)]  # noqa: RUF012
+
+
+@pytest.mark.parametrize(("data", "name"), [(Broken(), "sample 5"), (BrokenFiles(), "clips/5.mp4")])
+def test_a_loss_that_is_no_number_stops_the_run_and_names_the_file(tmp_path, data, name):
+    run = make_trainer(tmp_path, data=data, save_and_sample_every=1, log_every=10, train_batch_size=4)
+    with pytest.raises(UsageError, match=rf"the loss of step \d is not a number. It came with {name}\.") as error:
+        run.train()
+    step = run.step
+    assert f"The last good checkpoint is {run.checkpoints[-1] if step > 1 else 'none'}" in str(error.value)
+    assert all(state.name < f"step-{step:08d}" for state in run.checkpoints)
+
+
+def test_the_first_bad_step_is_found_among_many():
+    from rin_video.diffusion import LossTerms
+
+    metrics = Metrics(None, step=100)
+    for step in range(4):
+        loss = [torch.ones(3), torch.tensor([1.0, torch.nan if step >= 2 else 1.0, 1.0])]
+        metrics.add([LossTerms(one, torch.rand(3)) for one in loss], torch.tensor(1.0))
+    failure = metrics.failure()
+    assert (failure.step, failure.places) == (103, [4])
+    metrics.restart(104)
+    metrics.add([LossTerms(torch.ones(3), torch.rand(3))], torch.tensor(torch.inf))
+    assert metrics.failure().places == []
+    assert metrics.failure(check_gradient=False) is None
+
+
+# ---- memory
+
+
+def test_no_memory_is_said_with_numbers(tmp_path, monkeypatch):
+    run = make_trainer(tmp_path)
+
+    def fail(*batch, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    monkeypatch.setattr(run.diffusion, "forward", fail)
+    with pytest.raises(UsageError, match=r"out of memory on cpu: a batch of 8 needs about .* GB are free") as error:
+        run.train()
+    for way in (
+        "--batch-size 4 with train.gradient_accumulate_every=2 (the same step) needs",
+        "train.gradient_checkpointing=true needs",
+        "train.mixed_precision=bf16 needs",
+    ):
+        assert way in str(error.value)
+
+
+def test_other_errors_stay_what_they_are(tmp_path, monkeypatch):
+    run = make_trainer(tmp_path)
+
+    def fail(*batch, **options):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(run.diffusion, "forward", fail)
+    with pytest.raises(RuntimeError, match="something else"):
+        run.train()
+
+
+@pytest.mark.slow
+def test_the_example_trains_on_tensors_of_its_own(tmp_path):
+    script = Path(__file__).parents[1] / "examples" / "spectrograms.py"
+    assert len(script.read_text().splitlines()) < 40
+    subprocess.run([sys.executable, str(script), str(tmp_path / "run"), "6"], check=True, timeout=120)
+    assert (tmp_path / "run/samples/step-00000006.png").is_file()
+    assert "loudness" in (tmp_path / "run/evaluations.jsonl").read_text()
