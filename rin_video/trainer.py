@@ -19,13 +19,14 @@ from ema_pytorch import EMA
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from rin_video.checkpoint import load_state, save_model, save_state, saved_states, write_text
 from rin_video.config import Config, ModelConfig, SampleConfig, train_config
-from rin_video.datasets.draws import Draws, DrawSampler, unpack
-from rin_video.datasets.open import open_dataset
+from rin_video.datasets.draws import unpack
+from rin_video.datasets.loading import Batches
+from rin_video.datasets.open import INDEX, open_dataset
 from rin_video.diffusion import GaussianDiffusion, LossTerms, spread_seed
 from rin_video.errors import UsageError
 from rin_video.export import contact_sheet, save_samples
@@ -72,7 +73,7 @@ class Trainer:
         self.progress = progress
         self.accelerator = make_accelerator(self.options.mixed_precision)
         if isinstance(data, str | os.PathLike):
-            data = open_dataset(data, diffusion.shape, config.data, seed=self.options.seed)
+            data = open_dataset(data, diffusion.shape, config.data, seed=self.options.seed, index=self.folder / INDEX)
         self.dataset = data
         check_classes(diffusion, data)
         if getattr(diffusion.model, "num_classes", 0):
@@ -144,23 +145,15 @@ class Trainer:
 
     def batches(self) -> Iterator[Any]:
         """Batches without end, from where the present step stands. What they hold follows from seed and step alone."""
-        sampler = DrawSampler(
-            len(self.dataset),  # type: ignore[arg-type]
+        return Batches(
+            self.dataset,
+            self.config.data,
             self.options.train_batch_size,
             seed=self.options.seed,
             first_batch=self.step * self.options.gradient_accumulate_every,
             rank=self.accelerator.process_index,
             num_ranks=self.accelerator.num_processes,
-        )
-        workers = self.config.data.num_workers
-        return iter(
-            DataLoader(
-                Draws(self.dataset),
-                batch_sampler=sampler,
-                num_workers=workers,
-                persistent_workers=workers > 0,
-                pin_memory=self.accelerator.device.type == "cuda",
-            )
+            pin_memory=self.accelerator.device.type == "cuda",
         )
 
     def unpack(self, batch: Any) -> tuple[Tensor, Tensor | None]:
