@@ -25,6 +25,7 @@ from rin_video.errors import UsageError
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 MAX_SHARDS = 1_000_000
 PIPE = "pipe:"
+NOTES = (".json", ".jsonl", ".txt", ".md")  # what may lie beside the shards of a folder
 
 
 def is_shards(root: str | PathLike[str]) -> bool:
@@ -32,7 +33,10 @@ def is_shards(root: str | PathLike[str]) -> bool:
     name = os.fspath(root)
     if name.startswith(PIPE) or (name.endswith(".tar") and not Path(name).is_dir()):
         return True
-    return Path(name).is_dir() and any(path.suffix == ".tar" for path in Path(name).iterdir())
+    if not Path(name).is_dir():
+        return False
+    suffixes = {path.suffix for path in Path(name).iterdir() if path.is_file() and path.name[0] != "."}
+    return ".tar" in suffixes and suffixes <= {".tar", *NOTES}
 
 
 def list_shards(root: str | PathLike[str], *, allow_pipe: bool = False, cache: Path | None = None) -> list[Path]:
