@@ -26,14 +26,15 @@ class _Child:
 
 
 def run_apart(
-    tasks: Sequence[T], work: Callable[[T], Any], *, seconds: float, processes: int | None = None
+    tasks: Sequence[T], work: Callable[[T], Any], *, seconds: float, processes: int | None = None, daemon: bool = True
 ) -> Iterator[tuple[int, Any]]:
     """(i, `work(tasks[i])`) as they come, worked out in child processes; UsageError objects for what cannot be done.
 
-    A child that dies, or takes more than `seconds` for one task, is replaced and its task given up.
+    A child that dies, or takes more than `seconds` for one task, is replaced and its task given up. Children that are
+    to have children of their own cannot be a `daemon`.
     """
     limit = processes or os.cpu_count() or 1
-    children = [_start(work) for _ in range(min(limit, -(-len(tasks) // FILES_PER_CHILD)))]
+    children = [_start(work, daemon) for _ in range(min(limit, -(-len(tasks) // FILES_PER_CHILD)))]
     waiting = iter(range(len(tasks)))
     try:
         busy = [child for child in children if _give(child, tasks, waiting)]
@@ -48,13 +49,13 @@ def run_apart(
                     except (EOFError, OSError):
                         child.process.join()
                         yield child.task, _died(tasks[child.task], child.process.exitcode)
-                        _replace(child, work)
+                        _replace(child, work, daemon)
                 elif time.monotonic() - child.since > seconds:
                     yield (
                         child.task,
                         UsageError(f"{shown(str(tasks[child.task]))} takes more than {seconds:g} s to read"),
                     )
-                    _replace(child, work)
+                    _replace(child, work, daemon)
                 else:
                     continue
                 if not _give(child, tasks, waiting):
@@ -66,20 +67,20 @@ def run_apart(
             child.process.join()
 
 
-def _start(work: Callable[[T], Any]) -> _Child:
+def _start(work: Callable[[T], Any], daemon: bool) -> _Child:
     context = get_context()
     ours, theirs = context.Pipe()
-    process: Any = context.Process(target=_serve, args=(theirs, ours, work), daemon=True)
+    process: Any = context.Process(target=_serve, args=(theirs, ours, work), daemon=daemon)
     process.start()
     theirs.close()
     return _Child(process, ours)
 
 
-def _replace(child: _Child, work: Callable[[T], Any]) -> None:
+def _replace(child: _Child, work: Callable[[T], Any], daemon: bool) -> None:
     child.process.kill()
     child.process.join()
     child.pipe.close()
-    fresh = _start(work)
+    fresh = _start(work, daemon)
     child.process, child.pipe = fresh.process, fresh.pipe
 
 
