@@ -1,5 +1,6 @@
-"""Training data: folders of images and of clips, installed as `rin_video.datasets`."""
+"""Training data: folders and shards of images, clips and arrays, installed as `rin_video.datasets`."""
 
+from rin_video.datasets.arrays import ArrayFolder
 from rin_video.datasets.clips import ClipFolder
 from rin_video.datasets.decoding import Video, open_video
 from rin_video.datasets.folders import CLIP_EXTENSIONS, IMAGE_EXTENSIONS, detect_kind, find_files
@@ -8,6 +9,7 @@ from rin_video.datasets.images import ImageFolder
 __all__ = [
     "CLIP_EXTENSIONS",
     "IMAGE_EXTENSIONS",
+    "ArrayFolder",
     "ClipFolder",
     "ImageFolder",
     "Video",

@@ -1,27 +1,35 @@
-"""Folders of clips."""
+"""Folders and shards of clips."""
 
 from __future__ import annotations
 
 from collections import Counter
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from rin_video.datasets.decoding import VideoInfo, backends_for, open_video, probe_video
-from rin_video.datasets.folders import CLIP_EXTENSIONS, class_labels, find_files, probe_files
-from rin_video.datasets.images import Chance, Framing, class_list, describe_skipped, size_range
+from rin_video.config import DataConfig, data_config
+from rin_video.datasets.buckets import Buckets
+from rin_video.datasets.decoding import VideoInfo, backends_for, kept_open, let_go
+from rin_video.datasets.folders import number_classes
+from rin_video.datasets.framing import Chance, class_list, size_range
+from rin_video.datasets.images import make_framing
+from rin_video.datasets.index import describe_skipped, make_index, refuse_skipped
+from rin_video.datasets.sources import Source
+from rin_video.datasets.windows import Windows
 from rin_video.errors import UsageError
 
 
 class ClipFolder(Dataset[dict[str, Tensor | int]]):
-    """Clips of a folder, or of one file; item: `{"x": uint8 (C, F, H, W), "label": class or -1}`.
+    """Clips of a folder, of one file or of tar shards; item: `{"x": uint8 (C, F, H, W), "label": class or -1}`.
 
     A clip is `frames` frames, `stride` apart or resampled to `fps` (the nearest source frame in time), from a random
     start; size, crop and flip are those of `ImageFolder`, the same for all its frames. What is drawn depends on
-    (seed, epoch, index) alone. Raises UsageError where no file can be read or is long enough.
+    (seed, epoch, index) alone. `index` is a file that keeps what is known of the data between runs; the other options
+    are the fields of `DataConfig`, by name or as one `config`. Raises UsageError where no file can be read or is long
+    enough.
     """
 
     def __init__(
@@ -30,29 +38,70 @@ class ClipFolder(Dataset[dict[str, Tensor | int]]):
         image_size: int | tuple[int, int],
         frames: int,
         *,
-        stride: int = 1,
-        fps: float | None = None,
         channels: int = 3,
-        augment_horizontal_flip: bool = False,
-        crop: str = "center",
-        decoder: str = "auto",
         seed: int = 0,
+        index: Path | None = None,
+        config: DataConfig | None = None,
+        **options: Any,
     ) -> None:
-        if frames < 1 or stride < 1 or (fps is not None and fps <= 0):
-            raise UsageError(f"frames {frames}, stride {stride} and fps {fps} must be above 0")
-        if fps is not None and stride != 1:
-            raise UsageError(f"fps {fps:g} and stride {stride} both say which frames to take: leave one out")
         if channels not in (1, 3):
             raise UsageError(f"clips have 1 or 3 channels, not {channels}")
-        self.root = Path(root)
-        self.frames, self.stride, self.fps, self.decoder = frames, stride, fps, decoder
-        self.framing = Framing(image_size, crop=crop, flip=augment_horizontal_flip)
+        self.config = config or data_config(**options)
+        self.root, self.frames, self.decoder = Path(root), frames, self.config.decoder
+        self.framing = make_framing(image_size, self.config)
+        self.windows = Windows(frames, self.config)
         self.shape = (channels, frames, *self.framing.size)
         self.chance = Chance(seed)
-        infos, self.skipped = probe_files(find_files(root, CLIP_EXTENSIONS), self._probe)
-        self.files, self.infos = list(infos), list(infos.values())
-        self.backends = Counter(backends_for(info, decoder)[0] for info in self.infos)
-        self.classes, self.labels = class_labels(root, self.files)
+        self.index = make_index(
+            root,
+            "video",
+            path=index,
+            cuts=self.config.avoid_cuts,
+            max_pixels=self.config.max_pixels,
+            seconds=self.config.read_timeout,
+            allow_pipe=self.config.allow_pipe,
+            progress=True,
+        )
+        self.index.require_some(self.config.strict)
+        self.skipped = self.index.unusable
+        self.buckets = Buckets(self.config.buckets, rank=3)
+        self._choose()
+        self.backends = Counter(backends_for(info, self.decoder)[0] for info in self.infos)
+
+    def _choose(self) -> None:
+        """The files that are long enough, how often each is drawn from, and the bucket of each draw."""
+        shapes = self.buckets.shapes or [(self.frames, *self.framing.size)]
+        self.framings = [make_framing(shape[1:], self.config) for shape in shapes]
+        self.lengths = [Windows(shape[0], self.config) for shape in shapes]
+        shortest = min(self.lengths, key=lambda windows: windows.frames)
+        self.files: list[Source] = []
+        self.infos: list[VideoInfo] = []
+        names: list[str | None] = []
+        self.places: list[tuple[int, int, int]] = []  # file, part, of how many parts
+        for entry in self.index.usable:
+            try:
+                shortest.check(entry.source, entry.info)
+            except UsageError as error:
+                self.skipped.append((entry.source, str(error)))
+                continue
+            parts = shortest.count(entry.info)
+            self.places += [(len(self.files), part, parts) for part in range(parts)]
+            self.files.append(entry.source)
+            self.infos.append(entry.info)
+            names.append(entry.class_name)
+        refuse_skipped(len(self.files), self.skipped, self.config.strict)
+        self.classes, labels = number_classes(names)
+        self.labels = [labels[file] for file, _, _ in self.places]
+        files = self.buckets.assign(
+            [(self._longest(info), *info.size) for info in self.infos]
+            if self.buckets.shapes
+            else [(1, 1, 1)] * len(labels)
+        )
+        self.bucket_of = [files[file] for file, _, _ in self.places]
+
+    def _longest(self, info: VideoInfo) -> int:
+        """The frames of the longest bucket that fits into a file."""
+        return max(w.frames for w in self.lengths if w.starts(info).size)
 
     @property
     def seed(self) -> int:
@@ -62,7 +111,7 @@ class ClipFolder(Dataset[dict[str, Tensor | int]]):
         self.chance.set_epoch(epoch)
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.places)
 
     def __getitem__(self, index: int) -> dict[str, Tensor | int]:
         return self.draw(index, self.chance.epoch)
@@ -72,13 +121,25 @@ class ClipFolder(Dataset[dict[str, Tensor | int]]):
         from torchvision.transforms.v2 import functional as transforms
 
         index = range(len(self))[index]
-        chance, info = self.chance.draw(index, epoch), self.infos[index]
-        start = int(chance.integers(self._num_starts(info)))
-        with open_video(self.files[index], self.decoder, info) as video:
-            frames = self.framing(video.read(self._indices(info, start)), chance)
+        file, indices, chance = self._plan(index, epoch)
+        framing, info = self.framings[self.bucket_of[index]], self.infos[file]
+        frame = framing.plan(info.size, chance)
+        try:
+            frames = kept_open(self.files[file], self.decoder, info).read(indices, frame.size)
+        except Exception:
+            let_go(self.files[file], self.decoder)
+            raise
+        frames = framing.cut(frames, frame)
         if self.shape[0] == 1:
             frames = transforms.rgb_to_grayscale(frames)
         return {"x": frames.transpose(0, 1).contiguous(), "label": self.labels[index]}
+
+    def frames_of(self, index: int, epoch: int) -> list[int]:
+        """The source frames that an epoch's draw shows."""
+        return self._plan(range(len(self))[index], epoch)[1]
+
+    def name_of(self, index: int) -> str:
+        return str(self.files[self.places[index][0]])
 
     def describe(self) -> str:
         """A few lines on what was found: files, classes, sizes, lengths, decoders, what was skipped."""
@@ -86,46 +147,21 @@ class ClipFolder(Dataset[dict[str, Tensor | int]]):
         sizes = [info.size for info in self.infos]
         decoders = ", ".join(f"{name} for {count}" for name, count in sorted(self.backends.items()))
         lines = [
-            f"{len(self)} clips, {size_range(sizes)}, {min(counts)} to {max(counts)} frames at {min(rates):g} to "
+            f"{len(self.files)} clips, {size_range(sizes)}, {min(counts)} to {max(counts)} frames at {min(rates):g} to "
             f"{max(rates):g} fps{class_list(self.classes)}",
             f"read by {decoders}",
         ]
-        slow = sum(rate < self.fps for rate in rates) if self.fps else 0
+        if len(self) != len(self.files):
+            lines.append(f"{len(self)} windows an epoch")
+        fps = self.config.fps
+        slow = sum(rate < fps for rate in rates) if fps else 0
         if slow:
-            lines.append(f"{slow} of {len(self)} have fewer than {self.fps:g} fps: some of their frames repeat")
+            lines.append(f"{slow} of {len(self.files)} have fewer than {fps:g} fps: some of their frames repeat")
+        lines += self.buckets.describe(self.bucket_of)
         return "\n".join(lines + self.framing.describe_enlarged(sizes) + describe_skipped(self.skipped))
 
-    def _indices(self, info: VideoInfo, start: int) -> list[int]:
-        """The source frames of the clip that starts at source frame `start`."""
-        if self.fps is None:
-            return list(range(start, start + self.frames * self.stride, self.stride))
-        wanted = info.times[start] + np.arange(self.frames) / self.fps
-        after = np.searchsorted(info.times, wanted).clip(1, info.num_frames - 1) if info.num_frames > 1 else 0
-        before = np.maximum(after - 1, 0)
-        nearest = np.where(wanted - info.times[before] <= info.times[after] - wanted, before, after)
-        return [int(i) for i in np.broadcast_to(nearest, wanted.shape)]
-
-    def _num_starts(self, info: VideoInfo) -> int:
-        """How many source frames a clip can start from; none where the file is too short."""
-        if self.fps is None:
-            return max(0, info.num_frames - (self.frames - 1) * self.stride)
-        # The last frame is shown for one more frame's time; half of it is nearest to that frame.
-        last_start = info.times[-1] + 0.5 / info.fps - (self.frames - 1) / self.fps
-        return int(np.searchsorted(info.times, last_start, side="right"))
-
-    def _probe(self, file: Path) -> VideoInfo:
-        """What the file holds; UsageError where it is too short."""
-        info = probe_video(file)
-        if self._num_starts(info):
-            return info
-        if self.fps is None:
-            fits = (info.num_frames - 1) // self.stride + 1
-            raise UsageError(
-                f"clip {file} has {info.num_frames} frames, {(self.frames - 1) * self.stride + 1} are needed "
-                f"for {self.frames} at stride {self.stride}: use --frames {fits}, or a smaller stride"
-            )
-        fits = int((info.times[-1] + 0.5 / info.fps) * self.fps) + 1
-        raise UsageError(
-            f"clip {file} lasts {info.times[-1] + 1 / info.fps:.2f} s, {self.frames / self.fps:.2f} s are needed "
-            f"for {self.frames} frames at {self.fps:g} fps: use --frames {fits}, or a higher fps"
-        )
+    def _plan(self, index: int, epoch: int) -> tuple[int, list[int], Any]:
+        file, part, parts = self.places[index]
+        chance = self.chance.draw(index, epoch)
+        windows = self.lengths[self.bucket_of[index]]
+        return file, windows.draw(self.infos[file], part, parts, chance), chance

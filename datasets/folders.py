@@ -3,92 +3,121 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import TypeVar
 
+from rin_video.datasets.shards import is_shards, list_shards, members_of
+from rin_video.datasets.sources import Member, Source, shown
+from rin_video.datasets.video_info import is_webp
 from rin_video.errors import UsageError
 
-T = TypeVar("T")
-
-IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
+IMAGE_EXTENSIONS = (
+    ".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".avif", ".jp2", ".tga", ".qoi",
+    ".heic", ".heif",
+)  # fmt: skip
 CLIP_EXTENSIONS = (".mp4", ".webm", ".mkv", ".mov", ".avi", ".gif", ".m4v")
+ARRAY_EXTENSIONS = (".npy", ".safetensors")
+KINDS = {"image": IMAGE_EXTENSIONS, "video": CLIP_EXTENSIONS, "array": ARRAY_EXTENSIONS}
 
 
 def find_files(root: str | PathLike[str], extensions: Collection[str]) -> list[Path]:
     """The files below `root` (or `root` itself) with one of the extensions, sorted by their path below it.
 
-    Upper and lower case count the same; hidden files and folders and links to folders are passed over. Raises
-    UsageError where there is no such file.
+    Upper and lower case count the same; hidden files and folders and links to folders are passed over; a WebP that
+    moves is a clip. Raises UsageError where there is no such file.
     """
-    root = Path(root)
-    files = [file for file in _all_files(root) if file.suffix.lower() in extensions]
-    if files:
-        return files
+    return [source for source in find_sources(root, extensions) if isinstance(source, Path)]
+
+
+def find_sources(
+    root: str | PathLike[str], extensions: Collection[str], *, allow_pipe: bool = False, cache: Path | None = None
+) -> list[Source]:
+    """`find_files`, also among the members of tar shards: `root` may be a .tar, a pattern or a folder of them."""
+    every = all_sources(root, allow_pipe=allow_pipe, cache=cache)
+    sources = [source for source in every if _is_of(source, extensions)]
+    if sources:
+        return sources
     advice = ""
-    if extensions == CLIP_EXTENSIONS and (others := _count(root, IMAGE_EXTENSIONS)):
+    if extensions == CLIP_EXTENSIONS and (others := _count(every, IMAGE_EXTENSIONS)):
         advice = f"; it holds {others} images: leave out --frames to train on images"
-    elif extensions == IMAGE_EXTENSIONS and (others := _count(root, CLIP_EXTENSIONS)):
+    elif extensions == IMAGE_EXTENSIONS and (others := _count(every, CLIP_EXTENSIONS)):
         advice = f"; it holds {others} clips: use --frames 16 to train on clips"
-    raise UsageError(f"{root} holds no {' '.join(extensions)} file{advice}")
+    raise UsageError(f"{shown(os.fspath(root))} holds no {' '.join(extensions)} file{advice}")
 
 
-def probe_files(files: Sequence[Path], probe: Callable[[Path], T]) -> tuple[dict[Path, T], list[tuple[Path, str]]]:
-    """What `probe` finds in every file, and the files for which it raises UsageError, with the reason.
-
-    Raises UsageError with the first few reasons where no file is left.
-    """
-    found: dict[Path, T] = {}
-    skipped: list[tuple[Path, str]] = []
-    for file in files:
-        try:
-            found[file] = probe(file)
-        except UsageError as error:  # noqa: PERF203
-            skipped.append((file, str(error)))
-    if not found:
-        reasons = "; ".join(reason for _, reason in skipped[:3])
-        raise UsageError(f"none of {len(skipped)} files can be used: {reasons}" if len(skipped) > 1 else reasons)
-    return found, skipped
-
-
-def detect_kind(root: str | PathLike[str]) -> str:
-    """ "image" or "video", whichever files `root` holds (a GIF is a clip). UsageError for both or none."""
-    root = Path(root)
-    num_images, num_clips = _count(root, IMAGE_EXTENSIONS), _count(root, CLIP_EXTENSIONS)
-    if num_images and num_clips:
+def detect_kind(root: str | PathLike[str], *, allow_pipe: bool = False, cache: Path | None = None) -> str:
+    """ "image", "video" or "array", whichever files `root` holds (a GIF is a clip). UsageError for several or none."""
+    every = all_sources(root, allow_pipe=allow_pipe, cache=cache)
+    counts = {kind: _count(every, extensions) for kind, extensions in KINDS.items()}
+    if counts["image"] and counts["video"]:
         raise UsageError(
-            f"{root} holds {num_images} images and {num_clips} clips: "
+            f"{shown(os.fspath(root))} holds {counts['image']} images and {counts['video']} clips: "
             "say which to use, --frames 16 for the clips or --frames 0 for the images"
         )
-    find_files(root, IMAGE_EXTENSIONS + CLIP_EXTENSIONS)
-    return "image" if num_images else "video"
+    for kind in ("image", "video", "array"):
+        if counts[kind]:
+            return kind
+    raise UsageError(f"{shown(os.fspath(root))} holds no {' '.join(sum(KINDS.values(), ()))} file")
 
 
-def class_labels(root: str | PathLike[str], files: Sequence[Path]) -> tuple[list[str], list[int]]:
+def class_labels(root: str | PathLike[str], files: Sequence[Source]) -> tuple[list[str], list[int]]:
     """The class names, sorted, and the class of every file.
 
-    A class is a first folder below `root`. There are classes only when every file is in such a folder and the folders
-    are two or more; otherwise the list is empty and every label is -1.
+    A class is a first folder below `root` (in a shard: of the member's name). There are classes only when every file
+    is in such a folder and the folders are two or more; otherwise the list is empty and every label is -1.
     """
-    folders = [file.relative_to(root).parts[:-1] for file in files] if Path(root).is_dir() else []
-    classes = sorted({parts[0] for parts in folders if parts})
-    if len(classes) < 2 or not all(folders):
-        return [], [-1] * len(files)
-    return classes, [classes.index(parts[0]) for parts in folders]
+    return number_classes([first_folder(root, file) for file in files])
 
 
-def _count(root: Path, extensions: Collection[str]) -> int:
-    return sum(file.suffix.lower() in extensions for file in _all_files(root))
+def number_classes(names: Sequence[str | None]) -> tuple[list[str], list[int]]:
+    """Class names of all files as the sorted names and numbers; no classes where a file has none, or all the same."""
+    classes = sorted({name for name in names if name})
+    if len(classes) < 2 or not all(names):
+        return [], [-1] * len(names)
+    numbers = {name: number for number, name in enumerate(classes)}
+    return classes, [numbers[name] for name in names if name]
 
 
-def _all_files(root: Path) -> list[Path]:
+def first_folder(root: str | PathLike[str], source: Source) -> str | None:
+    """The first folder below `root` on the way to a file, or None."""
+    if isinstance(source, Member):
+        parts = Path(source.name).parts[:-1]
+    else:
+        parts = source.relative_to(root).parts[:-1] if source != Path(root) else ()
+    return parts[0] if parts else None
+
+
+def all_sources(root: str | PathLike[str], *, allow_pipe: bool = False, cache: Path | None = None) -> list[Source]:
+    """Every file that is not hidden below a folder, or every member of the shards."""
+    if is_shards(root):
+        shards = list_shards(root, allow_pipe=allow_pipe, cache=cache)
+        return [member for shard in shards for member in members_of(shard)[0]]
+    root = Path(root)
     if root.is_file():
         return [root]
     if not root.is_dir():
-        raise UsageError(f"there is no file or folder {root}")
-    files = []
+        raise UsageError(f"there is no file or folder {shown(root)}")
+    files: list[tuple[str, Path]] = []
+    length = len(root.as_posix()) + 1 if root != Path(".") else 0
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        files += [Path(folder, name) for name in names if not name.startswith(".")]
-    return sorted(files, key=lambda file: file.relative_to(root).as_posix())
+        files += [
+            (path.as_posix()[length:], path)
+            for path in (Path(folder, name) for name in names if not name.startswith("."))
+        ]
+    return [path for _, path in sorted(files)]
+
+
+def _is_of(source: Source, extensions: Collection[str]) -> bool:
+    suffix = source.suffix.lower()
+    if suffix == ".webp" and (extensions in (CLIP_EXTENSIONS, IMAGE_EXTENSIONS)):
+        try:
+            return is_webp(source, moving=True) == (extensions == CLIP_EXTENSIONS)
+        except UsageError:
+            return extensions == IMAGE_EXTENSIONS
+    return suffix in extensions
+
+
+def _count(sources: Sequence[Source], extensions: Collection[str]) -> int:
+    return sum(_is_of(source, extensions) for source in sources)

@@ -1,31 +1,56 @@
-"""A folder and a model's shape to the dataset that fits."""
+"""A folder, shards, arrays or a hub's data set, and a model's shape, to the dataset that fits."""
 
 from __future__ import annotations
 
 import os
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeAlias
 
 from rin_video.config import DataConfig
+from rin_video.datasets.arrays import ArrayFolder
 from rin_video.datasets.clips import ClipFolder
+from rin_video.datasets.folders import detect_kind
+from rin_video.datasets.hub import HubDataset, is_hub
 from rin_video.datasets.images import ImageFolder
+from rin_video.datasets.shards import is_shards
 from rin_video.errors import UsageError
+
+INDEX = "index.jsonl"  # in the folder of a run
+
+Opened: TypeAlias = ImageFolder | ClipFolder | ArrayFolder | HubDataset
 
 
 def open_dataset(
-    path: str | os.PathLike[str], shape: tuple[int, ...] | None, options: DataConfig, *, seed: int = 0
-) -> ImageFolder | ClipFolder:
-    """Images (C, H, W) or clips (C, F, H, W), by the rank of `shape`. Raises `UsageError` for other ranks."""
-    if shape is None or len(shape) not in (3, 4):
-        raise UsageError(f"a folder holds images or clips, the model takes {shape}: give the Trainer a Dataset instead")
+    path: str | os.PathLike[str],
+    shape: tuple[int, ...] | None,
+    options: DataConfig,
+    *,
+    seed: int = 0,
+    index: Path | None = None,
+) -> Opened:
+    """Images (C, H, W) or clips (C, F, H, W), by the rank of `shape`; arrays of any shape.
+
+    `index` is a file that keeps what is known of the data between runs. Raises `UsageError` for other ranks.
+    """
+    if shape is None:
+        raise UsageError("the model does not say its shape: give the Trainer a Dataset instead")
+    if is_hub(path):
+        return HubDataset(path, shape, options, seed=seed)
+    cache = index.parent / "pipes" if index else None
+    if len(shape) not in (3, 4) or holds_arrays(path, options, cache):
+        return ArrayFolder(path, shape, index=index, strict=options.strict, seed=seed)
     channels, *frames, height, width = shape
-    common: dict[str, Any] = {
-        "channels": channels,
-        "augment_horizontal_flip": options.augment_horizontal_flip,
-        "crop": options.crop,
-        "seed": seed,
-    }
+    common: dict[str, Any] = {"channels": channels, "seed": seed, "index": index, "config": options}
     if not frames:
         return ImageFolder(path, (height, width), **common)
-    return ClipFolder(
-        path, (height, width), frames[0], stride=options.stride, fps=options.fps, decoder=options.decoder, **common
-    )
+    return ClipFolder(path, (height, width), frames[0], **common)
+
+
+def holds_arrays(path: str | os.PathLike[str], options: DataConfig, cache: Path | None = None) -> bool:
+    """Whether there are arrays and nothing else."""
+    if is_shards(path):
+        return False
+    try:
+        return detect_kind(path, allow_pipe=options.allow_pipe, cache=cache) == "array"
+    except UsageError:
+        return False

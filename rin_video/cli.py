@@ -13,7 +13,7 @@ from importlib.metadata import version
 from rin_video.config import SAMPLER_NAMES
 from rin_video.errors import Stopped, UsageError
 
-FLAGS = ("--json", "--carry-latents", "--key-frames", "--interpolate-positions")  # options without a value
+FLAGS = ("--json", "--strict", "--carry-latents", "--key-frames", "--interpolate-positions")  # without a value
 OVERRIDE = re.compile(r"^[A-Za-z_]\w*(\.\w+)+=")
 
 
@@ -60,6 +60,24 @@ def batch_size(text: str) -> int | str:
     return text if text == "auto" else int(text)
 
 
+DATA_HELP = "a folder of clips or images (sub-folders are classes), one file, shards 'x/{000..123}.tar', or hf:NAME"
+
+
+def add_data_options(command: argparse.ArgumentParser) -> None:
+    """What decides which samples are made of the data; the same for `train` and `peek`."""
+    command.add_argument(
+        "--frames", type=int, metavar="N", help="frames of a clip; 0 for images (default: by what is in DATA)"
+    )
+    command.add_argument("--size", metavar="N|HxW", help="height and width, in pixels")
+    command.add_argument("--config", metavar="NAME|FILE", help="a preset, or a YAML file (default: by frames and size)")
+    add_reading_options(command)
+
+
+def add_reading_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--decoder", metavar="NAME", help="data.decoder: auto, torchcodec, decord, pyav, pillow")
+    command.add_argument("--strict", action="store_true", help="refuse to start where a file cannot be used")
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="rin-video", description="Train and sample Recurrent Interface Networks on images and video."
@@ -73,20 +91,38 @@ def make_parser() -> argparse.ArgumentParser:
         description="Train on a folder of clips or images. The same command again goes on where it stopped.",
         epilog="Any option of the configuration can be set as section.key=value: train.train_lr=3e-4 model.depth=4",
     )
-    train.add_argument(
-        "--data", required=True, metavar="FOLDER", help="clips or images (sub-folders are classes), or one file"
-    )
-    train.add_argument(
-        "--frames", type=int, metavar="N", help="frames of a clip; 0 for images (default: by what is in FOLDER)"
-    )
-    train.add_argument("--size", metavar="N|HxW", help="height and width, in pixels")
-    train.add_argument("--config", metavar="NAME|FILE", help="a preset, or a YAML file (default: by frames and size)")
+    train.add_argument("--data", required=True, metavar="DATA", help=DATA_HELP)
+    add_data_options(train)
     train.add_argument("--out", metavar="DIR", help="where everything is written (default: runs/NAME-OF-FOLDER)")
     train.add_argument("--steps", type=int, metavar="N", help="train.train_num_steps")
     train.add_argument(
         "--batch-size", type=batch_size, metavar="N|auto", help="train.train_batch_size; auto: the largest that fits"
     )
     train.set_defaults(overrides=[])
+
+    index = commands.add_parser("index", help="look into every file once: what can be used, what cannot and why")
+    index.add_argument("data", metavar="DATA", help=DATA_HELP)
+    index.add_argument("--kind", metavar="NAME", help="image, video or array (default: by what is in DATA)")
+    index.add_argument("--out", metavar="FILE", help="the index (default: runs/NAME-OF-FOLDER/index.jsonl, as train)")
+    add_reading_options(index)
+    index.set_defaults(overrides=[])
+
+    peek = commands.add_parser("peek", help="what training will see: a sheet of samples, and statistics")
+    peek.add_argument("data", metavar="DATA", help=DATA_HELP)
+    add_data_options(peek)
+    peek.add_argument("--num", type=int, default=12, metavar="N", help="samples on the sheet (12)")
+    peek.add_argument("--out", metavar="FILE", help=".png, or .mp4 where they play (default: print only)")
+    peek.set_defaults(overrides=[])
+
+    prepare = commands.add_parser("prepare", help="transcode and crop once, into shards that load fast; resumes")
+    prepare.add_argument("data", metavar="DATA", help=DATA_HELP)
+    prepare.add_argument("--size", required=True, metavar="N|HxW", help="height and width, in pixels")
+    prepare.add_argument("--fps", type=float, metavar="N", help="resample clips to this rate (default: their own)")
+    prepare.add_argument("--kind", metavar="NAME", help="image or video (default: by what is in DATA)")
+    prepare.add_argument("--out", required=True, metavar="DIR", help="for the shards")
+    prepare.add_argument("--workers", type=int, metavar="N", help="processes (default: one for each core)")
+    add_reading_options(prepare)
+    prepare.set_defaults(overrides=[])
 
     sample = commands.add_parser("sample", help="draw clips or images from a trained model")
     sample.add_argument("model", metavar="DIR", help="the folder that training wrote, or a hub id user/name")

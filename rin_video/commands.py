@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
+import re
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -13,7 +15,7 @@ import numpy as np
 import torch
 
 from rin_video.checkpoint import CONFIG, find_model, newest_state
-from rin_video.config import Config, SampleConfig, class_index, is_set, load_config, presets
+from rin_video.config import Config, DataConfig, SampleConfig, class_index, is_set, load_config, presets
 from rin_video.diffusion import GaussianDiffusion
 from rin_video.errors import UsageError
 from rin_video.info import describe, model_info, training_memory
@@ -28,37 +30,26 @@ log = logging.getLogger("rin_video")
 
 def train(options: Namespace) -> None:
     """`rin-video train`."""
-    from rin_video.datasets.folders import detect_kind
-    from rin_video.datasets.open import open_dataset
+    from rin_video.datasets.open import INDEX, open_dataset
     from rin_video.rin import RIN
     from rin_video.trainer import Trainer
 
-    frames = options.frames
-    if frames is not None and frames < 0:
-        raise UsageError(f"--frames is {frames}: give the frames of a clip, or 0 for images")
-    if frames is None and not options.config:
-        frames = 0 if detect_kind(options.data) == "image" else None
-    preset = options.config or default_preset(frames, options.size)
-    config = load_config(preset, options.overrides)
-    if frames is not None:
-        config.model.frames = frames or None
-    if options.size:
-        config.model.image_size = parse_size(options.size)
+    preset = chosen_preset(options)
+    config = read_config(options, preset)
     if options.steps is not None:
         config.train.train_num_steps = options.steps
         config.train.warmup_steps = min(config.train.warmup_steps, options.steps // 2)
     if options.batch_size not in (None, "auto"):
         config.train.train_batch_size = options.batch_size
     config.train.__post_init__()
-    config.data.path = os.fspath(options.data)
 
-    shape = model_info(config.model).shape
-    dataset = open_dataset(options.data, shape, config.data, seed=config.train.seed)
-    if not is_set("model.num_classes", preset, options.overrides):
-        config.model.num_classes = len(dataset.classes)
-    folder = Path(options.out or Path("runs") / Path(options.data).resolve().stem)
+    folder = Path(options.out or run_folder(options.data))
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--out {folder} is a file: give a folder")
+    shape = model_info(config.model).shape
+    dataset = open_dataset(options.data, shape, config.data, seed=config.train.seed, index=folder / INDEX)
+    if not is_set("model.num_classes", preset, options.overrides):
+        config.model.num_classes = len(dataset.classes)
     check_sampling(config)
 
     log.info("data\n%s", _indent(dataset.describe()))
@@ -176,6 +167,96 @@ def report(options: Namespace) -> None:
     log.info("%s", write_report(run, Path(options.out or run / "report.html")))
 
 
+def index(options: Namespace) -> None:
+    """`rin-video index`."""
+    from rin_video.datasets.index import make_index
+    from rin_video.datasets.open import INDEX
+
+    data = read_data_config(options)
+    kind = options.kind or kind_of(options.data, data)
+    path = Path(options.out or run_folder(options.data) / INDEX)
+    found = make_index(
+        options.data,
+        kind,
+        path=path,
+        cuts=data.avoid_cuts,
+        max_pixels=data.max_pixels,
+        seconds=data.read_timeout,
+        allow_pipe=data.allow_pipe,
+        progress=True,
+    )
+    _say(found.describe())
+    found.require_some(data.strict)
+    _say(f"index: {path}")
+
+
+def peek(options: Namespace) -> None:
+    """`rin-video peek`."""
+    from rin_video.datasets.open import INDEX, open_dataset
+    from rin_video.datasets.peek import captions, check_sheet, draw_some, statistics, write_sheet
+
+    if options.num < 1:
+        raise UsageError(f"--num is {options.num}: it must be at least 1")
+    config = read_config(options, chosen_preset(options))
+    if options.out:
+        check_sheet(Path(options.out))
+    known = run_folder(options.data) / INDEX  # where training left it; nothing is written there
+    dataset = open_dataset(
+        options.data,
+        model_info(config.model).shape,
+        config.data,
+        seed=config.train.seed,
+        index=known if known.exists() else None,
+    )
+    samples, chosen = draw_some(dataset, options.num)
+    _say(dataset.describe())
+    for line in statistics(dataset, samples, chosen):
+        _say(line)
+    if options.out:
+        write_sheet(samples, captions(dataset, chosen), options.out, config.data.fps or 8.0)
+        _say(f"sheet: {options.out}")
+
+
+def prepare(options: Namespace) -> None:
+    """`rin-video prepare`."""
+    from rin_video.datasets.clips import ClipFolder
+    from rin_video.datasets.images import ImageFolder
+    from rin_video.datasets.prepare import loading_speed
+    from rin_video.datasets.prepare import prepare as write_shards
+
+    data = read_data_config(options)
+    if options.fps is not None:
+        data.fps = options.fps
+        data.__post_init__()
+    if options.workers is not None and options.workers < 1:
+        raise UsageError(f"--workers is {options.workers}: it must be at least 1")
+    kind = options.kind or kind_of(options.data, data)
+    if kind not in ("image", "video"):
+        raise UsageError(f"{options.data} holds arrays: prepare takes clips or images")
+    size = parse_size(options.size)
+    H, W = (size, size) if isinstance(size, int) else size
+    out = Path(options.out)
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out {out} is a file: give a folder")
+    out.mkdir(parents=True, exist_ok=True)
+    for line in write_shards(options.data, kind, out, (H, W), data, workers=options.workers or os.cpu_count() or 1):
+        _say(line)
+    speeds = []
+    for root, rate in ((options.data, data.fps), (out, None)):
+        source = out / "source.jsonl" if root != out else out / "index.jsonl"
+        options_then = dataclasses.replace(data, fps=rate)
+        one: ImageFolder | ClipFolder = (
+            ImageFolder(root, (H, W), index=source, config=options_then)
+            if kind == "image"
+            else ClipFolder(root, (H, W), 8, index=source, config=options_then)
+        )
+        speeds.append(loading_speed(one))
+    what = "images" if kind == "image" else "clips of 8 frames"
+    before, after = speeds
+    _say(f"{before:.1f} {what} a second before, {after:.1f} now ({after / before:.1f} times), in one process")
+    _say(f"next: rin-video train --data {out}")
+
+
 def export(options: Namespace) -> None:
     """`rin-video export`."""
     from rin_video.export import export as convert
@@ -215,6 +296,56 @@ def demo(options: Namespace) -> None:
     from rin_video.demo import run_demo
 
     run_demo(Path(options.out), options.overrides)
+
+
+def read_config(options: Namespace, preset: str) -> Config:
+    """The configuration that the options on data, frames and size ask for."""
+    if options.frames is not None and options.frames < 0:
+        raise UsageError(f"--frames is {options.frames}: give the frames of a clip, or 0 for images")
+    config = load_config(preset, options.overrides)
+    if options.frames is not None:
+        config.model.frames = options.frames or None
+    if options.size:
+        config.model.image_size = parse_size(options.size)
+    config.data.path = os.fspath(options.data)
+    set_reading(config, options)
+    return config
+
+
+def chosen_preset(options: Namespace) -> str:
+    """`--config`, or the preset that suits the data and the size."""
+    from rin_video.datasets.hub import is_hub
+
+    frames = options.frames
+    if options.config is None and frames is None and not is_hub(options.data):
+        frames = 0 if kind_of(options.data, read_data_config(options)) == "image" else None
+    return options.config or default_preset(frames, options.size)
+
+
+def read_data_config(options: Namespace) -> DataConfig:
+    """Only the data section, for commands that know no model."""
+    name = getattr(options, "config", None)
+    config = load_config(name, [override for override in options.overrides if name or override.startswith("data.")])
+    set_reading(config, options)
+    return config.data
+
+
+def set_reading(config: Config, options: Namespace) -> None:
+    config.data.strict = config.data.strict or options.strict
+    config.data.decoder = options.decoder or config.data.decoder
+    config.data.__post_init__()
+
+
+def kind_of(data: str, options: DataConfig) -> str:
+    """image, video or array."""
+    from rin_video.datasets.folders import detect_kind
+
+    return detect_kind(data, allow_pipe=options.allow_pipe, cache=run_folder(data) / "pipes")
+
+
+def run_folder(data: str) -> Path:
+    """Where a run on this data writes, unless --out says otherwise."""
+    return Path("runs") / (re.sub(r"[^\w.-]+", "_", Path(data).resolve().stem) or "run")
 
 
 def allow_only(overrides: list[str], *sections: str) -> None:

@@ -174,21 +174,51 @@ class DiffusionConfig:
 class DataConfig:
     """Which files, and how a sample is cut from one."""
 
-    path: str | None = None  # a folder of images or clips, or one file
+    path: str | None = None  # a folder, one file, shards {000..123}.tar, or hf:NAME
     stride: int = 1  # source frames from one frame of a clip to the next
     fps: float | None = None  # resample clips to this rate instead of a stride
+    span: str = "window"  # window: as stride and fps say; whole: frames from all over the file
+    sampling: str = "clips"  # clips: every file as often; time: long files as often as clips fit into them
+    windows: int = 1  # clips from one file (or, over time, from one stretch) in an epoch
+    avoid_cuts: bool = False  # no clip goes over a change of scene
     crop: str = "center"  # center, random
-    augment_horizontal_flip: bool = False
-    decoder: str = "auto"  # auto, decord, pyav
+    crop_scale: list[float] = field(default_factory=lambda: [1.0, 1.0])  # range of a crop's sides, 1: the largest
+    augment_horizontal_flip: bool = False  # half of the samples mirrored
+    augment_color: float = 0.0  # strength of changes in brightness, contrast, saturation and hue, 0 to 1
+    augment_reverse: bool = False  # half of the clips backwards
+    augment_speed: list[float] = field(default_factory=lambda: [1.0, 1.0])  # range of the speed, 2: twice as fast
+    buckets: list[str] = field(default_factory=list)  # shapes in one run: 48x80, or 16x48x80 with frames; none: one
+    decoder: str = "auto"  # auto (the fastest that reads a file right), torchcodec, decord, pyav, pillow
     num_workers: int = 2  # processes that read; 0: in the training process
+    prefetch: int = 2  # batches that each of these has ready
+    strict: bool = False  # refuse to start where a file cannot be used
+    max_failures: int = 100  # samples that may fail later, each replaced by another, before a run stops
+    read_timeout: float = 60.0  # seconds for one file to be read before it is given up
+    max_pixels: int = 100_000_000  # of a frame or an image: more is taken for a decompression bomb
+    allow_pipe: bool = False  # shards may be pipe:COMMAND, which is run
     classes: list[str] = field(default_factory=list)  # names of the sub-folders, as training found them
 
     def __post_init__(self) -> None:
         _choice("data.crop", self.crop, ("center", "random"))
-        _at_least("data.stride", self.stride, 1, int)
-        _at_least("data.num_workers", self.num_workers, 0, int)
+        _choice("data.span", self.span, ("window", "whole"))
+        _choice("data.sampling", self.sampling, ("clips", "time"))
+        _choice("data.decoder", self.decoder, ("auto", "torchcodec", "decord", "pyav", "pillow"))
+        for name in ("stride", "windows", "prefetch", "max_pixels"):
+            _at_least(f"data.{name}", getattr(self, name), 1, int)
+        for name in ("num_workers", "max_failures"):
+            _at_least(f"data.{name}", getattr(self, name), 0, int)
         if self.fps is not None:
             _above("data", "fps", self.fps, 0)
+            if self.stride != 1:
+                raise UsageError(
+                    f"data.fps={self.fps:g} and data.stride={self.stride} both choose frames: leave one out"
+                )
+        if self.span == "whole" and (self.fps is not None or self.stride != 1 or self.avoid_cuts):
+            raise UsageError("data.span=whole takes frames from all over a file: leave out stride, fps and avoid_cuts")
+        _above("data", "read_timeout", self.read_timeout, 0)
+        _within("data.augment_color", self.augment_color, 0, 1)
+        _range("data.crop_scale", self.crop_scale, 0.05, 1)
+        _range("data.augment_speed", self.augment_speed, 0.1, 10)
 
 
 @dataclass
@@ -381,6 +411,12 @@ def model_config(**options: Any) -> ModelConfig:
     return ModelConfig(**options)
 
 
+def data_config(**options: Any) -> DataConfig:
+    """A `DataConfig`; an unknown option is a `UsageError` that names the nearest one."""
+    _check_names(options, DataConfig, "data", prefix="")
+    return DataConfig(**options)
+
+
 def train_config(**options: Any) -> TrainConfig:
     """A `TrainConfig`; an unknown option is a `UsageError` that names the nearest one."""
     _check_names(options, TrainConfig, "Trainer", prefix="")
@@ -476,6 +512,11 @@ def _above(section: str, name: str, value: Any, bound: float) -> None:
 def _within(name: str, value: Any, low: float, high: float) -> None:
     if not (_number(value) and low <= value <= high):
         raise UsageError(f"{name} is {value!r}: it lies in [{low}, {high}]")
+
+
+def _range(name: str, value: Any, low: float, high: float) -> None:
+    if len(value) != 2 or not all(_number(n) for n in value) or not low <= value[0] <= value[1] <= high:
+        raise UsageError(f"{name} is {list(value)}: it takes two numbers, the smaller one first, in [{low}, {high}]")
 
 
 def _number(value: Any) -> bool:

@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 
 from rin_video.config import Config, DataConfig
-from rin_video.datasets.decoding import VideoInfo, open_video, probe_video
+from rin_video.datasets.decoding import open_video
 from rin_video.datasets.folders import CLIP_EXTENSIONS, find_files
-from rin_video.datasets.images import Framing, read_image
+from rin_video.datasets.framing import Framing
+from rin_video.datasets.reading import read_image
+from rin_video.datasets.video_info import VideoInfo, probe_video
+from rin_video.datasets.windows import nearest_in_time
 from rin_video.errors import UsageError
 from rin_video.known import known_frames_mask
 from rin_video.passes import Pass
@@ -78,7 +81,7 @@ def read_start_image(path: Path, shape: tuple[int, ...]) -> Tensor:
     """An image as a clip of one frame, resized and cropped at the centre: uint8 (C, 1, H, W)."""
     if not path.is_file():
         raise UsageError(f"there is no file {path}")
-    framing = Framing(shape[2:], crop="center", flip=False)
+    framing = Framing(shape[2:])
     return framing(read_image(path, shape[0]), np.random.default_rng(0)).unsqueeze(1)
 
 
@@ -102,7 +105,7 @@ def _read_clip(file: Path, shape: tuple[int, ...], options: DataConfig, frames: 
         raise UsageError(
             f"{file} has {len(indices)} frames at this stride or rate, not {frames}: lower --context-frames"
         )
-    framing = Framing(shape[2:], crop="center", flip=False)
+    framing = Framing(shape[2:])
     with open_video(file, options.decoder, info) as video:
         clip = framing(video.read(indices[:frames]), np.random.default_rng(0))
     if shape[0] == 1:
@@ -117,4 +120,4 @@ def _indices(info: VideoInfo, options: DataConfig) -> Sequence[int]:
     if options.fps is None:
         return range(0, info.num_frames, options.stride)
     wanted = np.arange(0, info.times[-1] + 0.5 / info.fps, 1 / options.fps)
-    return [int(np.abs(info.times - time).argmin()) for time in wanted]
+    return nearest_in_time(info.times, wanted)

@@ -14,15 +14,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from rin_video.averages import make_ema, make_tracks, save_snapshot, track_state
 from rin_video.callbacks import Callback, append_line
 from rin_video.checkpoint import full_disk, newest_state, plain, remove_state, save_state, save_weights, saved_states
 from rin_video.config import Config, ModelConfig, SampleConfig, train_config
-from rin_video.datasets.draws import Draws, DrawSampler, unpack
-from rin_video.datasets.open import open_dataset
+from rin_video.datasets.draws import DrawSampler, unpack
+from rin_video.datasets.loading import Batches
+from rin_video.datasets.open import INDEX, open_dataset
 from rin_video.diffusion import GaussianDiffusion, LossTerms
 from rin_video.distributed import (
     agree,
@@ -88,7 +89,7 @@ class Trainer:
         self.accelerator = make_accelerator(self.options, self.folder)
         self.batch_size = share(self.options.train_batch_size, self.accelerator.num_processes)
         if isinstance(data, str | os.PathLike):
-            data = open_dataset(data, diffusion.shape, config.data, seed=self.options.seed)
+            data = open_dataset(data, diffusion.shape, config.data, seed=self.options.seed, index=self.folder / INDEX)
         self.dataset = data
         check_classes(diffusion, data)
         if getattr(diffusion.model, "num_classes", 0):
@@ -235,24 +236,16 @@ class Trainer:
 
     def batches(self) -> Iterator[Any]:
         """Batches without end, from where the present step stands. What they hold follows from seed and step alone."""
-        sampler = DrawSampler(
-            len(self.dataset),  # type: ignore[arg-type]
+        return Batches(
+            self.dataset,
+            self.config.data,
             self.batch_size,
             seed=self.options.seed,
             first_batch=self.step * self.options.gradient_accumulate_every,
             rank=self.accelerator.process_index,
             num_ranks=self.accelerator.num_processes,
-        )
-        workers = self.config.data.num_workers
-        return iter(
-            DataLoader(
-                Draws(self.dataset),
-                batch_sampler=sampler,
-                num_workers=workers,
-                persistent_workers=workers > 0,
-                worker_init_fn=ignore_signals,
-                pin_memory=self.accelerator.device.type == "cuda",
-            )
+            pin_memory=self.accelerator.device.type == "cuda",
+            worker_init_fn=ignore_signals,
         )
 
     def unpack(self, batch: Any) -> tuple[Tensor, Tensor | None]:

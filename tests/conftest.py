@@ -13,6 +13,8 @@ from av.video.frame import PictureType
 from PIL import Image
 from torch import Tensor
 
+from rin_video.datasets.backends import torchcodec_problem
+
 torch.set_num_threads(1)  # the tensors of these tests are too small for more: two are four times slower
 
 STEP = 10  # grey levels from one frame to the next
@@ -30,6 +32,11 @@ CLIPS: dict[str, dict] = {
     "variable_rate.mp4": {"times": [0, 1, 2, 5, 6, 10, 20, 21, 22, 30], "options": {"g": "3"}},
     "one_frame.mp4": {"frames": 1},
     "animation.gif": {"codec": "gif"},
+    "animation.webp": {"codec": "webp"},
+    "av1.mp4": {"codec": "libsvtav1", "options": {"preset": "12"}, "size": (64, 64)},
+    "ten_bits.mp4": {"pix_fmt": "yuv420p10le", "options": {"profile": "high10"}},
+    "with_sound.mp4": {"sound": True},
+    "turned.mp4": {"rotation": 90},
 }
 
 
@@ -44,16 +51,22 @@ def write_numbered(
     times: Sequence[int] | None = None,
     keyframes: Sequence[int] = (),
     rotation: int = 0,
+    sound: bool = False,
 ) -> Path:
-    """A clip whose frame i is of grey level STEP * (i + 1), but for a white upper left corner. `times` in 1/30 s."""
+    """A clip whose frame i is of grey level STEP * (i + 1), but for a white upper left corner and a red lower left one.
+
+    `times` in 1/30 s.
+    """
+    if codec in ("gif", "webp"):
+        return _write_animation(path, frames, size)
     with av.open(str(path), "w") as container:
-        if codec == "gif":
-            return _write_gif(path, frames, size)
         stream = container.add_stream(codec, rate=30 if times else 8, options=options or {})
         stream.height, stream.width = size
         stream.pix_fmt = pix_fmt
         if rotation:
             stream.set_display_rotation(rotation)
+        if sound:
+            _write_sound(container)
         for index in range(len(times) if times else frames):
             frame = av.VideoFrame.from_ndarray(_picture(index, size), format="rgb24")
             frame.pts, frame.time_base = times[index] if times else index, Fraction(1, 30 if times else 8)
@@ -75,12 +88,27 @@ def _picture(index: int, size: tuple[int, int]) -> np.ndarray:
     H, W = size
     picture = np.full((H, W, 3), STEP * (index + 1), dtype=np.uint8)
     picture[: H // 4, : W // 4] = 255
+    picture[-H // 4 :, : W // 4] = (200, 30, 30)
     return picture
 
 
-def _write_gif(path: Path, frames: int, size: tuple[int, int]) -> Path:
+def _write_sound(container: av.container.OutputContainer) -> None:
+    track = container.add_stream("aac", rate=8000, layout="mono")
+    frame = av.AudioFrame.from_ndarray(np.zeros((1, 20000), np.float32), format="fltp", layout="mono")
+    frame.sample_rate, frame.pts = 8000, 0
+    container.mux([*track.encode(frame), *track.encode(None)])
+
+
+def _write_animation(path: Path, frames: int, size: tuple[int, int]) -> Path:
     first, *rest = [Image.fromarray(_picture(index, size)) for index in range(frames)]
-    first.save(path, save_all=True, append_images=rest, duration=120, loop=0)
+    first.save(
+        path,
+        save_all=True,
+        append_images=rest,
+        duration=120,
+        loop=0,
+        **({"lossless": True} if path.suffix == ".webp" else {}),
+    )
     return path
 
 
@@ -94,7 +122,12 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(
-    params=["pyav", pytest.param("decord", marks=pytest.mark.skipif(not find_spec("decord"), reason="no decord"))]
+    params=[
+        pytest.param("torchcodec", marks=pytest.mark.skipif(bool(torchcodec_problem()), reason=torchcodec_problem())),
+        pytest.param("decord", marks=pytest.mark.skipif(not find_spec("decord"), reason="no decord")),
+        "pyav",
+        "pillow",
+    ]
 )
 def decoder(request: pytest.FixtureRequest) -> str:
     return request.param

@@ -1,0 +1,283 @@
+"""What is known of every file of a data set, gathered once and kept in one file: JSON lines, one for each file."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from rin_video.datasets.arrays import ArrayInfo, probe_array
+from rin_video.datasets.decoding import open_video
+from rin_video.datasets.folders import KINDS, find_sources, first_folder, number_classes
+from rin_video.datasets.probing import run_apart
+from rin_video.datasets.reading import ImageInfo, probe_image
+from rin_video.datasets.shards import companions, is_shards, members_of, read_text
+from rin_video.datasets.sources import Member, Source, open_source, shown, size_of
+from rin_video.datasets.video_info import MAX_PIXELS, VideoInfo, probe_video
+from rin_video.errors import UsageError
+
+VERSION = 1
+INFOS: dict[str, type] = {"image": ImageInfo, "video": VideoInfo, "array": ArrayInfo}
+CAPTION_LENGTH = 10_000
+
+
+@dataclass
+class Entry:
+    """One file."""
+
+    source: Source
+    bytes: int
+    modified: int  # nanoseconds; of the shard, for a member
+    info: Any = None  # ImageInfo, VideoInfo or ArrayInfo; None where the file cannot be used
+    error: str | None = None  # why it cannot
+    hash: str = ""  # of the content
+    class_name: str | None = None
+    caption: str | None = None
+
+
+@dataclass(frozen=True)
+class Probe:
+    """How files are looked into. `work` is called in a child process."""
+
+    kind: str
+    cuts: bool = False
+    max_pixels: int = MAX_PIXELS
+
+    def __call__(self, source: Source) -> tuple[Any, str]:
+        if self.kind == "image":
+            info: Any = probe_image(source, max_pixels=self.max_pixels)
+        elif self.kind == "array":
+            info = probe_array(source)
+        else:
+            info = self._video(source)
+        return info, content_hash(source)
+
+    def _video(self, source: Source) -> VideoInfo:
+        """`probe_video`, and the fastest decoder that really reads its last frame here."""
+        from dataclasses import replace
+
+        info = probe_video(source, cuts=self.cuts, max_pixels=self.max_pixels)
+        with open_video(source, "auto", info) as video:
+            video.read([0])
+            try:
+                video.read([info.num_frames - 1])
+            except UsageError:  # cut short: the packets are there, not all frames
+                video.read([info.num_frames // 2])
+            return replace(info, decoder=video.backend)
+
+
+class Index:
+    """The entries of a data set, in the order of their names."""
+
+    def __init__(self, root: str | PathLike[str], entries: Sequence[Entry]) -> None:
+        self.root, self.entries = root, list(entries)
+
+    @property
+    def usable(self) -> list[Entry]:
+        return [entry for entry in self.entries if entry.error is None]
+
+    @property
+    def unusable(self) -> list[tuple[Source, str]]:
+        """The files that cannot be used, with the reasons."""
+        return [(entry.source, entry.error) for entry in self.entries if entry.error is not None]
+
+    def require_some(self, strict: bool) -> None:
+        """Raises UsageError where no file is left, or, with `strict`, where one is missing."""
+        refuse_skipped(len(self.usable), self.unusable, strict)
+
+    def describe(self) -> str:
+        """A few lines: how many, how long, which codecs, copies, what cannot be used."""
+        good = self.usable
+        lines = [f"{len(good)} of {len(self.entries)} files can be used, {sum(e.bytes for e in good) / 1e6:.1f} MB"]
+        videos = [entry.info for entry in good if isinstance(entry.info, VideoInfo)]
+        if videos:
+            seconds = sum(info.duration for info in videos)
+            lines.append(f"{sum(info.num_frames for info in videos):,} frames, {seconds:.1f} s")
+            kinds = ("container", "codec", "decoder")
+            lines += [f"{kind}: {_counted(getattr(info, kind) for info in videos)}" for kind in kinds]
+            if any(info.cuts is not None for info in videos):
+                lines.append(f"scene cuts: {sum(len(info.cuts or ()) for info in videos)}")
+        classes, _ = number_classes([entry.class_name for entry in good])
+        lines += [f"classes: {_counted(entry.class_name for entry in good)}"] if classes else []
+        lines += [f"captions: {n}"] if (n := sum(entry.caption is not None for entry in good)) else []
+        copies = len(good) - len({entry.hash for entry in good})
+        lines += [f"{copies} are copies of others"] if copies else []
+        return "\n".join(lines + describe_skipped(self.unusable, limit=20))
+
+    def save(self, path: Path, probe: Probe) -> None:
+        """Write it atomically; several processes may do so at once."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=".index-", suffix=".tmp", dir=path.parent)
+        try:
+            with os.fdopen(handle, "w", encoding="ascii", newline="\n") as file:
+                file.write(json.dumps(_header(self.root, probe)) + "\n")
+                file.writelines(json.dumps(_to_row(entry)) + "\n" for entry in self.entries)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+
+
+def load_index(path: Path, root: str | PathLike[str], probe: Probe) -> dict[Source, Entry]:
+    """The entries in an index file by source; none where it is of another data set, other limits, or damaged."""
+    collecting = gc.isenabled()
+    gc.disable()  # nothing here is garbage, and looking for it takes half of the time
+    try:
+        with path.open(encoding="ascii") as file:
+            if json.loads(file.readline()) != _header(root, probe):
+                return {}
+            info_of = INFOS[probe.kind]
+            entries = (_from_row(json.loads(line), info_of) for line in file)
+            return {entry.source: entry for entry in entries}
+    except (OSError, ValueError, TypeError, KeyError):
+        return {}
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def make_index(
+    root: str | PathLike[str],
+    kind: str,
+    *,
+    path: Path | None = None,
+    cuts: bool = False,
+    max_pixels: int = MAX_PIXELS,
+    seconds: float = 60.0,
+    allow_pipe: bool = False,
+    progress: bool = False,
+) -> Index:
+    """Look into every file that is new or has changed since the index file `path` was written; then rewrite it.
+
+    `kind` is image, video or array. A file gets `seconds`, in a child process. Raises UsageError where there are none.
+    """
+    sources = find_sources(root, KINDS[kind], allow_pipe=allow_pipe, cache=path.parent / "pipes" if path else None)
+    probe = Probe(kind, cuts, max_pixels)
+    known = load_index(path, root, probe) if path else {}
+    aside = _companions_of(root, sources)
+    entries, changed = [], []
+    modified: dict[Path, tuple[int, int]] = {}
+    for source in sources:
+        size, when = _state(source, modified)
+        entry = known.get(source)
+        if entry is None or (entry.bytes, entry.modified) != (size, when):
+            entry = Entry(source, size, when)
+            changed.append(entry)
+        entry.class_name, entry.caption = _about(root, source, aside)
+        entries.append(entry)
+    bar = tqdm(total=len(changed), desc="looking into files", unit="file", disable=not progress, delay=2)
+    with bar:
+        for i, result in run_apart([entry.source for entry in changed], probe, seconds=seconds):
+            if isinstance(result, UsageError):
+                changed[i].error = str(result)
+            else:
+                changed[i].info, changed[i].hash = result
+            bar.update()
+    index = Index(root, entries)
+    if path and (changed or len(known) != len(entries)):
+        index.save(path, probe)
+    if is_shards(root):
+        index.entries += [
+            Entry(Member(shard, name, 0, 0), 0, 0, error=reason)
+            for shard in sorted({source.shard for source in sources if isinstance(source, Member)})
+            for name, reason in members_of(shard)[1]
+        ]
+    return index
+
+
+def content_hash(source: Source) -> str:
+    """BLAKE2b of the content, 128 bits."""
+    digest = hashlib.blake2b(digest_size=16)
+    with open_source(source) as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def refuse_skipped(num_usable: int, skipped: Sequence[tuple[Source, str]], strict: bool) -> None:
+    """Raises UsageError with the first few reasons where no file is left or, with `strict`, where one is missing."""
+    if num_usable and not (strict and skipped):
+        return
+    reasons = "; ".join(reason for _, reason in skipped[:3])
+    total = num_usable + len(skipped)
+    if num_usable:
+        raise UsageError(f"{len(skipped)} of {total} files cannot be used, and --strict is on: {reasons}")
+    raise UsageError(f"none of {total} files can be used: {reasons}" if total > 1 else reasons)
+
+
+def describe_skipped(skipped: Sequence[tuple[Source, str]], limit: int = 3) -> list[str]:
+    lines = [f"skipped: {reason}" for _, reason in skipped[:limit]]
+    more = len(skipped) - limit
+    return lines + ([f"skipped: {more} more, {len(skipped)} in all"] if more > 0 else [])
+
+
+def _header(root: str | PathLike[str], probe: Probe) -> dict[str, Any]:
+    return {"version": VERSION, "root": os.path.abspath(root), **vars(probe)}
+
+
+def _to_row(entry: Entry) -> dict[str, Any]:
+    row = {name: value for name, value in vars(entry).items() if name not in ("source", "info")}
+    source = entry.source
+    where = [str(source.shard), source.name, source.offset, source.size] if isinstance(source, Member) else str(source)
+    return {"file": where, **row, **(vars(entry.info) if entry.info is not None else {})}
+
+
+def _from_row(row: dict[str, Any], info_of: type) -> Entry:
+    where = row.pop("file")
+    source = Path(where) if isinstance(where, str) else Member(Path(where[0]), *where[1:])
+    own = {name: row.pop(name) for name in ("bytes", "modified", "error", "hash", "class_name", "caption")}
+    if row:
+        for name in ("size", "shape", "cuts"):
+            if isinstance(row.get(name), list):
+                row[name] = tuple(row[name])
+    return Entry(source, info=info_of(**row) if row else None, **own)
+
+
+def _state(source: Source, seen: dict[Path, tuple[int, int]]) -> tuple[int, int]:
+    path = source.shard if isinstance(source, Member) else source
+    if path not in seen:
+        try:
+            state = path.stat()
+            seen[path] = (state.st_size, state.st_mtime_ns)
+        except OSError:  # a link to nowhere
+            seen[path] = (0, 0)
+    size, when = seen[path]
+    return (size_of(source) if isinstance(source, Member) else size), when
+
+
+def _companions_of(root: str | PathLike[str], sources: Sequence[Source]) -> dict[tuple[Path, str], dict[str, Member]]:
+    shards = sorted({source.shard for source in sources if isinstance(source, Member)})
+    return companions([member for shard in shards for member in members_of(shard)[0]])
+
+
+def _about(
+    root: str | PathLike[str], source: Source, aside: dict[tuple[Path, str], dict[str, Member]]
+) -> tuple[str | None, str | None]:
+    """Class and caption of a file: its folder, or `.cls` in a shard; `.txt` beside it."""
+    name = first_folder(root, source)
+    if isinstance(source, Member):
+        beside = aside.get((source.shard, source.stem), {})
+        name = read_text(beside[".cls"]) if ".cls" in beside else name
+        return name, read_text(beside[".txt"]) if ".txt" in beside else None
+    text = source.with_suffix(".txt")
+    try:
+        with text.open(encoding="utf-8", errors="replace") as file:
+            return name, file.read(CAPTION_LENGTH).strip()
+    except OSError:
+        return name, None
+
+
+def _counted(values: Iterator[Any]) -> str:
+    counts = Counter(str(value) for value in values)
+    return ", ".join(f"{shown(name)} {count}" for name, count in counts.most_common(20))

@@ -1,0 +1,119 @@
+"""Looking into files that may crash or hang a decoder: in child processes, with a time limit for each file."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
+from typing import Any, TypeVar
+
+from rin_video.datasets.sources import shown
+from rin_video.errors import UsageError
+
+T = TypeVar("T")
+FILES_PER_CHILD = 8  # fewer files do not pay for another process
+
+
+@dataclass
+class _Child:
+    process: Any
+    pipe: Connection
+    task: int | None = None  # what it is at
+    since: float = 0.0
+
+
+def run_apart(
+    tasks: Sequence[T], work: Callable[[T], Any], *, seconds: float, processes: int | None = None, daemon: bool = True
+) -> Iterator[tuple[int, Any]]:
+    """(i, `work(tasks[i])`) as they come, worked out in child processes; UsageError objects for what cannot be done.
+
+    A child that dies, or takes more than `seconds` for one task, is replaced and its task given up. Children that are
+    to have children of their own cannot be a `daemon`.
+    """
+    limit = processes or os.cpu_count() or 1
+    children = [_start(work, daemon) for _ in range(min(limit, -(-len(tasks) // FILES_PER_CHILD)))]
+    waiting = iter(range(len(tasks)))
+    try:
+        busy = [child for child in children if _give(child, tasks, waiting)]
+        while busy:
+            oldest = min(child.since for child in busy)
+            ready = wait([child.pipe for child in busy], timeout=max(0.0, oldest + seconds - time.monotonic()))
+            for child in list(busy):
+                assert child.task is not None
+                if child.pipe in ready:
+                    try:
+                        yield child.task, child.pipe.recv()
+                    except (EOFError, OSError):
+                        child.process.join()
+                        yield child.task, _died(tasks[child.task], child.process.exitcode)
+                        _replace(child, work, daemon)
+                elif time.monotonic() - child.since > seconds:
+                    yield (
+                        child.task,
+                        UsageError(f"{shown(str(tasks[child.task]))} takes more than {seconds:g} s to read"),
+                    )
+                    _replace(child, work, daemon)
+                else:
+                    continue
+                if not _give(child, tasks, waiting):
+                    busy.remove(child)
+    finally:
+        for child in children:
+            child.pipe.close()
+            child.process.kill()
+            child.process.join()
+
+
+def _start(work: Callable[[T], Any], daemon: bool) -> _Child:
+    context = get_context()
+    ours, theirs = context.Pipe()
+    process: Any = context.Process(target=_serve, args=(theirs, ours, work), daemon=daemon)
+    process.start()
+    theirs.close()
+    return _Child(process, ours)
+
+
+def _replace(child: _Child, work: Callable[[T], Any], daemon: bool) -> None:
+    child.process.kill()
+    child.process.join()
+    child.pipe.close()
+    fresh = _start(work, daemon)
+    child.process, child.pipe = fresh.process, fresh.pipe
+
+
+def _give(child: _Child, tasks: Sequence[T], waiting: Iterator[int]) -> bool:
+    child.task, child.since = next(waiting, None), time.monotonic()
+    if child.task is not None:
+        child.pipe.send(tasks[child.task])
+    return child.task is not None
+
+
+def _serve(pipe: Connection, other_end: Connection, work: Callable[[T], Any]) -> None:
+    """What a child does. It ends with its parent: then the pipe does."""
+    import torch
+
+    other_end.close()
+    torch.set_num_threads(1)
+    while True:
+        try:
+            task = pipe.recv()
+        except (EOFError, OSError, KeyboardInterrupt):
+            return
+        try:
+            pipe.send(work(task))
+        except UsageError as error:
+            pipe.send(error)
+        except MemoryError:
+            pipe.send(UsageError(f"{shown(str(task))} needs more memory than there is"))
+        except KeyboardInterrupt:
+            return
+        except Exception as error:  # of a library; a file must not end the search
+            pipe.send(UsageError(f"{shown(str(task))} cannot be read: {shown(repr(error))}"))
+
+
+def _died(task: Any, code: int | None) -> UsageError:
+    how = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+    return UsageError(f"{shown(str(task))} makes its decoder crash ({how}): re-encode it or leave it out")

@@ -1,0 +1,133 @@
+"""Where the bytes of a sample lie: a file of its own, or a member of a tar shard."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, TypeAlias
+
+from rin_video.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Member:
+    """A file inside a tar shard, which is read in place: nothing is ever unpacked."""
+
+    shard: Path
+    name: str
+    offset: int  # of the first byte of its content in the shard
+    size: int  # bytes
+
+    @property
+    def suffix(self) -> str:
+        return os.path.splitext(self.name)[1]
+
+    @property
+    def stem(self) -> str:
+        return self.name[: -len(self.suffix)] if self.suffix else self.name
+
+    def __str__(self) -> str:
+        return f"{self.shard}:{self.name}"
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """A file that is in memory already."""
+
+    name: str
+    content: bytes
+
+    @property
+    def suffix(self) -> str:
+        return os.path.splitext(self.name)[1]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+Source: TypeAlias = Path | Member | Buffer
+
+
+class Slice(io.RawIOBase):
+    """A stretch of a file as a file of its own, for reading."""
+
+    def __init__(self, path: Path, offset: int, size: int) -> None:
+        self._file = path.open("rb", buffering=0)
+        self._offset, self._size, self._position = offset, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
+        self._position = max(0, start + offset)
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        wanted = max(0, min(len(buffer), self._size - self._position))
+        self._file.seek(self._offset + self._position)
+        count = self._file.readinto(memoryview(buffer)[:wanted]) or 0
+        self._position += count
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def open_source(source: Source) -> BinaryIO:
+    """The bytes of a source, for reading. UsageError where it is no regular file (a pipe would wait for ever)."""
+    if isinstance(source, Buffer):
+        return io.BytesIO(source.content)
+    path = source.shard if isinstance(source, Member) else source
+    if not path.is_file():
+        raise UsageError(f"there is no file {shown(path)}")
+    try:
+        if isinstance(source, Member):
+            return io.BufferedReader(Slice(path, source.offset, source.size), 1 << 16)
+        return path.open("rb")
+    except OSError as error:
+        raise UsageError(f"{shown(source)} cannot be read: {error.strerror}") from error
+
+
+@contextmanager
+def as_location(source: Source) -> Iterator[str | BinaryIO]:
+    """What libraries take: a path that no protocol or option can be read into, or else an open file."""
+    if isinstance(source, Path) and _is_utf8(source):
+        if not source.is_file():
+            raise UsageError(f"there is no file {shown(source)}")
+        yield os.path.abspath(source)
+    else:
+        with open_source(source) as file:
+            yield file
+
+
+def size_of(source: Source) -> int:
+    """Bytes."""
+    if isinstance(source, Buffer):
+        return len(source.content)
+    return source.size if isinstance(source, Member) else source.stat().st_size
+
+
+def shown(source: Source | str) -> str:
+    """A name as one line that any terminal and any file can hold, whatever bytes it is made of."""
+    text = str(source).encode("utf-8", "backslashreplace").decode("utf-8")
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def _is_utf8(path: Path) -> bool:
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,122 @@
+"""Which source frames a clip is made of: at a stride, at a rate, or the whole file; from which start; how often."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+
+from rin_video.config import DataConfig
+from rin_video.datasets.sources import Source, shown
+from rin_video.datasets.video_info import VideoInfo
+from rin_video.errors import UsageError
+
+
+class Windows:
+    """Clips of `frames` frames: `stride` apart, or at `fps` (the nearest source frame in time), or over the whole file.
+
+    A file is drawn from `windows` times an epoch, or, sampled over time, as often as clips fit into it side by side;
+    draw k of n starts in the k-th of n parts of the file.
+    """
+
+    def __init__(self, frames: int, options: DataConfig) -> None:
+        if frames < 1:
+            raise UsageError(f"frames is {frames}: it must be above 0")
+        self.frames, self.options = frames, options
+
+    def check(self, source: Source, info: VideoInfo) -> None:
+        """UsageError where the file is too short, or its scenes are."""
+        if not self._fits(info, 0, info.num_frames):
+            raise UsageError(self._too_short(source, info))
+        if self.options.avoid_cuts and not self.starts(info).size:
+            raise UsageError(
+                f"clip {shown(source)} has no scene of {self.frames} frames (cuts at {list(info.cuts or ())[:8]}): "
+                "use fewer --frames, or data.avoid_cuts=false"
+            )
+
+    def count(self, info: VideoInfo) -> int:
+        """How often the file is drawn from in an epoch."""
+        if self.options.sampling == "clips" or self.options.span == "whole":
+            return self.options.windows
+        length = self.frames / self.options.fps * info.fps if self.options.fps else self.frames * self.options.stride
+        return self.options.windows * max(1, int(info.num_frames // length))
+
+    def draw(self, info: VideoInfo, part: int, parts: int, chance: np.random.Generator) -> list[int]:
+        """The source frames of one clip, in the order in which they are shown."""
+        low, high = self.options.augment_speed
+        speed = float(np.exp(chance.uniform(np.log(low), np.log(high)))) if low != high else low
+        starts = self.starts(info, speed)
+        if not starts.size:  # too short for such a speed
+            speed, starts = 1.0, self.starts(info)
+        first, last = (
+            part * starts.size // parts,
+            max((part + 1) * starts.size // parts, part * starts.size // parts + 1),
+        )
+        start = int(starts[min(first + int(chance.integers(last - first)), starts.size - 1)])
+        indices = self.indices(info, start, speed)
+        if self.options.augment_reverse and chance.random() < 0.5:
+            indices.reverse()
+        return indices
+
+    def starts(self, info: VideoInfo, speed: float = 1.0) -> np.ndarray:
+        """The source frames that a clip can start from, ascending."""
+        if self.options.span == "whole":
+            return np.zeros(int(info.num_frames >= self.frames), dtype=np.int64)
+        cuts = (info.cuts or ()) if self.options.avoid_cuts else ()
+        edges = [0, *cuts, info.num_frames]
+        times = info.times if self.options.fps else None
+        found = [np.arange(a, a + self._num_starts(info, a, b, speed, times)) for a, b in itertools.pairwise(edges)]
+        return np.concatenate(found)
+
+    def indices(self, info: VideoInfo, start: int, speed: float = 1.0) -> list[int]:
+        """The source frames of the clip that starts at source frame `start`."""
+        if self.options.span == "whole":
+            ends = np.linspace(0, info.num_frames - 1, self.frames)
+            return [int(i) for i in np.rint(ends)]
+        if self.options.fps is None:
+            steps = np.floor(np.arange(self.frames) * self.options.stride * speed + 1e-6)
+            return [start + int(step) for step in steps]
+        times = info.times
+        wanted = times[start] + np.arange(self.frames) * speed / self.options.fps
+        return nearest_in_time(times, wanted)
+
+    def _fits(self, info: VideoInfo, first: int, end: int) -> bool:
+        if self.options.span == "whole":
+            return info.num_frames >= self.frames
+        return self._num_starts(info, first, end, 1.0, info.times if self.options.fps else None) > 0
+
+    def _num_starts(self, info: VideoInfo, first: int, end: int, speed: float, times: np.ndarray | None) -> int:
+        """How many clips lie within source frames `first` to `end`."""
+        if times is None:
+            reach = int(np.floor((self.frames - 1) * self.options.stride * speed + 1e-6))
+            return max(0, end - first - reach)
+        # The last frame is shown for one more frame's time; half of it is nearest to that frame.
+        assert self.options.fps is not None
+        last_start = times[end - 1] + 0.5 / info.fps - (self.frames - 1) * speed / self.options.fps
+        return max(0, int(np.searchsorted(times[first:end], last_start, side="right")))
+
+    def _too_short(self, source: Source, info: VideoInfo) -> str:
+        name, frames, fps, stride = shown(source), self.frames, self.options.fps, self.options.stride
+        if self.options.span == "whole":
+            return f"clip {name} has {info.num_frames} frames, {frames} are needed: use --frames {info.num_frames}"
+        if fps is None:
+            fits = (info.num_frames - 1) // stride + 1
+            return (
+                f"clip {name} has {info.num_frames} frames, {(frames - 1) * stride + 1} are needed "
+                f"for {frames} at stride {stride}: use --frames {fits}, or a smaller stride"
+            )
+        fits = int((info.times[-1] + 0.5 / info.fps) * fps) + 1
+        return (
+            f"clip {name} lasts {info.times[-1] + 1 / info.fps:.2f} s, {frames / fps:.2f} s are needed "
+            f"for {frames} frames at {fps:g} fps: use --frames {fits}, or a higher fps"
+        )
+
+
+def nearest_in_time(times: np.ndarray, wanted: Sequence[float] | np.ndarray) -> list[int]:
+    """For every wanted time the frame whose time is nearest; the earlier one of two."""
+    wanted = np.asarray(wanted)
+    if len(times) == 1:
+        return [0] * len(wanted)
+    after = np.searchsorted(times, wanted).clip(1, len(times) - 1)
+    return [int(i) for i in np.where(wanted - times[after - 1] <= times[after] - wanted, after - 1, after)]

@@ -1,0 +1,177 @@
+"""Files that break things break no run: probing apart, the index, workers that die or hang."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+from rin_video.config import DataConfig
+from rin_video.datasets.index import Entry, Probe, load_index, make_index
+from rin_video.datasets.index import Index as DataIndex
+from rin_video.datasets.loading import Batches
+from rin_video.datasets.probing import run_apart
+from rin_video.datasets.sources import shown
+from rin_video.datasets.video_info import probe_video
+from rin_video.errors import UsageError
+
+
+def misbehave(task):
+    if task == "crash":
+        os.kill(os.getpid(), signal.SIGSEGV if os.name != "nt" else signal.SIGTERM)
+    if task == "hang":
+        time.sleep(60)
+    if task == "refuse":
+        raise UsageError("no")
+    if task == "surprise":
+        raise KeyError("odd")
+    return task * 2
+
+
+def test_tasks_that_crash_or_hang_cost_only_themselves():
+    tasks = ["a", "crash", "b", "hang", "refuse", "surprise", *"cdefghijklmnop"]
+    found = dict(run_apart(tasks, misbehave, seconds=1.0, processes=2))
+    assert sorted(found) == list(range(len(tasks)))
+    for i, task in enumerate(tasks):
+        if len(task) == 1:
+            assert found[i] == task * 2
+    said = [str(found[i]) for i in (1, 3, 4, 5)]
+    assert "makes its decoder crash" in said[0]
+    assert "more than 1 s" in said[1]
+    assert said[2] == "no"
+    assert "KeyError" in said[3]
+
+
+def test_the_index_is_kept_updated_and_complete(tmp_path, numbered):
+    data, path = tmp_path / "data", tmp_path / "run" / "index.jsonl"
+    for name in ("b/one.mp4", "a/two.mp4"):
+        (data / name).parent.mkdir(parents=True)
+        numbered(data / name, frames=6)
+    (data / "a/two.txt").write_text(" a red square\n")
+    (data / "b/broken.mp4").write_bytes(b"x" * 100)
+    index = make_index(data, "video", path=path)
+    assert [entry.source.name for entry in index.entries] == ["two.mp4", "broken.mp4", "one.mp4"]
+    two, broken, one = index.entries
+    assert (two.class_name, two.caption, one.caption) == ("a", "a red square", None)
+    assert (two.info.num_frames, two.info.fps, two.info.size, two.info.duration) == (6, 8.0, (32, 64), 0.75)
+    assert two.hash == one.hash != ""
+    assert "broken.mp4 cannot be read" in broken.error
+    said = index.describe()
+    assert "2 of 3 files can be used" in said
+    assert "1 are copies of others" in said
+    with pytest.raises(UsageError, match=r"1 of 3 files cannot be used, and --strict is on: .*broken"):
+        index.require_some(strict=True)
+    index.require_some(strict=False)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(rows) == 4
+
+    # Nothing is looked into again, then only what changed.
+    rows[1]["hash"] = "kept"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert make_index(data, "video", path=path).entries[0].hash == "kept"
+    numbered(data / "b/broken.mp4", frames=3)
+    (data / "b/one.mp4").unlink()
+    again = make_index(data, "video", path=path)
+    assert [entry.hash == "kept" for entry in again.entries] == [True, False]
+    assert again.unusable == []
+    assert len(path.read_text().splitlines()) == 3
+    path.write_text(path.read_text()[:-20])  # damaged: made anew
+    assert make_index(data, "video", path=path).entries[0].hash == two.hash
+    assert not [file for file in path.parent.iterdir() if file != path]
+
+
+@pytest.mark.parametrize("num", [20_000, pytest.param(100_000, marks=pytest.mark.slow)])
+def test_a_hundred_thousand_entries_load_in_two_seconds(tmp_path, clips, num):
+    info = probe_video(clips / "plain.mp4")
+    entries = [
+        Entry(Path(f"/data/{i % 7}/clip-{i:06d}.mp4"), 12345 + i, 1_700_000_000_000_000_000 + i, info, hash="0" * 32)
+        for i in range(num)
+    ]
+    probe = Probe("video")
+    DataIndex("/data", entries).save(tmp_path / "index.jsonl", probe)
+    start = time.process_time()
+    loaded = load_index(tmp_path / "index.jsonl", "/data", probe)
+    seconds = time.process_time() - start
+    assert len(loaded) == num
+    assert loaded[entries[77].source] == entries[77]
+    assert seconds < 2 * num / 100_000, seconds
+
+
+class Rogue(Dataset):
+    """Sample 3 kills the process that reads it, 5 hangs, 7 cannot be read."""
+
+    length = 12
+
+    def __init__(self, **bad):
+        self.bad = bad
+
+    def __len__(self):
+        return self.length
+
+    def draw(self, index, epoch):
+        if index == self.bad.get("kills"):
+            os.kill(os.getpid(), signal.SIGKILL if os.name != "nt" else signal.SIGTERM)
+        if index == self.bad.get("hangs"):
+            time.sleep(60)
+        if index == self.bad.get("fails"):
+            raise UsageError(f"sample {index} is damaged")
+        return {"x": torch.tensor([index])}
+
+
+def drawn(batches, num):
+    return [int(i) for _ in range(num) for i in next(batches)["x"].flatten()]
+
+
+@pytest.mark.parametrize(
+    ("bad", "said"), [("kills", "3 kills the process"), ("hangs", "3 hangs"), ("fails", "sample 3 is damaged")]
+)
+def test_a_sample_that_breaks_its_reader_is_replaced_and_the_run_goes_on(bad, said, caplog):
+    options = DataConfig(num_workers=1, read_timeout=1.0)
+    batches = Batches(Rogue(**{bad: 3}), options, 4, seed=1)
+    found = drawn(batches, 6)
+    batches.close()
+    clean = Batches(Rogue(), DataConfig(num_workers=0), 4, seed=1)
+    expected = [4 if i == 3 else i for i in drawn(clean, 6)]
+    assert found == expected  # the neighbour stands in, everything else is as it was
+    assert batches.num_bad == 1
+    if bad != "fails":  # said by the worker itself otherwise
+        assert said in caplog.text
+
+
+def test_too_many_failures_end_the_run():
+    class Broken(Rogue):
+        def draw(self, index, epoch):
+            if index % 2:
+                raise UsageError(f"sample {index} is damaged")
+            return {"x": torch.tensor([index])}
+
+    batches = Batches(Broken(), DataConfig(num_workers=0, max_failures=3), 4, seed=0)
+    with pytest.raises(UsageError, match=r"data\.max_failures is 3"):
+        drawn(batches, 9)
+
+
+def test_batches_go_on_where_they_stopped():
+    options = DataConfig(num_workers=1)
+    whole = drawn(Batches(Rogue(), options, 4, seed=3), 8)
+    assert drawn(Batches(Rogue(), options, 4, seed=3, first_batch=5), 3) == whole[20:]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such names")
+def test_names_of_any_bytes_are_indexed_and_shown_on_one_line(tmp_path, clips):
+    content = (clips / "short_gop.mp4").read_bytes()
+    for name in (b"new\nline.mp4", b"\xff\xfe.mp4", "größe.mp4".encode()):
+        Path(os.fsdecode(os.path.join(os.fsencode(tmp_path), name))).write_bytes(content)
+    os.mkfifo(tmp_path / "pipe.mp4")
+    (tmp_path / "nowhere.mp4").symlink_to(tmp_path / "missing")
+    path = tmp_path / "out" / "index.jsonl"
+    for _ in range(2):
+        index = make_index(tmp_path, "video", path=path)
+        assert len(index.usable) == 3
+        assert len(index.unusable) == 2
+    for entry in index.entries:
+        assert "\n" not in shown(entry.source)
+        shown(entry.source).encode()
