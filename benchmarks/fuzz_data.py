@@ -5,13 +5,13 @@
 Makes small clips, images and tar shards, spoils each in one of many ways, and reads it as training would: listed,
 probed and decoded in a child process with a time limit. An outcome is one of
 
-    right          the picture is what it was (or what the damage left of it)
+    right          it is read, at the shape asked for; the pixels are not compared
     wrong length   it can be read, but has another number of frames
     refused        a UsageError: one line that says why
     crash, hang    the child died, or took more than the limit
-    memory         the child needed more than 1 GB above what it began with
+    memory         the child holds over 1 GB more after than before (peaks, and probing's own child, are not seen)
     bug            any other exception
-    outside        a file was written, or appeared, outside the folder of the data
+    outside        a file appeared in the test's folder, the data's and those beside it, that was not there before
 
 and only the first three are fine. Writes `results/fuzz_data.json`, prints the table, and the memory of 5,000 reads.
 """

@@ -47,7 +47,8 @@ class TorchCodecReader:
 
         self.source, self._stack, self._times = source, ExitStack(), info.times
         try:
-            self._decoder: Any = VideoDecoder(self._stack.enter_context(as_location(source)), seek_mode="exact")
+            location: Any = self._stack.enter_context(as_location(source))
+            self._decoder: Any = VideoDecoder(location, seek_mode="exact")
             self._begin = self._decoder.metadata.begin_stream_seconds
         except UsageError:
             raise

@@ -84,7 +84,7 @@ def first_folder(root: str | PathLike[str], source: Source) -> str | None:
     if isinstance(source, Member):
         parts = Path(source.name).parts[:-1]
     else:
-        parts = source.relative_to(root).parts[:-1] if source != Path(root) else ()
+        parts = Path(str(source)).relative_to(root).parts[:-1] if source != Path(root) else ()
     return parts[0] if parts else None
 
 

@@ -57,7 +57,7 @@ class Framing:
         height, width = size
         scale = max(H / height, W / width)
         if self.scales != (1.0, 1.0):
-            scale /= chance.uniform(*self.scales)
+            scale /= chance.uniform(self.scales[0], self.scales[1])
         height, width = max(H, round(height * scale)), max(W, round(width * scale))
         top, left = (height - H) // 2, (width - W) // 2
         if self.random_crop:

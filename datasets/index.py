@@ -245,7 +245,7 @@ def _from_row(row: dict[str, Any], info_of: type) -> Entry:
 
 
 def _state(source: Source, seen: dict[Path, tuple[int, int]]) -> tuple[int, int]:
-    path = source.shard if isinstance(source, Member) else source
+    path = source.shard if isinstance(source, Member) else Path(str(source))
     if path not in seen:
         try:
             state = path.stat()
@@ -270,7 +270,7 @@ def _about(
         beside = aside.get((source.shard, source.stem), {})
         name = read_text(beside[".cls"]) if ".cls" in beside else name
         return name, read_text(beside[".txt"]) if ".txt" in beside else None
-    text = source.with_suffix(".txt")
+    text = Path(str(source)).with_suffix(".txt")
     try:
         with text.open(encoding="utf-8", errors="replace") as file:
             return name, file.read(CAPTION_LENGTH).strip()

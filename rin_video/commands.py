@@ -10,6 +10,7 @@ import re
 import time
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -93,9 +94,10 @@ def sample(options: Namespace) -> None:
         raise UsageError(f"--max-batch is {options.max_batch}: it must be at least 1")
     allow_only(options.overrides, "sample.")
     diffusion = GaussianDiffusion.from_pretrained(folder, device=best_device())
+    model: Any = diffusion.model
     if options.interpolate_positions:
-        diffusion.model.interpolate_positions()
-    pass_ = plan_pass(diffusion.model, options.frames, options.size, options.window)
+        model.interpolate_positions()
+    pass_ = plan_pass(model, options.frames, options.size, options.window)
     given = read_given(options, pass_, config)
     out = Path(options.out or folder / f"samples{'.mp4' if pass_.frames else '.png'}")
     check_target(out, rank=len(pass_.shape) + 1, fps=wanted.fps)

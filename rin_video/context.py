@@ -81,7 +81,7 @@ def read_start_image(path: Path, shape: tuple[int, ...]) -> Tensor:
     """An image as a clip of one frame, resized and cropped at the centre: uint8 (C, 1, H, W)."""
     if not path.is_file():
         raise UsageError(f"there is no file {path}")
-    framing = Framing(shape[2:])
+    framing = Framing((shape[-2], shape[-1]))
     return framing(read_image(path, shape[0]), np.random.default_rng(0)).unsqueeze(1)
 
 
@@ -105,7 +105,7 @@ def _read_clip(file: Path, shape: tuple[int, ...], options: DataConfig, frames: 
         raise UsageError(
             f"{file} has {len(indices)} frames at this stride or rate, not {frames}: lower --context-frames"
         )
-    framing = Framing(shape[2:])
+    framing = Framing((shape[-2], shape[-1]))
     with open_video(file, options.decoder, info) as video:
         clip = framing(video.read(indices[:frames]), np.random.default_rng(0))
     if shape[0] == 1:

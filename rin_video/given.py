@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -24,9 +23,9 @@ class Given(NamedTuple):
     known: Tensor | None = None
     values: Tensor | None = None
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> Given:
-        """`function` on every part that is there."""
-        return Given(*(None if part is None else function(part) for part in self))
+    def at(self, indices: Tensor, device: torch.device) -> Given:
+        """Some samples of the batch, on a device."""
+        return Given(*(None if part is None else part[indices.to(part.device)].to(device) for part in self))
 
     def put(self, x0: Tensor) -> Tensor:
         """`x0` with the known cells in their place, bit for bit."""
@@ -50,13 +49,14 @@ class Given(NamedTuple):
         if told is None or not probability:
             return self
         dropped = torch.rand(len(told), device=told.device) < probability
-        label, embedding, *_ = self.without("label")
-        return self._replace(
-            label=None if label is None else torch.where(append_dims(dropped, label), label, self.label),
-            embedding=None
-            if embedding is None
-            else torch.where(append_dims(dropped, embedding), embedding, self.embedding),
-        )
+
+        def choose(nothing: Tensor | None, part: Tensor | None) -> Tensor | None:
+            if nothing is None or part is None:
+                return None
+            return torch.where(append_dims(dropped, part), nothing, part)
+
+        less = self.without("label")
+        return self._replace(label=choose(less.label, self.label), embedding=choose(less.embedding, self.embedding))
 
     def followed_by(self, other: Given) -> Given:
         """Both batches as one; they have the same parts."""

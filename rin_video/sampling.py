@@ -102,7 +102,7 @@ def sample(
         for chunk in chunks:
             noise = NoiseSource(seed, chunk.tolist(), shape, device)
             denoise = diffusion.denoiser(
-                given.map(lambda part, chunk=chunk: part[chunk].to(device)),  # type: ignore[misc]
+                given.at(chunk, device),
                 guidance,
                 guidance_drop=guidance_drop,
                 guidance_interval=guidance_interval,
