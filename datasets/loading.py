@@ -166,10 +166,11 @@ class Batches:
         self.crashes += 1
         if self.crashes > self.options.max_failures:
             raise UsageError(f"processes that read data died or hung {self.crashes} times: {error}") from error
-        workers = getattr(self._batches, "_workers", [])
-        self._batches = iter(())  # ends the old workers
+        old, self._batches = self._batches, iter(())
+        if workers := getattr(old, "_workers", []):
+            old._shutdown_workers()  # type: ignore[attr-defined]  # here and now: the traceback may keep it alive
         for worker in workers:
-            if worker.is_alive():  # one that hangs may heed no signal but this
+            if worker.is_alive():  # one that hangs, and may heed no signal but this
                 worker.kill()
         self.draws.at.fill_(-1)
         self._batches = self._start()

@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 from tqdm.auto import tqdm
 
 from rin_video.averages import make_ema, make_tracks, save_snapshot, track_state
 from rin_video.callbacks import Callback, append_line
 from rin_video.checkpoint import full_disk, newest_state, plain, remove_state, save_state, save_weights, saved_states
 from rin_video.config import Config, ModelConfig, SampleConfig, train_config
-from rin_video.datasets.draws import DrawSampler, unpack
+from rin_video.datasets.draws import Draws, DrawSampler, unpack
 from rin_video.datasets.loading import Batches
 from rin_video.datasets.open import INDEX, open_dataset
 from rin_video.diffusion import GaussianDiffusion, LossTerms
@@ -37,6 +37,7 @@ from rin_video.distributed import (
 )
 from rin_video.errors import Stopped, UsageError
 from rin_video.export import contact_sheet, save_samples
+from rin_video.known import draw_known
 from rin_video.memory import checkpoint_blocks, out_of_memory
 from rin_video.metrics import Metrics, trim_lines
 from rin_video.noise import spread_seed
@@ -53,7 +54,7 @@ class Trainer:
     """Trains a `GaussianDiffusion` on a folder or a dataset, and writes everything below `results_folder`.
 
     `data` is a folder of images or clips (which of the two follows from the model's shape), or any `Dataset` of
-    tensors (C, *grid), of (tensor, label) pairs, or of dicts with "x" and "label"; values in [0, 1] or uint8. The
+    tensors (C, *grid), of (tensor, label) pairs, or of dicts with "x", "label" and "embedding"; values in [0, 1] or uint8. The
     other options are the fields of `TrainConfig`. `callbacks` look on and measure. `train()` goes on from the last
     whole checkpoint in `results_folder`; a signal ends it with `Stopped`, after a checkpoint.
 
@@ -218,9 +219,11 @@ class Trainer:
     def accumulate(self, batch: Any, count: int) -> LossTerms:
         """The loss of one batch, and its gradient, which is added to what is there."""
         x, label = self.unpack(batch)
+        embedding = batch.get("embedding") if isinstance(batch, dict) else None
+        embedding = None if embedding is None else embedding.to(x.device, non_blocking=True)
         try:
             with self.accelerator.autocast():
-                term: LossTerms = self.diffusion(x, label, per_sample=True)
+                term: LossTerms = self.diffusion(x, label, embedding=embedding, per_sample=True)
                 self.accelerator.backward(term.loss.mean() / count)
         except Exception as error:
             if not self.compiling or isinstance(error, torch.OutOfMemoryError):
@@ -287,7 +290,7 @@ class Trainer:
             plot_metrics(self.folder / "metrics.jsonl", self.folder / "metrics.png")
         options = self.config.sample
         samples = averaged.sample_from_config(
-            options, seed=self.options.seed, max_batch=self.batch_size, progress=self.progress
+            options, seed=self.options.seed, max_batch=self.batch_size, progress=self.progress, **self.given()
         )
         evaluations = self.folder / "evaluations.jsonl"
         trim_lines(evaluations, self.step - 1)
@@ -303,6 +306,19 @@ class Trainer:
         else:
             save_samples(samples, name.with_suffix(".png" if samples.ndim == 4 else ".safetensors"))
         self.call("on_sample", samples, self.pictures())
+
+    def given(self) -> dict[str, Tensor]:
+        """What samples are given where training always gives something: parts of the data, the same every time."""
+        kinds, count = self.config.diffusion.known, self.config.sample.num_samples
+        if not kinds or kinds.get("none"):
+            return {}
+        draws = Draws(self.dataset)
+        items = [draws[0, i % len(self.dataset)] for i in range(count)]  # type: ignore[arg-type]
+        context, _ = unpack(default_collate(items))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.options.seed)
+            known = draw_known(kinds, self.config.diffusion.known_frames, count, context.shape[2:])
+        return {"context": context, "known": known}
 
     def pictures(self) -> list[Path]:
         """What `sample` wrote at the present step."""
