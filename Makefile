@@ -16,7 +16,7 @@ demo: $(VENV)/.installed  ## make clips, train a tiny model on them, sample: a f
 	$(BIN)/rin-video demo
 
 test: $(VENV)/.installed-dev  ## the default tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(VENV)/.installed-dev  ## all tests, the slow ones too
 	$(BIN)/python -m pytest -m "slow or not slow"

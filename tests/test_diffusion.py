@@ -236,3 +236,32 @@ def test_map_tensors_keeps_the_form():
     assert doubled["a"].tolist() == [2, 2]
     assert doubled["b"][0].tolist() == [2]
     assert doubled["b"][1] == [None, 3]
+
+
+@pytest.mark.parametrize("scale", [0.3, 1.0])
+def test_carried_estimate_is_in_the_range_of_the_data(scale):
+    """Trap 6: x0 self-conditioning comes from the estimate, not from the normalised input, and without the scale."""
+
+    class Exact(Recorder):
+        """Says the data are 0.5 everywhere (in the scaled problem), and keeps what it was given."""
+
+        def forward(self, x, gamma, **inputs):
+            super().forward(x, gamma, **inputs)
+            return torch.full_like(x, 0.5 * scale), torch.zeros(len(x), 1)
+
+    model = Exact(x0=True)
+    diffusion = GaussianDiffusion(model, objective="x0", scale=scale, train_prob_self_cond=1.0)
+    diffusion(torch.rand(3, 2, 4))
+    diffusion.sample(2, shape=(2, 4), steps=3)
+    carried = [call["x0"] for call in model.calls if "x0" in call]
+    assert len(carried) == 3  # the second pass of training, and two of three sampling steps
+    for x0 in carried:
+        assert_close(x0, torch.full_like(x0, 0.5))
+
+
+def test_no_first_pass_where_the_model_carries_nothing():
+    model = Recorder()
+    model.self_conditioning = False
+    GaussianDiffusion(model)(torch.rand(4, 2))
+    assert len(model.calls) == 1
+    assert not RIN(**TINY, image_size=8, self_conditioning="none").self_conditioning

@@ -18,6 +18,7 @@ from rin_video.objectives import (
     logit_normal_time,
     make_loss_weight,
     target,
+    to_x0_eps,
 )
 from rin_video.samplers import SAMPLERS, SPACINGS, get_sampler, make_levels
 from rin_video.schedules import NoiseLevel, make_schedule
@@ -362,3 +363,27 @@ def test_every_option_of_the_configuration_reaches_the_sampler():
     diffusion.sample = lambda batch_size, **options: seen.update(options) or torch.zeros(batch_size)
     diffusion.sample_from_config(SampleConfig(num_samples=3))
     assert set(vars(SampleConfig())) - {"num_samples", "fps"} <= set(seen)
+
+
+@pytest.mark.parametrize("name", ["none", *LOSS_WEIGHTS])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("path", ["cosine", "rectified_flow"])
+def test_loss_weights_are_finite_from_the_cleanest_to_the_noisiest_level(name, objective, path):
+    t = torch.tensor([0.0, 1e-6, 1e-5, 1e-3, 0.5, 1.0])
+    weight = make_loss_weight(name, objective)(make_schedule(path)(t))
+    assert torch.as_tensor(weight).isfinite().all()
+    assert (torch.as_tensor(weight) >= 0).all()
+
+
+def test_a_weight_is_that_of_the_same_error_whatever_the_objective_and_the_path():
+    """The weighted error of eps, v and velocity is the weighted error of x0 that they amount to."""
+    for path in ("cosine", "rectified_flow"):
+        level = make_schedule(path)(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64))
+        x_t, right, wrong = torch.tensor([[0.3, -0.2, 0.9], [0.1, 0.2, -0.4], [0.2, -0.1, 0.3]], dtype=torch.float64)
+        for name in LOSS_WEIGHTS:
+            wanted = None
+            for objective in OBJECTIVES:
+                x0, x0_wrong = (to_x0_eps(objective, p, x_t, level)[0] for p in (right, wrong))
+                error = make_loss_weight(name, objective)(level) * (right - wrong) ** 2 / (x0 - x0_wrong) ** 2
+                wanted = error if wanted is None else wanted
+                torch.testing.assert_close(error, wanted)
