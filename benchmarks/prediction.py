@@ -1,7 +1,7 @@
 """Does it predict? Five frames of a clip are given, the rest is sampled, and compared with what really came.
 
     python benchmarks/prediction.py                      # trains on the demo set, a quarter of an hour on 2 CPU cores
-    python benchmarks/prediction.py --run results/prediction/run          # a run that is there
+    python benchmarks/prediction.py --run runs/prediction/run             # a run that is there
 
 The clips are the demo set's; those measured on are held out: drawn with another seed. The errors are those of the
 invented frames, in [0, 1]: of one sample, and of the best of four, beside copying the last given frame and continuing
@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=300, help="clips of each shape to train on")
     parser.add_argument("--num", type=int, default=48, help="held-out clips")
     parser.add_argument("--steps", type=int, default=20, help="sampling steps")
-    parser.add_argument("--folder", type=Path, default=RESULTS / "prediction", help="for clips and the run")
+    parser.add_argument("--folder", type=Path, default=Path("runs/prediction"), help="for clips and the run")
     parser.add_argument("--out", type=Path, default=RESULTS / "prediction.json")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     options = parser.parse_args()
