@@ -55,8 +55,8 @@ class Trainer:
 
     `data` is a folder of images or clips (which of the two follows from the model's shape), or any `Dataset` of
     tensors (C, *grid), of (tensor, label) pairs, or of dicts with "x", "label" and "embedding"; values in [0, 1] or
-    uint8. The other options are the fields of `TrainConfig`. `callbacks` look on and measure. `train()` goes on from the
-    last whole checkpoint in `results_folder`; a signal ends it with `Stopped`, after a checkpoint.
+    uint8. The other options are the fields of `TrainConfig`. `callbacks` look on and measure. `train()` goes on from
+    the last whole checkpoint in `results_folder`; a signal ends it with `Stopped`, after a checkpoint.
 
     Written there: `metrics.jsonl` and its curves, `metrics.png`; `samples/` (PNG grids, or MP4 and contact sheets);
     `model.safetensors` and `config.yaml` (averaged weights, for use); `averages/` (snapshots for other averages);
