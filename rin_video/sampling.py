@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -110,7 +111,7 @@ def sample(
                 batched_guidance=batched_guidance,
                 clip_x0=clip_x0,
             )
-            start = map_tensors(lambda part, chunk=chunk: part[chunk.to(part.device)].to(device), hidden)
+            start = map_tensors(partial(_at, indices=chunk, device=device), hidden)
             estimates = []
             for i, step in enumerate(draw(denoise, noise(), levels, noise, start)):
                 bar.update()
@@ -190,6 +191,10 @@ def sample_options(diffusion: GaussianDiffusion, config: SampleConfig) -> dict[s
         "guidance_rescale": config.guidance_rescale,
         "clip_x0": config.clip_x0,
     }
+
+
+def _at(part: Tensor, indices: Tensor, device: torch.device) -> Tensor:
+    return part[indices.to(part.device)].to(device)
 
 
 def sampling_schedule(
