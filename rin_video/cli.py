@@ -69,6 +69,7 @@ def add_data_options(command: argparse.ArgumentParser) -> None:
         "--frames", type=int, metavar="N", help="frames of a clip; 0 for images (default: by what is in DATA)"
     )
     command.add_argument("--size", metavar="N|HxW", help="height and width, in pixels")
+    command.add_argument("--images", metavar="DATA", help="images to mix with the clips, data.image_ratio of the steps")
     command.add_argument("--config", metavar="NAME|FILE", help="a preset, or a YAML file (default: by frames and size)")
     add_reading_options(command)
 
@@ -93,6 +94,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--data", required=True, metavar="DATA", help=DATA_HELP)
     add_data_options(train)
+    train.add_argument("--init-from", metavar="DIR", help="start with the weights of another model, where they fit")
     train.add_argument("--out", metavar="DIR", help="where everything is written (default: runs/NAME-OF-FOLDER)")
     train.add_argument("--steps", type=int, metavar="N", help="train.train_num_steps")
     train.add_argument(

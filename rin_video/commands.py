@@ -42,6 +42,7 @@ def train(options: Namespace) -> None:
         config.train.warmup_steps = min(config.train.warmup_steps, options.steps // 2)
     if options.batch_size not in (None, "auto"):
         config.train.train_batch_size = options.batch_size
+    config.train.init_from = options.init_from or config.train.init_from
     config.train.__post_init__()
 
     folder = Path(options.out or run_folder(options.data))
@@ -310,6 +311,12 @@ def read_config(options: Namespace, preset: str) -> Config:
     if options.size:
         config.model.image_size = parse_size(options.size)
     config.data.path = os.fspath(options.data)
+    config.data.images = options.images or config.data.images
+    if config.data.images is not None:
+        if not config.model.frames:
+            raise UsageError("--images is mixed with clips: give --frames, or the images alone as --data")
+        if config.model.tokenizer in ("auto", "tube"):
+            config.model.tokenizer = "tube+image"
     set_reading(config, options)
     return config
 
