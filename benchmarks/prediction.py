@@ -1,6 +1,6 @@
 """Does it predict? Five frames of a clip are given, the rest is sampled, and compared with what really came.
 
-    python benchmarks/prediction.py                      # trains on the demo set, a quarter of an hour on 2 CPU cores
+    python benchmarks/prediction.py                      # trains on the demo set, ten minutes on 2 CPU cores
     python benchmarks/prediction.py --run runs/prediction/run             # a run that is there
 
 The clips are the demo set's; those measured on are held out: drawn with another seed. The errors are those of the
@@ -92,7 +92,7 @@ def sheet(clips: Tensor, predicted: Tensor, path: Path, num: int = 4) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, help="a trained run (default: train one)")
-    parser.add_argument("--train-steps", type=int, default=2400)
+    parser.add_argument("--train-steps", type=int, default=1000)
     parser.add_argument("--clips", type=int, default=1000, help="clips of each shape to train on")
     parser.add_argument("--num", type=int, default=48, help="held-out clips")
     parser.add_argument("--steps", type=int, default=20, help="sampling steps")

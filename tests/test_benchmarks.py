@@ -7,14 +7,20 @@ import numpy as np
 import pytest
 import torch
 
+from rin_video import RIN, load_config
 
-@pytest.fixture(scope="module")
-def few_steps():
-    path = Path(__file__).parents[1] / "benchmarks" / "few_steps.py"
-    spec = importlib.util.spec_from_file_location("few_steps", path)
+
+def load(name: str):
+    path = Path(__file__).parents[1] / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def few_steps():
+    return load("few_steps")
 
 
 def test_frechet_distance_of_known_gaussians(few_steps):
@@ -36,3 +42,30 @@ def test_every_way_to_spoil_a_clip_but_the_first_changes_it(few_steps):
         assert spoilt.shape == x.shape
         assert 0 <= spoilt.min() <= spoilt.max() <= 1
         assert torch.equal(spoilt, x) == (name == "not")
+
+
+def test_baselines_of_prediction_are_exact_where_they_should_be():
+    prediction = load("prediction")
+    start, step = torch.rand(2, 2, 3, 1, 4, 4, generator=torch.Generator().manual_seed(0)) / 20
+    ramp = start + step * torch.arange(prediction.FRAMES).view(1, 1, -1, 1, 1)
+    still = start.expand_as(ramp)
+    invented = slice(prediction.GIVEN, None)
+    for clips, exact, other in (
+        (ramp, "linear extrapolation", "copy of the last frame"),
+        (still, "copy of the last frame", None),
+    ):
+        guesses = prediction.baselines(clips, prediction.GIVEN)
+        torch.testing.assert_close(guesses[exact], clips[:, :, invented])
+        if other:
+            far = step * torch.arange(1, prediction.FRAMES - prediction.GIVEN + 1).view(1, 1, -1, 1, 1)
+            found = prediction.errors(guesses[other], clips[:, :, invented])
+            torch.testing.assert_close(found["mse"], far.square().mean((1, 2, 3, 4)))
+            torch.testing.assert_close(found["mae"], far.abs().mean((1, 2, 3, 4)))
+
+
+def test_options_of_prediction_make_a_model_that_is_given_frames():
+    prediction = load("prediction")
+    config = load_config("demo", prediction.OPTIONS)
+    assert RIN(config.model).shape == (3, prediction.FRAMES, 32, 32)
+    assert config.model.known_mask
+    assert config.diffusion.known_frames == [prediction.GIVEN] * 2
