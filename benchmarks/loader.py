@@ -20,12 +20,12 @@ from statistics import median
 import numpy as np
 import torch
 
-from rin_video.checkpoint import write_text
 from rin_video.config import DataConfig
 from rin_video.datasets import ClipFolder
 from rin_video.datasets.backends import torchcodec_problem
 from rin_video.datasets.demo import write_demo_set
 from rin_video.datasets.loading import Batches
+from rin_video.files import write_text
 
 RESULTS = Path(__file__).parent / "results"
 FRAMES, SIZE, BATCH = 16, 64, 4

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from rin_video.checkpoint import write_text
 from rin_video.config import DataConfig
 from rin_video.datasets.decoding import open_video
 from rin_video.datasets.framing import Chance
@@ -29,6 +28,7 @@ from rin_video.datasets.shards import write_shard
 from rin_video.datasets.sources import shown
 from rin_video.datasets.windows import nearest_in_time
 from rin_video.errors import UsageError
+from rin_video.files import write_text
 
 MANIFEST = "prepare.json"
 FILES_PER_SHARD = 256
