@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from rin_video.config import DataConfig, data_config
 from rin_video.datasets.sources import Source, open_source, shown, size_of
 from rin_video.errors import UsageError
 
@@ -48,14 +49,16 @@ class ArrayFolder(Dataset[dict[str, Tensor | int]]):
         shape: Sequence[int],
         *,
         index: Path | None = None,
-        strict: bool = False,
+        config: DataConfig | None = None,
         seed: int = 0,
+        **options: Any,
     ) -> None:
         from rin_video.datasets.folders import number_classes
         from rin_video.datasets.index import make_index, refuse_skipped
 
         self.root, self.shape, self.seed = root, tuple(shape), seed
-        found = make_index(root, "array", path=index)
+        config = config or data_config(**options)
+        found = make_index(root, "array", config, path=index, progress=True)
         self.skipped = found.unusable
         self.files: list[Source] = []
         self.infos: list[ArrayInfo] = []
@@ -70,7 +73,7 @@ class ArrayFolder(Dataset[dict[str, Tensor | int]]):
             names += [entry.class_name] * (count or 1)
             self.files.append(entry.source)
             self.infos.append(entry.info)
-        refuse_skipped(len(self.files), self.skipped, strict)
+        refuse_skipped(len(self.files), self.skipped, config.strict)
         self.classes, self.labels = number_classes(names)
 
     def __len__(self) -> int:

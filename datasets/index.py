@@ -17,6 +17,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from rin_video.config import DataConfig
 from rin_video.datasets.arrays import ArrayInfo, probe_array
 from rin_video.datasets.decoding import open_video
 from rin_video.datasets.folders import KINDS, find_sources, first_folder, number_classes
@@ -170,20 +171,21 @@ def keeping_all() -> Iterator[None]:
 def make_index(
     root: str | PathLike[str],
     kind: str,
+    options: DataConfig | None = None,
     *,
     path: Path | None = None,
-    cuts: bool = False,
-    max_pixels: int = MAX_PIXELS,
-    seconds: float = 60.0,
-    allow_pipe: bool = False,
     progress: bool = False,
 ) -> Index:
     """Look into every file that is new or has changed since the index file `path` was written; then rewrite it.
 
-    `kind` is image, video or array. A file gets `seconds`, in a child process. Raises UsageError where there are none.
+    `kind` is image, video or array. A file gets `options.read_timeout` seconds, in a child process. Raises UsageError
+    where there are none.
     """
-    sources = find_sources(root, KINDS[kind], allow_pipe=allow_pipe, cache=path.parent / "pipes" if path else None)
-    probe = Probe(kind, cuts, max_pixels)
+    options = options or DataConfig()
+    sources = find_sources(
+        root, KINDS[kind], allow_pipe=options.allow_pipe, cache=path.parent / "pipes" if path else None
+    )
+    probe = Probe(kind, options.avoid_cuts and kind == "video", options.max_pixels)
     entries, changed = [], []
     modified: dict[Path, tuple[int, int]] = {}
     with keeping_all():
@@ -201,7 +203,7 @@ def make_index(
             entries.append(entry)
     bar = tqdm(total=len(changed), desc="looking into files", unit="file", disable=not progress, delay=2)
     with bar:
-        for i, result in run_apart([entry.source for entry in changed], probe, seconds=seconds):
+        for i, result in run_apart([entry.source for entry in changed], probe, seconds=options.read_timeout):
             if isinstance(result, UsageError):
                 changed[i].error = str(result)
             else:

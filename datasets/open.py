@@ -45,7 +45,7 @@ def open_dataset(
     if is_hub(path):
         return HubDataset(path, shape, options, seed=seed)
     if arrays:
-        return ArrayFolder(path, shape, index=index, strict=options.strict, seed=seed)
+        return ArrayFolder(path, shape, index=index, config=options, seed=seed)
     channels, *frames, height, width = shape
     common: dict[str, Any] = {"channels": channels, "seed": seed, "index": index, "config": options}
     if not frames:

@@ -63,14 +63,7 @@ def prepare(
     `options.crop` center cuts the middle; random keeps the whole picture, its short side fitted, to be cropped later.
     Shards that are there already stay. Returns a report. UsageError where `out` holds shards made otherwise.
     """
-    index = make_index(
-        root,
-        kind,
-        path=out / "source.jsonl",
-        max_pixels=options.max_pixels,
-        seconds=options.read_timeout,
-        progress=True,
-    )
+    index = make_index(root, kind, options, path=out / "source.jsonl", progress=True)
     index.require_some(options.strict)
     entries = index.usable
     manifest = {
