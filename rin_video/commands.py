@@ -187,16 +187,7 @@ def index(options: Namespace) -> None:
     data = read_data_config(options)
     kind = options.kind or kind_of(options.data, data)
     path = Path(options.out or run_folder(options.data) / INDEX)
-    found = make_index(
-        options.data,
-        kind,
-        path=path,
-        cuts=data.avoid_cuts,
-        max_pixels=data.max_pixels,
-        seconds=data.read_timeout,
-        allow_pipe=data.allow_pipe,
-        progress=True,
-    )
+    found = make_index(options.data, kind, data, path=path, progress=True)
     _say(found.describe())
     found.require_some(data.strict)
     _say(f"index: {path}")
