@@ -36,7 +36,7 @@ def test_colours_are_kept(tmp_path):
 
 
 def test_the_same_frames_give_the_same_file(tmp_path):
-    """x264 without cpu-independent gives other bytes for about a quarter of such clips: it reads memory it never set."""
+    """x264 without cpu-independent gives other bytes for a quarter of such clips: it reads memory it never set."""
     chance = np.random.default_rng(0)
     for seed in range(12):
         clip = torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (3, 12, 18, 32), dtype=np.uint8))
