@@ -15,8 +15,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from rin_video.config import DataConfig
-from rin_video.datasets.buckets import BucketSampler
-from rin_video.datasets.draws import Draws, DrawSampler
+from rin_video.datasets.draws import Draws
+from rin_video.datasets.mixture import make_sampler
 from rin_video.datasets.sources import shown
 from rin_video.errors import UsageError
 
@@ -62,6 +62,7 @@ class SafeDraws(Dataset[Any]):
 class Batches:
     """An endless iterator over batches, from `first_batch` on. What they hold follows from the seed and their number.
 
+    The `group` batches of one optimizer step are of one kind of data.
     Raises UsageError once more than `options.max_failures` samples had to be left out.
     """
 
@@ -75,13 +76,14 @@ class Batches:
         first_batch: int = 0,
         rank: int = 0,
         num_ranks: int = 1,
+        group: int = 1,
         pin_memory: bool = False,
         worker_init_fn: Callable[[int], None] | None = None,
     ) -> None:
         self.dataset, self.options = dataset, options
         self.draws = SafeDraws(dataset, options.num_workers)
         self.batch_size, self.seed, self.next_batch = batch_size, seed, first_batch
-        self.rank, self.num_ranks, self.pin_memory = rank, num_ranks, pin_memory
+        self.rank, self.num_ranks, self.group, self.pin_memory = rank, num_ranks, group, pin_memory
         self.worker_init_fn = worker_init_fn
         self.crashes = 0
         self._batches = self._start()
@@ -121,18 +123,13 @@ class Batches:
             "first_batch": self.next_batch,
             "rank": self.rank,
             "num_ranks": self.num_ranks,
+            "group": self.group,
         }
-        several = getattr(getattr(self.dataset, "buckets", None), "shapes", ())
-        sampler: Any = (
-            BucketSampler(self.draws.bucket_of or (), self.batch_size, **where)
-            if several
-            else DrawSampler(self.draws.length, self.batch_size, **where)
-        )
         workers = self.options.num_workers
         return iter(
             DataLoader(
                 self.draws,
-                batch_sampler=sampler,
+                batch_sampler=make_sampler(self.dataset, self.batch_size, **where),
                 num_workers=workers,
                 worker_init_fn=self.worker_init_fn,
                 pin_memory=self.pin_memory,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -12,12 +13,13 @@ from rin_video.datasets.clips import ClipFolder
 from rin_video.datasets.folders import detect_kind
 from rin_video.datasets.hub import HubDataset, is_hub
 from rin_video.datasets.images import ImageFolder
+from rin_video.datasets.mixture import Mixture
 from rin_video.datasets.shards import is_shards
 from rin_video.errors import UsageError
 
 INDEX = "index.jsonl"  # in the folder of a run
 
-Opened: TypeAlias = ImageFolder | ClipFolder | ArrayFolder | HubDataset
+Opened: TypeAlias = ImageFolder | ClipFolder | ArrayFolder | HubDataset | Mixture
 
 
 def open_dataset(
@@ -28,22 +30,45 @@ def open_dataset(
     seed: int = 0,
     index: Path | None = None,
 ) -> Opened:
-    """Images (C, H, W) or clips (C, F, H, W), by the rank of `shape`; arrays of any shape.
+    """Images (C, H, W) or clips (C, F, H, W), by the rank of `shape`; arrays of any shape; clips mixed with images.
 
     `index` is a file that keeps what is known of the data between runs. Raises `UsageError` for other ranks.
     """
+    if options.images is not None:
+        return _open_mixture(path, shape, options, seed, index)
     if shape is None:
         raise UsageError("the model does not say its shape: give the Trainer a Dataset instead")
+    told = options.embeddings or options.text_encoder is not None
+    cache = index.parent / "pipes" if index else None
+    arrays = not is_hub(path) and (len(shape) not in (3, 4) or holds_arrays(path, options, cache))
+    if told and (is_hub(path) or arrays):
+        raise UsageError(f"{path}: embeddings and captions come with folders and shards of clips or images only")
     if is_hub(path):
         return HubDataset(path, shape, options, seed=seed)
-    cache = index.parent / "pipes" if index else None
-    if len(shape) not in (3, 4) or holds_arrays(path, options, cache):
+    if arrays:
         return ArrayFolder(path, shape, index=index, strict=options.strict, seed=seed)
     channels, *frames, height, width = shape
     common: dict[str, Any] = {"channels": channels, "seed": seed, "index": index, "config": options}
     if not frames:
         return ImageFolder(path, (height, width), **common)
     return ClipFolder(path, (height, width), frames[0], **common)
+
+
+def _open_mixture(
+    path: str | os.PathLike[str], shape: tuple[int, ...] | None, options: DataConfig, seed: int, index: Path | None
+) -> Mixture:
+    assert options.images is not None
+    if shape is None or len(shape) != 4:
+        raise UsageError(
+            f"data.images={options.images} is mixed with clips, and the model takes {shape}: give --frames, or the "
+            "images alone as --data"
+        )
+    alone = replace(options, images=None)
+    clips = open_dataset(path, shape, alone, seed=seed, index=index)
+    beside = index.with_name(f"images-{index.name}") if index else None
+    still = replace(alone, buckets=[], fps=None, stride=1, span="window", avoid_cuts=False)
+    images = open_dataset(options.images, (shape[0], *shape[2:]), still, seed=seed, index=beside)
+    return Mixture(clips, images, options.image_ratio)
 
 
 def holds_arrays(path: str | os.PathLike[str], options: DataConfig, cache: Path | None = None) -> bool:

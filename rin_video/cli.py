@@ -13,7 +13,14 @@ from importlib.metadata import version
 from rin_video.config import SAMPLER_NAMES
 from rin_video.errors import Stopped, UsageError
 
-FLAGS = ("--json", "--strict", "--carry-latents", "--key-frames", "--interpolate-positions")  # without a value
+FLAGS = (
+    "--json",
+    "--strict",
+    "--embeddings",
+    "--carry-latents",
+    "--key-frames",
+    "--interpolate-positions",
+)  # without a value
 OVERRIDE = re.compile(r"^[A-Za-z_]\w*(\.\w+)+=")
 
 
@@ -69,6 +76,7 @@ def add_data_options(command: argparse.ArgumentParser) -> None:
         "--frames", type=int, metavar="N", help="frames of a clip; 0 for images (default: by what is in DATA)"
     )
     command.add_argument("--size", metavar="N|HxW", help="height and width, in pixels")
+    command.add_argument("--images", metavar="DATA", help="images to mix with the clips, data.image_ratio of the steps")
     command.add_argument("--config", metavar="NAME|FILE", help="a preset, or a YAML file (default: by frames and size)")
     add_reading_options(command)
 
@@ -93,6 +101,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--data", required=True, metavar="DATA", help=DATA_HELP)
     add_data_options(train)
+    train.add_argument("--embeddings", action="store_true", help="vectors beside the files are conditions (x.npy)")
+    train.add_argument("--text-encoder", metavar="NAME|DIR", help="captions (x.txt) through it are conditions")
+    train.add_argument("--init-from", metavar="DIR", help="start with the weights of another model, where they fit")
     train.add_argument("--out", metavar="DIR", help="where everything is written (default: runs/NAME-OF-FOLDER)")
     train.add_argument("--steps", type=int, metavar="N", help="train.train_num_steps")
     train.add_argument(
@@ -132,6 +143,8 @@ def make_parser() -> argparse.ArgumentParser:
     sample.add_argument("--spacing", metavar="NAME", help="of the steps: uniform, quadratic, karras, logsnr")
     sample.add_argument("--schedule", metavar="NAME", help="another noise schedule than that of training")
     sample.add_argument("--class", dest="label", metavar="NAME|N", help="one class, or all in turn (default)")
+    sample.add_argument("--caption", nargs="+", metavar="TEXT", help="what the samples are to show; several in turn")
+    sample.add_argument("--embedding", nargs="+", metavar="FILE", help="the same as vectors, .npy or .safetensors")
     sample.add_argument("--guidance", type=float, metavar="W", help="classifier-free guidance; 0: none")
     sample.add_argument("--guidance-drop", metavar="WHAT", help="what guidance does without: label, known, label+known")
     sample.add_argument("--frames", type=int, metavar="N", help="frames of a clip, any number; 0: images")

@@ -175,6 +175,11 @@ class DataConfig:
     """Which files, and how a sample is cut from one."""
 
     path: str | None = None  # a folder, one file, shards {000..123}.tar, or hf:NAME
+    images: str | None = None  # images to mix with the clips, for model.tokenizer=tube+image
+    image_ratio: float = 0.5  # share of the steps that are of images
+    embeddings: bool = False  # vectors beside the files (x.npy, x.safetensors beside x.mp4) as conditions
+    text_encoder: str | None = None  # captions (x.txt beside x.mp4) through it as conditions: folder or hub id
+    caption_tokens: int = 32  # vectors of a caption at most; 1: their mean
     stride: int = 1  # source frames from one frame of a clip to the next
     fps: float | None = None  # resample clips to this rate instead of a stride
     span: str = "window"  # window: as stride and fps say; whole: frames from all over the file
@@ -203,10 +208,14 @@ class DataConfig:
         _choice("data.span", self.span, ("window", "whole"))
         _choice("data.sampling", self.sampling, ("clips", "time"))
         _choice("data.decoder", self.decoder, ("auto", "torchcodec", "decord", "pyav", "pillow"))
-        for name in ("stride", "windows", "prefetch", "max_pixels"):
+        for name in ("stride", "windows", "prefetch", "max_pixels", "caption_tokens"):
             _at_least(f"data.{name}", getattr(self, name), 1, int)
         for name in ("num_workers", "max_failures"):
             _at_least(f"data.{name}", getattr(self, name), 0, int)
+        if self.embeddings and self.text_encoder is not None:
+            raise UsageError("data.embeddings and data.text_encoder both say what comes with a sample: leave one out")
+        if not 0 < self.image_ratio < 1:
+            raise UsageError(f"data.image_ratio is {self.image_ratio:g}: it must be above 0 and below 1")
         if self.fps is not None:
             _above("data", "fps", self.fps, 0)
             if self.stride != 1:
@@ -244,6 +253,7 @@ class TrainConfig:
     gradient_checkpointing: bool = False  # compute each block again for its gradient: less memory, a third more time
     compile: bool = False  # torch.compile the model; left out where it fails
     sharding: str = "none"  # none (every process holds the model: DDP), fsdp2 (each holds a part)
+    init_from: str | None = None  # folder or hub id of a model whose weights to start with, where they fit
     seed: int = 0  # of initial weights, data order, noise and samples
     save_and_sample_every: int = 1000  # steps
     keep_checkpoints: int = 2  # states to resume from that are kept

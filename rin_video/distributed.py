@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.overrides import TorchFunctionMode
@@ -27,8 +27,11 @@ from rin_video.tracking import check_trackers
 TIMEOUT = timedelta(hours=2)
 
 
-def make_accelerator(options: TrainConfig, folder: Path) -> Accelerator:
-    """An `Accelerator`; fp16 without a GPU, or FSDP of the first version, is a `UsageError`."""
+def make_accelerator(options: TrainConfig, folder: Path, *, partial: bool = False) -> Accelerator:
+    """An `Accelerator`; fp16 without a GPU, or FSDP of the first version, is a `UsageError`.
+
+    With `partial`, a step may leave some parameters without a gradient, the same in all processes.
+    """
     if options.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise UsageError("train.mixed_precision=fp16 needs a CUDA GPU: use bf16, or no")
     check_trackers(options.trackers)
@@ -47,7 +50,10 @@ def make_accelerator(options: TrainConfig, folder: Path) -> Accelerator:
         log_with=list(options.trackers) or None,
         project_dir=folder,
         fsdp_plugin=plugin,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=TIMEOUT),
+            DistributedDataParallelKwargs(find_unused_parameters=partial),
+        ],
     )
     if accelerator.distributed_type == "FSDP" and not accelerator.is_fsdp2:
         raise UsageError("FSDP of the first version is not supported: use train.sharding=fsdp2, or --fsdp_version 2")

@@ -84,15 +84,16 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def figures(folder: Path) -> list[str]:
-    """The samples of a few steps, spread over the training: clips that play, or pictures."""
-    files: dict[int, Path] = {}
+    """The samples of a few steps, spread over the training: clips that play, or pictures, or both."""
+    files: dict[int, dict[str, Path]] = {}
     for path in sorted(folder.glob("step-*"), key=lambda path: path.suffix == ".mp4"):  # a clip replaces its sheet
-        if path.suffix in KINDS and path.stem.removeprefix("step-").isdecimal():
-            files[int(path.stem.removeprefix("step-"))] = path
+        step, _, kind = path.stem.removeprefix("step-").partition("-")
+        if path.suffix in KINDS and step.isdecimal():
+            files.setdefault(int(step), {})[kind] = path
     steps = sorted(files)
     count = min(SHOWN, len(steps))
     chosen = [steps[round(i * (len(steps) - 1) / max(count - 1, 1))] for i in range(count)]
-    return [figure(step, files[step]) for step in chosen]
+    return [figure(step, path) for step in chosen for _, path in sorted(files[step].items())]
 
 
 def figure(step: int, path: Path) -> str:

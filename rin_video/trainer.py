@@ -21,8 +21,12 @@ from rin_video.averages import make_ema, make_tracks, save_snapshot, track_state
 from rin_video.callbacks import Callback, append_line
 from rin_video.checkpoint import full_disk, newest_state, plain, remove_state, save_state, save_weights, saved_states
 from rin_video.config import Config, ModelConfig, SampleConfig, train_config
-from rin_video.datasets.draws import Draws, DrawSampler, unpack
+from rin_video.datasets.clips import ClipFolder
+from rin_video.datasets.draws import Draws, unpack
+from rin_video.datasets.embeddings import embedding_shape
+from rin_video.datasets.images import ImageFolder
 from rin_video.datasets.loading import Batches
+from rin_video.datasets.mixture import Mixture, make_sampler
 from rin_video.datasets.open import INDEX, open_dataset
 from rin_video.diffusion import GaussianDiffusion, LossTerms
 from rin_video.distributed import (
@@ -46,6 +50,7 @@ from rin_video.plots import plot_metrics
 from rin_video.provenance import write_provenance
 from rin_video.signals import StopSignals, ignore_signals
 from rin_video.tracking import Tracking
+from rin_video.transfer import transfer_weights
 
 log = logging.getLogger("rin_video")
 
@@ -87,15 +92,20 @@ class Trainer:
         self.config, self.options = config, config.train
         self.folder = Path(results_folder)
         self.progress = progress
-        self.accelerator = make_accelerator(self.options, self.folder)
+        several_kinds = len(getattr(diffusion.model, "shapes", ())) > 1
+        self.accelerator = make_accelerator(self.options, self.folder, partial=several_kinds)
         self.batch_size = share(self.options.train_batch_size, self.accelerator.num_processes)
         if isinstance(data, str | os.PathLike):
             data = open_dataset(data, diffusion.shape, config.data, seed=self.options.seed, index=self.folder / INDEX)
         self.dataset = data
+        check_kinds(diffusion, data)
         check_classes(diffusion, data)
+        check_embeddings(diffusion, data)
         if getattr(diffusion.model, "num_classes", 0):
             config.data.classes = list(getattr(data, "classes", []))
 
+        if self.options.init_from is not None:
+            self.start_from(self.options.init_from, diffusion)
         device = self.accelerator.device
         self.optimizer = make_optimizer(diffusion, config)
         self.schedule = make_lr_schedule(self.optimizer, config)
@@ -247,6 +257,7 @@ class Trainer:
             first_batch=self.step * self.options.gradient_accumulate_every,
             rank=self.accelerator.process_index,
             num_ranks=self.accelerator.num_processes,
+            group=self.options.gradient_accumulate_every,
             pin_memory=self.accelerator.device.type == "cuda",
             worker_init_fn=ignore_signals,
         )
@@ -268,11 +279,11 @@ class Trainer:
         count = self.options.gradient_accumulate_every
         size = self.options.train_batch_size
         first = (failure.step - 1) * count
-        order = iter(DrawSampler(len(self.dataset), size, seed=self.options.seed, first_batch=first))  # type: ignore[arg-type]
+        order = iter(make_sampler(self.dataset, size, seed=self.options.seed, first_batch=first, group=count))
         drawn = [index for _ in range(count) for _, index in next(order)]
-        files = getattr(self.dataset, "files", None)
         guilty = sorted({drawn[place] for place in failure.places} or set(drawn))
-        names = [str(files[index]) if files else f"sample {index}" for index in guilty]
+        name_of = getattr(self.dataset, "name_of", "sample {}".format)
+        names = [name_of(index) for index in guilty]
         last = self.checkpoints[-1] if self.checkpoints else "none"
         named = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
         raise UsageError(
@@ -288,10 +299,7 @@ class Trainer:
             return
         if (self.folder / "metrics.jsonl").exists():
             plot_metrics(self.folder / "metrics.jsonl", self.folder / "metrics.png")
-        options = self.config.sample
-        samples = averaged.sample_from_config(
-            options, seed=self.options.seed, max_batch=self.batch_size, progress=self.progress, **self.given()
-        )
+        samples = self.preview(averaged, self.dataset.clips if isinstance(self.dataset, Mixture) else self.dataset)
         evaluations = self.folder / "evaluations.jsonl"
         trim_lines(evaluations, self.step - 1)
         for callback in self.callbacks:
@@ -300,33 +308,57 @@ class Trainer:
                 append_line(evaluations, {"step": self.step, **scores})
         name = self.folder / "samples" / f"step-{self.step:08d}"
         name.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(self.dataset, Mixture):
+            channels, _, *size = averaged.shape or ()
+            images = self.preview(averaged, self.dataset.images, shape=(channels, *size))
+            save_samples(images, name.with_name(f"{name.name}-images.png"))
         if samples.ndim == 5:
-            save_samples(samples, name.with_suffix(".mp4"), fps=options.fps)
+            save_samples(samples, name.with_suffix(".mp4"), fps=self.config.sample.fps)
             contact_sheet(samples, name.with_suffix(".png"))
         else:
             save_samples(samples, name.with_suffix(".png" if samples.ndim == 4 else ".safetensors"))
         self.call("on_sample", samples, self.pictures())
 
-    def given(self) -> dict[str, Tensor]:
-        """What samples are given where training always gives something: parts of the data, the same every time."""
+    def preview(self, averaged: GaussianDiffusion, data: Any, **options: Any) -> Tensor:
+        """Samples as the configuration says, of the kind of `data`."""
+        return averaged.sample_from_config(
+            self.config.sample,
+            seed=self.options.seed,
+            max_batch=self.batch_size,
+            progress=self.progress,
+            **self.given(data),
+            **options,
+        )
+
+    def given(self, data: Any) -> dict[str, Tensor]:
+        """What samples are given: embeddings where there are some, cells where training always gives some.
+
+        They are those of the data's first samples, the same every time.
+        """
         kinds, count = self.config.diffusion.known, self.config.sample.num_samples
-        if not kinds or kinds.get("none"):
+        always = bool(kinds) and not kinds.get("none")
+        if not always and not self.config.model.embedding_dim:
             return {}
-        draws = Draws(self.dataset)
-        items = [draws[0, i % len(self.dataset)] for i in range(count)]  # type: ignore[arg-type]
-        context, _ = unpack(default_collate(items))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.options.seed)
-            known = draw_known(kinds, self.config.diffusion.known_frames, count, context.shape[2:])
-        return {"context": context, "known": known}
+        batch = default_collate([Draws(data)[0, i % len(data)] for i in range(count)])
+        given = {}
+        if isinstance(batch, dict) and "embedding" in batch:
+            given["embedding"] = batch["embedding"]
+        if always:
+            context, _ = unpack(batch)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.options.seed)
+                known = draw_known(kinds, self.config.diffusion.known_frames, count, context.shape[2:])
+            if known.any():  # images take fewer kinds than clips
+                given |= {"context": context, "known": known}
+        return given
 
     def pictures(self) -> list[Path]:
         """What `sample` wrote at the present step."""
-        return sorted((self.folder / "samples").glob(f"step-{self.step:08d}.*"))
+        return sorted((self.folder / "samples").glob(f"step-{self.step:08d}[.-]*"))
 
     def is_sampled(self) -> bool:
         """Whether `sample` came to its end at the present step: the clip is not the last file that it writes."""
-        return any(path.suffix != ".mp4" for path in self.pictures())
+        return any(path.stem == f"step-{self.step:08d}" and path.suffix != ".mp4" for path in self.pictures())
 
     def averaged(self) -> GaussianDiffusion:
         """The diffusion with the averaged weights. To be called by all processes."""
@@ -376,6 +408,14 @@ class Trainer:
         if states and self.accelerator.is_main_process:
             save_snapshot(self.folder, self.step, self.options.ema_sigma_rel, states)
 
+    def start_from(self, source: str, diffusion: GaussianDiffusion) -> None:
+        """Bring the weights of another model, and say which; a run that goes on has its own."""
+        if self.checkpoints:
+            log.info("%s goes on with its own weights: those of %s are not read again", self.folder, source)
+            return
+        moved = transfer_weights(source, diffusion.model).describe()
+        log.info("weights from %s\n  %s", source, moved.replace("\n", "\n  "))
+
     def resume(self) -> None:
         """Go on from the last whole checkpoint. Raises `UsageError` where it is of another model."""
         newest = newest_state(self.folder)
@@ -408,6 +448,12 @@ def describe_line(line: dict[str, Any]) -> str:
     return text + (f", {line['data_wait']:.0%} waiting for data" if line["data_wait"] >= 0.05 else "")
 
 
+def check_kinds(diffusion: GaussianDiffusion, data: Any) -> None:
+    """Clips and images together need a model with a tokenizer for each."""
+    if isinstance(data, Mixture) and {3, 4} - {len(shape) for shape in getattr(diffusion.model, "shapes", ())}:
+        raise UsageError("clips are mixed with images, and the model takes one kind: set model.tokenizer=tube+image")
+
+
 def check_classes(diffusion: GaussianDiffusion, data: Any) -> None:
     """A model with classes needs as many as the data has."""
     expected = getattr(diffusion.model, "num_classes", 0)
@@ -415,6 +461,23 @@ def check_classes(diffusion: GaussianDiffusion, data: Any) -> None:
     if expected and classes is not None and len(classes) != expected:
         raise UsageError(
             f"the model has {expected} classes, the data {len(classes)}: set model.num_classes={len(classes)}"
+        )
+
+
+def check_embeddings(diffusion: GaussianDiffusion, data: Any) -> None:
+    """What comes with the samples must fit the model, and come where the model waits for it."""
+    config = getattr(diffusion.model, "config", None)
+    shape, wanted = embedding_shape(data), getattr(config, "embedding_dim", 0)
+    if shape is None and wanted and isinstance(data, ImageFolder | ClipFolder | Mixture):
+        raise UsageError(
+            f"model.embedding_dim is {wanted}, and nothing comes with the samples: use data.embeddings=true (files) or "
+            "data.text_encoder=NAME (captions)"
+        )
+    if shape is not None and (wanted != shape[1] or getattr(config, "embedding_tokens", 0) < shape[0]):
+        raise UsageError(
+            f"the samples come with {shape[0]} vectors of {shape[1]}, the model takes "
+            f"{getattr(config, 'embedding_tokens', 0) if wanted else 0} of {wanted}: set "
+            f"model.embedding_tokens={shape[0]} model.embedding_dim={shape[1]}"
         )
 
 

@@ -45,7 +45,9 @@ def runs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     common = ["train_batch_size=4", "gradient_accumulate_every=2"]
     make_trainer(folder / "one", train_batch_size=4, gradient_accumulate_every=2).train()
-    launch(str(folder / "ddp"), *common, "--", str(folder / "fsdp2"), *common, "sharding=fsdp2")
+    make_trainer(folder / "one-mixture", train_batch_size=4, gradient_accumulate_every=2, mixture=True).train()
+    mixed = [str(folder / "mixture"), *common, "mixture=true"]
+    launch(str(folder / "ddp"), *common, "--", str(folder / "fsdp2"), *common, "sharding=fsdp2", "--", *mixed)
     return folder
 
 
@@ -53,6 +55,13 @@ def runs(tmp_path_factory) -> Path:
 def test_the_loss_curve_is_that_of_one_process(runs, name):
     """The same samples, noise and times: what differs is the order of sums."""
     one, two = losses(runs / "one"), losses(runs / name)
+    assert len(one) == len(two) == 20
+    assert_close(torch.tensor(two), torch.tensor(one), rtol=2e-6, atol=0)
+
+
+def test_clips_mixed_with_images_too(runs):
+    """Each step leaves one tokenizer without a gradient, in both processes the same one."""
+    one, two = losses(runs / "one-mixture"), losses(runs / "mixture")
     assert len(one) == len(two) == 20
     assert_close(torch.tensor(two), torch.tensor(one), rtol=2e-6, atol=0)
 

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from rin_video import RIN, GaussianDiffusion, Trainer, checkpoint
 from rin_video.callbacks import Callback
 from rin_video.config import Config, train_config
+from rin_video.datasets.mixture import Mixture
 
 TINY = {"dim": 32, "num_latents": 6, "dim_latent": 32, "depth": 2, "num_heads": 2, "latent_num_heads": 2,
         "image_size": 8, "patch_size": 4}  # fmt: skip
@@ -33,6 +34,13 @@ class Noise(Dataset):
         return {"x": self.x[index]}
 
 
+class Still(Noise):
+    """Clips: four times the same frame."""
+
+    def __getitem__(self, index):
+        return {"x": self.x[index][:, None].expand(-1, 4, -1, -1)}
+
+
 class Slow(Callback):
     def on_step(self, trainer, loss):
         time.sleep(float(os.environ.get("STEP_SECONDS", 0)))
@@ -40,6 +48,9 @@ class Slow(Callback):
 
 def make_trainer(folder: str | Path, model: dict | None = None, callbacks=(), data=None, **options) -> Trainer:
     torch.manual_seed(0)
+    if options.pop("mixture", False):
+        model = {"tokenizer": "tube+image", "frames": 4, "patch_size": (2, 4, 4)}
+        data = Mixture(Still(), Noise(), 0.4)
     defaults = {"train_num_steps": 20, "train_batch_size": 8, "train_lr": 1e-3, "log_every": 1,
                 "save_and_sample_every": 10, "ema_snapshot_every": 5}  # fmt: skip
     diffusion = GaussianDiffusion(RIN(**TINY | (model or {})), timesteps=3)

@@ -1,0 +1,114 @@
+"""Clips and images for one model that holds a tokenizer for each: every step is of one kind, by a ratio."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from itertools import count
+from typing import Any
+
+from torch.utils.data import Dataset, Sampler
+
+from rin_video.config import DataConfig
+from rin_video.datasets.buckets import BucketSampler
+from rin_video.datasets.draws import Draws, DrawSampler, unpack
+from rin_video.errors import UsageError
+
+
+class Mixture(Dataset[dict[str, Any]]):
+    """Clips, then images, as one dataset; `image_ratio` of the steps are of images. Items are those of the parts.
+
+    Classes are the union by name: a folder `cats` of clips and one of images are one class; a part without classes is
+    trained on without labels. Raises UsageError for a ratio outside (0, 1).
+    """
+
+    def __init__(self, clips: Dataset[Any], images: Dataset[Any], image_ratio: float = DataConfig.image_ratio) -> None:
+        if not 0 < image_ratio < 1:
+            raise UsageError(f"image_ratio is {image_ratio:g}: it must be above 0 and below 1, the share of the steps")
+        self.clips, self.images, self.image_ratio = clips, images, image_ratio
+        self.parts: tuple[Any, Any] = (clips, images)
+        names = [list(getattr(part, "classes", [])) for part in self.parts]
+        self.classes: list[str] = sorted({*names[0], *names[1]})
+        self.renumber = [[self.classes.index(name) for name in part] for part in names]
+        num_buckets = max(self._buckets(clips)) + 1
+        self.bucket_of = self._buckets(clips) + [num_buckets + bucket for bucket in self._buckets(images)]
+
+    def __len__(self) -> int:
+        return len(self.parts[0]) + len(self.parts[1])
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.draw(index, 0)
+
+    def draw(self, index: int, epoch: int) -> dict[str, Any]:
+        """The item as a given epoch of its part draws it."""
+        which, place = self.place_of(index)
+        item = Draws(self.parts[which])[epoch, place]
+        x, label = unpack(item)
+        numbers, label = self.renumber[which], -1 if label is None else int(label)
+        more = item if isinstance(item, dict) else {}
+        return {**more, "x": x, "label": numbers[label] if numbers and label >= 0 else -1}
+
+    def place_of(self, index: int) -> tuple[int, int]:
+        """Which part an index is of, 0 (clips) or 1 (images), and its index there."""
+        index = range(len(self))[index]
+        return (0, index) if index < len(self.parts[0]) else (1, index - len(self.parts[0]))
+
+    def name_of(self, index: int) -> str:
+        which, place = self.place_of(index)
+        return getattr(self.parts[which], "name_of", lambda i: f"{('clip', 'image')[which]} {i}")(place)
+
+    def describe(self) -> str:
+        """What was found of both kinds."""
+        lines = [getattr(part, "describe", lambda p=part: f"{len(p)} samples")() for part in self.parts]
+        lines.append(f"{self.image_ratio:.0%} of the steps are of images")
+        if self.classes and not all(self.renumber):
+            lines.append(f"the {'images' if self.renumber[0] else 'clips'} have no classes: trained on without labels")
+        return "\n".join(lines)
+
+    @staticmethod
+    def _buckets(part: Any) -> list[int]:
+        return list(getattr(part, "bucket_of", None) or [0] * len(part))
+
+
+class MixtureSampler(Sampler[list[tuple[int, int]]]):
+    """Batches of clips or of images without end; which kind batch k is, and what it holds, follows from k alone.
+
+    The `group` batches of one optimizer step are of one kind: step s is of images where floor(s * ratio) rises.
+    """
+
+    def __init__(
+        self, mixture: Mixture, batch_size: int, *, group: int = 1, first_batch: int = 0, **where: Any
+    ) -> None:
+        self.mixture, self.batch_size, self.group = mixture, batch_size, group
+        self.first_batch, self.where = first_batch, where
+
+    def is_of_images(self, batch: int) -> bool:
+        step, ratio = batch // self.group, self.mixture.image_ratio
+        return math.floor((step + 1) * ratio) > math.floor(step * ratio)
+
+    def images_before(self, batch: int) -> int:
+        """How many batches before this one are of images."""
+        whole = math.floor(batch // self.group * self.mixture.image_ratio) * self.group
+        return whole + (batch % self.group if self.is_of_images(batch) else 0)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        done = self.images_before(self.first_batch)
+        clips, images = (
+            iter(make_sampler(part, self.batch_size, first_batch=first, **self.where))
+            for part, first in zip(self.mixture.parts, (self.first_batch - done, done), strict=True)
+        )
+        offset = len(self.mixture.parts[0])
+        for batch in count(self.first_batch):
+            if self.is_of_images(batch):
+                yield [(epoch, offset + index) for epoch, index in next(images)]
+            else:
+                yield next(clips)
+
+
+def make_sampler(dataset: Any, batch_size: int, *, group: int = 1, **where: Any) -> Sampler[list[tuple[int, int]]]:
+    """The sampler that suits a dataset; `where` is seed, first_batch, rank and num_ranks."""
+    if isinstance(dataset, Mixture):
+        return MixtureSampler(dataset, batch_size, group=group, **where)
+    if getattr(getattr(dataset, "buckets", None), "shapes", ()):
+        return BucketSampler(dataset.bucket_of, batch_size, **where)
+    return DrawSampler(len(dataset), batch_size, **where)
