@@ -86,7 +86,8 @@ class Block(nn.Module):
     def forward(self, tokens: Tensor, latents: Tensor, cond: Condition, grid: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         for mix in self.mixers:
             tokens = mix(tokens, grid)
-        latents = self.read(latents, torch.cat([tokens, cond.interface.to(tokens)], dim=1), cond.modulation)
+        context = torch.cat([tokens, cond.interface.to(tokens)], dim=1) if cond.interface.shape[1] else tokens
+        latents = self.read(latents, context, cond.modulation)
         for layer in self.compute:
             latents = layer(latents, None, cond.modulation)
         if self.write is not None:
