@@ -38,6 +38,7 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
+from torchvision.transforms.v2 import functional as transforms
 
 from rin_video.config import DataConfig
 from rin_video.datasets import ClipFolder
@@ -112,8 +113,6 @@ BARE = {
 
 
 def bare_worker(decoder: str, batches: list[list[Work]], barrier: Any, results: Any, limit: float) -> None:
-    from torchvision.transforms.v2 import functional as transforms
-
     torch.set_num_threads(1)
     open_file, read_frames = BARE[decoder]
     files: OrderedDict[str, Any] = OrderedDict()
@@ -260,7 +259,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="a folder of clips (default: those that this makes)")
     parser.add_argument("--batches", type=int, default=24, help="for each figure, with the first ones of each process")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--limit", type=float, default=60, help="seconds that a batch may take")
+    parser.add_argument("--limit", type=float, default=120, help="seconds that a batch may take")
     parser.add_argument("--decoders", nargs="+", default=["pyav", "decord", "torchcodec"])
     parser.add_argument("--out", type=Path, default=RESULTS / "loader.json")
     options = parser.parse_args()
@@ -281,6 +280,10 @@ def main() -> None:
                 ratios = [f"{row[name]:.0%}" for name in ("ratio", "processor_time_ratio") if name in row]
                 figures = row.get("failed") or " | ".join(map(str, speeds + ratios))
                 print(f"| {decoder} | {workers} | {figures} |", flush=True)
+                write_report(options, data, rows)
+
+
+def write_report(options: argparse.Namespace, data: ClipFolder, rows: list[dict[str, Any]]) -> None:
     sizes = ", ".join(sorted({"x".join(map(str, info.size)) for info in data.infos}))
     report = {
         "clips": f"{len(data.files)} files of {sizes}, {FRAMES} frames to {SIZE}x{SIZE}",

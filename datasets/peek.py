@@ -115,13 +115,13 @@ def statistics(dataset: Any, samples: list[Tensor], chosen: list[int]) -> list[s
 def _row(clip: Tensor) -> Tensor:
     """(C, F, H, W) to (C, H', W'): up to COLUMNS frames from first to last."""
     some = torch.linspace(0, clip.shape[1] - 1, min(COLUMNS, clip.shape[1])).round().long()
-    return torch.cat([torch.nn.functional.pad(_enlarged(clip[:, f]), (0, MARGIN)) for f in some], dim=-1)
+    return torch.cat([torch.nn.functional.pad(_enlarged(clip[:, f]), (0, MARGIN), value=255) for f in some], dim=-1)
 
 
 def _enlarged(image: Tensor) -> Tensor:
     """RGB, and large enough to be seen."""
     image = image[:3].expand(3, -1, -1)
-    factor = max(1, CELL // max(image.shape[-2:]))
+    factor = max(1, round(CELL / max(image.shape[-2:])))
     return image.repeat_interleave(factor, -2).repeat_interleave(factor, -1)
 
 

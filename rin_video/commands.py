@@ -184,7 +184,7 @@ def index(options: Namespace) -> None:
     from rin_video.datasets.index import make_index
     from rin_video.datasets.open import INDEX
 
-    data = read_data_config(options)
+    data = read_files_config(options)
     kind = options.kind or kind_of(options.data, data)
     path = Path(options.out or run_folder(options.data) / INDEX)
     found = make_index(options.data, kind, data, path=path, progress=True)
@@ -227,7 +227,7 @@ def prepare(options: Namespace) -> None:
     from rin_video.datasets.prepare import loading_speed
     from rin_video.datasets.prepare import prepare as write_shards
 
-    data = read_data_config(options)
+    data = read_files_config(options)
     if options.fps is not None:
         data.fps = options.fps
         data.__post_init__()
@@ -337,6 +337,18 @@ def read_data_config(options: Namespace) -> DataConfig:
     config = load_config(name, [override for override in options.overrides if name or override.startswith("data.")])
     set_reading(config, options)
     return config.data
+
+
+def read_files_config(options: Namespace) -> DataConfig:
+    """`read_data_config` for commands that look at files alone. UsageError for what they would not heed."""
+    from rin_video.datasets.hub import is_hub
+
+    for override in options.overrides:
+        if not override.startswith("data."):
+            raise UsageError(f"{override}: {options.command} trains nothing, it takes data.key=value")
+    if is_hub(options.data):
+        raise UsageError(f"{options.data}: {options.command} takes files and shards; train and peek take hf: too")
+    return read_data_config(options)
 
 
 def set_reading(config: Config, options: Namespace) -> None:
