@@ -180,7 +180,7 @@ def _encode(blocks: Any, fps: float) -> bytes:
     import av
 
     buffer = io.BytesIO()
-    options = {"crf": QUALITY, "g": str(KEY_EVERY), "bf": "0", "preset": "medium"}
+    options = {"crf": QUALITY, "g": str(KEY_EVERY), "bf": "0", "preset": "medium", "x264-params": "cpu-independent=1"}
     with av.open(buffer, "w", format="mp4") as container:
         stream: Any = None
         for block in blocks:

@@ -29,6 +29,18 @@ log = logging.getLogger("rin_video")
 SNAPSHOTS = "averages"
 
 
+class Track(KarrasEMA):
+    """`KarrasEMA` that moves all tensors in one call."""
+
+    @torch.no_grad()
+    def update_moving_average(self, ma_model: nn.Module, current_model: nn.Module) -> None:
+        averages, values = (
+            [tensor for _, tensor in (*self.get_params_iter(model), *self.get_buffers_iter(model))]
+            for model in (ma_model, current_model)
+        )
+        torch._foreach_lerp_(averages, values, 1 - self.beta)
+
+
 def make_ema(model: nn.Module, options: TrainConfig, device: torch.device) -> EMA:
     """The average that is sampled from. Its counters stay on the CPU: reading them must not wait for a GPU."""
     ema = EMA(
@@ -45,7 +57,7 @@ def make_ema(model: nn.Module, options: TrainConfig, device: torch.device) -> EM
 
 def make_tracks(model: nn.Module, options: TrainConfig, device: torch.device) -> list[KarrasEMA]:
     """An average for each length in `ema_sigma_rel`."""
-    tracks = [KarrasEMA(model, sigma_rel=sigma_rel, update_every=1) for sigma_rel in options.ema_sigma_rel]
+    tracks = [Track(model, sigma_rel=sigma_rel, update_every=1) for sigma_rel in options.ema_sigma_rel]
     for track in tracks:
         track.ema_model.to(device)
     return tracks

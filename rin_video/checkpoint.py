@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rin_video.config import Config, load_config, to_yaml
-from rin_video.errors import UsageError, first_line
+from rin_video.errors import UsageError
 from rin_video.files import full_disk, replacing, sync, write_text
 
 log = logging.getLogger("rin_video")
@@ -101,17 +101,11 @@ def find_model(source: str | os.PathLike[str]) -> Path:
                     f"{folder} holds no {name}: give the folder that `rin-video train --out` wrote, once it has saved"
                 )
         return folder
-    if folder.exists():
+    if folder.is_file():
         raise UsageError(f"{folder} is a file: give the folder of a run, or a hub id user/name")
-    parts = os.fspath(source).split("/")
-    if len(parts) != 2 or not all(parts) or "." in (parts[0], parts[1]):
-        raise UsageError(f"no folder is called {source}: give the folder of a run, or a hub id user/name")
-    from huggingface_hub import snapshot_download
+    from rin_video.hub import fetch
 
-    try:
-        return Path(snapshot_download(os.fspath(source), allow_patterns=[CONFIG, WEIGHTS]))
-    except Exception as error:
-        raise UsageError(f"no folder is called {source}, and the hub did not give it: {first_line(error)}") from None
+    return fetch(source)
 
 
 # ---- the state to resume from: nested dicts and lists of tensors and plain values

@@ -89,6 +89,7 @@ def read_told(options: Namespace, config: Config) -> dict[str, Any]:
         rows, cut = TextEncoder(source).encode(captions, config.data.caption_tokens)
         if cut:
             log.warning("%d of %d captions are longer than %d tokens: cut", cut, len(captions), rows.shape[1])
+        rows[[not caption.strip() for caption in captions]] = 0  # as training takes a file without one
         told = list(rows)
     else:
         told = [read_embedding(_existing(Path(file))) for file in files]
