@@ -104,7 +104,9 @@ def statistics(dataset: Any, samples: list[Tensor], chosen: list[int]) -> list[s
         lines.append("sizes: " + ", ".join(f"{H}x{W} {count}" for (H, W), count in common))
     values = torch.cat([x.flatten(1).float() / 255 for x in samples], dim=1)
     mean, std = (" ".join(f"{v:.3f}" for v in part.tolist()) for part in (values.mean(1), values.std(1)))
-    lines.append(f"{len(samples)} samples of {'x'.join(map(str, samples[0].shape))}: mean {mean}, std {std}")
+    shapes = Counter("x".join(map(str, x.shape)) for x in samples)
+    drawn = " and ".join(f"{count} samples of {shape}" for shape, count in shapes.items())
+    lines.append(f"{drawn}: mean {mean}, std {std}")
     still = sum(bool((x[:, 1:] == x[:, :-1]).all()) for x in samples if x.ndim == 4 and x.shape[1] > 1)
     flat = [dataset.name_of(i) for x, i in zip(samples, chosen, strict=True) if int(x.max()) - int(x.min()) < 8]
     lines += [f"{still} of {len(samples)} do not move"] if still else []

@@ -246,13 +246,20 @@ def prepare(options: Namespace) -> None:
         raise UsageError(f"--workers is {options.workers}: it must be at least 1")
     kind = options.kind or kind_of(options.data, data)
     if kind not in ("image", "video"):
-        raise UsageError(f"{options.data} holds arrays: prepare takes clips or images")
+        raise UsageError(
+            f"prepare takes clips or images, and {options.data} is of kind {kind}: give --kind image or video"
+        )
     size = parse_size(options.size)
     H, W = (size, size) if isinstance(size, int) else size
     out = Path(options.out)
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {out} is a file: give a folder")
-    out.mkdir(parents=True, exist_ok=True)
+    if out.exists() and out.resolve() == Path(options.data).resolve():
+        raise UsageError(f"--out {out} is the data itself: give another folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out {out} cannot be made ({error.strerror}): give another folder") from error
     for line in write_shards(options.data, kind, out, (H, W), data, workers=options.workers or os.cpu_count() or 1):
         _say(line)
     speeds = []
