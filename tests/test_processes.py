@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import shared_epoch
 import tiny_run
 import torch
 from tiny_run import make_trainer
@@ -16,22 +18,21 @@ from torch.testing import assert_close
 from rin_video import GaussianDiffusion, UsageError
 from rin_video.callbacks import Callback
 from rin_video.checkpoint import newest_state
+from rin_video.datasets.shards import write_shard
 from rin_video.distributed import SharedDraws, share
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="no gloo")
 
 
-def launch(*words: str, processes: int = 2) -> None:
-    """`tiny_run.py` with torchrun."""
+def launch(*words: str, processes: int = 2, script: str = tiny_run.__file__) -> None:
+    """`tiny_run.py`, or another script, with torchrun."""
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "ACCELERATE_USE_CPU": "true",
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    done = subprocess.run(
-        [*torchrun, tiny_run.__file__, *words], env=environment, capture_output=True, text=True, timeout=240
-    )
+    done = subprocess.run([*torchrun, script, *words], env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -120,6 +121,29 @@ def test_accelerate_launch_with_its_own_fsdp2_options(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert_close(torch.tensor(losses(tmp_path / "two")), torch.tensor(losses(tmp_path / "one")), rtol=2e-6, atol=0)
+
+
+@pytest.mark.slow
+def test_two_processes_share_an_epoch_of_shards_out_and_resume(tmp_path):
+    """Every image once an epoch, in one process alone; a run that begins in the middle reads what was left."""
+    images = [np.full((8, 8 * (1 + i % 2)), 10 * i, np.uint8) for i in range(24)]
+    for shard in range(3):
+        own = {f"{i:02d}.pgm": images[i] for i in range(shard, 24, 3)}
+        (tmp_path / "shards").mkdir(exist_ok=True)
+        content = {name: b"P5 %d 8 255\n" % pixels.shape[1] + pixels.tobytes() for name, pixels in own.items()}
+        write_shard(tmp_path / f"shards/{shard:03d}.tar", content)
+    launch(str(tmp_path / "shards"), str(tmp_path), script=shared_epoch.__file__)
+    for sampler, ranks in json.loads((tmp_path / "read.json").read_text()).items():
+        first, second = (rank["whole"] for rank in ranks)
+        assert [batch["shape"] for batch in first] == [batch["shape"] for batch in second]
+        widths = {batch["shape"][-1] for batch in first}
+        assert widths == ({8, 16} if sampler == "buckets" else {8})
+        for epoch in (slice(0, 6), slice(6, 12)):
+            shares = [[name for batch in rank[epoch] for name in batch["names"]] for rank in (first, second)]
+            assert sorted(shares[0] + shares[1]) == list(range(0, 240, 10))
+        assert first[:6] != first[6:]
+        for rank in ranks:
+            assert rank["resumed"] == rank["whole"][shared_epoch.RESUMED :]
 
 
 def test_accumulation_sends_gradients_once_a_step(tmp_path, monkeypatch):
