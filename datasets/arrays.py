@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from rin_video.datasets.sources import Member, Source, as_location, open_source, shown
 from rin_video.errors import UsageError
 
+ARRAY_SUFFIXES = (".npy", ".safetensors")
 DTYPES = ("uint8", "float16", "float32", "float64")
 
 

@@ -13,17 +13,19 @@ from torch.utils.data import Dataset
 from rin_video.config import DataConfig, data_config
 from rin_video.datasets.buckets import Buckets
 from rin_video.datasets.decoding import VideoInfo, backends_for, kept_open, let_go
+from rin_video.datasets.embeddings import open_embeddings
 from rin_video.datasets.folders import number_classes
 from rin_video.datasets.framing import Chance, class_list, size_range
 from rin_video.datasets.images import make_framing
-from rin_video.datasets.index import describe_skipped, make_index, refuse_skipped
+from rin_video.datasets.index import Entry, describe_skipped, make_index, refuse_skipped
 from rin_video.datasets.sources import Source
 from rin_video.datasets.windows import Windows
 from rin_video.errors import UsageError
 
 
 class ClipFolder(Dataset[dict[str, Tensor | int]]):
-    """Clips of a folder, of one file or of tar shards; item: `{"x": uint8 (C, F, H, W), "label": class or -1}`.
+    """Clips of a folder, of one file or of tar shards; item: `{"x": uint8 (C, F, H, W), "label": class or -1}`, with
+    "embedding" (vectors, width) where the options ask for them.
 
     A clip is `frames` frames, `stride` apart or resampled to `fps` (the nearest source frame in time), from a random
     start; size, crop and flip are those of `ImageFolder`, the same for all its frames. What is drawn depends on
@@ -65,15 +67,17 @@ class ClipFolder(Dataset[dict[str, Tensor | int]]):
         self.index.require_some(self.config.strict)
         self.skipped = self.index.unusable
         self.buckets = Buckets(self.config.buckets, rank=3)
-        self._choose()
+        entries = self._choose()
+        self.embeddings = open_embeddings(entries, self.config, index)
         self.backends = Counter(backends_for(info, self.decoder)[0] for info in self.infos)
 
-    def _choose(self) -> None:
+    def _choose(self) -> list[Entry]:
         """The files that are long enough, how often each is drawn from, and the bucket of each draw."""
         shapes = self.buckets.shapes or [(self.frames, *self.framing.size)]
         self.framings = [make_framing(shape[1:], self.config) for shape in shapes]
         self.lengths = [Windows(shape[0], self.config) for shape in shapes]
         shortest = min(self.lengths, key=lambda windows: windows.frames)
+        chosen: list[Entry] = []
         self.files: list[Source] = []
         self.infos: list[VideoInfo] = []
         names: list[str | None] = []
@@ -86,6 +90,7 @@ class ClipFolder(Dataset[dict[str, Tensor | int]]):
                 continue
             parts = shortest.count(entry.info)
             self.places += [(len(self.files), part, parts) for part in range(parts)]
+            chosen.append(entry)
             self.files.append(entry.source)
             self.infos.append(entry.info)
             names.append(entry.class_name)
@@ -98,6 +103,7 @@ class ClipFolder(Dataset[dict[str, Tensor | int]]):
             else [(1, 1, 1)] * len(labels)
         )
         self.bucket_of = [files[file] for file, _, _ in self.places]
+        return chosen
 
     def _longest(self, info: VideoInfo) -> int:
         """The frames of the longest bucket that fits into a file."""
@@ -132,7 +138,8 @@ class ClipFolder(Dataset[dict[str, Tensor | int]]):
         frames = framing.cut(frames, frame)
         if self.shape[0] == 1:
             frames = transforms.rgb_to_grayscale(frames)
-        return {"x": frames.transpose(0, 1).contiguous(), "label": self.labels[index]}
+        item = {"x": frames.transpose(0, 1).contiguous(), "label": self.labels[index]}
+        return item if self.embeddings is None else {**item, "embedding": self.embeddings[file]}
 
     def frames_of(self, index: int, epoch: int) -> list[int]:
         """The source frames that an epoch's draw shows."""
@@ -157,6 +164,7 @@ class ClipFolder(Dataset[dict[str, Tensor | int]]):
         slow = sum(rate < fps for rate in rates) if fps else 0
         if slow:
             lines.append(f"{slow} of {len(self.files)} have fewer than {fps:g} fps: some of their frames repeat")
+        lines += [self.embeddings.describe()] if self.embeddings else []
         lines += self.buckets.describe(self.bucket_of)
         return "\n".join(lines + self.framing.describe_enlarged(sizes) + describe_skipped(self.skipped))
 

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from rin_video.config import DataConfig, data_config
 from rin_video.datasets.buckets import Buckets
+from rin_video.datasets.embeddings import open_embeddings
 from rin_video.datasets.folders import number_classes
 from rin_video.datasets.framing import Chance, Framing, class_list, size_range
 from rin_video.datasets.index import describe_skipped, make_index
@@ -21,7 +22,8 @@ __all__ = ["ImageFolder", "read_image"]
 
 
 class ImageFolder(Dataset[dict[str, Tensor | int]]):
-    """Images of a folder or of tar shards; item: `{"x": uint8 (C, H, W), "label": class or -1}`.
+    """Images of a folder or of tar shards; item: `{"x": uint8 (C, H, W), "label": class or -1}`, with "embedding"
+    (vectors, width) where the options ask for them.
 
     The short side is resized so that `image_size`, one number or (H, W), fits, then cropped. What is drawn depends on
     (seed, epoch, index) alone. `index` is a file that keeps what is known of the data between runs; the other options
@@ -60,6 +62,7 @@ class ImageFolder(Dataset[dict[str, Tensor | int]]):
         entries = self.index.usable
         self.files, self.sizes = [entry.source for entry in entries], [entry.info.size for entry in entries]
         self.classes, self.labels = number_classes([entry.class_name for entry in entries])
+        self.embeddings = open_embeddings(entries, self.config, index)
         self.buckets = Buckets(self.config.buckets, rank=2)
         self.bucket_of = self.buckets.assign([(1, *size) for size in self.sizes])
         self.framings = [make_framing(shape[1:], self.config) for shape in self.buckets.shapes] or [self.framing]
@@ -88,7 +91,8 @@ class ImageFolder(Dataset[dict[str, Tensor | int]]):
             at_least=framing.size if whole else None,
             max_pixels=self.config.max_pixels,
         )
-        return {"x": framing(image, self.chance.draw(index, epoch)), "label": self.labels[index]}
+        item = {"x": framing(image, self.chance.draw(index, epoch)), "label": self.labels[index]}
+        return item if self.embeddings is None else {**item, "embedding": self.embeddings[index]}
 
     def name_of(self, index: int) -> str:
         return str(self.files[index])
@@ -96,6 +100,7 @@ class ImageFolder(Dataset[dict[str, Tensor | int]]):
     def describe(self) -> str:
         """A few lines on what was found: files, classes, sizes, what is enlarged, what was skipped."""
         lines = [f"{len(self)} images, {size_range(self.sizes)}{class_list(self.classes)}"]
+        lines += [self.embeddings.describe()] if self.embeddings else []
         lines += self.buckets.describe(self.bucket_of)
         return "\n".join(lines + self.framing.describe_enlarged(self.sizes) + describe_skipped(self.skipped))
 

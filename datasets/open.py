@@ -38,10 +38,14 @@ def open_dataset(
         return _open_mixture(path, shape, options, seed, index)
     if shape is None:
         raise UsageError("the model does not say its shape: give the Trainer a Dataset instead")
+    told = options.embeddings or options.text_encoder is not None
+    cache = index.parent / "pipes" if index else None
+    arrays = not is_hub(path) and (len(shape) not in (3, 4) or holds_arrays(path, options, cache))
+    if told and (is_hub(path) or arrays):
+        raise UsageError(f"{path}: embeddings and captions come with folders and shards of clips or images only")
     if is_hub(path):
         return HubDataset(path, shape, options, seed=seed)
-    cache = index.parent / "pipes" if index else None
-    if len(shape) not in (3, 4) or holds_arrays(path, options, cache):
+    if arrays:
         return ArrayFolder(path, shape, index=index, strict=options.strict, seed=seed)
     channels, *frames, height, width = shape
     common: dict[str, Any] = {"channels": channels, "seed": seed, "index": index, "config": options}

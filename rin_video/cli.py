@@ -13,9 +13,16 @@ from importlib.metadata import version
 from rin_video.config import SAMPLER_NAMES
 from rin_video.errors import Stopped, UsageError
 
-FLAGS = (  # without a value
-    "--json", "--strict", "--carry-latents", "--key-frames", "--interpolate-positions", "--private", "--new-card"
-)  # fmt: skip
+FLAGS = (
+    "--json",
+    "--strict",
+    "--embeddings",
+    "--carry-latents",
+    "--key-frames",
+    "--interpolate-positions",
+    "--private",
+    "--new-card",
+)  # without a value
 OVERRIDE = re.compile(r"^[A-Za-z_]\w*(\.\w+)+=")
 
 
@@ -96,6 +103,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--data", required=True, metavar="DATA", help=DATA_HELP)
     add_data_options(train)
+    train.add_argument("--embeddings", action="store_true", help="vectors beside the files are conditions (x.npy)")
+    train.add_argument("--text-encoder", metavar="NAME|DIR", help="captions (x.txt) through it are conditions")
     train.add_argument("--init-from", metavar="DIR", help="start with the weights of another model, where they fit")
     train.add_argument("--out", metavar="DIR", help="where everything is written (default: runs/NAME-OF-FOLDER)")
     train.add_argument("--steps", type=int, metavar="N", help="train.train_num_steps")
@@ -136,6 +145,8 @@ def make_parser() -> argparse.ArgumentParser:
     sample.add_argument("--spacing", metavar="NAME", help="of the steps: uniform, quadratic, karras, logsnr")
     sample.add_argument("--schedule", metavar="NAME", help="another noise schedule than that of training")
     sample.add_argument("--class", dest="label", metavar="NAME|N", help="one class, or all in turn (default)")
+    sample.add_argument("--caption", nargs="+", metavar="TEXT", help="what the samples are to show; several in turn")
+    sample.add_argument("--embedding", nargs="+", metavar="FILE", help="the same as vectors, .npy or .safetensors")
     sample.add_argument("--guidance", type=float, metavar="W", help="classifier-free guidance; 0: none")
     sample.add_argument("--guidance-drop", metavar="WHAT", help="what guidance does without: label, known, label+known")
     sample.add_argument("--frames", type=int, metavar="N", help="frames of a clip, any number; 0: images")

@@ -31,6 +31,7 @@ log = logging.getLogger("rin_video")
 
 def train(options: Namespace) -> None:
     """`rin-video train`."""
+    from rin_video.datasets.embeddings import embedding_shape
     from rin_video.datasets.open import INDEX, open_dataset
     from rin_video.rin import RIN
     from rin_video.trainer import Trainer
@@ -42,6 +43,9 @@ def train(options: Namespace) -> None:
         config.train.warmup_steps = min(config.train.warmup_steps, options.steps // 2)
     if options.batch_size not in (None, "auto"):
         config.train.train_batch_size = options.batch_size
+    config.data.embeddings = options.embeddings or config.data.embeddings
+    config.data.text_encoder = options.text_encoder or config.data.text_encoder
+    config.data.__post_init__()
     config.train.init_from = options.init_from or config.train.init_from
     config.train.__post_init__()
 
@@ -52,6 +56,9 @@ def train(options: Namespace) -> None:
     dataset = open_dataset(options.data, shape, config.data, seed=config.train.seed, index=folder / INDEX)
     if not is_set("model.num_classes", preset, options.overrides):
         config.model.num_classes = len(dataset.classes)
+    told = embedding_shape(dataset)
+    if told is not None and not is_set("model.embedding_dim", preset, options.overrides):
+        config.model.embedding_tokens, config.model.embedding_dim = told
     check_sampling(config)
 
     log.info("data\n%s", _indent(dataset.describe()))
@@ -75,7 +82,7 @@ def train(options: Namespace) -> None:
 
 def sample(options: Namespace) -> None:
     """`rin-video sample`."""
-    from rin_video.context import read_given
+    from rin_video.context import read_given, read_told
     from rin_video.export import check_target, save_parts, save_samples
 
     folder = find_model(options.model)
@@ -99,11 +106,11 @@ def sample(options: Namespace) -> None:
     if options.interpolate_positions:
         model.interpolate_positions()
     pass_ = plan_pass(model, options.frames, options.size, options.window)
-    given = read_given(options, pass_, config)
+    given = read_given(options, pass_, config) | read_told(options, config)
     out = Path(options.out or own_folder(options.model) / f"samples{'.mp4' if pass_.frames else '.png'}")
     check_target(out, rank=len(pass_.shape) + 1, fps=wanted.fps)
     start = time.perf_counter()
-    titles = sample_titles(wanted, config)
+    titles = sample_titles(wanted, config, options.caption)
     common = given | {"seed": options.seed, "max_batch": options.max_batch or 16, "shape": pass_.shape}
     if pass_.extends:
         paths = save_parts(extend_parts(diffusion, wanted, options, pass_, common), out, wanted.fps, titles=titles)
@@ -115,8 +122,10 @@ def sample(options: Namespace) -> None:
     log.info("%d samples in %.1f s: %s", wanted.num_samples, seconds, paths[0] if len(paths) == 1 else out)
 
 
-def sample_titles(wanted: SampleConfig, config: Config) -> list[str] | None:
-    """The class of every sample, by name where it has one."""
+def sample_titles(wanted: SampleConfig, config: Config, captions: list[str] | None = None) -> list[str] | None:
+    """The caption of every sample; else its class, by name where it has one."""
+    if captions:
+        return [captions[i % len(captions)] for i in range(wanted.num_samples)]
     classes = config.model.num_classes
     if not classes:
         return None
@@ -391,12 +400,14 @@ def choose_batch(config: Config, folder: Path, num_samples: int) -> int:
 def check_sampling(config: Config) -> None:
     """What would fail in sampling, and can be said before: a `UsageError`."""
     wanted = config.sample
-    if wanted.guidance and not config.model.num_classes:
-        raise UsageError(f"sample.guidance is {wanted.guidance:g}, but the model has no classes: leave it at 0")
+    if wanted.guidance and not config.model.num_classes and not config.model.embedding_dim:
+        raise UsageError(
+            f"sample.guidance is {wanted.guidance:g}, but the model has no classes and no embeddings: leave it at 0"
+        )
     if wanted.guidance and "label" in wanted.guidance_drop and not config.diffusion.label_dropout:
         raise UsageError(
             f"sample.guidance is {wanted.guidance:g}, but the model never learnt to do without labels: "
-            "train with diffusion.label_dropout=0.1"
+            "train with diffusion.label_dropout=0.1 (embeddings are dropped with the label)"
         )
     if wanted.label is not None:
         wanted.label = class_index(wanted.label, config.data.classes, config.model.num_classes)

@@ -177,6 +177,9 @@ class DataConfig:
     path: str | None = None  # a folder, one file, shards {000..123}.tar, or hf:NAME
     images: str | None = None  # images to mix with the clips, for model.tokenizer=tube+image
     image_ratio: float = 0.5  # share of the steps that are of images
+    embeddings: bool = False  # vectors beside the files (x.npy, x.safetensors beside x.mp4) as conditions
+    text_encoder: str | None = None  # captions (x.txt beside x.mp4) through it as conditions: folder or hub id
+    caption_tokens: int = 32  # vectors of a caption at most; 1: their mean
     stride: int = 1  # source frames from one frame of a clip to the next
     fps: float | None = None  # resample clips to this rate instead of a stride
     span: str = "window"  # window: as stride and fps say; whole: frames from all over the file
@@ -205,10 +208,12 @@ class DataConfig:
         _choice("data.span", self.span, ("window", "whole"))
         _choice("data.sampling", self.sampling, ("clips", "time"))
         _choice("data.decoder", self.decoder, ("auto", "torchcodec", "decord", "pyav", "pillow"))
-        for name in ("stride", "windows", "prefetch", "max_pixels"):
+        for name in ("stride", "windows", "prefetch", "max_pixels", "caption_tokens"):
             _at_least(f"data.{name}", getattr(self, name), 1, int)
         for name in ("num_workers", "max_failures"):
             _at_least(f"data.{name}", getattr(self, name), 0, int)
+        if self.embeddings and self.text_encoder is not None:
+            raise UsageError("data.embeddings and data.text_encoder both say what comes with a sample: leave one out")
         if not 0 < self.image_ratio < 1:
             raise UsageError(f"data.image_ratio is {self.image_ratio:g}: it must be above 0 and below 1")
         if self.fps is not None:

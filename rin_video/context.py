@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from argparse import Namespace
 from collections.abc import Sequence
@@ -22,6 +23,8 @@ from rin_video.datasets.windows import nearest_in_time
 from rin_video.errors import UsageError
 from rin_video.known import known_frames_mask
 from rin_video.passes import Pass
+
+log = logging.getLogger("rin_video")
 
 
 def read_given(options: Namespace, pass_: Pass, config: Config) -> dict[str, Any]:
@@ -63,6 +66,49 @@ def read_given(options: Namespace, pass_: Pass, config: Config) -> dict[str, Any
     return {"context": context}
 
 
+def read_told(options: Namespace, config: Config) -> dict[str, Any]:
+    """The embeddings of the samples, from files or from captions, as arguments of `diffusion.sample`.
+
+    Several go round: sample i gets the i-th, and they start again behind the last.
+    """
+    from rin_video.datasets.embeddings import read_embedding
+    from rin_video.text import TextEncoder
+
+    captions, files = options.caption, options.embedding
+    if not captions and not files:
+        return {}
+    if captions and files:
+        raise UsageError("give either --caption or --embedding: both say what the samples are to be")
+    width, most = config.model.embedding_dim, config.model.embedding_tokens
+    if not width:
+        raise UsageError("the model was trained without embeddings or captions: it takes no --caption, no --embedding")
+    if captions:
+        source = config.data.text_encoder
+        if source is None:
+            raise UsageError("the model was not trained on captions: give --embedding FILE")
+        rows, cut = TextEncoder(source).encode(captions, config.data.caption_tokens)
+        if cut:
+            log.warning("%d of %d captions are longer than %d tokens: cut", cut, len(captions), rows.shape[1])
+        rows[[not caption.strip() for caption in captions]] = 0  # as training takes a file without one
+        told = list(rows)
+    else:
+        told = [read_embedding(_existing(Path(file))) for file in files]
+        for file, vectors in zip(files, told, strict=True):
+            if vectors.shape[1] != width or len(vectors) > most:
+                raise UsageError(
+                    f"{file} holds {len(vectors)} vectors of {vectors.shape[1]}, the model takes 1 to {most} of {width}"
+                )
+    longest = max(len(vectors) for vectors in told)
+    padded = torch.stack([torch.nn.functional.pad(v, (0, 0, 0, longest - len(v))) for v in told])
+    return {"embedding": padded[torch.arange(config.sample.num_samples) % len(told)]}
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise UsageError(f"there is no file {path}")
+    return path
+
+
 def read_context(path: Path, shape: tuple[int, ...], options: DataConfig, num: int, frames: int | None) -> Tensor:
     """The first `frames` frames of a clip, as training would cut them: uint8 (num, C, frames, H, W).
 
@@ -79,10 +125,8 @@ def read_context(path: Path, shape: tuple[int, ...], options: DataConfig, num: i
 
 def read_start_image(path: Path, shape: tuple[int, ...]) -> Tensor:
     """An image as a clip of one frame, resized and cropped at the centre: uint8 (C, 1, H, W)."""
-    if not path.is_file():
-        raise UsageError(f"there is no file {path}")
     framing = Framing((shape[-2], shape[-1]))
-    return framing(read_image(path, shape[0]), np.random.default_rng(0)).unsqueeze(1)
+    return framing(read_image(_existing(path), shape[0]), np.random.default_rng(0)).unsqueeze(1)
 
 
 def parse_fill(text: str, frames: int) -> range:

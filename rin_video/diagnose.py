@@ -18,9 +18,11 @@ from tqdm.auto import tqdm
 from rin_video.checkpoint import load_state, saved_states, write_text
 from rin_video.config import Config
 from rin_video.datasets.draws import unpack
+from rin_video.datasets.mixture import Mixture
 from rin_video.diffusion import GaussianDiffusion
 from rin_video.export import contact_sheet
 from rin_video.given import Given
+from rin_video.known import draw_known
 from rin_video.noise import spread_seed
 from rin_video.objectives import target
 from rin_video.plots import plot_losses
@@ -116,9 +118,7 @@ def diagnose(
     """
     length = len(data)  # type: ignore[arg-type]
     chosen = torch.linspace(0, length - 1, min(num, length)).long().tolist()
-    batches = [
-        _on_device(unpack(default_collate([data[i] for i in part])), diffusion) for part in _parts(chosen, BATCH)
-    ]
+    batches = [_told(default_collate([data[i] for i in part]), diffusion) for part in _parts(chosen, BATCH)]
     times = [(i + 0.5) / LEVELS for i in range(LEVELS)]
     raw = diffusion.with_model(raw_model) if raw_model is not None else None
     rows: dict[str, list[float]] = {name: [] for name in ("loss", "first", "raw", "zero", "copy", "log_snr")}
@@ -126,17 +126,18 @@ def diagnose(
     with tqdm(total=len(times), desc="noise levels", unit="level") as bar:
         for index, t in enumerate(times):
             sums = torch.zeros(5, dtype=torch.float64)
-            for number, (x, label) in enumerate(batches):
+            for number, (x, given) in enumerate(batches):
                 generator = torch.Generator().manual_seed(spread_seed(index, number))
                 x0 = diffusion.config.scale * to_diffusion_range(x)
+                given = given._replace(values=x0)
                 eps = torch.randn(x0.shape, generator=generator).to(x0)
                 level = diffusion.level(torch.full((len(x),), t, device=x.device), x0)
                 x_t = level.alpha * x0 + level.sigma * eps
                 wanted = target(diffusion.config.objective, x0, eps, level)
-                first, second, memory = _two_passes(diffusion, x_t, level, label)
+                first, second, memory = _two_passes(diffusion, x_t, level, given)
                 guesses = [second, first, torch.zeros_like(wanted), x_t]
-                guesses.append(_two_passes(raw, x_t, level, label)[1] if raw else second)
-                sums += torch.stack([(guess - wanted).square().mean().cpu() for guess in guesses]) * len(x)
+                guesses.append(_two_passes(raw, x_t, level, given)[1] if raw else second)
+                sums += torch.stack([given.mean_unknown((guess - wanted) ** 2).sum().cpu() for guess in guesses])
                 memory = memory[0] if isinstance(memory, tuple) else memory  # latents, or latents and interface
                 if index == LEVELS // 2 and isinstance(memory, Tensor) and memory.ndim == 3:
                     latents.append(memory.float().cpu())
@@ -192,6 +193,7 @@ def diagnose_run(
         raw_model = type(diffusion.model)(config.model)
         raw_model.load_state_dict(load_state(states[-1])["model"])
         raw_model = raw_model.to(next(diffusion.parameters()).device).eval()
+    data = data.clips if isinstance(data, Mixture) else data
     diagnosis = diagnose(diffusion, data, raw_model=raw_model, num=num)
     sheet, diagnosis.clipped = trajectory(diffusion, config)
     out.mkdir(parents=True, exist_ok=True)
@@ -203,23 +205,26 @@ def diagnose_run(
     return diagnosis
 
 
-def _two_passes(
-    diffusion: GaussianDiffusion, x_t: Tensor, level: Any, label: Tensor | None
-) -> tuple[Tensor, Tensor, Any]:
+def _two_passes(diffusion: GaussianDiffusion, x_t: Tensor, level: Any, given: Given) -> tuple[Tensor, Tensor, Any]:
     """Predictions without memory and with that of the first pass; the latents of the second."""
-    given = Given(label)
     first, latents = diffusion.predict(x_t, level, given, None)
     x0 = diffusion.estimate(first, x_t, level, given)
     second, latents = diffusion.predict(x_t, level, given, diffusion.carry(latents, x0))
     return first, second, latents
 
 
-def _on_device(batch: tuple[Tensor, Tensor | None], diffusion: GaussianDiffusion) -> tuple[Tensor, Tensor | None]:
-    x, label = batch
+def _told(batch: Any, diffusion: GaussianDiffusion) -> tuple[Tensor, Given]:
+    """A batch as its data and what training tells of it: label, embedding, known cells (the same every time)."""
+    x, label = unpack(batch)
+    options, known = diffusion.config, None
+    if options.known:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            known = draw_known(options.known, options.known_frames, len(x), x.shape[2:])
+    label = label if getattr(diffusion.model, "num_classes", 0) else None
+    embedding = batch.get("embedding") if isinstance(batch, dict) else None
     device = next(diffusion.parameters()).device
-    if label is None or not getattr(diffusion.model, "num_classes", 0):
-        return x.to(device), None
-    return x.to(device), label.to(device)
+    return x.to(device), Given(label, embedding, known).at(torch.arange(len(x)), device)
 
 
 def _parts(values: list[int], size: int) -> Iterator[list[int]]:

@@ -67,8 +67,13 @@ def training_memory(config: Config, *, device: str = "cpu", num_processes: int =
             model.core.gradient_checkpointing = True
         x = torch.empty(max(options.train_batch_size // num_processes, 1), *model.shape)
         label = torch.zeros(len(x), dtype=torch.long) if config.model.num_classes else None
+        given: dict[str, Any] = {}
+        if config.diffusion.known:
+            given["known"] = torch.zeros(len(x), 1, *model.shape[1:], dtype=torch.bool)
+        if config.model.embedding_dim:
+            given["embedding"] = torch.empty(len(x), config.model.embedding_tokens, config.model.embedding_dim)
         with torch.autocast(kind, dtype=torch.bfloat16, enabled=bf16):
-            loss = diffusion(x, label)
+            loss = diffusion(x, label, **given)
         loss.backward()
     moments = 1 if options.optimizer == "muon" else 2
     averages = 1 + len(options.ema_sigma_rel)

@@ -21,7 +21,10 @@ from rin_video.averages import make_ema, make_tracks, save_snapshot, track_state
 from rin_video.callbacks import Callback, append_line
 from rin_video.checkpoint import full_disk, newest_state, plain, remove_state, save_state, save_weights, saved_states
 from rin_video.config import Config, ModelConfig, SampleConfig, train_config
+from rin_video.datasets.clips import ClipFolder
 from rin_video.datasets.draws import Draws, unpack
+from rin_video.datasets.embeddings import embedding_shape
+from rin_video.datasets.images import ImageFolder
 from rin_video.datasets.loading import Batches
 from rin_video.datasets.mixture import Mixture, make_sampler
 from rin_video.datasets.open import INDEX, open_dataset
@@ -97,6 +100,7 @@ class Trainer:
         self.dataset = data
         check_kinds(diffusion, data)
         check_classes(diffusion, data)
+        check_embeddings(diffusion, data)
         if getattr(diffusion.model, "num_classes", 0):
             config.data.classes = list(getattr(data, "classes", []))
 
@@ -457,6 +461,23 @@ def check_classes(diffusion: GaussianDiffusion, data: Any) -> None:
     if expected and classes is not None and len(classes) != expected:
         raise UsageError(
             f"the model has {expected} classes, the data {len(classes)}: set model.num_classes={len(classes)}"
+        )
+
+
+def check_embeddings(diffusion: GaussianDiffusion, data: Any) -> None:
+    """What comes with the samples must fit the model, and come where the model waits for it."""
+    config = getattr(diffusion.model, "config", None)
+    shape, wanted = embedding_shape(data), getattr(config, "embedding_dim", 0)
+    if shape is None and wanted and isinstance(data, ImageFolder | ClipFolder | Mixture):
+        raise UsageError(
+            f"model.embedding_dim is {wanted}, and nothing comes with the samples: use data.embeddings=true (files) or "
+            "data.text_encoder=NAME (captions)"
+        )
+    if shape is not None and (wanted != shape[1] or getattr(config, "embedding_tokens", 0) < shape[0]):
+        raise UsageError(
+            f"the samples come with {shape[0]} vectors of {shape[1]}, the model takes "
+            f"{getattr(config, 'embedding_tokens', 0) if wanted else 0} of {wanted}: set "
+            f"model.embedding_tokens={shape[0]} model.embedding_dim={shape[1]}"
         )
 
 

@@ -54,6 +54,12 @@ def test_peak_memory_is_that_of_what_lives_at_once():
     del kept
 
 
+def test_memory_is_predicted_with_every_condition():
+    """Known cells, a label and an embedding: what training feeds must pass without values, too."""
+    overrides = ["model.known_mask=true", "diffusion.known.first=1", "model.num_classes=3", "model.embedding_dim=8"]
+    assert training_memory(load_config("demo", overrides)) > training_memory(load_config("demo"))
+
+
 def test_the_largest_batch_fits_and_the_next_does_not(monkeypatch):
     config = load_config("demo", ["model.depth=1"])
     free = 700_000_000

@@ -1,0 +1,189 @@
+"""Vectors that come with samples, as conditions: files beside theirs, or captions through a text encoder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rin_video.config import DataConfig
+from rin_video.datasets.arrays import ARRAY_SUFFIXES, ArrayInfo, probe_array, read_array
+from rin_video.datasets.index import Entry
+from rin_video.datasets.shards import companions, members_of
+from rin_video.datasets.sources import Member, Source, shown
+from rin_video.errors import UsageError
+
+CACHE = ".captions.safetensors"  # beside the index, and named after it
+
+
+class Embeddings(Protocol):
+    """Conditions by number of file."""
+
+    shape: tuple[int, int]  # vectors of a sample at most, width
+
+    def __getitem__(self, file: int) -> Tensor:
+        """(vectors, width) float32, zeros behind the last one; zeros alone where the file has none."""
+
+    def describe(self) -> str:
+        """One line on what was found."""
+
+
+def open_embeddings(entries: Sequence[Entry], options: DataConfig, index: Path | None) -> Embeddings | None:
+    """The embeddings that the options ask for. Those of captions are kept beside `index` between runs.
+
+    Raises UsageError where no file has any.
+    """
+    if options.embeddings:
+        return EmbeddingFiles([entry.source for entry in entries])
+    if options.text_encoder is not None:
+        captions = [entry.caption for entry in entries]
+        return CaptionEmbeddings(captions, options.text_encoder, options.caption_tokens, index)
+    return None
+
+
+def embedding_shape(dataset: Any) -> tuple[int, int] | None:
+    """(vectors at most, width) of what comes with the samples of a dataset; None where nothing does."""
+    parts = [getattr(part, "embeddings", None) for part in getattr(dataset, "parts", (dataset,))]
+    shapes = [part.shape for part in parts if part is not None]
+    if len({width for _, width in shapes}) > 1:
+        raise UsageError(f"the embeddings of clips are {shapes[0][1]} wide, those of images {shapes[1][1]}")
+    return (max(count for count, _ in shapes), shapes[0][1]) if shapes else None
+
+
+class EmbeddingFiles:
+    """`clip.npy` or `clip.safetensors` beside `clip.mp4`, (width) or (vectors, width); in shards of the same stem."""
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        shards = sorted({source.shard for source in sources if isinstance(source, Member)})
+        aside = companions([member for shard in shards for member in members_of(shard)[0]])
+        self.files = [_beside(source, aside) for source in sources]
+        self.infos = [None if file is None else probe_array(file) for file in self.files]
+        first = next((i for i, info in enumerate(self.infos) if info is not None), None)
+        if first is None:
+            raise UsageError(
+                f"not one of {len(sources)} files has an embedding beside it: save them as NAME{ARRAY_SUFFIXES[0]} or "
+                f"NAME{ARRAY_SUFFIXES[1]} (for example beside {shown(sources[0])})"
+            )
+        shapes = {self._shape(i): file for i, file in enumerate(self.files) if file is not None}
+        width = self._shape(first)[1]
+        for shape, file in shapes.items():
+            if shape[1] != width:
+                raise UsageError(
+                    f"{shown(file)} has vectors of {shape[1]}, {shown(self.files[first] or '')} of {width}"
+                )
+        self.shape = (max(shape[0] for shape in shapes), width)
+
+    def _shape(self, file: int) -> tuple[int, int]:
+        info = self.infos[file]
+        assert info is not None
+        return check_embedding(self.files[file], info.shape)
+
+    def __getitem__(self, file: int) -> Tensor:
+        source, info = self.files[file], self.infos[file]
+        if source is None or info is None:
+            return torch.zeros(self.shape)
+        values = read_embedding(source, info)
+        return F.pad(values, (0, 0, 0, self.shape[0] - len(values)))
+
+    def describe(self) -> str:
+        there = sum(file is not None for file in self.files)
+        return f"embeddings: {_vectors(self.shape)}, beside {_of(there, len(self.files))}"
+
+
+class CaptionEmbeddings:
+    """Captions (`clip.txt` beside `clip.mp4`) through a text encoder, once for each that differs."""
+
+    def __init__(self, captions: Sequence[str | None], source: str, num_tokens: int, index: Path | None = None) -> None:
+        from rin_video.text import TextEncoder, fingerprint
+
+        unique = sorted({caption for caption in captions if caption})
+        if not unique:
+            raise UsageError(f"not one of {len(captions)} files has a caption: write it as NAME.txt beside the file")
+        self.source, self.cut = source, 0
+        key = fingerprint(source, num_tokens, unique)
+        cache = index.with_suffix(CACHE) if index else None
+        rows = _read_cache(cache, key)
+        if rows is None:
+            rows, self.cut = TextEncoder(source).encode(unique, num_tokens, progress=True)
+            _write_cache(cache, key, rows)
+        self.rows = rows
+        self.shape = (num_tokens, rows.shape[-1])
+        number = {caption: i for i, caption in enumerate(unique)}
+        self.row_of = [number[caption] if caption else -1 for caption in captions]
+
+    def __getitem__(self, file: int) -> Tensor:
+        row = self.row_of[file]
+        return torch.zeros(self.shape) if row < 0 else self.rows[row].clone()
+
+    def describe(self) -> str:
+        there = sum(row >= 0 for row in self.row_of)
+        line = f"captions: {_vectors(self.shape)} by {self.source}, of {_of(there, len(self.row_of))}"
+        return line + (f"; {self.cut} are longer and cut: raise data.caption_tokens" if self.cut else "")
+
+
+def check_embedding(source: Source | str | None, shape: tuple[int, ...]) -> tuple[int, int]:
+    """(width) or (vectors, width) as (vectors, width); else a UsageError."""
+    if len(shape) not in (1, 2):
+        raise UsageError(f"{shown(source or '')} has shape {shape}: an embedding is (width) or (vectors, width)")
+    return (1, shape[0]) if len(shape) == 1 else (shape[0], shape[1])
+
+
+def read_embedding(source: Source, info: ArrayInfo | None = None) -> Tensor:
+    """An embedding file as (vectors, width) float32. UsageError where it is none, or not finite."""
+    info = probe_array(source) if info is None else info
+    values = read_array(source, info).float().reshape(check_embedding(source, info.shape))
+    if not values.isfinite().all():
+        raise UsageError(f"{shown(source)} holds numbers that are not finite")
+    return values
+
+
+def _beside(source: Source, aside: dict[tuple[Path, str], dict[str, Member]]) -> Source | None:
+    """The array file of the same name, in the same folder or shard."""
+    if isinstance(source, Member):
+        own = aside.get((source.shard, source.stem), {})
+        return next((own[suffix] for suffix in ARRAY_SUFFIXES if suffix in own), None)
+    if not isinstance(source, Path):
+        return None
+    return next((file for suffix in ARRAY_SUFFIXES if (file := source.with_suffix(suffix)).is_file()), None)
+
+
+def _read_cache(cache: Path | None, key: str) -> Tensor | None:
+    from safetensors import SafetensorError, safe_open
+
+    if cache is None or not cache.is_file():
+        return None
+    try:
+        with safe_open(cache, framework="pt") as file:
+            if (file.metadata() or {}).get("key") != key:
+                return None
+            return file.get_tensor("captions")
+    except (SafetensorError, OSError):
+        return None
+
+
+def _write_cache(cache: Path | None, key: str, rows: Tensor) -> None:
+    """Atomically; several processes may do so at once."""
+    from safetensors.torch import save_file
+
+    if cache is None:
+        return
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    temporary = cache.with_name(f".{cache.name}.{os.getpid()}.tmp")
+    try:
+        save_file({"captions": rows}, temporary, metadata={"key": key})
+        os.replace(temporary, cache)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _vectors(shape: tuple[int, int]) -> str:
+    return f"{shape[0]} vector{'s' * (shape[0] > 1)} of {shape[1]}"
+
+
+def _of(there: int, count: int) -> str:
+    return f"{there} of {count} files" + ("; the others are trained on without" if there < count else "")
