@@ -140,14 +140,19 @@ def without_paths(config: Config) -> Config:
     def shared(path: str | None) -> str | None:
         return path if path and path.startswith(PREFIX) else None
 
-    init = config.train.init_from
-    keep = init if init and HUB_ID.match(init.removeprefix(PREFIX)) and not Path(init).exists() else None
+    def public(model: str | None) -> str | None:
+        return model if model and HUB_ID.match(model.removeprefix(PREFIX)) and not Path(model).exists() else None
+
     return dataclasses.replace(
         config,
         data=dataclasses.replace(
-            config.data, path=shared(config.data.path), images=shared(config.data.images), allow_pipe=False
+            config.data,
+            path=shared(config.data.path),
+            images=shared(config.data.images),
+            text_encoder=public(config.data.text_encoder),
+            allow_pipe=False,
         ),
-        train=dataclasses.replace(config.train, init_from=keep),
+        train=dataclasses.replace(config.train, init_from=public(config.train.init_from)),
     )
 
 

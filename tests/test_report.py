@@ -1,5 +1,6 @@
 """The page about a run, and the trackers."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -59,6 +60,27 @@ def test_the_page_holds_everything_and_needs_nothing(run, tmp_path):
         assert word in text, word
 
 
+@pytest.mark.parametrize(
+    ("starts", "words"),
+    [
+        ([], "started today."),
+        (["1 May"], "started today, resumed once (begun 1 May)."),
+        (["1 May", "2 May"], "started today, resumed 2 times (begun 1 May)."),
+    ],
+)
+def test_the_summary_says_how_often_a_run_was_resumed(tmp_path, starts, words):
+    (tmp_path / "metrics.jsonl").write_text(
+        json.dumps(
+            {"step": 1, "loss": 1.0, "samples_per_second": 2.0, "lr": 1e-3, "grad_norm": 1.0, "loss_by_t": [1.0] * 10}
+        )
+    )
+    (tmp_path / "run.json").write_text(
+        json.dumps({"started": "today", "earlier": [{"started": start} for start in starts]})
+    )
+    page = write_report(tmp_path, tmp_path / "report.html")
+    assert words in " ".join(Page(page.read_text(encoding="utf-8")).words)
+
+
 def test_a_folder_without_metrics_is_refused(tmp_path):
     with pytest.raises(UsageError, match=r"holds no metrics\.jsonl"):
         write_report(tmp_path, tmp_path / "report.html")
@@ -72,7 +94,7 @@ def test_a_browser_shows_the_page_and_plays_the_clips(run, tmp_path):
     assert cli.main(["report", str(run), "--out", str(tmp_path / "page.html")]) == 0
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
              "--disable-background-networking", "--disable-component-update", f"--user-data-dir={tmp_path / 'profile'}",
-             "--window-size=1200,1800", "--hide-scrollbars", "--virtual-time-budget=5000"]  # fmt: skip
+             "--window-size=1200,1800", "--hide-scrollbars", "--virtual-time-budget=20000"]  # fmt: skip
     page = (tmp_path / "page.html").as_uri()
     picture = tmp_path / "page.png"
     subprocess.run([BROWSER, *flags, f"--screenshot={picture}", page], check=True, capture_output=True, timeout=120)
