@@ -63,7 +63,7 @@ def write_report(run: Path, path: Path) -> Path:
             ),
             curves=metrics_svg(lines),
             samples="\n".join(figures(run / "samples")) or "<p>none yet</p>",
-            facts="".join(fact(name, value) for name, value in made.items() if name != "earlier"),
+            facts="".join(fact(name, value) for name, value in made.items() if value is not None and name != "earlier"),
             config=html.escape(config.read_text(encoding="utf-8") if config.is_file() else "not written yet"),
         ),
     )

@@ -131,6 +131,28 @@ def test_tensorboard_gets_numbers_and_clips(tmp_path):
     assert events.Images("clips")[0].encoded_image_string[:3] == b"GIF"
 
 
+@pytest.mark.slow
+def test_wandb_gets_numbers_pictures_and_clips(tmp_path, monkeypatch):
+    """Offline: what it keeps lies in the run's folder, and is read back from its own log."""
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "run"
+    model = {"frames": 4, "patch_size": [2, 4, 4]}
+    make_trainer(run, model=model, data=Clips(), train_num_steps=4, save_and_sample_every=2, trackers=["wandb"]).train()
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    (files,) = run.glob("wandb/offline-run-*/files/media")
+    clips = sorted((files / "videos").glob("clips_*.mp4"), key=lambda path: path.stat().st_mtime)
+    assert [clip.read_bytes() for clip in clips] == [
+        (run / f"samples/step-{step:08d}.mp4").read_bytes() for step in (2, 4)
+    ]
+    assert len(list((files / "images").glob("samples_*.png"))) == 2
+    (log,) = run.glob("wandb/offline-run-*/*.wandb")
+    for name in (b"loss_by_t/", b"grad_norm", b"train.train_lr"):
+        assert name in log.read_bytes(), name
+
+
 def test_trackers_that_are_not_there_are_named(tmp_path):
     with pytest.raises(UsageError, match=r"train\.trackers=tensorbord is unknown: choose .*tensorboard"):
         make_trainer(tmp_path, trackers=["tensorbord"])
