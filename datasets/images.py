@@ -48,15 +48,7 @@ class ImageFolder(Dataset[dict[str, Tensor | int]]):
         self.framing = make_framing(image_size, self.config)
         self.shape = (channels, *self.framing.size)
         self.chance = Chance(seed)
-        self.index = make_index(
-            root,
-            "image",
-            path=index,
-            max_pixels=self.config.max_pixels,
-            seconds=self.config.read_timeout,
-            allow_pipe=self.config.allow_pipe,
-            progress=True,
-        )
+        self.index = make_index(root, "image", self.config, path=index, progress=True)
         self.index.require_some(self.config.strict)
         self.skipped = self.index.unusable
         entries = self.index.usable

@@ -18,10 +18,11 @@ from ema_pytorch.post_hoc_ema import KarrasEMA, p_dot_p, sigma_rel_to_gamma, sol
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from rin_video.checkpoint import CONFIG, newest_state, read_metadata, read_tensors, replacing, save_weights
+from rin_video.checkpoint import CONFIG, newest_state, read_metadata, read_tensors, save_weights
 from rin_video.config import TrainConfig, check_sigma_rel, load_config
 from rin_video.distributed import whole
 from rin_video.errors import UsageError
+from rin_video.files import replacing
 
 log = logging.getLogger("rin_video")
 

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from rin_video.averages import make_ema, make_tracks, save_snapshot, track_state
 from rin_video.callbacks import Callback, append_line
-from rin_video.checkpoint import full_disk, newest_state, plain, remove_state, save_state, save_weights, saved_states
+from rin_video.checkpoint import newest_state, plain, remove_state, save_state, save_weights, saved_states
 from rin_video.config import Config, ModelConfig, SampleConfig, train_config
 from rin_video.datasets.clips import ClipFolder
 from rin_video.datasets.draws import Draws, unpack
@@ -41,6 +41,7 @@ from rin_video.distributed import (
 )
 from rin_video.errors import Stopped, UsageError
 from rin_video.export import contact_sheet, save_samples
+from rin_video.files import full_disk
 from rin_video.known import draw_known
 from rin_video.memory import checkpoint_blocks, out_of_memory
 from rin_video.metrics import Metrics, trim_lines
