@@ -13,14 +13,10 @@ from importlib.metadata import version
 from rin_video.config import SAMPLER_NAMES
 from rin_video.errors import Stopped, UsageError
 
-FLAGS = (
-    "--json",
-    "--strict",
-    "--embeddings",
-    "--carry-latents",
-    "--key-frames",
-    "--interpolate-positions",
-)  # without a value
+FLAGS = (  # without a value
+    "--json", "--strict", "--embeddings", "--carry-latents", "--key-frames", "--interpolate-positions", "--private",
+    "--new-card",
+)  # fmt: skip
 OVERRIDE = re.compile(r"^[A-Za-z_]\w*(\.\w+)+=")
 
 
@@ -190,6 +186,13 @@ def make_parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="one HTML page on a run: curves, samples, options, versions")
     report.add_argument("model", metavar="DIR", help="the folder that training wrote")
     report.add_argument("--out", metavar="FILE", help="the page (default: DIR/report.html)")
+
+    push = commands.add_parser("push", help="share a model on the Hugging Face hub, with a card made from the run")
+    push.add_argument("model", metavar="DIR", help="the folder that training wrote")
+    push.add_argument("repo", metavar="USER/NAME", help="made where it does not exist")
+    push.add_argument("--private", action="store_true", help="for you only, where it is made now")
+    push.add_argument("--license", metavar="ID", help="for the card: mit, cc-by-4.0 ... (default: none chosen)")
+    push.add_argument("--new-card", action="store_true", help="replace a card that is there (default: it stays)")
 
     export = commands.add_parser(
         "export", help="arrays, frames, GIF or MP4 to an MP4 that plays in browsers, GIF or PNG"

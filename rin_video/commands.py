@@ -107,7 +107,7 @@ def sample(options: Namespace) -> None:
         model.interpolate_positions()
     pass_ = plan_pass(model, options.frames, options.size, options.window)
     given = read_given(options, pass_, config) | read_told(options, config)
-    out = Path(options.out or folder / f"samples{'.mp4' if pass_.frames else '.png'}")
+    out = Path(options.out or own_folder(options.model) / f"samples{'.mp4' if pass_.frames else '.png'}")
     check_target(out, rank=len(pass_.shape) + 1, fps=wanted.fps)
     start = time.perf_counter()
     titles = sample_titles(wanted, config, options.caption)
@@ -142,6 +142,7 @@ def diagnose(options: Namespace) -> None:
     config = load_config(folder / CONFIG, options.overrides)
     allow_only(options.overrides, "data.", "sample.")
     check_sampling(config)
+    config.data.allow_pipe = "data.allow_pipe=true" in options.overrides  # a model's file may not run commands
     data = options.data or config.data.path
     if data is None:
         raise UsageError(f"{folder / CONFIG} does not say what it was trained on: give --data FOLDER")
@@ -149,7 +150,7 @@ def diagnose(options: Namespace) -> None:
         raise UsageError(f"--num is {options.num}: it must be at least 2")
     diffusion = GaussianDiffusion.from_pretrained(folder, device=best_device())
     dataset = open_dataset(data, diffusion.shape, config.data, seed=config.train.seed)
-    out = Path(options.out or folder / "diagnosis")
+    out = Path(options.out or own_folder(options.model) / "diagnosis")
     diagnosis = diagnose_run(folder, diffusion, dataset, config, out, num=options.num)
     _say(
         f"loss ({config.diffusion.objective}, not weighted), mean of {min(options.num, len(dataset))} samples of {data}"
@@ -179,24 +180,25 @@ def report(options: Namespace) -> None:
     log.info("%s", write_report(run, Path(options.out or run / "report.html")))
 
 
+def push(options: Namespace) -> None:
+    """`rin-video push`."""
+    from rin_video.hub import push as push_to_hub
+
+    url = push_to_hub(
+        options.model, options.repo, private=options.private, license=options.license, new_card=options.new_card
+    )
+    log.info("%s: rin-video sample %s", url, options.repo)
+
+
 def index(options: Namespace) -> None:
     """`rin-video index`."""
     from rin_video.datasets.index import make_index
     from rin_video.datasets.open import INDEX
 
-    data = read_data_config(options)
+    data = read_files_config(options)
     kind = options.kind or kind_of(options.data, data)
     path = Path(options.out or run_folder(options.data) / INDEX)
-    found = make_index(
-        options.data,
-        kind,
-        path=path,
-        cuts=data.avoid_cuts,
-        max_pixels=data.max_pixels,
-        seconds=data.read_timeout,
-        allow_pipe=data.allow_pipe,
-        progress=True,
-    )
+    found = make_index(options.data, kind, data, path=path, progress=True)
     _say(found.describe())
     found.require_some(data.strict)
     _say(f"index: {path}")
@@ -236,7 +238,7 @@ def prepare(options: Namespace) -> None:
     from rin_video.datasets.prepare import loading_speed
     from rin_video.datasets.prepare import prepare as write_shards
 
-    data = read_data_config(options)
+    data = read_files_config(options)
     if options.fps is not None:
         data.fps = options.fps
         data.__post_init__()
@@ -244,13 +246,20 @@ def prepare(options: Namespace) -> None:
         raise UsageError(f"--workers is {options.workers}: it must be at least 1")
     kind = options.kind or kind_of(options.data, data)
     if kind not in ("image", "video"):
-        raise UsageError(f"{options.data} holds arrays: prepare takes clips or images")
+        raise UsageError(
+            f"prepare takes clips or images, and {options.data} is of kind {kind}: give --kind image or video"
+        )
     size = parse_size(options.size)
     H, W = (size, size) if isinstance(size, int) else size
     out = Path(options.out)
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {out} is a file: give a folder")
-    out.mkdir(parents=True, exist_ok=True)
+    if out.exists() and out.resolve() == Path(options.data).resolve():
+        raise UsageError(f"--out {out} is the data itself: give another folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out {out} cannot be made ({error.strerror}): give another folder") from error
     for line in write_shards(options.data, kind, out, (H, W), data, workers=options.workers or os.cpu_count() or 1):
         _say(line)
     speeds = []
@@ -348,6 +357,18 @@ def read_data_config(options: Namespace) -> DataConfig:
     return config.data
 
 
+def read_files_config(options: Namespace) -> DataConfig:
+    """`read_data_config` for commands that look at files alone. UsageError for what they would not heed."""
+    from rin_video.datasets.hub import is_hub
+
+    for override in options.overrides:
+        if not override.startswith("data."):
+            raise UsageError(f"{override}: {options.command} trains nothing, it takes data.key=value")
+    if is_hub(options.data):
+        raise UsageError(f"{options.data}: {options.command} takes files and shards; train and peek take hf: too")
+    return read_data_config(options)
+
+
 def set_reading(config: Config, options: Namespace) -> None:
     config.data.strict = config.data.strict or options.strict
     config.data.decoder = options.decoder or config.data.decoder
@@ -411,6 +432,11 @@ def default_preset(frames: int | None, size: str | None) -> str:
     if frames == 0:
         return "image64" if longest <= 64 else "image128" if longest <= 128 else "image256"
     return "video64" if longest <= 64 else "video128"
+
+
+def own_folder(model: str) -> Path:
+    """Where results go: beside the model, or here where it came from the hub."""
+    return Path(model) if Path(model).is_dir() else Path()
 
 
 def best_device() -> torch.device:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from functools import partial
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from rin_video.config import DiffusionConfig
+from rin_video.config import Config, DiffusionConfig, ModelConfig
 from rin_video.errors import UsageError
 from rin_video.extend import extend
 from rin_video.given import Given
@@ -101,11 +102,28 @@ class GaussianDiffusion(nn.Module):
     def from_pretrained(
         cls, source: str | os.PathLike[str], *, device: str | torch.device = "cpu"
     ) -> GaussianDiffusion:
-        """Model and diffusion of a run: a folder with `config.yaml` and `model.safetensors`, or a hub id."""
+        """Model and diffusion of a run: its folder (`config.yaml`, `model.safetensors`), or a hub id `user/name`."""
         from rin_video.checkpoint import load_model
 
         model, config = load_model(source, device=device)
         return cls.from_config(model, config.diffusion).to(device)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write a RIN and this diffusion as `config.yaml` and `model.safetensors`, which `from_pretrained` reads."""
+        from rin_video.checkpoint import save_model
+
+        config = getattr(self.model, "config", None)
+        if not isinstance(config, ModelConfig):
+            raise UsageError(f"only a RIN can be saved like this, not {type(self.model).__name__}")
+        save_model(folder, self.model, Config(model=config, diffusion=self.config))
+
+    def push_to_hub(self, repo: str, *, private: bool = False, license: str | None = None) -> str:
+        """Put model and diffusion on the Hugging Face hub as `user/name`; returns the address. See `hub.push`."""
+        from rin_video.hub import push
+
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return push(folder, repo, private=private, license=license)
 
     def with_model(self, model: nn.Module) -> GaussianDiffusion:
         """The same diffusion around another model."""
@@ -191,8 +209,11 @@ class GaussianDiffusion(nn.Module):
             x_t = x_t / append_dims(given.spread_unknown(x_t), x_t)
         if given.known is not None and given.values is not None:
             x_t = torch.where(given.known, given.values / self.config.scale, x_t)
-        gamma = torch.as_tensor(level.gamma, dtype=torch.float32, device=x_t.device)
-        return self.model(x_t, gamma.flatten().expand(len(x_t)), **inputs)
+        if isinstance(level.gamma, Tensor):
+            gamma = level.gamma.float().flatten().expand(len(x_t))
+        else:  # filled where it is needed: a copy would wait for the device
+            gamma = torch.full((len(x_t),), level.gamma, dtype=torch.float32, device=x_t.device)
+        return self.model(x_t, gamma, **inputs)
 
     def carry(self, latents: Any, x0: Tensor) -> dict[str, Any]:
         """What goes from one pass to the next; the estimate in the data's own range, whatever the scale."""

@@ -95,7 +95,9 @@ class VideoWriter:
             self._container.mux(self._stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
 
     def _open_stream(self, height: int, width: int) -> Any:
-        stream: Any = self._container.add_stream("libx264", rate=self.rate, options={"crf": str(self.crf)})
+        # Without cpu-independent x264 reads beyond small frames where it plans bit rates: other bytes every time.
+        options = {"crf": str(self.crf), "x264-params": "cpu-independent=1"}
+        stream: Any = self._container.add_stream("libx264", rate=self.rate, options=options)
         stream.height, stream.width = height, width
         stream.pix_fmt = "yuv420p"
         context = stream.codec_context  # say which colours these are, or players guess: BT.601, limited range

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -161,7 +162,10 @@ class RIN(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> RIN:
-        """The model of a run: a folder with `config.yaml` and `model.safetensors`, or a hub id `user/name`."""
+        """The model of a run: a folder with `config.yaml` and `model.safetensors`, or a hub id `user/name`.
+
+        `user/name@revision` is a branch, tag or commit of it. A folder of that name comes first.
+        """
         from rin_video.checkpoint import load_model
 
         return load_model(source, device=device)[0]
@@ -172,3 +176,11 @@ class RIN(nn.Module):
         from rin_video.config import Config
 
         save_model(folder, self, Config(model=self.config))
+
+    def push_to_hub(self, repo: str, *, private: bool = False, license: str | None = None) -> str:
+        """Put the model on the Hugging Face hub as `user/name`, with a card; returns its address. See `hub.push`."""
+        from rin_video.hub import push
+
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return push(folder, repo, private=private, license=license)

@@ -1,0 +1,216 @@
+"""Sharing on the Hugging Face hub: the two files of a model, and a card that says how it was made. No pickle."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rin_video.checkpoint import CONFIG, WEIGHTS, load_model
+from rin_video.config import Config, load_config, to_yaml
+from rin_video.errors import UsageError, first_line
+from rin_video.provenance import read_json
+from rin_video.report import read_lines
+
+PREFIX = "hf:"
+HUB_ID = re.compile(r"^(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>[\w./-]+))?$")
+PICTURE, CLIP = "samples.png", "samples.mp4"
+
+
+def fetch(source: str | os.PathLike[str]) -> Path:
+    """A folder with the two files of the model `user/name`, or of its revision, `user/name@revision`.
+
+    Nothing else of the repository is fetched, and the weights only where there is a configuration. What was fetched
+    before is not fetched again, and serves without a network. `hf:` in front says that it is no folder. Raises
+    `UsageError` where there is no such repository, no access, no network, or it holds no model of ours.
+    """
+    match = HUB_ID.match(os.fspath(source).removeprefix(PREFIX))
+    if match is None:
+        raise UsageError(f"no folder is called {source}: give the folder of a run, or a hub id user/name")
+    repo, revision = match["repo"], match["revision"]
+    if not os.fspath(source).startswith(PREFIX) and Path(repo).parent.is_dir():
+        raise UsageError(f"{Path(repo).parent} holds no folder {Path(repo).name}: for the hub, write {PREFIX}{source}")
+    from huggingface_hub import HfApi
+
+    with plain_errors(repo, revision, "fetched"):
+        config = Path(HfApi().hf_hub_download(repo, CONFIG, revision=revision))
+    try:
+        load_config(config)
+    except UsageError as error:
+        raise UsageError(f"{repo} on the hub holds no model of rin-video: {error}") from None
+    with plain_errors(repo, revision, "fetched"):
+        # Of the same commit, whatever was pushed in between: the folder is called by it.
+        weights = Path(HfApi().hf_hub_download(repo, WEIGHTS, revision=config.parent.name))
+    return weights.parent
+
+
+def push(
+    folder: str | os.PathLike[str],
+    repo: str,
+    *,
+    private: bool = False,
+    license: str | None = None,
+    new_card: bool = False,
+) -> str:
+    """Put the model in `folder` (of a run, or from `save_pretrained`) on the hub as `repo`; returns its address.
+
+    Uploaded in one commit: weights, configuration without paths of this machine, the last samples, and a card made from
+    the run. A card that is there already is its readers' and stays, unless `new_card`. `license` (mit, cc-by-4.0, ...)
+    goes into the card. The token is that of `hf auth login`, or `HF_TOKEN`. Raises `UsageError` where `folder` holds no
+    whole model, or the hub refuses.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    folder = Path(folder)
+    match = HUB_ID.match(repo.removeprefix(PREFIX))
+    if match is None or match["revision"]:
+        raise UsageError(f"{repo} is no name on the hub: give user/name")
+    repo = match["repo"]
+    if not folder.is_dir():
+        raise UsageError(f"no folder is called {folder}: give the folder of a run")
+    _, config = load_model(folder)  # whole, and readable
+    files: dict[str, Any] = {WEIGHTS: folder / WEIGHTS, CONFIG: to_yaml(without_paths(config)).encode()}
+    files |= last_samples(folder)
+    api = HfApi(library_name="rin-video")
+    with plain_errors(repo, None, "pushed to"):
+        url = api.create_repo(repo, private=private or None, exist_ok=True)
+        if new_card or not api.file_exists(repo, "README.md"):
+            files["README.md"] = model_card(folder, repo, license).encode()
+        operations = [CommitOperationAdd(name, os.fspath(f) if isinstance(f, Path) else f) for name, f in files.items()]
+        api.create_commit(repo, operations, commit_message="Model of rin-video")
+    return str(url)
+
+
+def model_card(folder: Path, repo: str, license: str | None = None) -> str:
+    """A model card in Markdown with its metadata, from what a run left in its folder; without a run, from its model."""
+    from rin_video.info import describe, model_info
+
+    config = load_config(folder / CONFIG)
+    made, lines = read_json(folder / "run.json"), read_lines(folder / "metrics.jsonl")
+    info, samples = model_info(config.model), last_samples(folder)
+    clips = len(info.shape) == 4
+    kind = "clips" if clips else "images" if len(info.shape) == 3 else "sequences"
+    tags = ["rin-video", "recurrent-interface-network", "diffusion", *(["video-generation"] if clips else [])]
+    meta: dict[str, Any] = {"library_name": "rin-video", "tags": tags}
+    if license:
+        meta["license"] = license
+    if kind == "images":
+        meta["pipeline_tag"] = "unconditional-image-generation"
+    facts = {
+        "data": data_name(config),
+        "classes": ", ".join(config.data.classes),
+        "steps": f"{lines[-1]['step']:,}" if lines else None,
+        "batch": config.train.train_batch_size * config.train.gradient_accumulate_every if lines else None,
+        "learning rate": f"{config.train.train_lr:g}, {config.train.optimizer}" if lines else None,
+        "last loss": f"{lines[-1]['loss']:.4f} ({config.diffusion.objective})" if lines else None,
+        "trained on": made.get("device"),
+        "versions": ", ".join(f"{name} {number}" for name, number in dict(made.get("versions") or {}).items()),
+    }
+    suffix = "mp4" if clips else "png" if kind == "images" else "npy"
+    paragraphs = [
+        "---\n" + "".join(f"{key}: {json.dumps(value)}\n" for key, value in meta.items()) + "---",
+        f"# {repo.split('/')[1]}",
+        f"A Recurrent Interface Network ([RIN](https://arxiv.org/abs/2212.11972)) that draws {kind} of "
+        f"{'x'.join(map(str, info.shape[1:]))}, with {info.params / 1e6:.1f} million parameters.",
+        f"![Samples]({PICTURE})" if PICTURE in samples else "",
+        f"The same as a clip: [{CLIP}]({CLIP})." if CLIP in samples else "",
+        f"## Use\n\n```\npip install rin-video\nrin-video sample {repo} --num 4 --out samples.{suffix}\n```",
+        f"```python\nfrom rin_video import GaussianDiffusion\n\n"
+        f'diffusion = GaussianDiffusion.from_pretrained("{repo}")\nsamples = diffusion.sample(batch_size=4)\n```',
+        "The files are safetensors and YAML: nothing in them is executed.",
+        "## Training\n\n| | |\n|---|---|\n"
+        + "\n".join(f"| {name} | {value} |" for name, value in facts.items() if value)
+        if any(facts.values())
+        else "",
+        f"## Model\n\n```\n{describe(config.model)}\n```",
+        f"## Configuration\n\n```yaml\n{to_yaml(without_paths(config)).strip()}\n```",
+        "" if license else "## License\n\nNot chosen yet: `license:` at the top of this card says it.",
+    ]
+    return "\n\n".join(paragraph for paragraph in paragraphs if paragraph) + "\n"
+
+
+def without_paths(config: Config) -> Config:
+    """The configuration without what is the business of this machine only: paths, and commands that read data."""
+
+    def shared(path: str | None) -> str | None:
+        return path if path and path.startswith(PREFIX) else None
+
+    def public(name: str | None) -> str | None:
+        return name if name and HUB_ID.match(name.removeprefix(PREFIX)) and not Path(name).exists() else None
+
+    data = dataclasses.replace(
+        config.data,
+        path=shared(config.data.path),
+        images=shared(config.data.images),
+        text_encoder=public(config.data.text_encoder),
+        allow_pipe=False,
+    )
+    return dataclasses.replace(
+        config, data=data, train=dataclasses.replace(config.train, init_from=public(config.train.init_from))
+    )
+
+
+def data_name(config: Config) -> str | None:
+    """What the data is called, without where it lies."""
+    path = config.data.path
+    if not path or path.startswith("pipe:"):
+        return None
+    return path if path.startswith(PREFIX) else Path(path).name
+
+
+def last_samples(folder: Path) -> dict[str, Path]:
+    """The last samples of a run, by the name that they have on the hub."""
+    found = {}
+    for name in (PICTURE, CLIP):
+        if paths := sorted((folder / "samples").glob(f"step-*{Path(name).suffix}")):
+            found[name] = paths[-1]
+    return found
+
+
+@contextmanager
+def plain_errors(repo: str, revision: str | None, done: str) -> Iterator[None]:
+    """Turns what the hub and the network answer into one line that says what to do."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except UsageError:
+        raise
+    except errors.GatedRepoError:
+        reason = "its owner grants access one by one: ask for it on its page, then `hf auth login`"
+    except errors.RepositoryNotFoundError as error:
+        reason = (
+            "the hub wants to know who you are: `hf auth login`, or set HF_TOKEN"
+            if status_of(error) == 401 and done != "fetched"
+            else "no such repository, or a private one: look at the spelling; for a private one, `hf auth login`"
+        )
+    except errors.RevisionNotFoundError:
+        reason = f"it has no revision {revision}: leave out @{revision}, or give a branch, a tag or a commit"
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+        offline = "HF_HUB_OFFLINE is set" if isinstance(error, errors.OfflineModeIsEnabled) else "no network"
+        reason = f"the hub cannot be reached ({offline}), and it was not fetched before: try again with a network"
+    except errors.EntryNotFoundError:
+        reason = f"it holds no {CONFIG} or no {WEIGHTS}: it is no model of rin-video"
+    except errors.HFValidationError as error:
+        reason = first_line(error)
+    except Exception as error:  # whatever the library under huggingface_hub raises: it has changed before
+        status = status_of(error)
+        if status in (401, 403):
+            reason = "your token does not allow it: use one that may write there (`hf auth login`), or another name"
+        elif status:
+            reason = f"the hub answered {first_line(error)}"
+        else:
+            reason = f"the hub cannot be reached ({first_line(error)}): try again with a network"
+    else:
+        return
+    raise UsageError(f"{repo} could not be {done}{' the hub' if done != 'fetched' else ''}: {reason}") from None
+
+
+def status_of(error: BaseException) -> int | None:
+    """The status of an answer that became an error."""
+    return getattr(getattr(error, "response", None), "status_code", None)
