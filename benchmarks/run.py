@@ -59,9 +59,10 @@ Row = dict[str, Any]
 
 
 class Machine:
-    """Device, precision, and how to time on it."""
+    """Device, precision, and how to time on it: by the clock, or `shared`, by the processor time of this process."""
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, shared: bool = False) -> None:
+        self.shared, self.clock = shared, time.process_time if shared else time.perf_counter
         self.device = torch.device(device)
         self.cuda = self.device.type == "cuda"
         self.modes = ("eager", "compile") if self.cuda else ("eager",)
@@ -72,11 +73,11 @@ class Machine:
     def seconds(self, work: Callable[[], Any]) -> float:
         if self.cuda:
             torch.cuda.synchronize()
-        start = time.perf_counter()
+        start = self.clock()
         work()
         if self.cuda:
             torch.cuda.synchronize()
-        return time.perf_counter() - start
+        return self.clock() - start
 
     def in_turn(self, works: Sequence[Callable[[], Any]], rounds: int) -> list[float]:
         """Median seconds of each, one after the other, `rounds` times after a round to warm up."""
@@ -146,8 +147,8 @@ def contenders(case: str) -> list[tuple[Callable[[], peers.Contender], int]]:
     return [
         (partial(peers.rin, **ours), 3),
         (partial(peers.rin, "rin-video, no self-conditioning", self_cond=0, **ours), 3),
-        (partial(peers.latte, 16, 64, 6, 7), 3),
-        (partial(peers.dit, (3, 16, 64, 64), 6, 9, (2, 4, 4)), 3),
+        (partial(peers.latte, 16, 64, 6, 7), 1),
+        (partial(peers.dit, (3, 16, 64, 64), 6, 9, (2, 4, 4)), 1),
         (partial(peers.unet3d, 16, 64, 48), 1),
     ]
 
@@ -205,7 +206,7 @@ def throughput(case: str, machine: Machine) -> list[Row]:
 
 def arithmetic(machine: Machine) -> list[Row]:
     """Share of the machine's matrix-product rate that a training step of a preset reaches, optimizer included."""
-    name, batch = ("kinetics600_predict", 32) if machine.cuda else ("imagenet64", 16)
+    name, batch = ("kinetics600_predict", 32) if machine.cuda else ("imagenet64", 8)
     config = load_config(name)
     rows: list[Row] = []
     for mode in machine.modes:
@@ -275,10 +276,10 @@ GROWTH: dict[str, tuple[Callable[[int], peers.Contender], int]] = {  # and the m
 }
 
 
-def grown(name: str, frames: int, device: str, threads: int) -> tuple[float, float, int]:
+def grown(name: str, frames: int, device: str, threads: int, shared: bool) -> tuple[float, float, int]:
     """Seconds and peak memory in bytes of a training step on a clip, and parameters; in a process of its own."""
     torch.set_num_threads(threads)
-    machine = Machine(device)
+    machine = Machine(device, shared)
     contender = GROWTH[name][0](frames)
     contender.module.to(machine.device)
     x = torch.rand(1, 3, frames, 32, 32, device=machine.device)
@@ -311,7 +312,7 @@ def growth(machine: Machine) -> list[Row]:
         found = []
         for frames in lengths:
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                work = pool.submit(grown, name, frames, str(machine.device), torch.get_num_threads())
+                work = pool.submit(grown, name, frames, str(machine.device), torch.get_num_threads(), machine.shared)
                 found.append(work.result())
         seconds, memory, params = zip(*found, strict=True)
         row: Row = {"model": name, "frames": lengths, "params": params[0]}
@@ -351,11 +352,11 @@ def overhead_on_cpu(diffusion: GaussianDiffusion, loop: Callable[[], Any], machi
 
     def before(*_: Any) -> None:
         nonlocal begun
-        begun = time.perf_counter()
+        begun = machine.clock()
 
     def after(*_: Any) -> None:
         nonlocal inside
-        inside += time.perf_counter() - begun
+        inside += machine.clock() - begun
 
     model, shares = diffusion.model, []
     hooks = [model.register_forward_pre_hook(before), model.register_forward_hook(after)]
@@ -402,6 +403,7 @@ def start(machine: Machine) -> list[Row]:
         ],
         "from rin_video import Trainer": [sys.executable, "-c", "from rin_video import Trainer"],
     }
+    machine = Machine("cpu")  # whole processes: by the clock
     works = [partial(subprocess.run, command, check=True, capture_output=True) for command in commands.values()]
     seconds = dict(zip(commands, machine.in_turn(works, 5), strict=True))
     rows = []
@@ -477,11 +479,17 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads")
+    parser.add_argument(
+        "--shared",
+        action="store_true",
+        help="time by the processor time of this process with one thread: for a CPU that others use at the same time",
+    )
     parser.add_argument("--out", type=Path, default=RESULTS / "run.json")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
+    options.threads = 1 if options.shared else options.threads
     torch.set_num_threads(options.threads)
-    machine = Machine(options.device)
+    machine = Machine(options.device, options.shared)
     report = json.loads(options.out.read_text()) if options.out.exists() else {}
     key = "gpu" if machine.cuda else "cpu"
     cases = report.get(key, {}).get("cases", {})  # of earlier runs, where not measured again
@@ -497,6 +505,7 @@ def main() -> None:
             "versions": {package: version(package) for package in PACKAGES},
             "precision": "bf16 autocast" if machine.cuda else "float32",
             "threads": options.threads,
+            "seconds": "of processor time" if options.shared else "by the clock",
             "date": time.strftime("%Y-%m-%d"),
             "cases": cases,
         }

@@ -40,6 +40,19 @@ def losses(folder: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def without_key_bias(value):
+    """Adam makes steps of full size from the gradient of a key's bias, which is rounding: softmax cancels it."""
+    if isinstance(value, list):
+        return [without_key_bias(item) for item in value]
+    kept = dict(value)
+    for name, tensor in value.items():
+        if name.endswith(".to_kv.bias"):
+            kept[name] = tensor.chunk(2)[1]
+        elif name.endswith(".to_qkv.bias"):
+            kept[name] = torch.cat(tensor.chunk(3)[::2])
+    return kept
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
     """20 steps of 2 x 2 x 2 samples: in one process, in two (DDP), in two with FSDP2."""
@@ -74,8 +87,7 @@ def test_one_process_takes_up_what_two_wrote(runs, name, tmp_path):
     runs = tmp_path
     state, expected = newest_state(runs / name)[1], newest_state(runs / "one")[1]
     for part in ("model", "ema", "tracks"):
-        # Adam makes steps of full size from the gradient of a key's bias, which is rounding: softmax cancels it.
-        assert_close(state[part], expected[part], rtol=0, atol=1e-4)
+        assert_close(without_key_bias(state[part]), without_key_bias(expected[part]), rtol=0, atol=1e-4)
     assert GaussianDiffusion.from_pretrained(runs / name).sample(1, steps=1).shape == (1, 3, 8, 8)
     make_trainer(runs / name, train_num_steps=24, train_batch_size=4, gradient_accumulate_every=2).train()
     make_trainer(runs / "one", train_num_steps=24, train_batch_size=4, gradient_accumulate_every=2).train()
