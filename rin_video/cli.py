@@ -38,6 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"rin-video: error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"rin-video: error: {error.filename} cannot be used: {error.strerror}", file=sys.stderr)
+        return 2
     except Stopped as stop:
         print(f"rin-video: {stop}", file=sys.stderr)
         return Stopped.CODE

@@ -246,9 +246,7 @@ def prepare(options: Namespace) -> None:
         raise UsageError(f"--workers is {options.workers}: it must be at least 1")
     kind = options.kind or kind_of(options.data, data)
     if kind not in ("image", "video"):
-        raise UsageError(
-            f"prepare takes clips or images, and {options.data} is of kind {kind}: give --kind image or video"
-        )
+        raise UsageError(f"prepare takes clips or images, {options.data} is of kind {kind}: give --kind image or video")
     size = parse_size(options.size)
     H, W = (size, size) if isinstance(size, int) else size
     out = Path(options.out)
