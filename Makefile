@@ -7,7 +7,7 @@ else
 BIN := $(VENV)/bin
 endif
 
-.PHONY: help demo test test-slow lint format clean
+.PHONY: help demo test test-slow bench lint format clean
 
 help:  ## what can be made
 	@$(PYTHON) -c "import re; [print(f'make {n:<10}{t}') for n, t in re.findall(r'^([a-z-]+):.*## (.*)', open('Makefile').read(), re.M)]"
@@ -20,6 +20,10 @@ test: $(VENV)/.installed-dev  ## the default tests
 
 test-slow: $(VENV)/.installed-dev  ## all tests, the slow ones too
 	$(BIN)/python -m pytest -m "slow or not slow"
+
+bench: $(VENV)/.installed-dev  ## speed and memory against other packages and the machine: ten minutes
+	$(BIN)/python -m pip install --quiet -e ".[bench]"
+	$(BIN)/python benchmarks/run.py
 
 lint: $(VENV)/.installed-dev  ## style
 	$(BIN)/ruff check .

@@ -23,10 +23,11 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from rin_video.checkpoint import load_model, write_text
+from rin_video.checkpoint import load_model
 from rin_video.datasets.open import open_dataset
 from rin_video.demo import run_demo
 from rin_video.diffusion import GaussianDiffusion
+from rin_video.files import write_text
 
 RESULTS = Path(__file__).parent / "results"
 STEPS = (5, 10, 20, 50, 100, 250)

@@ -36,7 +36,6 @@ import psutil
 import torch
 from PIL import Image
 
-from rin_video.checkpoint import write_text
 from rin_video.config import DataConfig
 from rin_video.datasets.clips import ClipFolder
 from rin_video.datasets.demo import render_clip
@@ -44,6 +43,7 @@ from rin_video.datasets.images import ImageFolder
 from rin_video.datasets.probing import run_apart
 from rin_video.errors import UsageError
 from rin_video.export import write_video
+from rin_video.files import write_text
 
 RESULTS = Path(__file__).parent / "results"
 SECONDS, MEMORY = 30.0, 1e9

@@ -28,15 +28,15 @@ STEPS, SAVE_EVERY = 160, 4
 
 def run_slowly(argv: list[str]) -> int:
     """`rin-video ...` whose syncs to the disk take a while."""
-    from rin_video import checkpoint, cli
+    from rin_video import cli
 
-    sync = checkpoint.sync
+    fsync = os.fsync
 
-    def slow(path: Path) -> None:
+    def slow(handle: int) -> None:
         time.sleep(0.03)
-        sync(path)
+        fsync(handle)
 
-    checkpoint.sync = slow
+    os.fsync = slow
     return cli.main(argv)
 
 

@@ -1,140 +1,297 @@
 """How fast clips are loaded: our loader against the bare decoder in as many processes.
 
-    python benchmarks/loader.py --data clips/
+    python benchmarks/loader.py [--data clips/]
 
-A clip is 16 frames from a random start of a random file, at 64x64. `bare` is a loop over the same draws that opens each
-file with the library, reads the frames and resizes them, and does nothing else; `loader` is what training uses. Both
-run in 1 and 2 worker processes, in turn, several rounds; the figures are medians. Writes `results/loader.json`.
+A clip is 16 frames from a random start of a random file, at 64x64, four of them a batch; without `--data`, of 24 files
+that this makes (96 frames of 180x240, H.264 as x264 writes it by default: one keyframe a file).
+
+`loader` is what training uses, from index to batches in the process that trains. `bare` is the decoder's library alone,
+in as many processes: each is told the files and frames of the very batches that a worker of the loader gets, keeps as
+many files open, last used first (PyAV: seeks to the keyframe before the window, decodes to its end, scales in FFmpeg;
+decord: `get_batch`; torchcodec: `get_frames_at`; both resized by torchvision), cuts the middle out and stacks the
+batch. It makes no plan, checks nothing and hands nothing over.
+
+Both sides take turns, `--rounds` times on other batches each time; the figures are medians, the ratios those of the
+pairs: of clips a second, and of clips a second of processor time, all processes together, which other users of the
+machine disturb less. No side waits for a batch for more than `--limit` seconds. Writes `results/loader.json`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
+import tempfile
 import time
+from collections import OrderedDict
+from contextlib import suppress
+from functools import partial
+from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
+from queue import Empty
 from statistics import median
+from threading import BrokenBarrierError
+from typing import Any
 
 import numpy as np
+import psutil
 import torch
+from torchvision.transforms.v2 import functional as transforms
 
-from rin_video.checkpoint import write_text
 from rin_video.config import DataConfig
 from rin_video.datasets import ClipFolder
 from rin_video.datasets.backends import torchcodec_problem
-from rin_video.datasets.demo import write_demo_set
+from rin_video.datasets.decoding import OPEN_FILES
+from rin_video.datasets.draws import DrawSampler
 from rin_video.datasets.loading import Batches
+from rin_video.errors import UsageError
+from rin_video.export import write_video
+from rin_video.files import write_text
 
 RESULTS = Path(__file__).parent / "results"
 FRAMES, SIZE, BATCH = 16, 64, 4
+WARM = 2  # batches of each process that are not timed
+NUM_FILES, LENGTH, HEIGHT, WIDTH = 24, 96, 180, 240
+Work = tuple[str, list[int], tuple[int, int]]  # file, frames, size to which a whole frame is scaled
 
 
-def bare_read(decoder: str, path: str, indices: list[int]) -> torch.Tensor:
-    """Frames (F, 3, H, W) by the library alone; decoding begins at the nearest keyframe."""
-    if decoder == "torchcodec":
-        from torchcodec.decoders import VideoDecoder
+class StalledError(Exception):
+    """A side that did not come to its end."""
 
-        return VideoDecoder(path).get_frames_at(indices).data
-    if decoder == "decord":
-        import decord
 
-        reader = decord.VideoReader(path, num_threads=1)
-        return torch.from_numpy(reader.get_batch(indices).asnumpy()).permute(0, 3, 1, 2)
+# ---- the bare decoders: each opens a file, and reads frames of an open one as (F, 3, H, W), perhaps scaled already
+
+
+def open_pyav(path: str) -> Any:
     import av
 
-    with av.open(path) as container:
-        stream = container.streams.video[0]
-        stream.codec_context.thread_count = 1
-        container.seek(int(indices[0] / stream.average_rate / stream.time_base), stream=stream)
-        found = []
-        for frame in container.decode(stream):
-            if round(frame.pts * stream.time_base * stream.average_rate) >= indices[0]:
-                found.append(frame.to_ndarray(format="rgb24"))
-                if len(found) == len(indices):
-                    break
+    container = av.open(path)
+    container.streams.video[0].codec_context.thread_count = 1
+    return container
+
+
+def read_pyav(container: Any, indices: list[int], size: tuple[int, int]) -> torch.Tensor:
+    stream = container.streams.video[0]
+    rate = stream.average_rate
+    container.seek(int(indices[0] / rate / stream.time_base), stream=stream)
+    found = []
+    for frame in container.decode(stream):
+        if round(frame.pts * stream.time_base * rate) >= indices[0]:
+            found.append(frame.to_ndarray(format="rgb24", height=size[0], width=size[1], interpolation="BILINEAR"))
+            if len(found) == len(indices):
+                break
     return torch.from_numpy(np.stack(found)).permute(0, 3, 1, 2)
 
 
-def bare_worker(decoder: str, work: list[tuple[str, list[int]]], barrier, results) -> None:
-    from torchvision.transforms.v2 import functional as transforms
+def open_decord(path: str) -> Any:
+    import decord
 
+    return decord.VideoReader(path, num_threads=1)
+
+
+def read_decord(reader: Any, indices: list[int], size: tuple[int, int]) -> torch.Tensor:
+    return torch.from_numpy(reader.get_batch(indices).asnumpy()).permute(0, 3, 1, 2)
+
+
+def open_torchcodec(path: str) -> Any:
+    from torchcodec.decoders import VideoDecoder
+
+    return VideoDecoder(path)
+
+
+def read_torchcodec(decoder: Any, indices: list[int], size: tuple[int, int]) -> torch.Tensor:
+    return decoder.get_frames_at(indices).data
+
+
+BARE = {
+    "pyav": (open_pyav, read_pyav),
+    "decord": (open_decord, read_decord),
+    "torchcodec": (open_torchcodec, read_torchcodec),
+}
+
+
+def bare_worker(decoder: str, batches: list[list[Work]], barrier: Any, results: Any, limit: float) -> None:
     torch.set_num_threads(1)
-    bare_read(decoder, *work[0])
-    barrier.wait()
-    for path, indices in work:
-        frames = bare_read(decoder, path, indices)
-        scale = SIZE / min(frames.shape[-2:])
-        frames = transforms.resize(frames, [round(side * scale) for side in frames.shape[-2:]], antialias=True)
-        top, left = (frames.shape[-2] - SIZE) // 2, (frames.shape[-1] - SIZE) // 2
-        frames[..., top : top + SIZE, left : left + SIZE].contiguous()
-    results.put(time.perf_counter())
+    open_file, read_frames = BARE[decoder]
+    files: OrderedDict[str, Any] = OrderedDict()
+    for done, batch in enumerate(batches):
+        if done == WARM:
+            barrier.wait(limit)
+            start = time.process_time()
+        clips = []
+        for path, indices, size in batch:
+            if path not in files:
+                if len(files) == OPEN_FILES:
+                    files.popitem(last=False)
+                files[path] = open_file(path)
+            files.move_to_end(path)
+            frames = read_frames(files[path], indices, size)
+            if tuple(frames.shape[-2:]) != size:
+                frames = transforms.resize(frames, list(size), antialias=True)
+            top, left = (size[0] - SIZE) // 2, (size[1] - SIZE) // 2
+            clips.append(frames[..., top : top + SIZE, left : left + SIZE].transpose(0, 1))
+        torch.stack(clips)
+    results.put((time.perf_counter(), time.process_time() - start))
 
 
-def bare(decoder: str, data: ClipFolder, draws: list[tuple[int, int]], processes: int) -> float:
-    """Clips a second."""
-    work = [(str(data.files[index]), data.frames_of(index, epoch)) for epoch, index in draws]
+def bare(decoder: str, work: list[list[Work]], processes: int, limit: float) -> tuple[float, float]:
+    """Clips a second, and a second of processor time."""
     context = get_context()
     barrier, results = context.Barrier(processes + 1), context.Queue()
     workers = [
-        context.Process(target=bare_worker, args=(decoder, work[i::processes], barrier, results))
+        context.Process(target=bare_worker, args=(decoder, work[i::processes], barrier, results, limit), daemon=True)
         for i in range(processes)
     ]
     for worker in workers:
         worker.start()
-    barrier.wait()
-    start = time.perf_counter()
-    end = max(results.get() for _ in workers)
-    for worker in workers:
-        worker.join()
-    return len(work) / (end - start)
+    try:
+        barrier.wait(limit)
+        start = time.perf_counter()
+        ends, busy = zip(*[results.get(timeout=limit * len(work)) for _ in workers], strict=True)
+    except (BrokenBarrierError, Empty):
+        raise StalledError(f"bare: nothing for {limit:g} s") from None
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.join()
+    clips = BATCH * (len(work) - WARM * processes)
+    return clips / (max(ends) - start), clips / sum(busy)
 
 
-def loader(data: ClipFolder, num: int, workers: int) -> float:
-    """Clips a second through `Batches`, from the first batch that comes out of busy workers on."""
-    batches = Batches(data, DataConfig(num_workers=workers), BATCH, seed=0)
-    warm = 2 * workers + 1  # what the workers had ready before the clock began
-    for _ in range(warm):
-        next(batches)
-    start = time.perf_counter()
-    for _ in range(num // BATCH):
-        next(batches)
-    seconds = time.perf_counter() - start
-    batches.close()
-    return num // BATCH * BATCH / seconds
+def loader(data: ClipFolder, first: int, num: int, workers: int, limit: float) -> tuple[float, float]:
+    """Clips a second, and a second of processor time, of batches `first` to `first + num`."""
+    options = DataConfig(num_workers=workers, read_timeout=limit, max_failures=0)
+    batches = Batches(data, options, BATCH, seed=0, first_batch=first)
+    try:
+        for _ in range(WARM * workers):
+            next(batches)
+        start, busy = time.perf_counter(), busy_seconds()
+        for _ in range(num - WARM * workers):
+            next(batches)
+        clips = BATCH * (num - WARM * workers)
+        return clips / (time.perf_counter() - start), clips / (busy_seconds() - busy)
+    except UsageError as error:
+        raise StalledError(f"loader: {error}") from error
+    finally:
+        batches.close()
+
+
+def busy_seconds() -> float:
+    """Processor time of this process and of its children so far."""
+    process = psutil.Process()
+    times = [one.cpu_times() for one in (process, *process.children())]
+    return sum(one.user + one.system for one in times)
+
+
+def plan(data: ClipFolder, first: int, num: int) -> list[list[Work]]:
+    """What the loader's batches hold, for the bare decoder."""
+    batches = iter(DrawSampler(len(data), BATCH, seed=0, first_batch=first))
+    chance = np.random.default_rng(0)  # nothing is drawn: the crop is in the middle
+    return [
+        [
+            (str(data.files[i]), data.frames_of(i, epoch), data.framing.plan(data.infos[i].size, chance).size)
+            for epoch, i in next(batches)
+        ]
+        for _ in range(num)
+    ]
+
+
+def measure(data: ClipFolder, decoder: str, workers: int, options: argparse.Namespace) -> dict[str, Any]:
+    """A row of the table."""
+    pairs = []
+    for turn in range(options.rounds):
+        first = turn * options.batches
+        sides = [
+            partial(bare, decoder, plan(data, first, options.batches), workers, options.limit),
+            partial(loader, data, first, options.batches, workers, options.limit),
+        ]
+        try:
+            order = (0, 1) if turn % 2 == 0 else (1, 0)  # whoever comes second finds the files in memory
+            speeds = {side: sides[side]() for side in order}
+        except StalledError as error:
+            return {"decoder": decoder, "workers": workers, "failed": str(error)}
+        pairs.append((*speeds[0], *speeds[1]))
+    columns = zip(*[(a, c, c / a, d / b) for a, b, c, d in pairs], strict=True)
+    plain, ours, ratio, busy_ratio = (median(values) for values in columns)
+    return {
+        "decoder": decoder,
+        "workers": workers,
+        "bare": round(plain, 1),
+        "loader": round(ours, 1),
+        "ratio": round(ratio, 3),
+        "processor_time_ratio": round(busy_ratio, 3),
+        "rounds": [[round(value, 2) for value in pair] for pair in pairs],
+    }
+
+
+def write_clips(folder: Path) -> None:
+    """Coarse and fine texture that drifts."""
+    rng = np.random.default_rng(0)
+    for i in range(NUM_FILES):
+        layers = [
+            np.kron(rng.integers(0, 256, (-(-2 * HEIGHT // n), -(-2 * WIDTH // n), 3)), np.ones((n, n, 1)))
+            for n in (16, 5)
+        ]
+        speeds = rng.integers(-2, 3, (2, 2))
+        frames = []
+        for f in range(LENGTH):
+            drifted = [
+                np.roll(layer, tuple(f * speed), (0, 1))[:HEIGHT, :WIDTH]
+                for layer, speed in zip(layers, speeds, strict=True)
+            ]
+            frames.append(0.7 * drifted[0] + 0.3 * drifted[1])
+        clip = torch.from_numpy(np.stack(frames).clip(0, 255).astype(np.uint8)).permute(3, 0, 1, 2)
+        write_video(clip, folder / f"{i:02d}.mp4", 24, crf=28)
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("torch", "torchvision", "av", "decord", "torchcodec"):
+        with suppress(ModuleNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="a folder of clips (default: the demo set)")
-    parser.add_argument("--num", type=int, default=96, help="clips for each figure")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--data", type=Path, help="a folder of clips (default: those that this makes)")
+    parser.add_argument("--batches", type=int, default=24, help="for each figure, with the first ones of each process")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--limit", type=float, default=120, help="seconds that a batch may take")
+    parser.add_argument("--decoders", nargs="+", default=["pyav", "decord", "torchcodec"])
     parser.add_argument("--out", type=Path, default=RESULTS / "loader.json")
     options = parser.parse_args()
-    if not options.data:
-        options.data = Path("runs/demo/data")
-        write_demo_set(options.data)
-    names = ["pyav", "decord"] + ([] if torchcodec_problem() else ["torchcodec"])
     rows = []
-    for decoder in names:
-        data = ClipFolder(options.data, SIZE, FRAMES, decoder=decoder)
-        rng = np.random.default_rng(0)
-        draws = [(int(rng.integers(1000)), int(rng.integers(len(data)))) for _ in range(options.num)]
-        for workers in (1, 2):
-            pairs = [
-                (bare(decoder, data, draws, workers), loader(data, options.num, workers)) for _ in range(options.rounds)
-            ]
-            plain, ours = (median(column) for column in zip(*pairs, strict=True))
-            rows.append({"decoder": decoder, "workers": workers, "bare": round(plain, 1), "loader": round(ours, 1)})
-            rows[-1]["ratio"] = round(ours / plain, 3)
-            print(f"| {decoder} | {workers} | {plain:.1f} | {ours:.1f} | {ours / plain:.0%} |", flush=True)
+    with tempfile.TemporaryDirectory() as made:
+        if not options.data:
+            write_clips(Path(made))
+        for decoder in options.decoders:
+            if decoder == "torchcodec" and (problem := torchcodec_problem()):
+                print(f"torchcodec is left out: {problem}")
+                continue
+            index = Path(made, "index.jsonl")
+            data = ClipFolder(options.data or made, SIZE, FRAMES, decoder=decoder, index=index)
+            for workers in (1, 2):
+                row = measure(data, decoder, workers, options)
+                rows.append(row)
+                speeds = [row[name] for name in ("bare", "loader") if name in row]
+                ratios = [f"{row[name]:.0%}" for name in ("ratio", "processor_time_ratio") if name in row]
+                figures = row.get("failed") or " | ".join(map(str, speeds + ratios))
+                print(f"| {decoder} | {workers} | {figures} |", flush=True)
+                write_report(options, data, rows)
+
+
+def write_report(options: argparse.Namespace, data: ClipFolder, rows: list[dict[str, Any]]) -> None:
+    sizes = ", ".join(sorted({"x".join(map(str, info.size)) for info in data.infos}))
     report = {
-        "clips": f"{len(data.files)} files, {FRAMES} frames to {SIZE}x{SIZE}",
-        "num": options.num,
+        "clips": f"{len(data.files)} files of {sizes}, {FRAMES} frames to {SIZE}x{SIZE}",
+        "made": not options.data,
+        "batches": options.batches,
         "rounds": options.rounds,
-        "torch": torch.__version__,
-        "machine": f"{platform.machine()}, {platform.system()}",
+        "versions": versions(),
+        "machine": f"{platform.machine()}, {platform.system()}, {os.cpu_count()} cores",
         "rows": rows,
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from rin_video.datasets.sources import Member, Source, as_location, open_source, shown
+from rin_video.config import DataConfig, data_config
+from rin_video.datasets.sources import Source, open_source, shown, size_of
 from rin_video.errors import UsageError
 
 ARRAY_SUFFIXES = (".npy", ".safetensors")
 DTYPES = ("uint8", "float16", "float32", "float64")
+SAFETENSORS_DTYPES = {"U8": "uint8", "F16": "float16", "F32": "float32", "F64": "float64"}
+MAX_HEADER = 100_000_000  # bytes, as the library has it
 
 
 @dataclass(frozen=True)
@@ -27,14 +31,16 @@ class ArrayInfo:
 
     shape: tuple[int, ...]
     dtype: str
-    key: str = ""  # of the tensor in a .safetensors file
+    start: int = 0  # bytes before the numbers
+    byte_order: str = "="
 
 
 class ArrayFolder(Dataset[dict[str, Tensor | int]]):
     """Arrays of a folder, or of one file; item: `{"x": uint8 or float32 (C, *grid), "label": class or -1}`.
 
-    A file holds one sample (C, *grid) or many (N, C, *grid), uint8 or floats in [0, 1]. Files are mapped, not read
-    whole. Raises UsageError where no file is of that `shape`, and for values outside [0, 1] when they are drawn.
+    A file holds one sample (C, *grid) or many (N, C, *grid), uint8 or floats in [0, 1]; in shards too. Only
+    the sample is read of a file. Raises UsageError where no file is of that `shape`, and for values outside [0, 1] when
+    they are drawn.
     """
 
     def __init__(
@@ -43,14 +49,16 @@ class ArrayFolder(Dataset[dict[str, Tensor | int]]):
         shape: Sequence[int],
         *,
         index: Path | None = None,
-        strict: bool = False,
+        config: DataConfig | None = None,
         seed: int = 0,
+        **options: Any,
     ) -> None:
         from rin_video.datasets.folders import number_classes
         from rin_video.datasets.index import make_index, refuse_skipped
 
         self.root, self.shape, self.seed = root, tuple(shape), seed
-        found = make_index(root, "array", path=index)
+        config = config or data_config(**options)
+        found = make_index(root, "array", config, path=index, progress=True)
         self.skipped = found.unusable
         self.files: list[Source] = []
         self.infos: list[ArrayInfo] = []
@@ -65,7 +73,7 @@ class ArrayFolder(Dataset[dict[str, Tensor | int]]):
             names += [entry.class_name] * (count or 1)
             self.files.append(entry.source)
             self.infos.append(entry.info)
-        refuse_skipped(len(self.files), self.skipped, strict)
+        refuse_skipped(len(self.files), self.skipped, config.strict)
         self.classes, self.labels = number_classes(names)
 
     def __len__(self) -> int:
@@ -109,11 +117,7 @@ class ArrayFolder(Dataset[dict[str, Tensor | int]]):
 def probe_array(source: Source) -> ArrayInfo:
     """Shape and type, from the header. UsageError where it is no plain array: nothing is ever unpickled."""
     try:
-        if source.suffix.lower() == ".npy":
-            shape, dtype, _ = _npy_header(source)
-            info = ArrayInfo(shape, str(dtype))
-        else:
-            info = _safetensors_header(source)
+        info = _header(source)
     except UsageError:
         raise
     except Exception as error:
@@ -127,42 +131,46 @@ def probe_array(source: Source) -> ArrayInfo:
 
 def read_array(source: Source, info: ArrayInfo, place: int | None = None) -> Tensor:
     """The array, or row `place` of it; only that row is read from the disk."""
-    if source.suffix.lower() == ".safetensors":
-        from safetensors import safe_open
-
-        if isinstance(source, Member):
-            raise UsageError(f"{shown(source)}: arrays in shards are read as .npy only")
-        with as_location(source) as location, safe_open(location, framework="pt") as file:
-            return file.get_tensor(info.key) if place is None else file.get_slice(info.key)[place]
-    shape, dtype, start = _npy_header(source)
-    row = shape if place is None else shape[1:]
+    dtype = np.dtype(info.dtype).newbyteorder(info.byte_order)
+    row = info.shape if place is None else info.shape[1:]
     size = math.prod(row) * dtype.itemsize
     with open_source(source) as file:
-        file.seek(start + (place or 0) * size)
+        file.seek(info.start + (place or 0) * size)
         content = bytearray(file.read(size))
     if len(content) < size:
         raise UsageError(f"{shown(source)} is cut off: {len(content)} of {size} bytes are there")
     return torch.from_numpy(np.frombuffer(content, dtype).reshape(row).astype(dtype.newbyteorder("="), copy=False))
 
 
-def _npy_header(source: Source) -> tuple[tuple[int, ...], Any, int]:
+def _header(source: Source) -> ArrayInfo:
     with open_source(source) as file:
-        version = np.lib.format.read_magic(file)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = read(file)
-        if fortran and len(shape) > 1:
-            raise UsageError(f"{shown(source)} is in Fortran order: save numpy.ascontiguousarray of it")
-        return tuple(shape), dtype, file.tell()
+        return _npy_header(source, file) if source.suffix.lower() == ".npy" else _safetensors_header(source, file)
 
 
-def _safetensors_header(source: Source) -> ArrayInfo:
-    from safetensors import safe_open
+def _npy_header(source: Source, file: BinaryIO) -> ArrayInfo:
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read(file)
+    if fortran and len(shape) > 1:
+        raise UsageError(f"{shown(source)} is in Fortran order: save numpy.ascontiguousarray of it")
+    return ArrayInfo(tuple(shape), dtype.newbyteorder("=").name, file.tell(), dtype.byteorder)
 
-    with as_location(source) as location, safe_open(location, framework="pt") as file:
-        keys = list(file.keys())
-        if len(keys) != 1 and "samples" not in keys:
-            raise UsageError(f"{shown(source)} holds {', '.join(keys) or 'nothing'}: name the array 'samples'")
-        key = keys[0] if len(keys) == 1 else "samples"
-        part = file.get_slice(key)
-        names = {"U8": "uint8", "F16": "float16", "F32": "float32", "F64": "float64"}
-        return ArrayInfo(tuple(part.get_shape()), names.get(part.get_dtype(), part.get_dtype()), key)
+
+def _safetensors_header(source: Source, file: BinaryIO) -> ArrayInfo:
+    """Eight bytes that say how long the JSON is, the JSON, the numbers: read here, since a member of a shard is no file
+    that the library opens."""
+    length = int.from_bytes(file.read(8), "little")
+    if not 2 <= length <= min(MAX_HEADER, size_of(source) - 8):
+        raise UsageError(f"{shown(source)} is no .safetensors file: its header would be {length:,} bytes long")
+    arrays = json.loads(file.read(length))
+    arrays.pop("__metadata__", None)
+    if len(arrays) != 1 and "samples" not in arrays:
+        raise UsageError(f"{shown(source)} holds {shown(', '.join(arrays)) or 'nothing'}: name the array 'samples'")
+    array = arrays["samples"] if "samples" in arrays else next(iter(arrays.values()))
+    shape, (start, end) = tuple(map(int, array["shape"])), map(int, array["data_offsets"])
+    dtype = SAFETENSORS_DTYPES.get(array["dtype"], array["dtype"])
+    if dtype in DTYPES and (
+        min(shape, default=0) < 0 or start < 0 or end - start != math.prod(shape) * np.dtype(dtype).itemsize
+    ):
+        raise UsageError(f"{shown(source)} is damaged: bytes {start} to {end} are no array of shape {shape}")
+    return ArrayInfo(shape, dtype, 8 + length + start, "<")

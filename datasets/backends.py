@@ -110,10 +110,11 @@ class PyAVReader:
     def read(self, indices: Sequence[int], size: tuple[int, int] | None) -> Tensor:
         found: dict[int, np.ndarray] = {}
         wanted = sorted(set(indices))
+        needed = set(self.stamps[wanted].tolist())
         while wanted:
             # One run of decoding serves every wanted frame up to a gap that holds a keyframe to jump to.
             start = self._keyframe_before(wanted[0])
-            for index, frame in self._decode_from(start):
+            for index, frame in self._decode_from(start, needed):
                 if index == wanted[0]:
                     found[wanted.pop(0)] = self._pixels(frame, size)
                     if not wanted or self._keyframe_before(wanted[0]) > index + 1:
@@ -135,8 +136,8 @@ class PyAVReader:
     def _keyframe_before(self, index: int) -> int:
         return int(self.keyframes[max(0, np.searchsorted(self.keyframes, index, side="right") - 1)])
 
-    def _decode_from(self, start: int) -> Iterator[tuple[int, Any]]:
-        """Frames with their indices, from keyframe `start`, or one before it, to the end of the file."""
+    def _decode_from(self, start: int, needed: set[int]) -> Iterator[tuple[int, Any]]:
+        """Frames with their indices, from keyframe `start`, or one before it, to the end; all of those `needed`."""
         if not self.info.trusted:
             self._rewind()
             yield from enumerate(self._container.decode(video=0))
@@ -144,7 +145,7 @@ class PyAVReader:
         stamps = self.stamps
         for key in reversed([key for key in self.keyframes if key <= start]):
             self._seek(int(stamps[key]))
-            frames = self._container.decode(video=0)
+            frames = self._frames(needed)
             first = next(frames, None)
             # A seek that ended at a later keyframe is tried again from an earlier one.
             if first is not None and (first.pts <= stamps[start] or key == self.keyframes[0]):
@@ -153,6 +154,13 @@ class PyAVReader:
                     if index < len(stamps) and stamps[index] == frame.pts:
                         yield index, frame
                 return
+
+    def _frames(self, needed: set[int]) -> Iterator[Any]:
+        """Frames from here on. One that is not needed, and that no other builds on, is not even decoded."""
+        stream = self._container.streams.video[0]
+        for packet in self._container.demux(stream):
+            stream.codec_context.skip_frame = "DEFAULT" if packet.pts is None or packet.pts in needed else "NONREF"
+            yield from packet.decode()
 
     def _seek(self, timestamp: int) -> None:
         import av

@@ -54,16 +54,7 @@ class ClipFolder(Dataset[dict[str, Tensor | int]]):
         self.windows = Windows(frames, self.config)
         self.shape = (channels, frames, *self.framing.size)
         self.chance = Chance(seed)
-        self.index = make_index(
-            root,
-            "video",
-            path=index,
-            cuts=self.config.avoid_cuts,
-            max_pixels=self.config.max_pixels,
-            seconds=self.config.read_timeout,
-            allow_pipe=self.config.allow_pipe,
-            progress=True,
-        )
+        self.index = make_index(root, "video", self.config, path=index, progress=True)
         self.index.require_some(self.config.strict)
         self.skipped = self.index.unusable
         self.buckets = Buckets(self.config.buckets, rank=3)

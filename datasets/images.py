@@ -48,15 +48,7 @@ class ImageFolder(Dataset[dict[str, Tensor | int]]):
         self.framing = make_framing(image_size, self.config)
         self.shape = (channels, *self.framing.size)
         self.chance = Chance(seed)
-        self.index = make_index(
-            root,
-            "image",
-            path=index,
-            max_pixels=self.config.max_pixels,
-            seconds=self.config.read_timeout,
-            allow_pipe=self.config.allow_pipe,
-            progress=True,
-        )
+        self.index = make_index(root, "image", self.config, path=index, progress=True)
         self.index.require_some(self.config.strict)
         self.skipped = self.index.unusable
         entries = self.index.usable
@@ -65,7 +57,7 @@ class ImageFolder(Dataset[dict[str, Tensor | int]]):
         self.embeddings = open_embeddings(entries, self.config, index)
         self.buckets = Buckets(self.config.buckets, rank=2)
         self.bucket_of = self.buckets.assign([(1, *size) for size in self.sizes])
-        self.framings = [make_framing(shape[1:], self.config) for shape in self.buckets.shapes] or [self.framing]
+        self.framings = [make_framing(shape, self.config) for shape in self.buckets.shapes] or [self.framing]
 
     @property
     def seed(self) -> int:

@@ -9,13 +9,15 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
+from rin_video.config import DataConfig
 from rin_video.datasets.arrays import ArrayInfo, probe_array
 from rin_video.datasets.decoding import open_video
 from rin_video.datasets.folders import KINDS, find_sources, first_folder, number_classes
@@ -26,7 +28,7 @@ from rin_video.datasets.sources import Member, Source, open_source, shown, size_
 from rin_video.datasets.video_info import MAX_PIXELS, VideoInfo, probe_video
 from rin_video.errors import UsageError
 
-VERSION = 1
+VERSION = 2
 INFOS: dict[str, type] = {"image": ImageInfo, "video": VideoInfo, "array": ArrayInfo}
 CAPTION_LENGTH = 10_000
 
@@ -116,32 +118,55 @@ class Index:
 
     def save(self, path: Path, probe: Probe) -> None:
         """Write it atomically; several processes may do so at once."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=".index-", suffix=".tmp", dir=path.parent)
         try:
-            with os.fdopen(handle, "w", encoding="ascii", newline="\n") as file:
-                file.write(json.dumps(_header(self.root, probe)) + "\n")
-                file.writelines(json.dumps(_to_row(entry)) + "\n" for entry in self.entries)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, temporary = tempfile.mkstemp(prefix=".index-", suffix=".tmp", dir=path.parent)
+            try:
+                with os.fdopen(handle, "w", encoding="ascii", newline="\n") as file:
+                    file.write(json.dumps(_header(self.root, probe)) + "\n")
+                    file.writelines(json.dumps(_to_row(entry)) + "\n" for entry in self.entries)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, path)
+            finally:
+                Path(temporary).unlink(missing_ok=True)
+        except OSError as error:
+            reason = f"the index {shown(path)} cannot be written ({error.strerror})"
+            raise UsageError(f"{reason}: use another --out") from error
 
 
-def load_index(path: Path, root: str | PathLike[str], probe: Probe) -> dict[Source, Entry]:
-    """The entries in an index file by source; none where it is of another data set, other limits, or damaged."""
-    collecting = gc.isenabled()
-    gc.disable()  # nothing here is garbage, and looking for it takes half of the time
+def load_index(path: Path, root: str | PathLike[str], probe: Probe) -> dict[str, list[Any]]:
+    """The rows of an index file by the names of their files; none where it is of other data or limits, or damaged."""
+    width, info_width = len(fields(Entry)), len(fields(INFOS[probe.kind]))
     try:
         with path.open(encoding="ascii") as file:
             if json.loads(file.readline()) != _header(root, probe):
                 return {}
-            info_of = INFOS[probe.kind]
-            entries = (_from_row(json.loads(line), info_of) for line in file)
-            return {entry.source: entry for entry in entries}
-    except (OSError, ValueError, TypeError, KeyError):
+            rows = {row[0]: row for row in map(json.loads, file)}
+        whole = all(len(row) == width and (row[3] is None or len(row[3]) == info_width) for row in rows.values())
+        return rows if whole else {}
+    except (OSError, ValueError, TypeError, LookupError):
         return {}
+
+
+def entry_of(source: Source, row: list[Any], info_of: type) -> Entry:
+    """A row of `load_index` as the entry of its file."""
+    entry = Entry(source, *row[1:])
+    if entry.info is not None:
+        # Past __init__, which in a frozen dataclass takes four times as long: an index may hold very many.
+        values = [tuple(value) if type(value) is list else value for value in row[3]]
+        entry.info = object.__new__(info_of)
+        vars(entry.info).update(zip(info_of.__dataclass_fields__, values, strict=True))  # type: ignore[attr-defined]
+    return entry
+
+
+@contextmanager
+def keeping_all() -> Iterator[None]:
+    """Nothing made here is garbage, and looking for it would take half of the time."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
     finally:
         if collecting:
             gc.enable()
@@ -150,35 +175,41 @@ def load_index(path: Path, root: str | PathLike[str], probe: Probe) -> dict[Sour
 def make_index(
     root: str | PathLike[str],
     kind: str,
+    options: DataConfig | None = None,
     *,
     path: Path | None = None,
-    cuts: bool = False,
-    max_pixels: int = MAX_PIXELS,
-    seconds: float = 60.0,
-    allow_pipe: bool = False,
     progress: bool = False,
 ) -> Index:
     """Look into every file that is new or has changed since the index file `path` was written; then rewrite it.
 
-    `kind` is image, video or array. A file gets `seconds`, in a child process. Raises UsageError where there are none.
+    `kind` is image, video or array. A file gets `options.read_timeout` seconds, in a child process. Raises UsageError
+    where there are none.
     """
-    sources = find_sources(root, KINDS[kind], allow_pipe=allow_pipe, cache=path.parent / "pipes" if path else None)
-    probe = Probe(kind, cuts, max_pixels)
-    known = load_index(path, root, probe) if path else {}
-    aside = _companions_of(root, sources)
+    options = options or DataConfig()
+    if kind not in KINDS:
+        raise UsageError(f"unknown kind {kind!r}: use one of {', '.join(KINDS)}")
+    sources = find_sources(
+        root, KINDS[kind], allow_pipe=options.allow_pipe, cache=path.parent / "pipes" if path else None
+    )
+    probe = Probe(kind, options.avoid_cuts and kind == "video", options.max_pixels)
     entries, changed = [], []
     modified: dict[Path, tuple[int, int]] = {}
-    for source in sources:
-        size, when = _state(source, modified)
-        entry = known.get(source)
-        if entry is None or (entry.bytes, entry.modified) != (size, when):
-            entry = Entry(source, size, when)
-            changed.append(entry)
-        entry.class_name, entry.caption = _about(root, source, aside)
-        entries.append(entry)
+    with keeping_all():
+        known = load_index(path, root, probe) if path else {}
+        aside = _companions_of(root, sources)
+        for source in sources:
+            size, when = _state(source, modified)
+            row = known.get(str(source))
+            if row and row[1:3] == [size, when]:
+                entry = entry_of(source, row, INFOS[kind])
+            else:
+                entry = Entry(source, size, when)
+                changed.append(entry)
+            entry.class_name, entry.caption = _about(root, source, aside)
+            entries.append(entry)
     bar = tqdm(total=len(changed), desc="looking into files", unit="file", disable=not progress, delay=2)
     with bar:
-        for i, result in run_apart([entry.source for entry in changed], probe, seconds=seconds):
+        for i, result in run_apart([entry.source for entry in changed], probe, seconds=options.read_timeout):
             if isinstance(result, UsageError):
                 changed[i].error = str(result)
             else:
@@ -223,25 +254,14 @@ def describe_skipped(skipped: Sequence[tuple[Source, str]], limit: int = 3) -> l
 
 
 def _header(root: str | PathLike[str], probe: Probe) -> dict[str, Any]:
-    return {"version": VERSION, "root": os.path.abspath(root), **vars(probe)}
+    columns = [[field.name for field in fields(kind)] for kind in (Entry, INFOS[probe.kind])]
+    return {"version": VERSION, "root": os.path.abspath(root), **vars(probe), "columns": columns}
 
 
-def _to_row(entry: Entry) -> dict[str, Any]:
-    row = {name: value for name, value in vars(entry).items() if name not in ("source", "info")}
-    source = entry.source
-    where = [str(source.shard), source.name, source.offset, source.size] if isinstance(source, Member) else str(source)
-    return {"file": where, **row, **(vars(entry.info) if entry.info is not None else {})}
-
-
-def _from_row(row: dict[str, Any], info_of: type) -> Entry:
-    where = row.pop("file")
-    source = Path(where) if isinstance(where, str) else Member(Path(where[0]), *where[1:])
-    own = {name: row.pop(name) for name in ("bytes", "modified", "error", "hash", "class_name", "caption")}
-    if row:
-        for name in ("size", "shape", "cuts"):
-            if isinstance(row.get(name), list):
-                row[name] = tuple(row[name])
-    return Entry(source, info=info_of(**row) if row else None, **own)
+def _to_row(entry: Entry) -> list[Any]:
+    """The values of an entry in the order of its fields, those of its info within them."""
+    info = None if entry.info is None else list(vars(entry.info).values())
+    return [str(entry.source), entry.bytes, entry.modified, info, *list(vars(entry).values())[4:]]
 
 
 def _state(source: Source, seen: dict[Path, tuple[int, int]]) -> tuple[int, int]:

@@ -14,7 +14,6 @@ from rin_video.datasets.folders import detect_kind
 from rin_video.datasets.hub import HubDataset, is_hub
 from rin_video.datasets.images import ImageFolder
 from rin_video.datasets.mixture import Mixture
-from rin_video.datasets.shards import is_shards
 from rin_video.errors import UsageError
 
 INDEX = "index.jsonl"  # in the folder of a run
@@ -46,7 +45,7 @@ def open_dataset(
     if is_hub(path):
         return HubDataset(path, shape, options, seed=seed)
     if arrays:
-        return ArrayFolder(path, shape, index=index, strict=options.strict, seed=seed)
+        return ArrayFolder(path, shape, index=index, config=options, seed=seed)
     channels, *frames, height, width = shape
     common: dict[str, Any] = {"channels": channels, "seed": seed, "index": index, "config": options}
     if not frames:
@@ -73,8 +72,6 @@ def _open_mixture(
 
 def holds_arrays(path: str | os.PathLike[str], options: DataConfig, cache: Path | None = None) -> bool:
     """Whether there are arrays and nothing else."""
-    if is_shards(path):
-        return False
     try:
         return detect_kind(path, allow_pipe=options.allow_pipe, cache=cache) == "array"
     except UsageError:

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from rin_video.checkpoint import write_text
 from rin_video.config import DataConfig
 from rin_video.datasets.decoding import open_video
 from rin_video.datasets.framing import Chance
@@ -29,6 +28,7 @@ from rin_video.datasets.shards import write_shard
 from rin_video.datasets.sources import shown
 from rin_video.datasets.windows import nearest_in_time
 from rin_video.errors import UsageError
+from rin_video.files import write_text
 
 MANIFEST = "prepare.json"
 FILES_PER_SHARD = 256
@@ -63,14 +63,7 @@ def prepare(
     `options.crop` center cuts the middle; random keeps the whole picture, its short side fitted, to be cropped later.
     Shards that are there already stay. Returns a report. UsageError where `out` holds shards made otherwise.
     """
-    index = make_index(
-        root,
-        kind,
-        path=out / "source.jsonl",
-        max_pixels=options.max_pixels,
-        seconds=options.read_timeout,
-        progress=True,
-    )
+    index = make_index(root, kind, options, path=out / "source.jsonl", progress=True)
     index.require_some(options.strict)
     entries = index.usable
     manifest = {

@@ -139,6 +139,12 @@ def _reduction(size: tuple[int, int], at_least: tuple[int, int] | None) -> int:
     return factor
 
 
+def _knows_heif() -> bool:
+    from PIL import Image
+
+    return "HEIF" in Image.OPEN
+
+
 def _register_heif() -> None:
     """Photos of phones, where the user installed `pillow-heif`."""
     try:
@@ -164,4 +170,7 @@ def _to_eight_bits(image: Any, source: Source) -> Any:
 
 
 def _unreadable(source: Source, error: Exception) -> UsageError:
-    return UsageError(f"{shown(source)} cannot be read as an image ({shown(str(error))}): re-encode it or leave it out")
+    if source.suffix.lower() in (".heic", ".heif") and not _knows_heif():
+        return UsageError(f"{shown(source)} cannot be read as an image here: pip install 'rin-video[heic]'")
+    cause = "it is of no known format" if type(error).__name__ == "UnidentifiedImageError" else shown(str(error))
+    return UsageError(f"{shown(source)} cannot be read as an image ({cause}): re-encode it or leave it out")

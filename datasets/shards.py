@@ -18,9 +18,9 @@ from functools import lru_cache
 from os import PathLike
 from pathlib import Path, PurePosixPath
 
-from rin_video.checkpoint import replacing
 from rin_video.datasets.sources import Member, open_source, shown
 from rin_video.errors import UsageError
+from rin_video.files import replacing
 
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 MAX_SHARDS = 1_000_000

@@ -18,14 +18,27 @@ from ema_pytorch.post_hoc_ema import KarrasEMA, p_dot_p, sigma_rel_to_gamma, sol
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from rin_video.checkpoint import CONFIG, newest_state, read_metadata, read_tensors, replacing, save_weights
+from rin_video.checkpoint import CONFIG, newest_state, read_metadata, read_tensors, save_weights
 from rin_video.config import TrainConfig, check_sigma_rel, load_config
 from rin_video.distributed import whole
 from rin_video.errors import UsageError
+from rin_video.files import replacing
 
 log = logging.getLogger("rin_video")
 
 SNAPSHOTS = "averages"
+
+
+class Track(KarrasEMA):
+    """`KarrasEMA` that moves all tensors in one call."""
+
+    @torch.no_grad()
+    def update_moving_average(self, ma_model: nn.Module, current_model: nn.Module) -> None:
+        averages, values = (
+            [tensor for _, tensor in (*self.get_params_iter(model), *self.get_buffers_iter(model))]
+            for model in (ma_model, current_model)
+        )
+        torch._foreach_lerp_(averages, values, 1 - self.beta)
 
 
 def make_ema(model: nn.Module, options: TrainConfig, device: torch.device) -> EMA:
@@ -44,7 +57,7 @@ def make_ema(model: nn.Module, options: TrainConfig, device: torch.device) -> EM
 
 def make_tracks(model: nn.Module, options: TrainConfig, device: torch.device) -> list[KarrasEMA]:
     """An average for each length in `ema_sigma_rel`."""
-    tracks = [KarrasEMA(model, sigma_rel=sigma_rel, update_every=1) for sigma_rel in options.ema_sigma_rel]
+    tracks = [Track(model, sigma_rel=sigma_rel, update_every=1) for sigma_rel in options.ema_sigma_rel]
     for track in tracks:
         track.ema_model.to(device)
     return tracks

@@ -13,16 +13,10 @@ from importlib.metadata import version
 from rin_video.config import SAMPLER_NAMES
 from rin_video.errors import Stopped, UsageError, first_line
 
-FLAGS = (
-    "--json",
-    "--strict",
-    "--embeddings",
-    "--carry-latents",
-    "--key-frames",
-    "--interpolate-positions",
-    "--private",
+FLAGS = (  # without a value
+    "--json", "--strict", "--embeddings", "--carry-latents", "--key-frames", "--interpolate-positions", "--private",
     "--new-card",
-)  # without a value
+)  # fmt: skip
 OVERRIDE = re.compile(r"^[A-Za-z_]\w*(\.\w+)+=")
 
 

@@ -194,7 +194,7 @@ class DataConfig:
     augment_speed: list[float] = field(default_factory=lambda: [1.0, 1.0])  # range of the speed, 2: twice as fast
     buckets: list[str] = field(default_factory=list)  # shapes in one run: 48x80, or 16x48x80 with frames; none: one
     decoder: str = "auto"  # auto (the fastest that reads a file right), torchcodec, decord, pyav, pillow
-    num_workers: int = 2  # processes that read; 0: in the training process
+    num_workers: int = 2  # processes that read; 0: the training process, which a crash or a hang then ends
     prefetch: int = 2  # batches that each of these has ready
     strict: bool = False  # refuse to start where a file cannot be used
     max_failures: int = 100  # samples that may fail later, each replaced by another, before a run stops
@@ -250,7 +250,7 @@ class TrainConfig:
     ema_sigma_rel: list[float] = field(default_factory=lambda: [0.05, 0.1])  # two lengths or more for `rin-video ema`
     ema_snapshot_every: int = 5000  # steps between what `rin-video ema` puts together
     mixed_precision: str = "no"  # no (fp32), bf16, fp16
-    gradient_checkpointing: bool = False  # compute each block again for its gradient: less memory, a third more time
+    gradient_checkpointing: bool = False  # compute each block again for its gradient: less memory, more time
     compile: bool = False  # torch.compile the model; left out where it fails
     sharding: str = "none"  # none (every process holds the model: DDP), fsdp2 (each holds a part)
     init_from: str | None = None  # folder or hub id of a model whose weights to start with, where they fit

@@ -21,7 +21,8 @@ from rin_video.tokenizers.positions import make_position
 class SelfConditioning(nn.Module):
     """LN(FFN(previous)), to be added to what starts the next pass. The norm starts at zero, so training starts without.
 
-    (B, N, dim) to the same. Zeros stand for "no previous pass"; they still give a constant once trained.
+    (B, N, dim) to the same. Zeros stand for "no previous pass"; they still give a constant once trained, which is
+    computed once for all tokens and samples where there is no previous pass (None) at all: (1, 1, dim).
     """
 
     def __init__(self, dim: int, mlp_ratio: float) -> None:
@@ -30,7 +31,9 @@ class SelfConditioning(nn.Module):
         self.norm = LayerNorm(dim)
         nn.init.zeros_(self.norm.weight)
 
-    def forward(self, previous: Tensor) -> Tensor:
+    def forward(self, previous: Tensor | None) -> Tensor:
+        if previous is None:
+            previous = self.norm.weight.new_zeros(1, 1, len(self.norm.weight))
         return self.norm(self.feed_forward(previous))
 
 
@@ -83,7 +86,8 @@ class Block(nn.Module):
     def forward(self, tokens: Tensor, latents: Tensor, cond: Condition, grid: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         for mix in self.mixers:
             tokens = mix(tokens, grid)
-        latents = self.read(latents, torch.cat([tokens, cond.interface.to(tokens)], dim=1), cond.modulation)
+        context = torch.cat([tokens, cond.interface.to(tokens)], dim=1) if cond.interface.shape[1] else tokens
+        latents = self.read(latents, context, cond.modulation)
         for layer in self.compute:
             latents = layer(latents, None, cond.modulation)
         if self.write is not None:
@@ -178,11 +182,9 @@ class RINCore(nn.Module):
         slots = self.latents((self.num_latents - cond.latents.shape[1],)).to(tokens.dtype)
         slots = torch.cat([slots.expand(len(tokens), -1, -1), cond.latents.to(tokens.dtype)], dim=1)
         if self.latent_self_cond is not None:
-            slots = slots + self.latent_self_cond(torch.zeros_like(slots) if latents is None else latents)
+            slots = slots + self.latent_self_cond(latents)
         if self.interface_self_cond is not None:
-            tokens = tokens + self.interface_self_cond(
-                torch.zeros_like(tokens) if previous_tokens is None else previous_tokens
-            )
+            tokens = tokens + self.interface_self_cond(previous_tokens)
         again = self.gradient_checkpointing and torch.is_grad_enabled()
         for block in self.blocks:
             if again:

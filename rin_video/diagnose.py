@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 from tqdm.auto import tqdm
 
-from rin_video.checkpoint import load_state, saved_states, write_text
+from rin_video.checkpoint import load_state, saved_states
 from rin_video.config import Config
 from rin_video.datasets.draws import unpack
 from rin_video.datasets.mixture import Mixture
 from rin_video.diffusion import GaussianDiffusion
 from rin_video.export import contact_sheet
+from rin_video.files import write_text
 from rin_video.given import Given
 from rin_video.known import draw_known
 from rin_video.noise import spread_seed

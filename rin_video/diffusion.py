@@ -209,8 +209,11 @@ class GaussianDiffusion(nn.Module):
             x_t = x_t / append_dims(given.spread_unknown(x_t), x_t)
         if given.known is not None and given.values is not None:
             x_t = torch.where(given.known, given.values / self.config.scale, x_t)
-        gamma = torch.as_tensor(level.gamma, dtype=torch.float32, device=x_t.device)
-        return self.model(x_t, gamma.flatten().expand(len(x_t)), **inputs)
+        if isinstance(level.gamma, Tensor):
+            gamma = level.gamma.float().flatten().expand(len(x_t))
+        else:  # filled where it is needed: a copy would wait for the device
+            gamma = torch.full((len(x_t),), level.gamma, dtype=torch.float32, device=x_t.device)
+        return self.model(x_t, gamma, **inputs)
 
     def carry(self, latents: Any, x0: Tensor) -> dict[str, Any]:
         """What goes from one pass to the next; the estimate in the data's own range, whatever the scale."""

@@ -140,19 +140,18 @@ def without_paths(config: Config) -> Config:
     def shared(path: str | None) -> str | None:
         return path if path and path.startswith(PREFIX) else None
 
-    def public(model: str | None) -> str | None:
-        return model if model and HUB_ID.match(model.removeprefix(PREFIX)) and not Path(model).exists() else None
+    def public(name: str | None) -> str | None:
+        return name if name and HUB_ID.match(name.removeprefix(PREFIX)) and not Path(name).exists() else None
 
+    data = dataclasses.replace(
+        config.data,
+        path=shared(config.data.path),
+        images=shared(config.data.images),
+        text_encoder=public(config.data.text_encoder),
+        allow_pipe=False,
+    )
     return dataclasses.replace(
-        config,
-        data=dataclasses.replace(
-            config.data,
-            path=shared(config.data.path),
-            images=shared(config.data.images),
-            text_encoder=public(config.data.text_encoder),
-            allow_pipe=False,
-        ),
-        train=dataclasses.replace(config.train, init_from=public(config.train.init_from)),
+        config, data=data, train=dataclasses.replace(config.train, init_from=public(config.train.init_from))
     )
 
 

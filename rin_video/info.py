@@ -27,7 +27,7 @@ LIBRARIES = 32_000_000  # bytes that the matrix libraries keep to work in
 @dataclass(frozen=True)
 class ModelInfo:
     """`gflops` counts a multiply-add as 2: dense layers, convolutions and attention products of one forward pass of one
-    sample. Norms, softmax, activations, biases and residual sums are not counted."""
+    sample that has a previous one. Norms, softmax, activations, biases and residual sums are not counted."""
 
     shape: tuple[int, ...]
     tokens: int
@@ -42,8 +42,10 @@ def model_info(config: ModelConfig) -> ModelInfo:
         model = RIN(config)
         x = torch.empty(1, *model.shape)
         label = torch.zeros(1, dtype=torch.long) if config.num_classes else None
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            model(x, torch.ones(1), label=label)
+        with torch.no_grad():
+            _, latents = model(x, torch.ones(1), label=label)
+            with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+                model(x, torch.ones(1), latents=latents, label=label)
     return ModelInfo(
         shape=model.shape,
         tokens=math.prod(model.tokenizer.token_grid(model.shape[1:])),

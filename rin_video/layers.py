@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch.nn.functional as F
 from einops import rearrange
-from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
 EPS = 1e-6
@@ -82,6 +81,38 @@ def _glorot(linear: nn.Linear, *, fan_in: int, fan_out: int) -> None:
     nn.init.zeros_(linear.bias)
 
 
+# timm has both, and costs more than a second to import.
+class DropPath(nn.Module):
+    """Drops a whole sample's x (B, ...) with probability `drop_prob` in training, and scales the others up.
+
+    Source: Huang et al. 2016 (arXiv 1603.09382).
+    """
+
+    def __init__(self, drop_prob: float) -> None:
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.drop_prob or not self.training:
+            return x
+        keep = 1 - self.drop_prob
+        mask = x.new_empty(len(x), *[1] * (x.ndim - 1)).bernoulli_(keep)
+        return x * (mask.div_(keep) if keep else mask)
+
+
+class Mlp(nn.Module):
+    """W2 dropout(GELU(W1 x)), (..., dim) to the same."""
+
+    def __init__(self, dim: int, dim_hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, dim_hidden)
+        self.dropout = nn.Dropout(dropout)
+        self.fc2 = nn.Linear(dim_hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.dropout(F.gelu(self.fc1(x))))
+
+
 class FeedForward(nn.Module):
     """x + W2 GELU(W1 LN(x)): the residual is inside. (B, N, dim) to the same."""
 
@@ -90,7 +121,7 @@ class FeedForward(nn.Module):
     ) -> None:
         super().__init__()
         self.norm = _norm(dim, dim_cond)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=(dropout, 0.0))
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), dropout)
         self.drop_path = DropPath(drop_path)
         init_linears(self.mlp)
 

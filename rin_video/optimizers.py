@@ -16,7 +16,7 @@ def make_optimizer(diffusion: GaussianDiffusion, config: Config) -> torch.optim.
     """AdamW, LAMB or (Nesterov) Muon; weight decay on matrices only, not on biases, norms and embeddings."""
     options = config.train
     extras: dict[str, dict[str, Any]] = {
-        "adamw": {},
+        "adamw": {"fused": True},
         "lamb": {"max_grad_norm": None},  # clipping is ours
         "muon": {"momentum": 0.95},
     }

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rin_video.checkpoint import replacing
+from rin_video.files import replacing
 
 if TYPE_CHECKING:
     from rin_video.diagnose import Diagnosis

@@ -13,8 +13,8 @@ from typing import Any
 import psutil
 import torch
 
-from rin_video.checkpoint import write_text
 from rin_video.config import Config
+from rin_video.files import write_text
 
 PACKAGES = ("rin-video", "torch", "torchvision", "accelerate", "timm", "ema-pytorch", "numpy", "av", "decord")
 

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from rin_video.averages import make_ema, make_tracks, save_snapshot, track_state
 from rin_video.callbacks import Callback, append_line
-from rin_video.checkpoint import full_disk, newest_state, plain, remove_state, save_state, save_weights, saved_states
+from rin_video.checkpoint import newest_state, plain, remove_state, save_state, save_weights, saved_states
 from rin_video.config import Config, ModelConfig, SampleConfig, train_config
 from rin_video.datasets.clips import ClipFolder
 from rin_video.datasets.draws import Draws, unpack
@@ -41,6 +41,7 @@ from rin_video.distributed import (
 )
 from rin_video.errors import Stopped, UsageError
 from rin_video.export import contact_sheet, save_samples
+from rin_video.files import full_disk
 from rin_video.known import draw_known
 from rin_video.locking import lock_run
 from rin_video.memory import checkpoint_blocks, out_of_memory
@@ -291,8 +292,9 @@ class Trainer:
         order = iter(make_sampler(self.dataset, size, seed=self.options.seed, first_batch=first, group=count))
         drawn = [index for _ in range(count) for _, index in next(order)]
         guilty = sorted({drawn[place] for place in failure.places} or set(drawn))
-        name_of = getattr(self.dataset, "name_of", "sample {}".format)
-        names = [name_of(index) for index in guilty]
+        files = getattr(self.dataset, "files", None)
+        name_of = getattr(self.dataset, "name_of", files.__getitem__ if files else "sample {}".format)
+        names = [str(name_of(index)) for index in guilty]
         last = self.checkpoints[-1] if self.checkpoints else "none"
         named = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
         raise UsageError(

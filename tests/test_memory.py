@@ -106,6 +106,28 @@ def test_a_failing_compiler_is_left_out(tmp_path, monkeypatch, caplog):
     assert_close(run.diffusion.model.state_dict(), plain.diffusion.model.state_dict(), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"image_size": 8, "num_classes": 3},
+        {"image_size": 8, "frames": 4, "patch_size": [2, 4, 4], "known_mask": True, "self_conditioning": "latent+x0"},
+    ],
+    ids=["image", "video"],
+)
+def test_a_compiled_model_is_one_graph(options):
+    """No break: neither without a previous pass nor with one, neither in training nor in sampling."""
+    model = RIN(**({"dim": 32, "dim_latent": 32, "num_latents": 6, "depth": 2, "patch_size": 4} | options))
+    compiled = torch.compile(model, fullgraph=True, backend="eager")  # an error where it breaks
+    x, gamma = torch.rand(2, *model.shape), torch.full((2,), 0.5)
+    told = {"label": torch.tensor([0, 1])} if model.num_classes else {"known": torch.rand(2, 1, *x.shape[2:]) < 0.5}
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            prediction, latents = compiled(x, gamma, **told)
+            assert_close(prediction, model(x, gamma, **told)[0])
+            again, _ = compiled(prediction, gamma, latents=latents, **told)
+            assert_close(again, model(prediction, gamma, latents=latents, **told)[0])
+
+
 @pytest.mark.slow
 def test_a_compiled_model_trains(tmp_path, caplog):
     """Where there is a compiler: the losses of the plain model, and a state dict with the usual names."""

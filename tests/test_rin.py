@@ -4,7 +4,6 @@ import itertools
 
 import pytest
 import torch
-from timm.layers import DropPath
 from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
@@ -13,7 +12,7 @@ from rin_video import RIN, UsageError
 from rin_video.conditioning import Condition, Conditioner
 from rin_video.config import ModelConfig
 from rin_video.info import model_info
-from rin_video.layers import AdaptiveLayerNorm, Attention, LayerNorm, Unit
+from rin_video.layers import AdaptiveLayerNorm, Attention, DropPath, LayerNorm, Unit
 
 TINY = {
     "dim": 16, "dim_latent": 24, "num_latents": 5, "depth": 2, "latent_self_attn_depth": 1, "num_heads": 2,
@@ -379,7 +378,7 @@ def test_dropout_and_drop_path_stand_in_the_compute_layers_only():
     assert active == {
         f"{layer}.{name}": p
         for layer in layers
-        for name, p in (("feed_forward.mlp.drop1", 0.25), ("drop_path", 0.5), ("feed_forward.drop_path", 0.5))
+        for name, p in (("feed_forward.mlp.dropout", 0.25), ("drop_path", 0.5), ("feed_forward.drop_path", 0.5))
     }
 
 

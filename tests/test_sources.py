@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
 from rin_video.cli import main
 from rin_video.config import DataConfig
 from rin_video.datasets import ArrayFolder, ClipFolder, ImageFolder, open_video
+from rin_video.datasets.arrays import probe_array
 from rin_video.datasets.folders import detect_kind
 from rin_video.datasets.hub import HubDataset, import_hub
 from rin_video.datasets.open import open_dataset
@@ -164,11 +165,63 @@ def test_arrays_of_any_rank(tmp_path):
         ArrayFolder(tmp_path / "a", (2, 5, 7))[0]
 
 
-def test_hugging_face_data_sets(tmp_path, monkeypatch):
-    here = os.path.realpath(Path(__file__).parents[1])  # `python -m pytest` makes our folder datasets/ importable
-    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if os.path.realpath(entry or ".") != here])
-    monkeypatch.delitem(sys.modules, "datasets", raising=False)
-    hub = pytest.importorskip("datasets")
+def npy_bytes(array):
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 7), (3, 6)])
+def test_arrays_in_shards_give_what_the_files_give(tmp_path, shape):
+    rng = np.random.default_rng(0)
+    one, many = rng.random(shape, np.float32), rng.integers(0, 256, (3, *shape), dtype=np.uint8)
+    files = {
+        "a.npy": npy_bytes(one.astype(">f4")), "a.cls": b"cat",
+        "b.safetensors": save({"samples": torch.from_numpy(many), "other": torch.zeros(3)}), "b.cls": b"dog",
+        "c.safetensors": save({"x": torch.from_numpy(one) / 2}, {"made": "by hand"}), "c.cls": b"cat",
+    }  # fmt: skip
+    write_tar(tmp_path / "s/0.tar", files)
+    data = open_dataset(tmp_path / "s", shape, DataConfig(), index=tmp_path / "index.jsonl")
+    assert isinstance(data, ArrayFolder)
+    assert (len(data), data.classes, data.labels) == (5, ["cat", "dog"], [0, 1, 1, 1, 0])
+    for found, expected in zip(data, [one, *many, one / 2], strict=True):
+        torch.testing.assert_close(found["x"], torch.from_numpy(expected), rtol=0, atol=0)
+
+
+def header(text: str, length: int | None = None) -> bytes:
+    return (len(text) if length is None else length).to_bytes(8, "little") + text.encode() + bytes(24)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "its header would be 0 bytes long"),
+        (header("{}", 2**60), "its header would be 1,152,921,504,606,846,976 bytes long"),
+        (header("[]"), "cannot be read as an array"),
+        (header("{}"), "holds nothing"),
+        (header('{"x": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 20]}}'), "no array of shape"),
+        (header('{"x": {"dtype": "F32", "shape": [-2, -3], "data_offsets": [0, 24]}}'), "no array of shape"),
+        (header('{"x": {"dtype": "I64", "shape": [3], "data_offsets": [0, 24]}}'), "save it as one of uint8"),
+        (header("[" * 100_000), "cannot be read as an array"),
+    ],
+)
+def test_damaged_safetensors_are_refused(tmp_path, content, said):
+    (tmp_path / "x.safetensors").write_bytes(content)
+    with pytest.raises(UsageError, match=said):
+        probe_array(tmp_path / "x.safetensors")
+
+
+@pytest.fixture(scope="module")
+def hub():
+    """The Hugging Face package: `python -m pytest` makes our folder datasets/ importable, and hides it."""
+    here = os.path.realpath(Path(__file__).parents[1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [entry for entry in sys.path if os.path.realpath(entry or ".") != here])
+        patch.delitem(sys.modules, "datasets", raising=False)
+        yield pytest.importorskip("datasets")
+
+
+def test_hugging_face_images(tmp_path, hub):
     images = [Image.new("RGB", (20, 10), (i * 60, 0, 0)) for i in range(4)]
     features = hub.Features({"picture": hub.Image(), "kind": hub.ClassLabel(names=["x", "y"])})
     hub.Dataset.from_dict({"picture": images, "kind": [0, 1, 0, 1]}, features=features).save_to_disk(tmp_path / "set")
@@ -179,6 +232,62 @@ def test_hugging_face_data_sets(tmp_path, monkeypatch):
     assert (item["label"], item["x"].shape, item["x"][0].float().mean().item()) == (1, (3, 8, 8), 180)
     with pytest.raises(UsageError, match="no column of type Video"):
         open_dataset(tmp_path / "set", (3, 4, 8, 8), DataConfig())
+
+
+@pytest.mark.parametrize("stored", ["bytes", "path"])
+def test_hugging_face_clips(tmp_path, clips, hub, numbers, stored):
+    """A column of type Video, saved to disk or found by its name, gives the frames that the files give."""
+    names = ["plain.mp4", "short_gop.mp4", "vp9.webm"]
+    cells = [
+        {"bytes": (clips / name).read_bytes(), "path": name}
+        if stored == "bytes"
+        else {"bytes": None, "path": str(clips / name)}
+        for name in names
+    ]
+    features = hub.Features({"video": hub.Video(decode=False), "kind": hub.ClassLabel(names=["x", "y"])})
+    table = hub.Dataset.from_dict({"video": cells, "kind": [1, 0, 1]}, features=features)
+    table.cast_column("video", hub.Video()).save_to_disk(tmp_path / "set")
+    data = open_dataset(tmp_path / "set", (3, 5, 32, 64), DataConfig(fps=4))
+    assert (len(data), data.classes, data.describe()) == (3, ["x", "y"], "3 rows of column video, 2 classes: x, y")
+    for index, label in enumerate([1, 0, 1]):
+        item = data.draw(index, 0)
+        found = numbers(item["x"].transpose(0, 1))
+        assert found == list(range(found[0], found[0] + 9, 2))
+        assert item["label"] == label
+    with pytest.raises(UsageError, match=r"set\[0\].* has 20 frames, 30 are needed"):
+        open_dataset(tmp_path / "set", (3, 30, 32, 64), DataConfig()).draw(0, 0)
+
+
+def test_hugging_face_name_and_split(tmp_path, hub, monkeypatch):
+    """`hf:NAME:SPLIT`, where NAME is a folder in the hub's layout: the same code, without the network."""
+    monkeypatch.setattr(hub.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for split, classes in {"train": "aabb", "test": "ab"}.items():
+        for i, name in enumerate(classes):
+            (tmp_path / "set" / split / name).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (16, 16), (i * 50, 0, 0)).save(tmp_path / "set" / split / name / f"{i}.png")
+    for name, length in {"": 4, ":train": 4, ":test": 2}.items():
+        data = open_dataset(f"hf:{tmp_path / 'set'}{name}", (3, 8, 8), DataConfig())
+        assert (len(data), data.classes) == (length, ["a", "b"])
+    assert data.draw(1, 0)["x"][0].float().mean().item() == 50
+    with pytest.raises(UsageError, match="cannot be loaded: "):
+        open_dataset(f"hf:{tmp_path / 'set'}:validation", (3, 8, 8), DataConfig())
+
+
+def test_photos_of_phones(tmp_path):
+    """HEIC with the package pillow-heif, else one line that says so."""
+    pillow_heif = pytest.importorskip("pillow_heif")
+    pixels = np.full((16, 24, 3), (200, 30, 90), np.uint8)
+    pillow_heif.from_bytes("RGB", (24, 16), pixels.tobytes()).save(tmp_path / "x.heic", quality=95)
+    item = ImageFolder(tmp_path, (16, 24))[0]["x"]
+    assert (item.float().mean((1, 2)) - torch.tensor([200.0, 30, 90])).abs().max() < 6
+
+
+def test_a_photo_of_a_phone_without_the_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    monkeypatch.delitem(Image.OPEN, "HEIF", raising=False)
+    (tmp_path / "x.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(100))
+    with pytest.raises(UsageError, match=r"x\.heic cannot be read as an image here: pip install 'rin-video\[heic\]'"):
+        ImageFolder(tmp_path, 8)
 
 
 def test_a_folder_called_datasets_is_told_from_the_package(monkeypatch):

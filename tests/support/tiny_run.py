@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import Dataset
 
-from rin_video import RIN, GaussianDiffusion, Trainer, checkpoint
+from rin_video import RIN, GaussianDiffusion, Trainer
 from rin_video.callbacks import Callback
 from rin_video.config import Config, train_config
 from rin_video.datasets.mixture import Mixture
@@ -64,13 +64,13 @@ def make_trainer(folder: str | Path, model: dict | None = None, callbacks=(), da
 
 def main(folder: str, *overrides: str) -> None:
     if "SLOW_WRITES" in os.environ:
-        sync = checkpoint.sync
+        fsync = os.fsync
 
-        def slow(path: Path) -> None:
+        def slow(handle: int) -> None:
             time.sleep(float(os.environ["SLOW_WRITES"]))
-            sync(path)
+            fsync(handle)
 
-        checkpoint.sync = slow
+        os.fsync = slow
     options = {}
     for override in overrides:
         key, value = override.split("=")

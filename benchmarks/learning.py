@@ -1,0 +1,342 @@
+"""How good the samples are after some minutes of training: rin-video and rin-pytorch on Fashion-MNIST.
+
+    python benchmarks/learning.py --data FOLDER         # trainings of 15 minutes, two at a time, then samples
+    python benchmarks/learning.py --arms rin-video --minutes 2 --set train.train_lr=3e-3 --out /tmp/trial
+
+FOLDER holds the four files of Fashion-MNIST (`train-images-idx3-ubyte.gz`, ...), as the Debian package
+`dataset-fashion-mnist` brings them in /usr/share/datasets/fashion-mnist; without one torchvision downloads them. Every
+arm trains in a process of its own with one thread, for the same processor time (on a free core the same wall-clock).
+All are unconditional, of about the same size, and are sampled with the same number of network calls from averaged
+weights. The Frechet distance is in the features of a classifier that this script trains: it compares with nothing else.
+Writes `results/learning.json`, a curve and a sheet of samples.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rin_video import RIN, GaussianDiffusion
+from rin_video.averages import make_ema
+from rin_video.checkpoint import write_text
+from rin_video.config import TrainConfig, load_config
+from rin_video.optimizers import make_optimizer
+
+HERE = Path(__file__).parent
+MINUTES = (2, 5, 15)
+CALLS = 50
+# The port at our width, depth and latents; its README's training, and the best of `--set train_lr=...` and the like.
+PORT = {"dim": 128, "image_size": 32, "patch_size": 4, "channels": 1, "depth": 3, "num_latents": 32, "dim_latent": 128}
+PORT |= {"latent_self_attn_depth": 2}
+README = {"train_lr": 1e-4, "batch": 16, "ema_decay": 0.995, "train_prob_self_cond": 0.9}
+ARMS: dict[str, dict[str, Any]] = {
+    "rin-video": {},
+    "rin-pytorch, README": README,
+    "rin-pytorch, best of sweep": README | {"train_lr": 1e-3, "ema_decay": 0.999},
+}
+
+
+# ---- data
+
+
+def read_images(data: Path | None, folder: Path, train: bool) -> tuple[Tensor, Tensor]:
+    """Images (N, 1, 32, 32) uint8, padded from 28, and labels (N,)."""
+    from torchvision.datasets import FashionMNIST
+
+    raw = folder / "FashionMNIST" / "raw"
+    if data is not None and not raw.exists():
+        raw.mkdir(parents=True)
+        for path in data.glob("*-ubyte*"):
+            content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+            (raw / path.name.removesuffix(".gz")).write_bytes(content)
+    found = FashionMNIST(folder, train=train, download=data is None)
+    return F.pad(found.data, (2, 2, 2, 2)).unsqueeze(1), found.targets
+
+
+# ---- the arms
+
+
+def our_arm(overrides: list[str]) -> tuple[nn.Module, nn.Module, torch.optim.Optimizer, Any]:
+    """Diffusion, average, optimizer, configuration."""
+    config = load_config(str(HERE / "fashion.yaml"), overrides)
+    diffusion = GaussianDiffusion.from_config(RIN(config.model), config.diffusion)
+    return (
+        diffusion,
+        make_ema(diffusion.model, config.train, torch.device("cpu")),
+        make_optimizer(diffusion, config),
+        config,
+    )
+
+
+def port_arm(options: dict[str, Any]) -> tuple[nn.Module, nn.Module, torch.optim.Optimizer]:
+    """The same of the port; its trainer uses Adam at a constant rate."""
+    import rin_pytorch as port
+
+    diffusion = port.GaussianDiffusion(
+        port.RIN(**PORT), timesteps=CALLS, train_prob_self_cond=options["train_prob_self_cond"]
+    )
+    average = make_ema(diffusion.model, TrainConfig(ema_decay=options["ema_decay"]), torch.device("cpu"))
+    return diffusion, average, torch.optim.Adam(diffusion.parameters(), lr=options["train_lr"], betas=(0.9, 0.99))
+
+
+def train(arm: str, overrides: list[str], minutes: list[float], data: Path | None, out: Path, seed: int) -> None:
+    """Train one arm; its averaged weights at every number of minutes, and what it cost, go to `out`."""
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    images, _ = read_images(data, out.parent, train=True)
+    rate: Callable[[float], float]
+    if arm == "rin-video":
+        diffusion, average, optimizer, config = our_arm(overrides)
+        batch, warmup = config.train.train_batch_size, config.train.warmup_steps
+
+        def rate(done: float) -> float:  # a cosine over the last fifth of the time
+            return 0.5 + 0.5 * math.cos(math.pi * max(done - 0.8, 0) / 0.2)
+
+    else:
+        options = ARMS[arm] | {name: float(value) for name, value in (word.split("=") for word in overrides)}
+        diffusion, average, optimizer = port_arm(options)
+        batch, warmup = int(options["batch"]), 0
+
+        def rate(done: float) -> float:
+            return 1.0
+
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    parameters = list(diffusion.parameters())
+    step, losses, log, due = 0, [], [], list(minutes)
+    start = time.process_time()
+    while due:
+        spent = (time.process_time() - start) / 60
+        if spent >= due[0]:
+            done = due.pop(0)
+            torch.save(average.ema_model.state_dict(), out / f"{done:g}.pt")
+            log.append({"minutes": done, "steps": step, "samples": step * batch, "loss": sum(losses[-200:]) / 200})
+            continue
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * min((step + 1) / max(warmup, 1), 1) * rate(spent / minutes[-1])
+        x = images[torch.randint(len(images), (batch,))]
+        loss = diffusion(x if arm == "rin-video" else x / 255)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update()
+        step += 1
+        losses.append(loss.item())
+    write_text(out / "log.json", json.dumps({"params": sum(p.numel() for p in parameters), "log": log}))
+
+
+def draw(arm: str, overrides: list[str], weights: Path, num: int, sampler: str) -> Tensor:
+    """Samples (num, 1, 32, 32) in [0, 1] of an arm's averaged weights."""
+    torch.manual_seed(0)
+    state = torch.load(weights, weights_only=True)
+    if arm == "rin-video":
+        diffusion, _, _, config = our_arm(overrides)
+        diffusion.model.load_state_dict(state)
+        return diffusion.sample(num, steps=CALLS, sampler=config.sample.sampler, seed=0, max_batch=100)
+    diffusion, _, _ = port_arm(ARMS[arm])
+    diffusion.model.load_state_dict(state)
+    diffusion.use_ddim = sampler == "ddim"
+    return torch.cat([diffusion.eval().sample(batch_size=100) for _ in range(num // 100)]).clamp(0, 1)
+
+
+# ---- the distance
+
+
+class Classifier(nn.Module):
+    """Images in [0, 1] to 10 classes; 64 features before the last layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(1, 32, 3, stride=2, padding=1),
+            nn.BatchNorm2d(32),
+            nn.ReLU(),
+            nn.Conv2d(32, 64, 3, stride=2, padding=1),
+            nn.BatchNorm2d(64),
+            nn.ReLU(),
+            nn.Conv2d(64, 128, 3, stride=2, padding=1),
+            nn.BatchNorm2d(128),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(128 * 16, 64),
+        )
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.body(x)))
+
+
+def train_classifier(images: Tensor, labels: Tensor, path: Path) -> Classifier:
+    """Three epochs; kept in `path`."""
+    torch.manual_seed(0)
+    network = Classifier()
+    if path.exists():
+        network.load_state_dict(torch.load(path, weights_only=True))
+        return network.eval()
+    steps = 3 * len(images) // 128
+    optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+    for _ in range(steps):
+        index = torch.randint(len(images), (128,))
+        F.cross_entropy(network(images[index] / 255), labels[index]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    torch.save(network.state_dict(), path)
+    return network.eval()
+
+
+@torch.no_grad()
+def statistics(network: Classifier, x: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and covariance of the features of images in [0, 1]."""
+    features = torch.cat([network.body(part) for part in x.split(500)]).double().numpy()
+    return features.mean(0), np.cov(features, rowvar=False)
+
+
+def frechet(one: tuple[np.ndarray, np.ndarray], other: tuple[np.ndarray, np.ndarray]) -> float:
+    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of two Gaussians (Heusel et al. 2017, arXiv 1706.08500, eq. 6)."""
+    (mean1, cov1), (mean2, cov2) = one, other
+    values = np.linalg.eigvals(cov1 @ cov2).real
+    return float(((mean1 - mean2) ** 2).sum() + np.trace(cov1 + cov2) - 2 * np.sqrt(values.clip(min=0)).sum())
+
+
+# ---- all of it
+
+
+def evaluate(options: argparse.Namespace, work: Path) -> dict[str, Any]:
+    images, labels = read_images(options.data, work, train=True)
+    test, test_labels = read_images(options.data, work, train=False)
+    network = train_classifier(images, labels, work / "classifier.pt")
+    n = options.num
+    with torch.no_grad():
+        right = (network(test / 255).argmax(1) == test_labels).float().mean().item()
+    real = statistics(network, images[:10_000] / 255)
+    noise = torch.rand(n, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    report: dict[str, Any] = {
+        "n": n,
+        "n_real": 10_000,
+        "classifier_accuracy": round(right, 4),
+        "real_to_real": round(frechet(statistics(network, test[:n] / 255), real), 2),
+        "noise_to_real": round(frechet(statistics(network, noise), real), 1),
+        "calls": CALLS,
+        "torch": torch.__version__,
+        "machine": f"{platform.machine()}, one thread for each arm",
+        "rows": [],
+    }
+    print(f"real against real {report['real_to_real']}, noise {report['noise_to_real']}, n = {n}", flush=True)
+    for arm in options.arms:
+        folder = work / slug(arm)
+        log = json.loads((folder / "log.json").read_text())
+        for entry in log["log"]:
+            weights = folder / f"{entry['minutes']:g}.pt"
+            distances = {}
+            for sampler in ("own",) if arm == "rin-video" else ("ddim", "ddpm"):
+                samples = draw(arm, options.set, weights, n, sampler)
+                distances[sampler] = round(frechet(statistics(network, samples), real), 2)
+                torch.save(samples[:64], folder / f"{entry['minutes']:g}-{sampler}-samples.pt")
+            best = min(distances, key=lambda name: distances[name])
+            row = {"arm": arm, "params": log["params"], **entry, "sampler": best, "distance": distances[best]}
+            report["rows"].append(row | {"distances": distances})
+            print(f"{arm}: {json.dumps(row)}", flush=True)
+    return report
+
+
+def slug(arm: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in arm)
+
+
+def table(report: dict[str, Any]) -> str:
+    minutes = sorted({row["minutes"] for row in report["rows"]})
+    lines = ["| arm | M params | images seen | " + " | ".join(f"{m:g} min" for m in minutes) + " |"]
+    lines.append("|---" * (3 + len(minutes)) + "|")
+    for arm in dict.fromkeys(row["arm"] for row in report["rows"]):
+        rows = [row for row in report["rows"] if row["arm"] == arm]
+        cells = " | ".join(f"{row['distance']:.1f}" for row in rows)
+        lines.append(f"| {arm} | {rows[0]['params'] / 1e6:.2f} | {rows[-1]['samples']:,} | {cells} |")
+    return "\n".join(lines)
+
+
+def plot(report: dict[str, Any], work: Path, path: Path) -> None:
+    """The curve, and 6x8 samples of every arm at every time, beside it."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    arms = list(dict.fromkeys(row["arm"] for row in report["rows"]))
+    for arm in arms:
+        rows = [row for row in report["rows"] if row["arm"] == arm]
+        axes.plot([r["minutes"] for r in rows], [r["distance"] for r in rows], marker="o", label=arm)
+    axes.axhline(report["real_to_real"], color="grey", linestyle=":", label="real images")
+    axes.set(xscale="log", yscale="log", xlabel="minutes on one thread", ylabel=f"Frechet distance, n = {report['n']}")
+    axes.legend(fontsize=7)
+    figure.savefig(path.with_suffix(".png"), dpi=100)
+    minutes = sorted({row["minutes"] for row in report["rows"]})
+    figure = Figure(figsize=(3 * len(minutes), 2.6 * len(arms)), layout="constrained")
+    grid = figure.subplots(len(arms), len(minutes), squeeze=False)
+    for row in report["rows"]:
+        samples = torch.load(
+            work / slug(row["arm"]) / f"{row['minutes']:g}-{row['sampler']}-samples.pt", weights_only=True
+        )[:48]
+        sheet = samples.view(6, 8, 32, 32).permute(0, 2, 1, 3).reshape(192, 256)
+        cell = grid[arms.index(row["arm"])][minutes.index(row["minutes"])]
+        cell.imshow(sheet, cmap="gray", vmin=0, vmax=1)
+        cell.set_title(f"{row['arm']}, {row['minutes']:g} min: {row['distance']:.0f}", fontsize=7)
+        cell.axis("off")
+    figure.savefig(path.with_name(f"{path.stem}_samples.png"), dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder with the four files (default: download)")
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--minutes", type=float, nargs="+", default=list(MINUTES))
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="options of the one arm of a trial")
+    parser.add_argument("--num", type=int, default=1000, help="samples for each distance, a multiple of 100")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--at-a-time", type=int, default=2, help="trainings that run side by side")
+    parser.add_argument("--work", type=Path, default=Path("runs/learning"), help="for weights and data")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "learning.json")
+    parser.add_argument("--step", choices=("all", "train", "evaluate"), default="all", help="one half alone")
+    parser.add_argument("--train-arm", choices=list(ARMS), help=argparse.SUPPRESS)  # what a child process does
+    options = parser.parse_args()
+    if options.train_arm:
+        folder = options.work / slug(options.train_arm)
+        train(options.train_arm, options.set, options.minutes, options.data, folder, options.seed)
+        return
+    read_images(options.data, options.work, train=False)
+    if options.step != "evaluate":
+        waiting, running = list(options.arms), []
+        while waiting or running:
+            while waiting and len(running) < options.at_a_time:
+                arm = waiting.pop(0)
+                (options.work / slug(arm)).mkdir(parents=True, exist_ok=True)
+                running.append(subprocess.Popen([sys.executable, *sys.argv, "--train-arm", arm]))
+            if running.pop(0).wait():
+                raise SystemExit("a training failed")
+    if options.step != "train":
+        report = evaluate(options, options.work)
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        write_text(options.out, json.dumps(report, indent=1) + "\n")
+        plot(report, options.work, options.out)
+        print(table(report))
+
+
+if __name__ == "__main__":
+    main()

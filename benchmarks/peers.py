@@ -1,0 +1,188 @@
+"""Other people's denoisers behind one small interface, for `run.py`; installed by `pip install '.[bench]'`.
+
+A `Contender` has `loss(x)` (data (B, C, *grid) in [0, 1]), `parameters()`, and `sample(batch, steps)`. The diffusers
+models come without a training loss of pixels; they get the plain one (noise predicted, mean squared error) and DDIM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from rin_video import RIN, GaussianDiffusion
+
+
+@dataclass
+class Contender:
+    name: str
+    module: nn.Module
+    loss: Callable[[Tensor], Tensor]
+    sample: Callable[[int, int], Tensor]
+
+    @property
+    def network(self) -> nn.Module:
+        """What is worth compiling: the denoiser, without the loss around it."""
+        return getattr(self.module, "model", self.module)
+
+    @property
+    def params(self) -> int:
+        return sum(p.numel() for p in self.module.parameters() if p.requires_grad)
+
+
+def rin(name: str = "rin-video", *, self_cond: float = 0.9, **options: Any) -> Contender:
+    """Ours. Its loss runs the first pass of self-conditioning in every step."""
+    diffusion = GaussianDiffusion(RIN(**options), train_prob_self_cond=self_cond)
+    return Contender(
+        name, diffusion, diffusion, lambda batch, steps: diffusion.sample(batch, steps=steps, sampler="ddim")
+    )
+
+
+EXTRAS = {  # of the port, which are always on there
+    "interface_mixing": "linear_attention+conv",
+    "time_conditioning": "adaln",
+    "self_conditioning": "latent+x0",
+    "dual_patchnorm": True,
+    "norm_context": True,
+}
+
+
+def rin_pytorch(name: str = "rin-pytorch", **options: Any) -> Contender:
+    """The PyTorch port, every step with the first pass of self-conditioning, as ours."""
+    import rin_pytorch as port
+
+    diffusion = port.GaussianDiffusion(port.RIN(**options), timesteps=1000, train_prob_self_cond=1.0)
+
+    def sample(batch: int, steps: int) -> Tensor:
+        diffusion.timesteps = steps
+        return diffusion.sample(batch_size=batch)
+
+    return Contender(name, diffusion, diffusion, sample)
+
+
+def unet(image_size: int, dim: int, **options: Any) -> Contender:
+    """denoising-diffusion-pytorch: a 2D U-Net without self-conditioning."""
+    import denoising_diffusion_pytorch as ddp
+
+    diffusion = ddp.GaussianDiffusion(
+        ddp.Unet(dim=dim, dim_mults=(1, 2, 4, 8), **options), image_size=image_size, sampling_timesteps=50
+    )
+
+    def sample(batch: int, steps: int) -> Tensor:
+        diffusion.sampling_timesteps = steps
+        return diffusion.sample(batch_size=batch)
+
+    return Contender("denoising-diffusion-pytorch U-Net", diffusion, diffusion, sample)
+
+
+def plain(name: str, model: nn.Module, call: Callable[[Tensor, Tensor], Tensor], shape: tuple[int, ...]) -> Contender:
+    """Predicting noise and DDIM around a diffusers model; `call(x_t, t)` gives the noise."""
+    from diffusers import DDIMScheduler
+
+    schedule = DDIMScheduler()
+
+    def loss(x: Tensor) -> Tensor:
+        x = 2 * x - 1
+        eps = torch.randn_like(x)
+        t = torch.randint(1000, (len(x),), device=x.device)
+        return F.mse_loss(call(schedule.add_noise(x, eps, t), t), eps)
+
+    @torch.no_grad()
+    def sample(batch: int, steps: int) -> Tensor:
+        device = next(model.parameters()).device
+        schedule.set_timesteps(steps)
+        x = torch.randn(batch, *shape, device=device)
+        for t in schedule.timesteps:
+            x = schedule.step(call(x, t.to(device).expand(batch)), t, x).prev_sample
+        return x
+
+    return Contender(name, model, loss, sample)
+
+
+def unet3d(frames: int, size: int, width: int) -> Contender:
+    """diffusers' UNet3DConditionModel on pixels; its text is one vector of zeros."""
+    from diffusers import UNet3DConditionModel
+
+    model = UNet3DConditionModel(
+        sample_size=size,
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=(width, 2 * width, 4 * width),
+        down_block_types=("DownBlock3D", "CrossAttnDownBlock3D", "CrossAttnDownBlock3D"),
+        up_block_types=("CrossAttnUpBlock3D", "CrossAttnUpBlock3D", "UpBlock3D"),
+        layers_per_block=1,
+        norm_num_groups=8,
+        cross_attention_dim=64,
+        attention_head_dim=32,
+    )
+
+    def call(x: Tensor, t: Tensor) -> Tensor:
+        return model(x, t, encoder_hidden_states=x.new_zeros(len(x), 1, 64)).sample
+
+    return plain("diffusers UNet3D", model, call, (3, frames, size, size))
+
+
+def latte(frames: int, size: int, heads: int, layers: int, patch: int = 4) -> Contender:
+    """diffusers' Latte transformer on pixels: attention within frames and over time in turn. Label: none."""
+    from diffusers import LatteTransformer3DModel
+
+    model = LatteTransformer3DModel(
+        num_attention_heads=heads,
+        attention_head_dim=64,
+        in_channels=3,
+        out_channels=3,
+        num_layers=layers,
+        sample_size=size,
+        patch_size=patch,
+        attention_bias=True,
+        activation_fn="gelu-approximate",
+        norm_type="ada_norm_single",
+        norm_elementwise_affine=False,
+        norm_eps=1e-6,
+        caption_channels=heads * 64,
+        cross_attention_dim=heads * 64,
+        video_length=frames,
+    )
+
+    def call(x: Tensor, t: Tensor) -> Tensor:
+        return model(x, timestep=t, encoder_hidden_states=x.new_zeros(len(x), 1, heads * 64)).sample
+
+    return plain("diffusers Latte", model, call, (3, frames, size, size))
+
+
+def dit(shape: tuple[int, ...], heads: int, layers: int, patch: tuple[int, ...], head: int = 64) -> Contender:
+    """diffusers' DiT with full attention: on an image, or on a clip whose tubes are the patches of a tall image."""
+    from diffusers import DiTTransformer2DModel
+
+    depth = patch[0] if len(patch) == 3 else 1
+    frames = shape[1] // depth if len(shape) == 4 else 1
+    height = shape[-2]
+    model = DiTTransformer2DModel(
+        num_attention_heads=heads,
+        attention_head_dim=head,
+        in_channels=3 * depth,
+        out_channels=3 * depth,
+        num_layers=layers,
+        sample_size=height,
+        patch_size=patch[-1],
+    )
+
+    def call(x: Tensor, t: Tensor) -> Tensor:
+        label = torch.zeros_like(t)
+        tall = x if x.ndim == 4 else rearrange(x, "b c (f d) h w -> b (c d) (f h) w", d=depth)
+        tokens = model.pos_embed(tall)
+        for block in model.transformer_blocks:
+            tokens = block(tokens, timestep=t, class_labels=label)
+        cond = model.transformer_blocks[0].norm1.emb(t, label, hidden_dtype=tokens.dtype)
+        shift, scale = model.proj_out_1(F.silu(cond)).unsqueeze(1).chunk(2, dim=-1)
+        patches = model.proj_out_2(model.norm_out(tokens) * (1 + scale) + shift)
+        p = patch[-1]
+        tall = rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", p=p, q=p, h=frames * height // p)
+        return tall if x.ndim == 4 else rearrange(tall, "b (c d) (f h) w -> b c (f d) h w", d=depth, f=frames)
+
+    return plain("diffusers DiT", model, call, shape)
