@@ -397,9 +397,11 @@ def choose_batch(config: Config, folder: Path, num_samples: int) -> int:
     """The largest batch that fits, or that of the run which goes on: the order of the data depends on it."""
     from accelerate import PartialState
 
+    from rin_video.distributed import no_accelerator
+
     if newest := newest_state(folder):
         return newest[1]["config"]["train"]["train_batch_size"]
-    state = PartialState()
+    state = PartialState(cpu=no_accelerator())
     size = largest_batch(config, state.device, num_processes=state.num_processes, limit=num_samples)
     log.info("batch size %d, the largest that fits into %s", size, device_name(state.device))
     return size
