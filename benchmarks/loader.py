@@ -11,8 +11,9 @@ many files open, last used first (PyAV: seeks to the keyframe before the window,
 decord: `get_batch`; torchcodec: `get_frames_at`; both resized by torchvision), cuts the middle out and stacks the
 batch. It makes no plan, checks nothing and hands nothing over.
 
-Both sides take turns, `--rounds` times on other batches each time; the figures are medians, the ratio that of the
-pairs. No side waits for a batch for more than `--limit` seconds. Writes `results/loader.json`.
+Both sides take turns, `--rounds` times on other batches each time; the figures are medians, the ratios those of the
+pairs: of clips a second, and of clips a second of processor time, all processes together, which other users of the
+machine disturb less. No side waits for a batch for more than `--limit` seconds. Writes `results/loader.json`.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ from threading import BrokenBarrierError
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
+from torchvision.transforms.v2 import functional as transforms
 
 from rin_video.config import DataConfig
 from rin_video.datasets import ClipFolder
@@ -110,14 +113,13 @@ BARE = {
 
 
 def bare_worker(decoder: str, batches: list[list[Work]], barrier: Any, results: Any, limit: float) -> None:
-    from torchvision.transforms.v2 import functional as transforms
-
     torch.set_num_threads(1)
     open_file, read_frames = BARE[decoder]
     files: OrderedDict[str, Any] = OrderedDict()
     for done, batch in enumerate(batches):
         if done == WARM:
             barrier.wait(limit)
+            start = time.process_time()
         clips = []
         for path, indices, size in batch:
             if path not in files:
@@ -131,11 +133,11 @@ def bare_worker(decoder: str, batches: list[list[Work]], barrier: Any, results: 
             top, left = (size[0] - SIZE) // 2, (size[1] - SIZE) // 2
             clips.append(frames[..., top : top + SIZE, left : left + SIZE].transpose(0, 1))
         torch.stack(clips)
-    results.put(time.perf_counter())
+    results.put((time.perf_counter(), time.process_time() - start))
 
 
-def bare(decoder: str, work: list[list[Work]], processes: int, limit: float) -> float:
-    """Clips a second."""
+def bare(decoder: str, work: list[list[Work]], processes: int, limit: float) -> tuple[float, float]:
+    """Clips a second, and a second of processor time."""
     context = get_context()
     barrier, results = context.Barrier(processes + 1), context.Queue()
     workers = [
@@ -147,31 +149,40 @@ def bare(decoder: str, work: list[list[Work]], processes: int, limit: float) -> 
     try:
         barrier.wait(limit)
         start = time.perf_counter()
-        end = max(results.get(timeout=limit) for _ in workers)
+        ends, busy = zip(*[results.get(timeout=limit * len(work)) for _ in workers], strict=True)
     except (BrokenBarrierError, Empty):
         raise StalledError(f"bare: nothing for {limit:g} s") from None
     finally:
         for worker in workers:
             worker.kill()
             worker.join()
-    return BATCH * (len(work) - WARM * processes) / (end - start)
+    clips = BATCH * (len(work) - WARM * processes)
+    return clips / (max(ends) - start), clips / sum(busy)
 
 
-def loader(data: ClipFolder, first: int, num: int, workers: int, limit: float) -> float:
-    """Clips a second of batches `first` to `first + num`."""
+def loader(data: ClipFolder, first: int, num: int, workers: int, limit: float) -> tuple[float, float]:
+    """Clips a second, and a second of processor time, of batches `first` to `first + num`."""
     options = DataConfig(num_workers=workers, read_timeout=limit, max_failures=0)
     batches = Batches(data, options, BATCH, seed=0, first_batch=first)
     try:
         for _ in range(WARM * workers):
             next(batches)
-        start = time.perf_counter()
+        start, busy = time.perf_counter(), busy_seconds()
         for _ in range(num - WARM * workers):
             next(batches)
-        return BATCH * (num - WARM * workers) / (time.perf_counter() - start)
+        clips = BATCH * (num - WARM * workers)
+        return clips / (time.perf_counter() - start), clips / (busy_seconds() - busy)
     except UsageError as error:
         raise StalledError(f"loader: {error}") from error
     finally:
         batches.close()
+
+
+def busy_seconds() -> float:
+    """Processor time of this process and of its children so far."""
+    process = psutil.Process()
+    times = [one.cpu_times() for one in (process, *process.children())]
+    return sum(one.user + one.system for one in times)
 
 
 def plan(data: ClipFolder, first: int, num: int) -> list[list[Work]]:
@@ -201,15 +212,17 @@ def measure(data: ClipFolder, decoder: str, workers: int, options: argparse.Name
             speeds = {side: sides[side]() for side in order}
         except StalledError as error:
             return {"decoder": decoder, "workers": workers, "failed": str(error)}
-        pairs.append((speeds[0], speeds[1]))
-    plain, ours, ratio = (median(values) for values in zip(*[(a, b, b / a) for a, b in pairs], strict=True))
+        pairs.append((*speeds[0], *speeds[1]))
+    columns = zip(*[(a, c, c / a, d / b) for a, b, c, d in pairs], strict=True)
+    plain, ours, ratio, busy_ratio = (median(values) for values in columns)
     return {
         "decoder": decoder,
         "workers": workers,
         "bare": round(plain, 1),
         "loader": round(ours, 1),
         "ratio": round(ratio, 3),
-        "rounds": [[round(a, 1), round(b, 1)] for a, b in pairs],
+        "processor_time_ratio": round(busy_ratio, 3),
+        "rounds": [[round(value, 2) for value in pair] for pair in pairs],
     }
 
 
@@ -246,7 +259,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="a folder of clips (default: those that this makes)")
     parser.add_argument("--batches", type=int, default=24, help="for each figure, with the first ones of each process")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--limit", type=float, default=60, help="seconds that a batch may take")
+    parser.add_argument("--limit", type=float, default=120, help="seconds that a batch may take")
     parser.add_argument("--decoders", nargs="+", default=["pyav", "decord", "torchcodec"])
     parser.add_argument("--out", type=Path, default=RESULTS / "loader.json")
     options = parser.parse_args()
@@ -258,12 +271,19 @@ def main() -> None:
             if decoder == "torchcodec" and (problem := torchcodec_problem()):
                 print(f"torchcodec is left out: {problem}")
                 continue
-            data = ClipFolder(options.data or made, SIZE, FRAMES, decoder=decoder)
+            index = Path(made, "index.jsonl")
+            data = ClipFolder(options.data or made, SIZE, FRAMES, decoder=decoder, index=index)
             for workers in (1, 2):
                 row = measure(data, decoder, workers, options)
                 rows.append(row)
-                figures = row.get("failed") or f"{row['bare']} | {row['loader']} | {row['ratio']:.0%}"
+                speeds = [row[name] for name in ("bare", "loader") if name in row]
+                ratios = [f"{row[name]:.0%}" for name in ("ratio", "processor_time_ratio") if name in row]
+                figures = row.get("failed") or " | ".join(map(str, speeds + ratios))
                 print(f"| {decoder} | {workers} | {figures} |", flush=True)
+                write_report(options, data, rows)
+
+
+def write_report(options: argparse.Namespace, data: ClipFolder, rows: list[dict[str, Any]]) -> None:
     sizes = ", ".join(sorted({"x".join(map(str, info.size)) for info in data.infos}))
     report = {
         "clips": f"{len(data.files)} files of {sizes}, {FRAMES} frames to {SIZE}x{SIZE}",

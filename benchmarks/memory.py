@@ -19,10 +19,13 @@ CASES = [
     ("demo", 16),
     ("demo", 64),
     ("image64", 4),
-    ("image64", 4, "train.gradient_checkpointing=true"),
+    ("image64", 24),
+    ("image64", 24, "train.gradient_checkpointing=true"),
+    ("image64", 24, "train.mixed_precision=bf16"),
     ("video64", 1),
-    ("video64", 2, "train.mixed_precision=bf16"),
+    ("video64", 12),
     ("cifar10", 4),
+    ("cifar10", 24),
 ]
 OUT = Path(__file__).parent / "results" / "memory.json"
 

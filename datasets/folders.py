@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Collection, Sequence
+from functools import lru_cache
 from os import PathLike
 from pathlib import Path
 
@@ -11,6 +13,8 @@ from rin_video.datasets.shards import is_shards, list_shards, members_of
 from rin_video.datasets.sources import Member, Source, shown
 from rin_video.datasets.video_info import is_webp
 from rin_video.errors import UsageError
+
+log = logging.getLogger("rin_video")
 
 IMAGE_EXTENSIONS = (
     ".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".avif", ".jp2", ".tga", ".qoi",
@@ -43,7 +47,7 @@ def find_sources(
         advice = f"; it holds {others} images: leave out --frames to train on images"
     elif extensions == IMAGE_EXTENSIONS and (others := _count(every, CLIP_EXTENSIONS)):
         advice = f"; it holds {others} clips: use --frames 16 to train on clips"
-    raise UsageError(f"{shown(os.fspath(root))} holds no {' '.join(extensions)} file{advice}")
+    raise UsageError(f"{shown(os.fspath(root))} holds no {' '.join(extensions)} file{advice}{_links_advice(root)}")
 
 
 def detect_kind(root: str | PathLike[str], *, allow_pipe: bool = False, cache: Path | None = None) -> str:
@@ -53,12 +57,13 @@ def detect_kind(root: str | PathLike[str], *, allow_pipe: bool = False, cache: P
     if counts["image"] and counts["video"]:
         raise UsageError(
             f"{shown(os.fspath(root))} holds {counts['image']} images and {counts['video']} clips: "
-            "say which to use, --frames 16 for the clips or --frames 0 for the images"
+            "say which to use, the clips (--frames 16, or --kind video) or the images (--frames 0, or --kind image)"
         )
     for kind in ("image", "video", "array"):
         if counts[kind]:
             return kind
-    raise UsageError(f"{shown(os.fspath(root))} holds no {' '.join(sum(KINDS.values(), ()))} file")
+    every_extension = " ".join(sum(KINDS.values(), ()))
+    raise UsageError(f"{shown(os.fspath(root))} holds no {every_extension} file{_links_advice(root)}")
 
 
 def class_labels(root: str | PathLike[str], files: Sequence[Source]) -> tuple[list[str], list[int]]:
@@ -93,6 +98,8 @@ def all_sources(root: str | PathLike[str], *, allow_pipe: bool = False, cache: P
     if is_shards(root):
         shards = list_shards(root, allow_pipe=allow_pipe, cache=cache)
         return [member for shard in shards for member in members_of(shard)[0]]
+    if not os.fspath(root):
+        raise UsageError("the name of the data is empty: give a folder, a file or shards")
     root = Path(root)
     if root.is_file():
         return [root]
@@ -100,13 +107,31 @@ def all_sources(root: str | PathLike[str], *, allow_pipe: bool = False, cache: P
         raise UsageError(f"there is no file or folder {shown(root)}")
     files: list[tuple[str, Path]] = []
     length = len(root.as_posix()) + 1 if root != Path(".") else 0
-    for folder, subfolders, names in os.walk(root):
+
+    def unreadable(error: OSError) -> None:
+        said = f"the folder {shown(str(error.filename))} cannot be read ({error.strerror})"
+        if Path(error.filename) == root:
+            raise UsageError(said) from None
+        _say_once(f"{said}: what is in it is left out")
+
+    for folder, subfolders, names in os.walk(root, onerror=unreadable):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         files += [
             (path.as_posix()[length:], path)
             for path in (Path(folder, name) for name in names if not name.startswith("."))
         ]
     return [path for _, path in sorted(files)]
+
+
+@lru_cache(maxsize=1024)
+def _say_once(text: str) -> None:
+    log.warning("%s", text)
+
+
+def _links_advice(root: str | PathLike[str]) -> str:
+    folder = Path(root)
+    has_links = folder.is_dir() and any(path.is_symlink() and path.is_dir() for path in folder.iterdir())
+    return "; links to folders are not followed: give the folder itself" if has_links else ""
 
 
 def _is_of(source: Source, extensions: Collection[str]) -> bool:

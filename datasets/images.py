@@ -57,7 +57,7 @@ class ImageFolder(Dataset[dict[str, Tensor | int]]):
         self.embeddings = open_embeddings(entries, self.config, index)
         self.buckets = Buckets(self.config.buckets, rank=2)
         self.bucket_of = self.buckets.assign([(1, *size) for size in self.sizes])
-        self.framings = [make_framing(shape[1:], self.config) for shape in self.buckets.shapes] or [self.framing]
+        self.framings = [make_framing(shape, self.config) for shape in self.buckets.shapes] or [self.framing]
 
     @property
     def seed(self) -> int:

@@ -118,17 +118,21 @@ class Index:
 
     def save(self, path: Path, probe: Probe) -> None:
         """Write it atomically; several processes may do so at once."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=".index-", suffix=".tmp", dir=path.parent)
         try:
-            with os.fdopen(handle, "w", encoding="ascii", newline="\n") as file:
-                file.write(json.dumps(_header(self.root, probe)) + "\n")
-                file.writelines(json.dumps(_to_row(entry)) + "\n" for entry in self.entries)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, temporary = tempfile.mkstemp(prefix=".index-", suffix=".tmp", dir=path.parent)
+            try:
+                with os.fdopen(handle, "w", encoding="ascii", newline="\n") as file:
+                    file.write(json.dumps(_header(self.root, probe)) + "\n")
+                    file.writelines(json.dumps(_to_row(entry)) + "\n" for entry in self.entries)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, path)
+            finally:
+                Path(temporary).unlink(missing_ok=True)
+        except OSError as error:
+            reason = f"the index {shown(path)} cannot be written ({error.strerror})"
+            raise UsageError(f"{reason}: use another --out") from error
 
 
 def load_index(path: Path, root: str | PathLike[str], probe: Probe) -> dict[str, list[Any]]:
@@ -182,6 +186,8 @@ def make_index(
     where there are none.
     """
     options = options or DataConfig()
+    if kind not in KINDS:
+        raise UsageError(f"unknown kind {kind!r}: use one of {', '.join(KINDS)}")
     sources = find_sources(
         root, KINDS[kind], allow_pipe=options.allow_pipe, cache=path.parent / "pipes" if path else None
     )

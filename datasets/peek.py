@@ -104,7 +104,9 @@ def statistics(dataset: Any, samples: list[Tensor], chosen: list[int]) -> list[s
         lines.append("sizes: " + ", ".join(f"{H}x{W} {count}" for (H, W), count in common))
     values = torch.cat([x.flatten(1).float() / 255 for x in samples], dim=1)
     mean, std = (" ".join(f"{v:.3f}" for v in part.tolist()) for part in (values.mean(1), values.std(1)))
-    lines.append(f"{len(samples)} samples of {'x'.join(map(str, samples[0].shape))}: mean {mean}, std {std}")
+    shapes = Counter("x".join(map(str, x.shape)) for x in samples)
+    drawn = " and ".join(f"{count} samples of {shape}" for shape, count in shapes.items())
+    lines.append(f"{drawn}: mean {mean}, std {std}")
     still = sum(bool((x[:, 1:] == x[:, :-1]).all()) for x in samples if x.ndim == 4 and x.shape[1] > 1)
     flat = [dataset.name_of(i) for x, i in zip(samples, chosen, strict=True) if int(x.max()) - int(x.min()) < 8]
     lines += [f"{still} of {len(samples)} do not move"] if still else []
@@ -115,13 +117,13 @@ def statistics(dataset: Any, samples: list[Tensor], chosen: list[int]) -> list[s
 def _row(clip: Tensor) -> Tensor:
     """(C, F, H, W) to (C, H', W'): up to COLUMNS frames from first to last."""
     some = torch.linspace(0, clip.shape[1] - 1, min(COLUMNS, clip.shape[1])).round().long()
-    return torch.cat([torch.nn.functional.pad(_enlarged(clip[:, f]), (0, MARGIN)) for f in some], dim=-1)
+    return torch.cat([torch.nn.functional.pad(_enlarged(clip[:, f]), (0, MARGIN), value=255) for f in some], dim=-1)
 
 
 def _enlarged(image: Tensor) -> Tensor:
     """RGB, and large enough to be seen."""
     image = image[:3].expand(3, -1, -1)
-    factor = max(1, CELL // max(image.shape[-2:]))
+    factor = max(1, round(CELL / max(image.shape[-2:])))
     return image.repeat_interleave(factor, -2).repeat_interleave(factor, -1)
 
 

@@ -172,4 +172,5 @@ def _to_eight_bits(image: Any, source: Source) -> Any:
 def _unreadable(source: Source, error: Exception) -> UsageError:
     if source.suffix.lower() in (".heic", ".heif") and not _knows_heif():
         return UsageError(f"{shown(source)} cannot be read as an image here: pip install 'rin-video[heic]'")
-    return UsageError(f"{shown(source)} cannot be read as an image ({shown(str(error))}): re-encode it or leave it out")
+    cause = "it is of no known format" if type(error).__name__ == "UnidentifiedImageError" else shown(str(error))
+    return UsageError(f"{shown(source)} cannot be read as an image ({cause}): re-encode it or leave it out")

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from rin_video.datasets.sources import Source, as_location, open_source, shown
-from rin_video.errors import UsageError
+from rin_video.errors import UsageError, first_line
 
 # FFmpeg's full names of the containers that are clips; it guesses raw codecs from random bytes, reads play lists that
 # name other files, and more. Nothing outside this list is even tried. WebP is Pillow's.
@@ -206,7 +206,7 @@ def check_pixels(source: Source, height: int, width: int, limit: int) -> None:
 
 
 def unreadable(source: Source, error: Exception) -> UsageError:
-    cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    cause = getattr(error, "strerror", None) or first_line(error)
     return UsageError(f"{shown(source)} cannot be read: {shown(cause)}; re-encode it or leave it out")
 
 

@@ -195,7 +195,7 @@ def index(options: Namespace) -> None:
     from rin_video.datasets.index import make_index
     from rin_video.datasets.open import INDEX
 
-    data = read_data_config(options)
+    data = read_files_config(options)
     kind = options.kind or kind_of(options.data, data)
     path = Path(options.out or run_folder(options.data) / INDEX)
     found = make_index(options.data, kind, data, path=path, progress=True)
@@ -238,7 +238,7 @@ def prepare(options: Namespace) -> None:
     from rin_video.datasets.prepare import loading_speed
     from rin_video.datasets.prepare import prepare as write_shards
 
-    data = read_data_config(options)
+    data = read_files_config(options)
     if options.fps is not None:
         data.fps = options.fps
         data.__post_init__()
@@ -246,13 +246,20 @@ def prepare(options: Namespace) -> None:
         raise UsageError(f"--workers is {options.workers}: it must be at least 1")
     kind = options.kind or kind_of(options.data, data)
     if kind not in ("image", "video"):
-        raise UsageError(f"{options.data} holds arrays: prepare takes clips or images")
+        raise UsageError(
+            f"prepare takes clips or images, and {options.data} is of kind {kind}: give --kind image or video"
+        )
     size = parse_size(options.size)
     H, W = (size, size) if isinstance(size, int) else size
     out = Path(options.out)
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {out} is a file: give a folder")
-    out.mkdir(parents=True, exist_ok=True)
+    if out.exists() and out.resolve() == Path(options.data).resolve():
+        raise UsageError(f"--out {out} is the data itself: give another folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out {out} cannot be made ({error.strerror}): give another folder") from error
     for line in write_shards(options.data, kind, out, (H, W), data, workers=options.workers or os.cpu_count() or 1):
         _say(line)
     speeds = []
@@ -348,6 +355,18 @@ def read_data_config(options: Namespace) -> DataConfig:
     config = load_config(name, [override for override in options.overrides if name or override.startswith("data.")])
     set_reading(config, options)
     return config.data
+
+
+def read_files_config(options: Namespace) -> DataConfig:
+    """`read_data_config` for commands that look at files alone. UsageError for what they would not heed."""
+    from rin_video.datasets.hub import is_hub
+
+    for override in options.overrides:
+        if not override.startswith("data."):
+            raise UsageError(f"{override}: {options.command} trains nothing, it takes data.key=value")
+    if is_hub(options.data):
+        raise UsageError(f"{options.data}: {options.command} takes files and shards; train and peek take hf: too")
+    return read_data_config(options)
 
 
 def set_reading(config: Config, options: Namespace) -> None:

@@ -102,7 +102,7 @@ class GaussianDiffusion(nn.Module):
     def from_pretrained(
         cls, source: str | os.PathLike[str], *, device: str | torch.device = "cpu"
     ) -> GaussianDiffusion:
-        """Model and diffusion of a run: its folder, or a hub id `user/name`."""
+        """Model and diffusion of a run: its folder (`config.yaml`, `model.safetensors`), or a hub id `user/name`."""
         from rin_video.checkpoint import load_model
 
         model, config = load_model(source, device=device)

@@ -60,15 +60,24 @@ def write_report(run: Path, path: Path) -> Path:
             title=html.escape(f"{run.resolve().name}: training of a RIN"),
             summary=html.escape(
                 f"Step {last['step']:,}, loss {last['loss']:.4f}, {last['samples_per_second']:.1f} samples/s; "
-                f"started {made.get('started', 'at an unknown time')}, {len(made.get('earlier', []))} times before."
+                f"started {made.get('started', 'at an unknown time')}{describe_earlier(made.get('earlier'))}."
             ),
             curves=metrics_svg(lines),
             samples="\n".join(figures(run / "samples")) or "<p>none yet</p>",
-            facts="".join(fact(name, value) for name, value in made.items() if name != "earlier"),
+            facts="".join(fact(name, value) for name, value in made.items() if value is not None and name != "earlier"),
             config=html.escape(config.read_text(encoding="utf-8") if config.is_file() else "not written yet"),
         ),
     )
     return path
+
+
+def describe_earlier(starts: Any) -> str:
+    """How often a run was resumed, in words; nothing where it never was."""
+    count = len(starts) if isinstance(starts, list) else 0
+    if not count:
+        return ""
+    first = starts[0].get("started", "an unknown time") if isinstance(starts[0], dict) else "an unknown time"
+    return f", resumed {'once' if count == 1 else f'{count} times'} (begun {first})"
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

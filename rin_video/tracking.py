@@ -40,7 +40,8 @@ class Tracking(Callback):
     def on_start(self, trainer: Trainer) -> None:
         config = {f"{section}.{key}": value if isinstance(value, int | float | str | bool) else str(value)
                   for section, values in plain(trainer.config).items() for key, value in values.items()}  # fmt: skip
-        trainer.accelerator.init_trackers("rin-video", config=config)
+        where = {"wandb": {"dir": str(trainer.folder), "name": trainer.folder.resolve().name}}
+        trainer.accelerator.init_trackers("rin-video", config=config, init_kwargs=where)
 
     def on_log(self, trainer: Trainer, line: dict[str, Any]) -> None:
         numbers = {name: value for name, value in line.items() if isinstance(value, float)}

@@ -283,8 +283,9 @@ class Trainer:
         order = iter(make_sampler(self.dataset, size, seed=self.options.seed, first_batch=first, group=count))
         drawn = [index for _ in range(count) for _, index in next(order)]
         guilty = sorted({drawn[place] for place in failure.places} or set(drawn))
-        name_of = getattr(self.dataset, "name_of", "sample {}".format)
-        names = [name_of(index) for index in guilty]
+        files = getattr(self.dataset, "files", None)
+        name_of = getattr(self.dataset, "name_of", files.__getitem__ if files else "sample {}".format)
+        names = [str(name_of(index)) for index in guilty]
         last = self.checkpoints[-1] if self.checkpoints else "none"
         named = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
         raise UsageError(

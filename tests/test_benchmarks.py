@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from rin_video import RIN
+from rin_video import RIN, load_config
 from rin_video.info import model_info
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -23,14 +23,14 @@ def load(name):
 
 
 @pytest.fixture(scope="module")
-def few_steps():
-    return load("few_steps")
-
-
-@pytest.fixture(scope="module")
 def run():
     load("peers")
     return load("run")
+
+
+@pytest.fixture(scope="module")
+def few_steps():
+    return load("few_steps")
 
 
 def test_frechet_distance_of_known_gaussians(few_steps):
@@ -86,3 +86,30 @@ def test_every_contender_of_ours_takes_a_step_on_its_data(run):
             assert machine.seconds(run.train_step(contender, x, machine)) > 0
             assert any(not torch.equal(a, b) for a, b in zip(before, contender.network.parameters(), strict=True))
             assert contender.sample(2, 2).shape == x.shape
+
+
+def test_baselines_of_prediction_are_exact_where_they_should_be():
+    prediction = load("prediction")
+    start, step = torch.rand(2, 2, 3, 1, 4, 4, generator=torch.Generator().manual_seed(0)) / 20
+    ramp = start + step * torch.arange(prediction.FRAMES).view(1, 1, -1, 1, 1)
+    still = start.expand_as(ramp)
+    invented = slice(prediction.GIVEN, None)
+    for clips, exact, other in (
+        (ramp, "linear extrapolation", "copy of the last frame"),
+        (still, "copy of the last frame", None),
+    ):
+        guesses = prediction.baselines(clips, prediction.GIVEN)
+        torch.testing.assert_close(guesses[exact], clips[:, :, invented])
+        if other:
+            far = step * torch.arange(1, prediction.FRAMES - prediction.GIVEN + 1).view(1, 1, -1, 1, 1)
+            found = prediction.errors(guesses[other], clips[:, :, invented])
+            torch.testing.assert_close(found["mse"], far.square().mean((1, 2, 3, 4)))
+            torch.testing.assert_close(found["mae"], far.abs().mean((1, 2, 3, 4)))
+
+
+def test_options_of_prediction_make_a_model_that_is_given_frames():
+    prediction = load("prediction")
+    config = load_config("demo", prediction.OPTIONS)
+    assert RIN(config.model).shape == (3, prediction.FRAMES, 32, 32)
+    assert config.model.known_mask
+    assert config.diffusion.known_frames == [prediction.GIVEN] * 2

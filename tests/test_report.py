@@ -1,5 +1,6 @@
 """The page about a run, and the trackers."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -59,6 +60,27 @@ def test_the_page_holds_everything_and_needs_nothing(run, tmp_path):
         assert word in text, word
 
 
+@pytest.mark.parametrize(
+    ("starts", "words"),
+    [
+        ([], "started today."),
+        (["1 May"], "started today, resumed once (begun 1 May)."),
+        (["1 May", "2 May"], "started today, resumed 2 times (begun 1 May)."),
+    ],
+)
+def test_the_summary_says_how_often_a_run_was_resumed(tmp_path, starts, words):
+    (tmp_path / "metrics.jsonl").write_text(
+        json.dumps(
+            {"step": 1, "loss": 1.0, "samples_per_second": 2.0, "lr": 1e-3, "grad_norm": 1.0, "loss_by_t": [1.0] * 10}
+        )
+    )
+    (tmp_path / "run.json").write_text(
+        json.dumps({"started": "today", "earlier": [{"started": start} for start in starts]})
+    )
+    page = write_report(tmp_path, tmp_path / "report.html")
+    assert words in " ".join(Page(page.read_text(encoding="utf-8")).words)
+
+
 def test_a_folder_without_metrics_is_refused(tmp_path):
     with pytest.raises(UsageError, match=r"holds no metrics\.jsonl"):
         write_report(tmp_path, tmp_path / "report.html")
@@ -72,7 +94,7 @@ def test_a_browser_shows_the_page_and_plays_the_clips(run, tmp_path):
     assert cli.main(["report", str(run), "--out", str(tmp_path / "page.html")]) == 0
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
              "--disable-background-networking", "--disable-component-update", f"--user-data-dir={tmp_path / 'profile'}",
-             "--window-size=1200,1800", "--hide-scrollbars", "--virtual-time-budget=5000"]  # fmt: skip
+             "--window-size=1200,1800", "--hide-scrollbars", "--virtual-time-budget=20000"]  # fmt: skip
     page = (tmp_path / "page.html").as_uri()
     picture = tmp_path / "page.png"
     subprocess.run([BROWSER, *flags, f"--screenshot={picture}", page], check=True, capture_output=True, timeout=120)
@@ -107,6 +129,28 @@ def test_tensorboard_gets_numbers_and_clips(tmp_path):
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4]
     assert {"clips", "samples"} <= set(events.Tags()["images"])
     assert events.Images("clips")[0].encoded_image_string[:3] == b"GIF"
+
+
+@pytest.mark.slow
+def test_wandb_gets_numbers_pictures_and_clips(tmp_path, monkeypatch):
+    """Offline: what it keeps lies in the run's folder, and is read back from its own log."""
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "run"
+    model = {"frames": 4, "patch_size": [2, 4, 4]}
+    make_trainer(run, model=model, data=Clips(), train_num_steps=4, save_and_sample_every=2, trackers=["wandb"]).train()
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    (files,) = run.glob("wandb/offline-run-*/files/media")
+    clips = sorted((files / "videos").glob("clips_*.mp4"), key=lambda path: path.stat().st_mtime)
+    assert [clip.read_bytes() for clip in clips] == [
+        (run / f"samples/step-{step:08d}.mp4").read_bytes() for step in (2, 4)
+    ]
+    assert len(list((files / "images").glob("samples_*.png"))) == 2
+    (log,) = run.glob("wandb/offline-run-*/*.wandb")
+    for name in (b"loss_by_t/", b"grad_norm", b"train.train_lr"):
+        assert name in log.read_bytes(), name
 
 
 def test_trackers_that_are_not_there_are_named(tmp_path):

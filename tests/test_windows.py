@@ -5,9 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from rin_video.config import DataConfig, data_config
-from rin_video.datasets import ClipFolder
+from rin_video.datasets import ClipFolder, ImageFolder
 from rin_video.datasets.buckets import Buckets, BucketSampler
 from rin_video.datasets.framing import Framing
 from rin_video.datasets.video_info import VideoInfo, pack_table, probe_video
@@ -157,6 +158,13 @@ def test_buckets_train_several_shapes(tmp_path, numbered):
     shapes = {tuple(next(batches)["x"].shape) for _ in range(4)}
     assert shapes == {(2, 3, 4, 16, 16), (2, 3, 4, 16, 32)}
     trainer.train()
+
+
+def test_buckets_of_images(tmp_path):
+    for name, size in {"square": (20, 22), "wide": (40, 20)}.items():
+        Image.new("RGB", size).save(tmp_path / f"{name}.png")
+    data = ImageFolder(tmp_path, 8, buckets=["8x8", "8x16"])
+    assert [data[i]["x"].shape for i in range(2)] == [(3, 8, 8), (3, 8, 16)]
 
 
 @pytest.mark.parametrize(
