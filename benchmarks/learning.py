@@ -42,14 +42,14 @@ from rin_video.optimizers import make_optimizer
 HERE = Path(__file__).parent
 MINUTES = (2, 5, 15)
 CALLS = 50
-# The port at our width, depth and latents; its README's training, and the best of `--set train_lr=...` and the like.
+# The port at our width, depth and latents; its README's training, and a higher rate; not swept yet.
 PORT = {"dim": 128, "image_size": 32, "patch_size": 4, "channels": 1, "depth": 3, "num_latents": 32, "dim_latent": 128}
 PORT |= {"latent_self_attn_depth": 2}
 README = {"train_lr": 1e-4, "batch": 16, "ema_decay": 0.995, "train_prob_self_cond": 0.9}
 ARMS: dict[str, dict[str, Any]] = {
     "rin-video": {},
     "rin-pytorch, README": README,
-    "rin-pytorch, best of sweep": README | {"train_lr": 1e-3, "ema_decay": 0.999},
+    "rin-pytorch, lr 1e-3": README | {"train_lr": 1e-3, "ema_decay": 0.999},
 }
 
 
