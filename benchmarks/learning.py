@@ -31,6 +31,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 import numpy as np
 import torch
 import torch.nn.functional as F
+from few_steps import frechet
 from torch import Tensor, nn
 
 from rin_video import RIN, GaussianDiffusion
@@ -208,13 +209,6 @@ def statistics(network: Classifier, x: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Mean and covariance of the features of images in [0, 1]."""
     features = torch.cat([network.body(part) for part in x.split(500)]).double().numpy()
     return features.mean(0), np.cov(features, rowvar=False)
-
-
-def frechet(one: tuple[np.ndarray, np.ndarray], other: tuple[np.ndarray, np.ndarray]) -> float:
-    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of two Gaussians (Heusel et al. 2017, arXiv 1706.08500, eq. 6)."""
-    (mean1, cov1), (mean2, cov2) = one, other
-    values = np.linalg.eigvals(cov1 @ cov2).real
-    return float(((mean1 - mean2) ** 2).sum() + np.trace(cov1 + cov2) - 2 * np.sqrt(values.clip(min=0)).sum())
 
 
 # ---- all of it
