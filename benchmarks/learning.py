@@ -44,8 +44,8 @@ HERE = Path(__file__).parent
 MINUTES = (2, 5, 15)
 CALLS = 50
 # The port at our width, depth and latents; its README's training, and a higher rate; not swept yet.
-PORT = {"dim": 128, "image_size": 32, "patch_size": 4, "channels": 1, "depth": 3, "num_latents": 32, "dim_latent": 128}
-PORT |= {"latent_self_attn_depth": 2}
+PORT = {"dim": 128, "image_size": 32, "patch_size": 4, "channels": 1, "depth": 2, "num_latents": 16, "dim_latent": 128}
+PORT |= {"latent_self_attn_depth": 1}
 README = {"train_lr": 1e-4, "batch": 16, "ema_decay": 0.995, "train_prob_self_cond": 0.9}
 ARMS: dict[str, dict[str, Any]] = {
     "rin-video": {},
@@ -157,6 +157,15 @@ def draw(arm: str, overrides: list[str], weights: Path, num: int, sampler: str) 
     return torch.cat([diffusion.eval().sample(batch_size=100) for _ in range(num // 100)]).clamp(0, 1)
 
 
+def draw_all(arm: str, overrides: list[str], minutes: list[float], folder: Path, num: int) -> None:
+    """Samples at every mark, in `folder`; of the port by its default sampler, in the end by its other one too."""
+    for done in minutes:
+        names = ["own"] if arm == "rin-video" else ["ddim", "ddpm"] if done == minutes[-1] else ["ddim"]
+        for sampler in names:
+            samples = draw(arm, overrides, folder / f"{done:g}.pt", num, sampler)
+            torch.save(samples, folder / f"{done:g}-{sampler}.pt")
+
+
 # ---- the distance
 
 
@@ -239,12 +248,13 @@ def evaluate(options: argparse.Namespace, work: Path) -> dict[str, Any]:
         folder = work / slug(arm)
         log = json.loads((folder / "log.json").read_text())
         for entry in log["log"]:
-            weights = folder / f"{entry['minutes']:g}.pt"
-            distances = {}
-            for sampler in ("own",) if arm == "rin-video" else ("ddim", "ddpm"):
-                samples = draw(arm, options.set, weights, n, sampler)
-                distances[sampler] = round(frechet(statistics(network, samples), real), 2)
-                torch.save(samples[:64], folder / f"{entry['minutes']:g}-{sampler}-samples.pt")
+            found = sorted(folder.glob(f"{entry['minutes']:g}-*.pt"))
+            distances = {
+                path.stem.split("-")[1]: round(
+                    frechet(statistics(network, torch.load(path, weights_only=True)[:n]), real), 2
+                )
+                for path in found
+            }
             best = min(distances, key=lambda name: distances[name])
             row = {"arm": arm, "params": log["params"], **entry, "sampler": best, "distance": distances[best]}
             report["rows"].append(row | {"distances": distances})
@@ -285,9 +295,9 @@ def plot(report: dict[str, Any], work: Path, path: Path) -> None:
     figure = Figure(figsize=(3 * len(minutes), 2.6 * len(arms)), layout="constrained")
     grid = figure.subplots(len(arms), len(minutes), squeeze=False)
     for row in report["rows"]:
-        samples = torch.load(
-            work / slug(row["arm"]) / f"{row['minutes']:g}-{row['sampler']}-samples.pt", weights_only=True
-        )[:48]
+        samples = torch.load(work / slug(row["arm"]) / f"{row['minutes']:g}-{row['sampler']}.pt", weights_only=True)[
+            :48
+        ]
         sheet = samples.view(6, 8, 32, 32).permute(0, 2, 1, 3).reshape(192, 256)
         cell = grid[arms.index(row["arm"])][minutes.index(row["minutes"])]
         cell.imshow(sheet, cmap="gray", vmin=0, vmax=1)
@@ -313,6 +323,7 @@ def main() -> None:
     if options.train_arm:
         folder = options.work / slug(options.train_arm)
         train(options.train_arm, options.set, options.minutes, options.data, folder, options.seed)
+        draw_all(options.train_arm, options.set, options.minutes, folder, options.num)
         return
     read_images(options.data, options.work, train=False)
     if options.step != "evaluate":
