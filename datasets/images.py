@@ -83,7 +83,7 @@ class ImageFolder(Dataset[dict[str, Tensor | int]]):
             at_least=framing.size if whole else None,
             max_pixels=self.config.max_pixels,
         )
-        item = {"x": framing(image, self.chance.draw(index, epoch)), "label": self.labels[index]}
+        item: dict[str, Tensor | int] = {"x": framing(image, self.chance.draw(index, epoch)), "label": self.labels[index]}
         return item if self.embeddings is None else {**item, "embedding": self.embeddings[index]}
 
     def name_of(self, index: int) -> str:
