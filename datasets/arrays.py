@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import torch
@@ -131,7 +131,7 @@ def probe_array(source: Source) -> ArrayInfo:
 
 def read_array(source: Source, info: ArrayInfo, place: int | None = None) -> Tensor:
     """The array, or row `place` of it; only that row is read from the disk."""
-    dtype = np.dtype(info.dtype).newbyteorder(info.byte_order)
+    dtype: Any = np.dtype(info.dtype).newbyteorder(cast(Any, info.byte_order))
     row = info.shape if place is None else info.shape[1:]
     size = math.prod(row) * dtype.itemsize
     with open_source(source) as file:

@@ -25,7 +25,9 @@ PREFIX = "hf:"
 def is_hub(path: str | os.PathLike[str]) -> bool:
     """`hf:...`, or a folder that the Hugging Face package saved."""
     name = os.fspath(path)
-    return name.startswith(PREFIX) or any((Path(name) / file).is_file() for file in ("state.json", "dataset_dict.json"))
+    return name.startswith(PREFIX) or any(
+        os.path.isfile(os.path.join(name, file)) for file in ("state.json", "dataset_dict.json")
+    )
 
 
 class HubDataset(Dataset[dict[str, Tensor | int]]):

@@ -254,7 +254,8 @@ def describe_skipped(skipped: Sequence[tuple[Source, str]], limit: int = 3) -> l
 
 
 def _header(root: str | PathLike[str], probe: Probe) -> dict[str, Any]:
-    columns = [[field.name for field in fields(kind)] for kind in (Entry, INFOS[probe.kind])]
+    kinds: tuple[Any, ...] = (Entry, INFOS[probe.kind])
+    columns = [[field.name for field in fields(kind)] for kind in kinds]
     return {"version": VERSION, "root": os.path.abspath(root), **vars(probe), "columns": columns}
 
 

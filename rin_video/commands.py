@@ -246,9 +246,7 @@ def prepare(options: Namespace) -> None:
         raise UsageError(f"--workers is {options.workers}: it must be at least 1")
     kind = options.kind or kind_of(options.data, data)
     if kind not in ("image", "video"):
-        raise UsageError(
-            f"prepare takes clips or images, and {options.data} is of kind {kind}: give --kind image or video"
-        )
+        raise UsageError(f"prepare takes clips or images, {options.data} is of kind {kind}: give --kind image or video")
     size = parse_size(options.size)
     H, W = (size, size) if isinstance(size, int) else size
     out = Path(options.out)
@@ -399,9 +397,11 @@ def choose_batch(config: Config, folder: Path, num_samples: int) -> int:
     """The largest batch that fits, or that of the run which goes on: the order of the data depends on it."""
     from accelerate import PartialState
 
+    from rin_video.distributed import no_accelerator
+
     if newest := newest_state(folder):
         return newest[1]["config"]["train"]["train_batch_size"]
-    state = PartialState()
+    state = PartialState(cpu=no_accelerator())
     size = largest_batch(config, state.device, num_processes=state.num_processes, limit=num_samples)
     log.info("batch size %d, the largest that fits into %s", size, device_name(state.device))
     return size

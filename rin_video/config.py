@@ -250,7 +250,7 @@ class TrainConfig:
     ema_sigma_rel: list[float] = field(default_factory=lambda: [0.05, 0.1])  # two lengths or more for `rin-video ema`
     ema_snapshot_every: int = 5000  # steps between what `rin-video ema` puts together
     mixed_precision: str = "no"  # no (fp32), bf16, fp16
-    gradient_checkpointing: bool = False  # compute each block again for its gradient: less memory, a third more time
+    gradient_checkpointing: bool = False  # compute each block again for its gradient: less memory, more time
     compile: bool = False  # torch.compile the model; left out where it fails
     sharding: str = "none"  # none (every process holds the model: DDP), fsdp2 (each holds a part)
     init_from: str | None = None  # folder or hub id of a model whose weights to start with, where they fit

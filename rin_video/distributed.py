@@ -46,6 +46,7 @@ def make_accelerator(options: TrainConfig, folder: Path, *, partial: bool = Fals
         )
     AcceleratorState._reset_state()  # accelerate keeps the precision of the first Trainer of a process otherwise
     accelerator = Accelerator(
+        cpu=no_accelerator(),
         mixed_precision=options.mixed_precision,
         log_with=list(options.trackers) or None,
         project_dir=folder,
@@ -55,9 +56,20 @@ def make_accelerator(options: TrainConfig, folder: Path, *, partial: bool = Fals
             DistributedDataParallelKwargs(find_unused_parameters=partial),
         ],
     )
+    expected = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != expected:
+        raise UsageError(
+            f"WORLD_SIZE is {expected}, but this process found {accelerator.num_processes} of them: start all with one "
+            "launcher (torchrun, accelerate launch, srun), or unset WORLD_SIZE"
+        )
     if accelerator.distributed_type == "FSDP" and not accelerator.is_fsdp2:
         raise UsageError("FSDP of the first version is not supported: use train.sharding=fsdp2, or --fsdp_version 2")
     return accelerator
+
+
+def no_accelerator() -> bool:
+    """Whether there are CPUs only. accelerate has to be told, or processes that torchrun starts there never meet."""
+    return not torch.accelerator.is_available()
 
 
 def share(batch_size: int, num_processes: int) -> int:

@@ -43,6 +43,7 @@ from rin_video.errors import Stopped, UsageError
 from rin_video.export import contact_sheet, save_samples
 from rin_video.files import full_disk
 from rin_video.known import draw_known
+from rin_video.locking import lock_run
 from rin_video.memory import checkpoint_blocks, out_of_memory
 from rin_video.metrics import Metrics, trim_lines
 from rin_video.noise import spread_seed
@@ -54,6 +55,9 @@ from rin_video.tracking import Tracking
 from rin_video.transfer import transfer_weights
 
 log = logging.getLogger("rin_video")
+
+# What a run keeps when it goes on; none: all keys of the section.
+KEPT: dict[str, tuple[str, ...]] = {"model": (), "diffusion": (), "train": ("optimizer", "ema_sigma_rel")}
 
 
 class Trainer:
@@ -132,8 +136,13 @@ class Trainer:
         """Train up to `train_num_steps`, from the last checkpoint where there is one.
 
         Raises `Stopped` after SIGTERM, SIGINT or SIGUSR1, and `UsageError` where a loss is not a number, memory runs
-        out or the disk is full.
+        out, the disk is full, or another process trains in the same folder.
         """
+        with lock_run(self.folder) if self.accelerator.is_main_process else nullcontext():
+            self._train()
+
+    def _train(self) -> None:
+        """`train`, for a process that has the folder to itself."""
         self.resume()
         if self.is_due(self.options.save_and_sample_every) and not self.is_sampled():
             self.sample()  # it was stopped between the checkpoint and its pictures
@@ -424,9 +433,9 @@ class Trainer:
         if newest is None:
             return
         folder, state = newest
-        for section in ("model", "diffusion"):
+        for section, keys in KEPT.items():
             then, now = state["config"][section], plain(getattr(self.config, section))
-            for key in now:
+            for key in keys or now:
                 if key in then and then[key] != now[key]:
                     raise UsageError(
                         f"{self.folder} was trained with {section}.{key}={then[key]}, now it is {now[key]}: "
@@ -434,9 +443,8 @@ class Trainer:
                     )
         load_whole(self.unwrapped.model, state["model"])
         load_whole(self.ema, state["ema"])
-        if len(state["tracks"]) == len(self.tracks):
-            for track, values in zip(self.tracks, state["tracks"], strict=True):
-                load_whole(track, values)
+        for track, values in zip(self.tracks, state["tracks"], strict=True):
+            load_whole(track, values)
         load_whole_optimizer(self.optimizer, state["optimizer"])
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])

@@ -382,3 +382,10 @@ def test_info_of_a_run_and_of_a_preset(train_clips, capsys):
     assert row["params"] < 30951180 / 2
     assert cli.main(["info", str(run)]) == 0
     assert "GB at batch size 2" in capsys.readouterr().out
+
+
+def test_what_the_system_refuses_is_one_line(fails, clips, train_clips, tmp_path):
+    (tmp_path / "file").write_text("")
+    command = ["train", "--data", clips, "--frames", "4", "--size", "16", "--batch-size", "2", "--steps", "1", *TINY]
+    assert "file" in fails(*command, "--out", tmp_path / "file" / "run")
+    assert "cannot be read or written: is a directory" in fails("report", train_clips[1], "--out", tmp_path)

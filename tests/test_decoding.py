@@ -14,6 +14,7 @@ from rin_video.datasets.backends import torchcodec_problem
 from rin_video.datasets.decoding import OPEN_FILES, backends_for, kept_open, open_video, probe_video
 from rin_video.datasets.video_info import pack_table, unpack_table
 from rin_video.errors import UsageError
+from rin_video.export import write_video
 
 NUM_FRAMES = {"variable_rate.mp4": 10, "one_frame.mp4": 1}
 NAMES = [
@@ -71,6 +72,16 @@ def test_decoders_agree(clips, name):
         assert other.shape == (2, 3, 16, 16)
         assert (other.int() - small[0].int()).abs().float().mean() < 2
     assert small[0].shape == (2, 3, 16, 16)
+
+
+def test_frames_that_are_passed_over_change_no_pixel(tmp_path):
+    """PyAV does not decode what is neither asked for nor referred to: most B frames on the way."""
+    noise = torch.randint(0, 256, (3, 48, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    write_video(torch.stack([noise.roll(f, -1)[..., :64] for f in range(40)], dim=1), tmp_path / "drift.mp4")
+    with open_video(tmp_path / "drift.mp4", "pyav") as video:
+        every = video.read(range(40))
+        for wanted in ([39], [7], [3, 30], range(1, 40, 4), [20, 5, 20]):
+            assert torch.equal(video.read(list(wanted)), every[list(wanted)])
 
 
 def test_the_fastest_decoder_that_is_right_is_taken(clips):

@@ -12,6 +12,7 @@ import pytest
 import shared_epoch
 import tiny_run
 import torch
+from accelerate import Accelerator
 from tiny_run import make_trainer
 from torch.testing import assert_close
 
@@ -28,9 +29,10 @@ def launch(*words: str, processes: int = 2, script: str = tiny_run.__file__) -> 
     """`tiny_run.py`, or another script, with torchrun."""
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
-        "ACCELERATE_USE_CPU": "true",
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
+    if torch.accelerator.is_available():  # elsewhere it must be found that there are CPUs only
+        environment["ACCELERATE_USE_CPU"] = "true"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     done = subprocess.run([*torchrun, script, *words], env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -121,6 +123,23 @@ def test_accelerate_launch_with_its_own_fsdp2_options(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert_close(torch.tensor(losses(tmp_path / "two")), torch.tensor(losses(tmp_path / "one")), rtol=2e-6, atol=0)
+
+
+def test_a_process_that_finds_no_others_is_refused(tmp_path, monkeypatch):
+    """Or each would train for itself, all into one folder."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("rin_video.distributed.Accelerator", Alone)
+    with pytest.raises(UsageError, match="WORLD_SIZE is 2, but this process found 1 of them"):
+        make_trainer(tmp_path)
+
+
+class Alone(Accelerator):
+    num_processes = 1
+
+    def __init__(self, **options):
+        os.environ.pop("WORLD_SIZE")
+        super().__init__(**options)
+        os.environ["WORLD_SIZE"] = "2"
 
 
 @pytest.mark.slow

@@ -202,3 +202,21 @@ def test_the_example_trains_on_tensors_of_its_own(tmp_path):
     subprocess.run([sys.executable, str(script), str(tmp_path / "run"), "6"], check=True, timeout=120)
     assert (tmp_path / "run/samples/step-00000006.png").is_file()
     assert "loudness" in (tmp_path / "run/evaluations.jsonl").read_text()
+
+
+def test_one_training_at_a_time_in_a_folder(tmp_path):
+    """The lock goes with the process that has it, even where it is killed."""
+    code = "import sys, time, pathlib; from rin_video.locking import lock_run; f = lock_run(pathlib.Path(sys.argv[1]))"
+    other = subprocess.Popen(
+        [sys.executable, "-c", f"{code}; print('locked', flush=True); time.sleep(60)", tmp_path / "run"],
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert other.stdout.readline().strip() == b"locked"
+    with pytest.raises(UsageError, match=r"another process is training in .*run: wait until it ends, stop it, or"):
+        make_trainer(tmp_path / "run", train_num_steps=1).train()
+    assert not (tmp_path / "run/metrics.jsonl").exists()
+    other.kill()
+    other.communicate()
+    make_trainer(tmp_path / "run", train_num_steps=1).train()
+    assert (tmp_path / "run/model.safetensors").exists()

@@ -231,6 +231,10 @@ def test_mistakes_are_named(tmp_path):
     trainer(tmp_path, 1).train()
     with pytest.raises(UsageError, match=r"was trained with model.dim=32, now it is 48"):
         trainer(tmp_path, 2, model={"dim": 48}).train()
+    with pytest.raises(UsageError, match=r"was trained with train.optimizer=adamw, now it is muon: use the same"):
+        trainer(tmp_path, 2, optimizer="muon").train()
+    with pytest.raises(UsageError, match=r"was trained with train.ema_sigma_rel=\[0.05, 0.1\], now it is \[0.1, 0.2\]"):
+        trainer(tmp_path, 2, ema_sigma_rel=[0.1, 0.2]).train()
 
 
 def test_bf16_trains(tmp_path):
