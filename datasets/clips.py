@@ -129,7 +129,7 @@ class ClipFolder(Dataset[dict[str, Tensor | int]]):
         frames = framing.cut(frames, frame)
         if self.shape[0] == 1:
             frames = transforms.rgb_to_grayscale(frames)
-        item = {"x": frames.transpose(0, 1).contiguous(), "label": self.labels[index]}
+        item: dict[str, Tensor | int] = {"x": frames.transpose(0, 1).contiguous(), "label": self.labels[index]}
         return item if self.embeddings is None else {**item, "embedding": self.embeddings[file]}
 
     def frames_of(self, index: int, epoch: int) -> list[int]:

@@ -83,7 +83,8 @@ class ImageFolder(Dataset[dict[str, Tensor | int]]):
             at_least=framing.size if whole else None,
             max_pixels=self.config.max_pixels,
         )
-        item = {"x": framing(image, self.chance.draw(index, epoch)), "label": self.labels[index]}
+        x = framing(image, self.chance.draw(index, epoch))
+        item: dict[str, Tensor | int] = {"x": x, "label": self.labels[index]}
         return item if self.embeddings is None else {**item, "embedding": self.embeddings[index]}
 
     def name_of(self, index: int) -> str:

@@ -43,8 +43,8 @@ class Mixture(Dataset[dict[str, Any]]):
         """The item as a given epoch of its part draws it."""
         which, place = self.place_of(index)
         item = Draws(self.parts[which])[epoch, place]
-        x, label = unpack(item)
-        numbers, label = self.renumber[which], -1 if label is None else int(label)
+        x, told = unpack(item)
+        numbers, label = self.renumber[which], -1 if told is None else int(told)
         more = item if isinstance(item, dict) else {}
         return {**more, "x": x, "label": numbers[label] if numbers and label >= 0 else -1}
 
