@@ -1,6 +1,7 @@
 """The wheel: one top-level package, with everything it needs and nothing else."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -65,6 +66,15 @@ def test_it_brings_the_command_and_the_licence(wheel, names):
     assert [name for name in names if name.endswith("LICENSE")]
     with zipfile.ZipFile(wheel) as file:
         assert "rin-video = rin_video.cli:main" in file.read(entry_points).decode()
+
+
+def test_every_extra_that_is_spoken_of_exists(wheel):
+    places = [CHECKOUT / "README.md", *CHECKOUT.glob("rin_video/*.py"), *CHECKOUT.glob("datasets/*.py")]
+    named = {extra for path in places for extra in re.findall(r"rin-video\[([a-z]+)\]", path.read_text("utf-8"))}
+    with zipfile.ZipFile(wheel) as file:
+        (metadata,) = (name for name in file.namelist() if name.endswith("/METADATA"))
+        provided = set(re.findall(r"^Provides-Extra: (\S+)", file.read(metadata).decode(), re.MULTILINE))
+    assert {"hub", "text"} <= named <= provided
 
 
 def test_it_runs_from_the_wheel_alone(wheel, tmp_path):
