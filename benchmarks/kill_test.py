@@ -140,7 +140,7 @@ def main() -> None:
         assert start(command(clips, whole)).wait() == 0
         kills: Counter[str] = Counter()
         lives, compared = 0, []
-        while not compared or sum(kills.values()) < options.kills:
+        while not compared or killed.exists() or sum(kills.values()) < options.kills:
             process = start(command(clips, killed))
             lives += 1
             if sum(kills.values()) < options.kills:
