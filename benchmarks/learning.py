@@ -1,7 +1,7 @@
 """How good the samples are after some minutes of training: rin-video and rin-pytorch on Fashion-MNIST.
 
     python benchmarks/learning.py --data FOLDER         # trainings of 15 minutes, two at a time, then samples
-    python benchmarks/learning.py --arms rin-video --minutes 2 --set train.train_lr=3e-3 --out /tmp/trial
+    python benchmarks/learning.py --arms rin-video --minutes 2 --set train.train_lr=3e-3 --out runs/trial.json
 
 FOLDER holds the four files of Fashion-MNIST (`train-images-idx3-ubyte.gz`, ...), as the Debian package
 `dataset-fashion-mnist` brings them in /usr/share/datasets/fashion-mnist; without one torchvision downloads them. Every
