@@ -1,7 +1,8 @@
 """How good the samples are after some minutes of training: rin-video and rin-pytorch on Fashion-MNIST.
 
-    python benchmarks/learning.py --data FOLDER         # trainings of 15 minutes, two at a time, then samples
+    python benchmarks/learning.py --data FOLDER --seeds 0 1     # trainings of 15 minutes, two at a time, then samples
     python benchmarks/learning.py --arms rin-video --minutes 2 --set train.train_lr=3e-3 --out runs/trial.json
+    python benchmarks/learning.py --arms 'rin-pytorch, lr 3e-4' ... --minutes 2 5 --out runs/sweep.json
 
 FOLDER holds the four files of Fashion-MNIST (`train-images-idx3-ubyte.gz`, ...), as the Debian package
 `dataset-fashion-mnist` brings them in /usr/share/datasets/fashion-mnist; without one torchvision downloads them. Every
@@ -23,6 +24,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -43,15 +45,16 @@ from rin_video.optimizers import make_optimizer
 HERE = Path(__file__).parent
 MINUTES = (2, 5, 15)
 CALLS = 50
-# The port at our width, depth and latents; its README's training, and a higher rate; not swept yet.
+# The port at the same width, depth and latents and patches of 4; its README's training, and other rates.
 PORT = {"dim": 128, "image_size": 32, "patch_size": 4, "channels": 1, "depth": 2, "num_latents": 16, "dim_latent": 128}
 PORT |= {"latent_self_attn_depth": 1}
 README = {"train_lr": 1e-4, "batch": 16, "ema_decay": 0.995, "train_prob_self_cond": 0.9}
-ARMS: dict[str, dict[str, Any]] = {
-    "rin-video": {},
-    "rin-pytorch, README": README,
-    "rin-pytorch, lr 1e-3": README | {"train_lr": 1e-3, "ema_decay": 0.999},
+SWEEP: dict[str, dict[str, Any]] = {
+    f"rin-pytorch, lr {rate}": README | {"train_lr": float(rate), "ema_decay": 0.999}
+    for rate in ("3e-4", "1e-3", "2e-3", "4e-3")
 }
+ARMS: dict[str, dict[str, Any]] = {"rin-video": {}, "rin-pytorch, README": README} | SWEEP
+DEFAULT_ARMS = ("rin-video", "rin-pytorch, README", "rin-pytorch, lr 1e-3")  # the last: the best of the sweep
 
 
 # ---- data
@@ -244,8 +247,8 @@ def evaluate(options: argparse.Namespace, work: Path) -> dict[str, Any]:
         "rows": [],
     }
     print(f"real against real {report['real_to_real']}, noise {report['noise_to_real']}, n = {n}", flush=True)
-    for arm in options.arms:
-        folder = work / slug(arm)
+    for arm, seed in product(options.arms, options.seeds):
+        folder = folder_of(work, arm, seed)
         log = json.loads((folder / "log.json").read_text())
         for entry in log["log"]:
             found = sorted(folder.glob(f"{entry['minutes']:g}-*.pt"))
@@ -256,64 +259,80 @@ def evaluate(options: argparse.Namespace, work: Path) -> dict[str, Any]:
                 for path in found
             }
             best = min(distances, key=lambda name: distances[name])
-            row = {"arm": arm, "params": log["params"], **entry, "sampler": best, "distance": distances[best]}
+            row = {"arm": arm, "seed": seed, "params": log["params"], **entry, "sampler": best}
+            row["distance"] = distances[best]
             report["rows"].append(row | {"distances": distances})
-            print(f"{arm}: {json.dumps(row)}", flush=True)
+            print(f"{arm}, seed {seed}: {json.dumps(row)}", flush=True)
     return report
 
 
-def slug(arm: str) -> str:
-    return "".join(c if c.isalnum() else "-" for c in arm)
+def folder_of(work: Path, arm: str, seed: int) -> Path:
+    return work / f"{''.join(c if c.isalnum() else '-' for c in arm)}-{seed}"
+
+
+def by_arm(report: dict[str, Any]) -> dict[str, dict[float, list[dict[str, Any]]]]:
+    """Arm to minutes to the rows of all seeds."""
+    arms: dict[str, dict[float, list[dict[str, Any]]]] = {}
+    for row in report["rows"]:
+        arms.setdefault(row["arm"], {}).setdefault(row["minutes"], []).append(row)
+    return arms
+
+
+def mean(rows: list[dict[str, Any]]) -> float:
+    return sum(row["distance"] for row in rows) / len(rows)
 
 
 def table(report: dict[str, Any]) -> str:
+    """Means over the seeds, and in brackets the distances they are of."""
     minutes = sorted({row["minutes"] for row in report["rows"]})
     lines = ["| arm | M params | images seen | " + " | ".join(f"{m:g} min" for m in minutes) + " |"]
     lines.append("|---" * (3 + len(minutes)) + "|")
-    for arm in dict.fromkeys(row["arm"] for row in report["rows"]):
-        rows = [row for row in report["rows"] if row["arm"] == arm]
-        cells = " | ".join(f"{row['distance']:.1f}" for row in rows)
-        lines.append(f"| {arm} | {rows[0]['params'] / 1e6:.2f} | {rows[-1]['samples']:,} | {cells} |")
+    for arm, times in by_arm(report).items():
+        last = times[max(times)][0]
+        cells = []
+        for rows in times.values():
+            each = ", ".join(f"{row['distance']:.1f}" for row in rows)
+            cells.append(f"{mean(rows):.1f} ({each})" if len(rows) > 1 else each)
+        lines.append(f"| {arm} | {last['params'] / 1e6:.2f} | {last['samples']:,} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def plot(report: dict[str, Any], work: Path, path: Path) -> None:
-    """The curve, and 6x8 samples of every arm at every time, beside it."""
+    """The curve, and 6x8 samples of every arm's first seed at every time, beside it."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    arms = list(dict.fromkeys(row["arm"] for row in report["rows"]))
-    for arm in arms:
-        rows = [row for row in report["rows"] if row["arm"] == arm]
-        axes.plot([r["minutes"] for r in rows], [r["distance"] for r in rows], marker="o", label=arm)
+    axes, arms = figure.subplots(), by_arm(report)
+    for arm, times in arms.items():
+        (line,) = axes.plot(list(times), [mean(rows) for rows in times.values()], label=arm)
+        for done, rows in times.items():
+            axes.plot([done] * len(rows), [row["distance"] for row in rows], "o", color=line.get_color(), ms=4)
     axes.axhline(report["real_to_real"], color="grey", linestyle=":", label="real images")
     axes.set(xscale="log", yscale="log", xlabel="minutes on one thread", ylabel=f"Frechet distance, n = {report['n']}")
     axes.legend(fontsize=7)
     figure.savefig(path.with_suffix(".png"), dpi=100)
-    minutes = sorted({row["minutes"] for row in report["rows"]})
-    figure = Figure(figsize=(3 * len(minutes), 2.6 * len(arms)), layout="constrained")
-    grid = figure.subplots(len(arms), len(minutes), squeeze=False)
-    for row in report["rows"]:
-        samples = torch.load(work / slug(row["arm"]) / f"{row['minutes']:g}-{row['sampler']}.pt", weights_only=True)[
-            :48
-        ]
-        sheet = samples.view(6, 8, 32, 32).permute(0, 2, 1, 3).reshape(192, 256)
-        cell = grid[arms.index(row["arm"])][minutes.index(row["minutes"])]
-        cell.imshow(sheet, cmap="gray", vmin=0, vmax=1)
-        cell.set_title(f"{row['arm']}, {row['minutes']:g} min: {row['distance']:.0f}", fontsize=7)
-        cell.axis("off")
+    columns = max(len(times) for times in arms.values())
+    figure = Figure(figsize=(3 * columns, 2.6 * len(arms)), layout="constrained")
+    grid = figure.subplots(len(arms), columns, squeeze=False)
+    for line_of_cells, (arm, times) in zip(grid, arms.items(), strict=True):
+        for cell, (done, rows) in zip(line_of_cells, times.items(), strict=False):
+            row = rows[0]
+            drawn = folder_of(work, arm, row["seed"]) / f"{done:g}-{row['sampler']}.pt"
+            sheet = torch.load(drawn, weights_only=True)[:48].view(6, 8, 32, 32).permute(0, 2, 1, 3).reshape(192, 256)
+            cell.imshow(sheet, cmap="gray", vmin=0, vmax=1)
+            cell.set_title(f"{arm}, {done:g} min: {row['distance']:.0f}", fontsize=7)
+            cell.axis("off")
     figure.savefig(path.with_name(f"{path.stem}_samples.png"), dpi=110)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder with the four files (default: download)")
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(DEFAULT_ARMS))
     parser.add_argument("--minutes", type=float, nargs="+", default=list(MINUTES))
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="options of the one arm of a trial")
     parser.add_argument("--num", type=int, default=1000, help="samples for each distance, a multiple of 100")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="a training for each")
     parser.add_argument("--at-a-time", type=int, default=2, help="trainings that run side by side")
     parser.add_argument("--work", type=Path, default=Path("runs/learning"), help="for weights and data")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "learning.json")
@@ -321,18 +340,20 @@ def main() -> None:
     parser.add_argument("--train-arm", choices=list(ARMS), help=argparse.SUPPRESS)  # what a child process does
     options = parser.parse_args()
     if options.train_arm:
-        folder = options.work / slug(options.train_arm)
-        train(options.train_arm, options.set, options.minutes, options.data, folder, options.seed)
+        (seed,) = options.seeds
+        folder = folder_of(options.work, options.train_arm, seed)
+        train(options.train_arm, options.set, options.minutes, options.data, folder, seed)
         draw_all(options.train_arm, options.set, options.minutes, folder, options.num)
         return
     read_images(options.data, options.work, train=False)
     if options.step != "evaluate":
-        waiting, running = list(options.arms), []
+        waiting, running = list(product(options.arms, options.seeds)), []
         while waiting or running:
             while waiting and len(running) < options.at_a_time:
-                arm = waiting.pop(0)
-                (options.work / slug(arm)).mkdir(parents=True, exist_ok=True)
-                running.append(subprocess.Popen([sys.executable, *sys.argv, "--train-arm", arm]))
+                arm, seed = waiting.pop(0)
+                folder_of(options.work, arm, seed).mkdir(parents=True, exist_ok=True)
+                child = [sys.executable, *sys.argv, "--train-arm", arm, "--seeds", str(seed)]
+                running.append(subprocess.Popen(child))
             if running.pop(0).wait():
                 raise SystemExit("a training failed")
     if options.step != "train":

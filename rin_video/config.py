@@ -33,6 +33,7 @@ class ModelConfig:
     position: str = "learned"  # learned, sincos, sincos_learned, coordinate
     coordinate_range: float | None = 1000.0  # sin-cos positions run from 0 to this along an axis; none: 0, 1, 2, ...
     dual_patchnorm: bool = False  # LayerNorm on the raw patch too
+    conv_width: int = 0  # channels of convolutions around the patches, over their seams; 0: none
 
     depth: int = 6  # blocks of read, compute, write
     latent_self_attn_depth: Any = 2  # compute layers in a block, or one number for each block (0: it only reads)
@@ -73,7 +74,7 @@ class ModelConfig:
         for name in ("frames", "sequence_length", "dim_latent"):
             if getattr(self, name) is not None:
                 _at_least(f"model.{name}", getattr(self, name), 1, int)
-        for name in ("num_classes", "embedding_dim"):
+        for name in ("num_classes", "embedding_dim", "conv_width"):
             _at_least(f"model.{name}", getattr(self, name), 0, int)
         for name in ("mlp_ratio", "latent_mlp_ratio", "time_scaling"):
             _above("model", name, getattr(self, name), 0)
@@ -140,9 +141,9 @@ class DiffusionConfig:
     objective: str = "v"  # eps, x0, v, velocity (of rectified flow)
     train_prob_self_cond: float = 0.9  # share of the samples that see the result of a first pass
     self_cond_gap: float = 0.0  # the first pass is at t + U(0, gap): 1 / steps of the sampler helps few steps
-    loss_weight: str = "none"  # none, min_snr, p2, sigmoid
-    loss_weight_kwargs: dict[str, float] = field(default_factory=dict)  # gamma of min_snr; gamma, k of p2; bias
-    time_sampling: str = "uniform"  # uniform, logit_normal
+    loss_weight: str = "none"  # none, min_snr, p2, sigmoid, power (between x0 and v)
+    loss_weight_kwargs: dict[str, float] = field(default_factory=dict)  # gamma; k of p2; bias of sigmoid; power
+    time_sampling: str = "uniform"  # uniform, stratified (over the batch), logit_normal
     time_sampling_kwargs: dict[str, float] = field(default_factory=dict)  # mean, std of logit_normal
     scale: float = 1.0  # b: multiplies the data; below 1 makes every noise level noisier
     label_dropout: float = 0.0  # share of the samples that lose their label, for guidance
@@ -151,13 +152,15 @@ class DiffusionConfig:
     clip_x0: str = "static"  # x0 estimates while sampling: static (to the data's range), dynamic, none
 
     def __post_init__(self) -> None:
-        _choice("time_sampling", self.time_sampling, ("uniform", "logit_normal"))
+        _choice("time_sampling", self.time_sampling, ("uniform", "stratified", "logit_normal"))
         _choice("clip_x0", self.clip_x0, ("static", "dynamic", "none"))
         _at_least("timesteps", self.timesteps, 1, int)
         for name in ("train_prob_self_cond", "self_cond_gap", "label_dropout"):
             _within(name, getattr(self, name), 0, 1)
         _above("diffusion", "scale", self.scale, 0)
-        if unknown := set(self.time_sampling_kwargs) - ({"mean", "std"} if self.time_sampling != "uniform" else set()):
+        if unknown := set(self.time_sampling_kwargs) - (
+            {"mean", "std"} if self.time_sampling == "logit_normal" else set()
+        ):
             raise UsageError(f"time_sampling {self.time_sampling} has no parameter {', '.join(sorted(unknown))}")
         for kind, weight in self.known.items():
             _choice("diffusion.known", kind, KNOWN_KINDS)

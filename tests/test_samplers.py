@@ -17,6 +17,7 @@ from rin_video.objectives import (
     clip_dynamic,
     logit_normal_time,
     make_loss_weight,
+    stratified_time,
     target,
     to_x0_eps,
 )
@@ -242,12 +243,30 @@ def test_p2_and_sigmoid_by_hand():
     )
 
 
+def test_power_weight_lies_between_x0_and_v():
+    level = NoiseLevel.from_gamma(torch.tensor(0.8, dtype=torch.float64))  # snr 4
+    for objective, at_x0, between, at_v in (("x0", 1, 5**0.5, 5), ("v", 1 / 5, 5**-0.5, 1)):
+        weights = [make_loss_weight("power", objective, {"power": power})(level).item() for power in (0, 0.5, 1)]
+        assert weights == pytest.approx([at_x0, between, at_v])
+    clean = NoiseLevel.from_gamma(torch.tensor(0.99, dtype=torch.float64))  # snr 99, limited
+    assert make_loss_weight("power", "x0", {"gamma": 9})(clean).item() == pytest.approx(3)
+
+
 def test_logit_normal_times():
     torch.manual_seed(0)
     t = logit_normal_time(100_000, torch.device("cpu"), mean=-0.5, std=0.7)
     n = torch.logit(t)
     assert n.mean().item() == pytest.approx(-0.5, abs=0.01)
     assert n.std().item() == pytest.approx(0.7, abs=0.01)
+
+
+def test_stratified_times_are_uniform_and_equally_far_apart():
+    torch.manual_seed(0)
+    batches = torch.stack([stratified_time(8, torch.device("cpu")) for _ in range(4000)])
+    assert_close(batches.sort(dim=1).values.diff(dim=1), torch.full((4000, 7), 1 / 8), rtol=0, atol=1e-6)
+    for column in batches.T:  # each sample's own time is uniform
+        counts = column.histc(10, 0, 1)
+        assert ((counts - 400).abs() < 5 * 400**0.5).all()
 
 
 class ScaledGaussian(nn.Module):

@@ -108,6 +108,44 @@ def test_dual_patchnorm_makes_the_scale_of_a_patch_meaningless(name):
     assert (single.tokenize(5 * x + 2) - single.tokenize(x)).abs().max() > 0.1
 
 
+CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+@pytest.mark.parametrize("name", PATCHED)
+def test_convolutions_around_the_patches(name):
+    tokenizer, inner = randomise(build(name, conv_width=4)), build(name, in_channels=4)
+    inner.load_state_dict({key: value for key, value in tokenizer.state_dict().items() if "conv" not in key})
+    x, convolve = torch.randn(2, 3, *tokenizer.grid), CONVOLVE[len(tokenizer.grid)]
+
+    def twice(x, layers):
+        first, _, second = layers
+        return convolve(F.gelu(convolve(x, first.weight, first.bias, padding=1)), second.weight, second.bias, padding=1)
+
+    tokens = tokenizer.tokenize(x)
+    assert_close(tokens, inner.tokenize(twice(x, tokenizer.conv_in)))
+    assert_close(
+        tokenizer.detokenize(tokens, tokenizer.grid),
+        twice(inner.detokenize(tokens, tokenizer.grid), tokenizer.conv_out),
+    )
+
+
+@pytest.mark.parametrize("name", PATCHED)
+def test_convolutions_see_over_the_seams_of_patches(name):
+    for width, neighbours in ((0, False), (4, True)):
+        tokenizer = randomise(build(name, conv_width=width))
+        x = torch.randn(1, 3, *tokenizer.grid)
+        changed = x.clone()
+        last = tuple(p - 1 for p in tokenizer.patch_size)  # the corner of the first patch
+        changed[(slice(None), slice(None), *last)] += 1
+        differs = (tokenizer.tokenize(changed) != tokenizer.tokenize(x)).any(dim=-1).sum() > 1
+        assert differs == neighbours
+
+
+def test_convolutions_take_up_to_three_axes():
+    with pytest.raises(UsageError, match=r"conv_width .* 4"):
+        PatchTokenizer((2,) * 4, (1,) * 4, 16, conv_width=4)
+
+
 @pytest.mark.parametrize("name", PATCHED)
 def test_sizes_that_do_not_divide_name_axis_size_and_the_nearest_that_fit(name):
     tokenizer = build(name)
@@ -147,10 +185,11 @@ def config_for(name, **options) -> ModelConfig:
     )
 
 
+@pytest.mark.parametrize("conv_width", [0, 4])
 @pytest.mark.parametrize("position", POSITIONS)
 @pytest.mark.parametrize("name", NAMES)
-def test_every_tokenizer_keeps_shapes_and_gives_every_parameter_a_gradient(name, position):
-    config = config_for(name, position=position, dual_patchnorm=True)
+def test_every_tokenizer_keeps_shapes_and_gives_every_parameter_a_gradient(name, position, conv_width):
+    config = config_for(name, position=position, dual_patchnorm=True, conv_width=conv_width)
     tokenizer = make_tokenizer(config, in_channels=2 * config.channels)
     channels, *grid = tokenizer.shape
     assert channels == config.channels

@@ -28,7 +28,9 @@ class PatchTokenizer(nn.Module):
 
     `grid` and `patch_size` have one number for each axis. `in_channels` may exceed `out_channels` where the input
     carries more than the data (a previous estimate, a mask). With `dual_patchnorm` the raw patch is normalised too
-    (Kumar et al. 2023). Raises `UsageError` where a size is no multiple of its patch.
+    (Kumar et al. 2023). With `conv_width` two convolutions of size 3, of so many channels, lie before the patches are
+    cut and two after they are put together, so that neighbours meet over their seams (Xiao et al. 2021, arXiv
+    2106.14881, put some before). Raises `UsageError` where a size is no multiple of its patch.
     """
 
     axes: ClassVar[tuple[str, ...]] = ()
@@ -44,18 +46,22 @@ class PatchTokenizer(nn.Module):
         position: str = "learned",
         coordinate_range: float | None = 1000.0,
         dual_patchnorm: bool = False,
+        conv_width: int = 0,
     ) -> None:
         super().__init__()
         self.in_channels = in_channels
         self.out_channels = out_channels or in_channels
         self.grid, self.patch_size = tuple(grid), tuple(patch_size)
-        volume = math.prod(self.patch_size)
-        self.patch_norm = LayerNorm(volume * in_channels) if dual_patchnorm else nn.Identity()
-        self.to_tokens = nn.Linear(volume * in_channels, dim)
+        volume, axes = math.prod(self.patch_size), len(self.patch_size)
+        width_in, width_out = conv_width or in_channels, conv_width or self.out_channels
+        self.conv_in = _convolutions(axes, in_channels, width_in, width_in) if conv_width else nn.Identity()
+        self.patch_norm = LayerNorm(volume * width_in) if dual_patchnorm else nn.Identity()
+        self.to_tokens = nn.Linear(volume * width_in, dim)
         self.norm = LayerNorm(dim)
         self.position = make_position(position, self.token_grid(self.grid), dim, coordinate_range)
         self.out_norm = LayerNorm(dim)
-        self.to_patches = nn.Linear(dim, volume * self.out_channels)
+        self.to_patches = nn.Linear(dim, volume * width_out)
+        self.conv_out = _convolutions(axes, width_out, width_out, self.out_channels) if conv_width else nn.Identity()
         init_linears(self.to_tokens)
         init_linears(self.to_patches)
 
@@ -77,6 +83,7 @@ class PatchTokenizer(nn.Module):
             position=config.position,
             coordinate_range=config.coordinate_range,
             dual_patchnorm=config.dual_patchnorm,
+            conv_width=config.conv_width,
         )
 
     @property
@@ -104,6 +111,7 @@ class PatchTokenizer(nn.Module):
         grid = self.token_grid(x.shape[2:])
         if x.shape[1] != self.in_channels:
             raise UsageError(f"the input has {x.shape[1]} channels, the tokenizer takes {self.in_channels}")
+        x = self.conv_in(x)
         patches = rearrange(x, f"b c {self._cells()} -> b ({self._counts()}) ({self._inside()} c)", **self._sizes())
         tokens = self.norm(self.to_tokens(self.patch_norm(patches)))
         return tokens.float() + self.position(grid).float()  # the residual stream stays float32 under autocast
@@ -113,7 +121,7 @@ class PatchTokenizer(nn.Module):
         counts = dict(zip(self._counts().split(), self.token_grid(grid), strict=True))
         patches = self.to_patches(self.out_norm(tokens))
         pattern = f"b ({self._counts()}) ({self._inside()} c) -> b c {self._cells()}"
-        return rearrange(patches, pattern, **counts, **self._sizes())
+        return self.conv_out(rearrange(patches, pattern, **counts, **self._sizes()))
 
     # einops spells axis i of the grid as n{i} patches of p{i} cells.
     def _counts(self) -> str:
@@ -130,3 +138,11 @@ class PatchTokenizer(nn.Module):
 
     def _axes(self) -> tuple[str, ...]:
         return self.axes or tuple(f"axis {i}" for i in range(len(self.patch_size)))
+
+
+def _convolutions(axes: int, channels: int, width: int, out_channels: int) -> nn.Sequential:
+    """Size 3, GELU, size 3: (B, channels, *grid) to (B, out_channels, *grid)."""
+    if axes > 3:
+        raise UsageError(f"model.conv_width convolves over 1 to 3 axes, the data has {axes}: set it to 0")
+    conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[axes - 1]
+    return nn.Sequential(conv(channels, width, 3, padding=1), nn.GELU(), conv(width, out_channels, 3, padding=1))
