@@ -38,6 +38,7 @@ OPTIONS = [
     {"qk_norm": True},
     {"norm_context": True},
     {"dual_patchnorm": True},
+    {"conv_width": 8},
     {"depth": 3, "latent_self_attn_depth": [2, 0, 1]},
     {"dropout": 0.2},
     {"drop_path": 0.2},

@@ -72,7 +72,7 @@ def test_detokenize_inverts_tokenize_exactly(name, data):
     x = torch.randn(data.draw(st.integers(1, 2)), 3, *grid)
     tokens = tokenizer.tokenize(x)
     assert tokens.shape[1] == np.prod(tokenizer.token_grid(grid))
-    assert_close(tokenizer.detokenize(tokens, grid), x, rtol=0, atol=0)
+    assert_close(tokenizer.detokenize(tokens, grid, x), x, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", PATCHED)
@@ -115,18 +115,17 @@ CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 def test_convolutions_around_the_patches(name):
     tokenizer, inner = randomise(build(name, conv_width=4)), build(name, in_channels=4)
     inner.load_state_dict({key: value for key, value in tokenizer.state_dict().items() if "conv" not in key})
-    x, convolve = torch.randn(2, 3, *tokenizer.grid), CONVOLVE[len(tokenizer.grid)]
+    x, grid = torch.randn(2, 3, *tokenizer.grid), tokenizer.grid
 
     def twice(x, layers):
-        first, _, second = layers
-        return convolve(F.gelu(convolve(x, first.weight, first.bias, padding=1)), second.weight, second.bias, padding=1)
+        for layer, activation in ((layers[0], F.gelu), (layers[2], nn.Identity())):
+            x = activation(CONVOLVE[len(grid)](x, layer.weight, layer.bias, padding=1))
+        return x
 
     tokens = tokenizer.tokenize(x)
     assert_close(tokens, inner.tokenize(twice(x, tokenizer.conv_in)))
-    assert_close(
-        tokenizer.detokenize(tokens, tokenizer.grid),
-        twice(inner.detokenize(tokens, tokenizer.grid), tokenizer.conv_out),
-    )
+    patches = inner.detokenize(tokens, grid, x)
+    assert_close(tokenizer.detokenize(tokens, grid, x), twice(torch.cat([patches, x], dim=1), tokenizer.conv_out))
 
 
 @pytest.mark.parametrize("name", PATCHED)
@@ -160,7 +159,7 @@ def test_sizes_that_do_not_divide_name_axis_size_and_the_nearest_that_fit(name):
         for attempt in (
             lambda grid=grid: build(name, grid=tuple(grid)),
             lambda grid=grid: tokenizer.tokenize(torch.zeros(1, 3, *grid)),
-            lambda grid=grid: tokenizer.detokenize(torch.zeros(1, 4, 16), grid),
+            lambda grid=grid: tokenizer.detokenize(torch.zeros(1, 4, 16), grid, torch.zeros(1, 3, *grid)),
         ):
             with pytest.raises(UsageError, match=message):
                 attempt()
@@ -193,9 +192,10 @@ def test_every_tokenizer_keeps_shapes_and_gives_every_parameter_a_gradient(name,
     tokenizer = make_tokenizer(config, in_channels=2 * config.channels)
     channels, *grid = tokenizer.shape
     assert channels == config.channels
-    tokens = tokenizer.tokenize(torch.randn(2, 2 * channels, *grid))
+    x = torch.randn(2, 2 * channels, *grid)
+    tokens = tokenizer.tokenize(x)
     assert tokens.shape == (2, np.prod(tokenizer.token_grid(grid)), config.dim)
-    out = tokenizer.detokenize(tokens, grid)
+    out = tokenizer.detokenize(tokens, grid, x)
     assert out.shape == (2, channels, *grid)
     (out * torch.randn_like(out)).sum().backward()
     for parameter_name, parameter in tokenizer.named_parameters():
@@ -358,7 +358,7 @@ class Chords(nn.Module):
         tokens = self.to_tokens(x).transpose(1, 2)
         return torch.cat([self.extra.expand(len(x), -1, -1), tokens], dim=1)
 
-    def detokenize(self, tokens, grid):
+    def detokenize(self, tokens, grid, x):
         return self.to_sound(tokens[:, 1:].transpose(1, 2))
 '''
 

@@ -49,8 +49,8 @@ class Tokenizer(Protocol):
     def tokenize(self, x: Tensor) -> Tensor:
         """(B, in_channels, *grid) to (B, N, dim), positions included."""
 
-    def detokenize(self, tokens: Tensor, grid: Sequence[int]) -> Tensor:
-        """(B, N, dim) to (B, C, *grid)."""
+    def detokenize(self, tokens: Tensor, grid: Sequence[int], x: Tensor) -> Tensor:
+        """(B, N, dim) to (B, C, *grid); `x` (B, in_channels, *grid) is what was tokenized, for one that looks again."""
 
 
 TOKENIZERS: Registry[type[Tokenizer]] = Registry("tokenizer", group="rin_video.tokenizers")

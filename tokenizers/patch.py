@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
+import torch
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -29,8 +30,9 @@ class PatchTokenizer(nn.Module):
     `grid` and `patch_size` have one number for each axis. `in_channels` may exceed `out_channels` where the input
     carries more than the data (a previous estimate, a mask). With `dual_patchnorm` the raw patch is normalised too
     (Kumar et al. 2023). With `conv_width` two convolutions of size 3, of so many channels, lie before the patches are
-    cut and two after they are put together, so that neighbours meet over their seams (Xiao et al. 2021, arXiv
-    2106.14881, put some before). Raises `UsageError` where a size is no multiple of its patch.
+    cut (Xiao et al. 2021, arXiv 2106.14881) and two after they are put together, so that neighbours meet over their
+    seams; the last two see the input again, so that fine detail need not go through the tokens. Raises `UsageError`
+    where a size is no multiple of its patch.
     """
 
     axes: ClassVar[tuple[str, ...]] = ()
@@ -54,14 +56,16 @@ class PatchTokenizer(nn.Module):
         self.grid, self.patch_size = tuple(grid), tuple(patch_size)
         volume, axes = math.prod(self.patch_size), len(self.patch_size)
         width_in, width_out = conv_width or in_channels, conv_width or self.out_channels
-        self.conv_in = _convolutions(axes, in_channels, width_in, width_in) if conv_width else nn.Identity()
+        self.conv_in = _convolutions(axes, in_channels, width_in, width_in) if conv_width else None
         self.patch_norm = LayerNorm(volume * width_in) if dual_patchnorm else nn.Identity()
         self.to_tokens = nn.Linear(volume * width_in, dim)
         self.norm = LayerNorm(dim)
         self.position = make_position(position, self.token_grid(self.grid), dim, coordinate_range)
         self.out_norm = LayerNorm(dim)
         self.to_patches = nn.Linear(dim, volume * width_out)
-        self.conv_out = _convolutions(axes, width_out, width_out, self.out_channels) if conv_width else nn.Identity()
+        self.conv_out = (
+            _convolutions(axes, width_out + in_channels, width_out, self.out_channels) if conv_width else None
+        )
         init_linears(self.to_tokens)
         init_linears(self.to_patches)
 
@@ -111,17 +115,19 @@ class PatchTokenizer(nn.Module):
         grid = self.token_grid(x.shape[2:])
         if x.shape[1] != self.in_channels:
             raise UsageError(f"the input has {x.shape[1]} channels, the tokenizer takes {self.in_channels}")
-        x = self.conv_in(x)
+        if self.conv_in is not None:
+            x = self.conv_in(x)
         patches = rearrange(x, f"b c {self._cells()} -> b ({self._counts()}) ({self._inside()} c)", **self._sizes())
         tokens = self.norm(self.to_tokens(self.patch_norm(patches)))
         return tokens.float() + self.position(grid).float()  # the residual stream stays float32 under autocast
 
-    def detokenize(self, tokens: Tensor, grid: Sequence[int]) -> Tensor:
-        """(B, N, dim) to (B, out_channels, *grid)."""
+    def detokenize(self, tokens: Tensor, grid: Sequence[int], x: Tensor) -> Tensor:
+        """(B, N, dim) to (B, out_channels, *grid); `x` is what was tokenized, which the convolutions see again."""
         counts = dict(zip(self._counts().split(), self.token_grid(grid), strict=True))
         patches = self.to_patches(self.out_norm(tokens))
         pattern = f"b ({self._counts()}) ({self._inside()} c) -> b c {self._cells()}"
-        return self.conv_out(rearrange(patches, pattern, **counts, **self._sizes()))
+        out = rearrange(patches, pattern, **counts, **self._sizes())
+        return out if self.conv_out is None else self.conv_out(torch.cat([out, x.to(out)], dim=1))
 
     # einops spells axis i of the grid as n{i} patches of p{i} cells.
     def _counts(self) -> str:
