@@ -1,13 +1,13 @@
 """How good the samples are after some minutes of training: rin-video and rin-pytorch on Fashion-MNIST.
 
     python benchmarks/learning.py --data FOLDER --seeds 0 1     # trainings of 15 minutes, two at a time, then samples
-    python benchmarks/learning.py --arms rin-video --minutes 2 --set train.train_lr=3e-3 --out runs/trial.json
-    python benchmarks/learning.py --arms 'rin-pytorch, lr 3e-4' ... --minutes 2 5 --out runs/sweep.json
+    python benchmarks/learning.py --arms rin-video --minutes 2 --set train.train_lr=3e-3 --work runs/trial \\
+        --out runs/trial.json
 
 FOLDER holds the four files of Fashion-MNIST (`train-images-idx3-ubyte.gz`, ...), as the Debian package
 `dataset-fashion-mnist` brings them in /usr/share/datasets/fashion-mnist; without one torchvision downloads them. Every
 arm trains in a process of its own with one thread, for the same processor time (on a free core the same wall-clock).
-All are unconditional, of about the same size, and are sampled with the same number of network calls from averaged
+All are unconditional and are sampled with the same number of network calls from averaged
 weights. The Frechet distance is in the features of a classifier that this script trains: it compares with nothing else.
 Writes `results/learning.json`, a curve and a sheet of samples.
 """
@@ -130,7 +130,14 @@ def train(arm: str, overrides: list[str], minutes: list[float], data: Path | Non
         if spent >= due[0]:
             done = due.pop(0)
             torch.save(average.ema_model.state_dict(), out / f"{done:g}.pt")
-            log.append({"minutes": done, "steps": step, "samples": step * batch, "loss": sum(losses[-200:]) / 200})
+            log.append(
+                {
+                    "minutes": done,
+                    "steps": step,
+                    "samples": step * batch,
+                    "loss": sum(losses[-200:]) / max(len(losses[-200:]), 1),
+                }
+            )
             continue
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * min((step + 1) / max(warmup, 1), 1) * rate(spent / minutes[-1])
@@ -249,7 +256,7 @@ def evaluate(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     print(f"real against real {report['real_to_real']}, noise {report['noise_to_real']}, n = {n}", flush=True)
     for arm, seed in product(options.arms, options.seeds):
         folder = folder_of(work, arm, seed)
-        if not folder.exists():  # of several calls, some with fewer seeds
+        if not (folder / "log.json").exists():  # of several calls, some with fewer seeds
             print(f"{arm}: no training with seed {seed}")
             continue
         log = json.loads((folder / "log.json").read_text())
@@ -291,11 +298,10 @@ def table(report: dict[str, Any]) -> str:
     lines = ["| arm | M params | images seen | " + " | ".join(f"{m:g} min" for m in minutes) + " |"]
     lines.append("|---" * (3 + len(minutes)) + "|")
     for arm, times in by_arm(report).items():
-        last = times[max(times)][0]
-        cells = []
-        for rows in times.values():
+        last, cells = times[max(times)][0], []
+        for rows in (times.get(done, []) for done in minutes):
             each = ", ".join(f"{row['distance']:.1f}" for row in rows)
-            cells.append(f"{mean(rows):.1f} ({each})" if len(rows) > 1 else each)
+            cells.append(f"{mean(rows):.1f} ({each})" if len(rows) > 1 else each or "-")
         lines.append(f"| {arm} | {last['params'] / 1e6:.2f} | {last['samples']:,} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -314,17 +320,19 @@ def plot(report: dict[str, Any], work: Path, path: Path) -> None:
     axes.set(xscale="log", yscale="log", xlabel="minutes on one thread", ylabel=f"Frechet distance, n = {report['n']}")
     axes.legend(fontsize=7)
     figure.savefig(path.with_suffix(".png"), dpi=100)
-    columns = max(len(times) for times in arms.values())
-    figure = Figure(figsize=(3 * columns, 2.6 * len(arms)), layout="constrained")
-    grid = figure.subplots(len(arms), columns, squeeze=False)
+    minutes = sorted({row["minutes"] for row in report["rows"]})
+    figure = Figure(figsize=(3 * len(minutes), 2.6 * len(arms)), layout="constrained")
+    grid = figure.subplots(len(arms), len(minutes), squeeze=False)
     for line_of_cells, (arm, times) in zip(grid, arms.items(), strict=True):
-        for cell, (done, rows) in zip(line_of_cells, times.items(), strict=False):
-            row = rows[0]
+        for cell, done in zip(line_of_cells, minutes, strict=True):
+            cell.axis("off")
+            if done not in times:
+                continue
+            row = times[done][0]
             drawn = folder_of(work, arm, row["seed"]) / f"{done:g}-{row['sampler']}.pt"
             sheet = torch.load(drawn, weights_only=True)[:48].view(6, 8, 32, 32).permute(0, 2, 1, 3).reshape(192, 256)
             cell.imshow(sheet, cmap="gray", vmin=0, vmax=1)
             cell.set_title(f"{arm}, {done:g} min: {row['distance']:.0f}", fontsize=7)
-            cell.axis("off")
     figure.savefig(path.with_name(f"{path.stem}_samples.png"), dpi=110)
 
 
@@ -345,6 +353,8 @@ def main() -> None:
     if options.train_arm:
         (seed,) = options.seeds
         folder = folder_of(options.work, options.train_arm, seed)
+        for old in (*folder.glob("*.pt"), folder / "log.json"):  # of another training
+            old.unlink(missing_ok=True)
         train(options.train_arm, options.set, options.minutes, options.data, folder, seed)
         draw_all(options.train_arm, options.set, options.minutes, folder, options.num)
         return

@@ -33,7 +33,7 @@ class ModelConfig:
     position: str = "learned"  # learned, sincos, sincos_learned, coordinate
     coordinate_range: float | None = 1000.0  # sin-cos positions run from 0 to this along an axis; none: 0, 1, 2, ...
     dual_patchnorm: bool = False  # LayerNorm on the raw patch too
-    conv_width: int = 0  # channels of convolutions around the patches, over their seams; 0: none
+    conv_width: int = 0  # channels of convolutions around the patches, at full resolution; 0: none
 
     depth: int = 6  # blocks of read, compute, write
     latent_self_attn_depth: Any = 2  # compute layers in a block, or one number for each block (0: it only reads)
@@ -142,8 +142,8 @@ class DiffusionConfig:
     train_prob_self_cond: float = 0.9  # share of the samples that see the result of a first pass
     self_cond_gap: float = 0.0  # the first pass is at t + U(0, gap): 1 / steps of the sampler helps few steps
     loss_weight: str = "none"  # none, min_snr, p2, sigmoid, power (between x0 and v)
-    loss_weight_kwargs: dict[str, float] = field(default_factory=dict)  # gamma; k of p2; bias of sigmoid; power
-    time_sampling: str = "uniform"  # uniform, stratified (over the batch), logit_normal
+    loss_weight_kwargs: dict[str, float] = field(default_factory=dict)  # their parameters: see objectives.py
+    time_sampling: str = "uniform"  # uniform, low_discrepancy (evenly over a forward pass), logit_normal
     time_sampling_kwargs: dict[str, float] = field(default_factory=dict)  # mean, std of logit_normal
     scale: float = 1.0  # b: multiplies the data; below 1 makes every noise level noisier
     label_dropout: float = 0.0  # share of the samples that lose their label, for guidance
@@ -152,7 +152,7 @@ class DiffusionConfig:
     clip_x0: str = "static"  # x0 estimates while sampling: static (to the data's range), dynamic, none
 
     def __post_init__(self) -> None:
-        _choice("time_sampling", self.time_sampling, ("uniform", "stratified", "logit_normal"))
+        _choice("time_sampling", self.time_sampling, ("uniform", "low_discrepancy", "logit_normal"))
         _choice("clip_x0", self.clip_x0, ("static", "dynamic", "none"))
         _at_least("timesteps", self.timesteps, 1, int)
         for name in ("train_prob_self_cond", "self_cond_gap", "label_dropout"):

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from rin_video.config import TrainConfig
 from rin_video.errors import UsageError
-from rin_video.noise import spread_seed
+from rin_video.noise import PART, spread_seed
 from rin_video.tensors import map_tensors
 from rin_video.tracking import check_trackers
 
@@ -94,6 +94,14 @@ class SharedDraws(TorchFunctionMode):
         super().__init__()
         self.seed, self.batch_size, self.rank, self.num_ranks = seed, batch_size, rank, num_ranks
         self.generators: dict[torch.device, torch.Generator] = {}
+
+    def __enter__(self) -> Any:
+        self.part = PART.set((self.rank, self.num_ranks))
+        return super().__enter__()
+
+    def __exit__(self, *reason: Any) -> None:
+        super().__exit__(*reason)
+        PART.reset(self.part)
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextvars import ContextVar
 
 import numpy as np
 import torch
 from torch import Tensor
+
+# Which part of a batch this process draws for, and of how many: set where several processes share one.
+PART: ContextVar[tuple[int, int]] = ContextVar("PART", default=(0, 1))
 
 
 class NoiseSource:

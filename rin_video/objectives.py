@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rin_video.errors import UsageError
+from rin_video.noise import PART
 from rin_video.schedules import GAMMA_MIN, NoiseLevel
 
 OBJECTIVES = ("eps", "x0", "v", "velocity")
@@ -69,13 +71,14 @@ def sigmoid_weight(snr: Tensor, bias: float = 0.0) -> Tensor:
     return snr * torch.sigmoid(bias - snr.log())
 
 
-def power_weight(snr: Tensor, power: float = 0.5, gamma: float = 20.0) -> Tensor:
-    """Weight on the error of x0: min(snr + 1, gamma)^power. Power 0 is the loss of x0, 1 (without limit) that of v.
+def power_weight(snr: Tensor, power: float = 0.5, limit: float = 20.0) -> Tensor:
+    """Weight on the error of x0: min(snr + 1, limit)^power.
 
-    Layouts are learnt at high noise, which x0 weighs more than v; textures at low noise, which it weighs too little.
-    The default lies between; measured in benchmarks/README.md.
+    Where variance is preserved, power 0 is the loss of x0, and 1 without limit (infinity) that of v. Layouts are learnt
+    at high noise, of which the loss of v has a small share; textures at low noise, of which that of x0 has. Between the
+    two a small model learns both: benchmarks/README.md has the figures.
     """
-    return (snr + 1).clamp(max=gamma) ** power
+    return (snr + 1).clamp(max=limit) ** power
 
 
 LOSS_WEIGHTS: dict[str, Callable[..., Tensor]] = {
@@ -105,6 +108,11 @@ def make_loss_weight(
         raise UsageError(
             f"loss_weight {name} has no parameter {', '.join(sorted(unknown))}: it has {', '.join(known) or 'none'}"
         )
+    for parameter, value in kwargs.items():
+        low = {"bias": -math.inf, "k": 0.0, "power": 0.0}.get(parameter, math.ulp(0.0))
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value >= low:
+            wanted = {-math.inf: "a number", 0.0: "a number, at least 0"}.get(low, "a number above 0")
+            raise UsageError(f"diffusion.loss_weight_kwargs.{parameter} is {value!r}: it must be {wanted}")
     if name == "none":
         return lambda level: 1.0
     on_x0 = partial(LOSS_WEIGHTS[name], **kwargs)
@@ -130,12 +138,14 @@ def uniform_time(count: int, device: torch.device) -> Tensor:
     return torch.rand(count, device=device)
 
 
-def stratified_time(count: int, device: torch.device) -> Tensor:
-    """t uniform in [0, 1], those of a batch equally far apart, so that its loss varies less.
+def low_discrepancy_time(count: int, device: torch.device) -> Tensor:
+    """t uniform in [0, 1], those of a batch equally far apart from a random start, so that its loss varies less.
 
-    Kingma et al. 2021 (arXiv 2107.00630), app. I.1.
+    Of several processes, those of all together. Kingma et al. 2021 (arXiv 2107.00630), app. I.1.
     """
-    return (torch.rand((), device=device) + torch.arange(count, device=device) / count) % 1
+    rank, num_ranks = PART.get()
+    place = (rank * count + torch.arange(count, device=device)) / (count * num_ranks)
+    return (torch.rand((), device=device) + place) % 1
 
 
 def logit_normal_time(count: int, device: torch.device, mean: float = 0.0, std: float = 1.0) -> Tensor:
@@ -145,7 +155,7 @@ def logit_normal_time(count: int, device: torch.device, mean: float = 0.0, std: 
 
 TIME_SAMPLINGS: dict[str, Callable[..., Tensor]] = {
     "uniform": uniform_time,
-    "stratified": stratified_time,
+    "low_discrepancy": low_discrepancy_time,
     "logit_normal": logit_normal_time,
 }
 

@@ -141,16 +141,16 @@ class RIN(nn.Module):
             inputs.append(torch.zeros_like(x[:, :1]) if known is None else known.to(x))
         elif known is not None:
             raise UsageError("the model is not told which cells are known: build it with known_mask=True")
-        noisy = torch.cat(inputs, dim=1) if len(inputs) > 1 else x
+        seen = torch.cat(inputs, dim=1) if len(inputs) > 1 else x
         previous_latents, previous_tokens = latents if isinstance(latents, tuple) else (latents, None)
         tokens, new_latents = self.core(
-            tokenizer.tokenize(noisy),
+            tokenizer.tokenize(seen),
             previous_latents,
             self.conditioner(gamma, label, embedding),
             previous_tokens=previous_tokens,
             grid=tokenizer.token_grid(grid),
         )
-        prediction = tokenizer.detokenize(tokens, grid, noisy)
+        prediction = tokenizer.detokenize(tokens, grid, seen)
         return prediction, (new_latents, tokens) if self.interface_self_conditioning else new_latents
 
     def no_weight_decay(self) -> set[str]:

@@ -54,8 +54,8 @@ def transfer_weights(source: str | os.PathLike[str], model: Any) -> Transfer:
 
     `source` is a folder that training wrote, or a hub id. The core must be as wide and its units alike: else a
     `UsageError`, and nothing is copied. Blocks may be more or fewer. Learned positions of another grid are
-    interpolated; of the latents the first are taken where their number differs. Tokenizers, classes and embeddings that
-    do not fit stay new.
+    interpolated; of the latents the first are taken where their number differs. Further input channels of convolutions
+    (a mask, an estimate) start at zero. Tokenizers, classes and embeddings that do not fit stay new.
     """
     folder = find_model(source)
     config = load_config(folder / CONFIG).model
@@ -69,7 +69,12 @@ def transfer_weights(source: str | os.PathLike[str], model: Any) -> Transfer:
     copies: list[tuple[Tensor, Tensor]] = []
     for name, mine in ours.items():
         other = theirs.get(name)
-        rows = None if other is None or other.shape == mine.shape else _fit(name, other, mine, grids.get(name), config)
+        rows = None
+        if other is not None and other.shape != mine.shape:
+            rows = _fit(name, other, mine, grids.get(name), config)
+            if rows is None and _sees_more(name, config, model.config):
+                rows = torch.zeros_like(mine)
+                rows[:, : other.shape[1]] = other
         if other is not None and (other.shape == mine.shape or rows is not None):
             del theirs[name]
             (result.taken if rows is None else result.fitted).append(name)
@@ -120,6 +125,16 @@ def _fit(name: str, other: Tensor, mine: Tensor, grid: tuple[int, ...] | None, c
     table.table.copy_(other)
     table.interpolate = True
     return table(grid)
+
+
+def _sees_more(name: str, theirs: ModelConfig, ours: ModelConfig) -> bool:
+    """Whether a weight is of a convolution that sees the input, and ours only has channels after theirs."""
+    alike = all(getattr(theirs, option) == getattr(ours, option) for option in ("channels", "conv_width"))
+    (estimate, mask), (our_estimate, our_mask) = (
+        ("x0" in model.self_conditioning, model.known_mask) for model in (theirs, ours)
+    )
+    in_order = mask <= our_mask and (estimate == our_estimate or (our_estimate and not mask))
+    return name.endswith(("conv_in.0.weight", "conv_out.0.weight")) and alike and in_order
 
 
 def _misfit(folder: Path, reason: str, theirs: ModelConfig, ours: ModelConfig) -> UsageError:

@@ -102,10 +102,10 @@ def test_training_memory_is_weights_and_a_linear_share_for_each_sample():
     assert 6 * params * 4 <= beyond < 8 * params * 4  # weights, two moments, three averages; gradients come late
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_training_memory_is_what_a_real_step_takes(checkpointing):
+@pytest.mark.parametrize(("checkpointing", "conv_width"), [(False, 0), (True, 0), (False, 8)])
+def test_training_memory_is_what_a_real_step_takes(checkpointing, conv_width):
     """Shapes without contents give the peak that real tensors have."""
-    config = Config(model=ModelConfig(dim=32, image_size=16, num_latents=16, depth=2))
+    config = Config(model=ModelConfig(dim=32, image_size=16, num_latents=16, depth=2, conv_width=conv_width))
     config.train.train_batch_size, config.train.gradient_checkpointing = 16, checkpointing
     with PeakMemory() as memory:
         model = RIN(config.model)

@@ -109,7 +109,7 @@ def test_a_failing_compiler_is_left_out(tmp_path, monkeypatch, caplog):
 @pytest.mark.parametrize(
     "options",
     [
-        {"image_size": 8, "num_classes": 3},
+        {"image_size": 8, "num_classes": 3, "conv_width": 4},
         {"image_size": 8, "frames": 4, "patch_size": [2, 4, 4], "known_mask": True, "self_conditioning": "latent+x0"},
     ],
     ids=["image", "video"],

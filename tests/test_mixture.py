@@ -186,6 +186,24 @@ def test_another_size_patch_and_depth(tmp_path):
     assert all(name.startswith("core.blocks.2.") for name in transfer_weights(tmp_path / "run", deeper).new)
 
 
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [({"known_mask": True}, ["known"]), ({"self_conditioning": "latent+x0", "known_mask": True}, ["known", "x0"])],
+)
+def test_convolutions_take_further_channels_at_zero(tmp_path, more, told):
+    source = image_run(tmp_path / "run", conv_width=6)
+    convolved = {**CORE, "image_size": 8, "patch_size": 4, "conv_width": 6}
+    model = RIN(**convolved, **more)
+    assert not transfer_weights(tmp_path / "run", model).new
+    x, gamma = torch.randn(2, 3, 8, 8), torch.tensor([0.3, 0.8])
+    inputs = {"known": torch.rand(2, 1, 8, 8) < 0.5, "x0": torch.randn(2, 3, 8, 8)}
+    prediction, _ = model(x, gamma, **{name: inputs[name] for name in told})
+    assert_close(prediction, source(x, gamma)[0], rtol=0, atol=1e-5)
+    save_model(tmp_path / "more", model, Config(model=model.config))
+    fewer = transfer_weights(tmp_path / "more", RIN(**convolved)).new
+    assert fewer == [f"tokenizer image.conv_{way}.0.weight" for way in ("in", "out")]
+
+
 def test_classes_leave_fewer_learned_latents(tmp_path):
     source = image_run(tmp_path / "run")
     model = RIN(**{**CORE, "image_size": 8, "patch_size": 4, "num_classes": 3})

@@ -21,6 +21,8 @@ from rin_video.callbacks import Callback
 from rin_video.checkpoint import newest_state
 from rin_video.datasets.shards import write_shard
 from rin_video.distributed import SharedDraws, share
+from rin_video.noise import PART
+from rin_video.objectives import low_discrepancy_time
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="no gloo")
 
@@ -177,7 +179,8 @@ def test_accumulation_sends_gradients_once_a_step(tmp_path, monkeypatch):
 def test_draws_of_two_are_those_of_one():
     def draw(batch):
         x = torch.zeros(batch, 2, 3)
-        return [torch.rand(batch), torch.randn(batch, 4), torch.randn_like(x), torch.rand_like(x), torch.rand(7)]
+        times = low_discrepancy_time(batch, x.device)
+        return [torch.rand(batch), torch.randn(batch, 4), torch.randn_like(x), torch.rand_like(x), times, torch.rand(7)]
 
     torch.manual_seed(5)
     alone = draw(6)
@@ -185,9 +188,10 @@ def test_draws_of_two_are_those_of_one():
     for rank in range(3):
         with SharedDraws(5, 2, rank, 3):
             parts.append(draw(2))
-    for one, rows in zip(alone[:4], zip(*parts, strict=True), strict=False):
+    for one, rows in zip(alone[:5], zip(*parts, strict=True), strict=False):
         assert torch.equal(torch.cat(rows), one)
-    assert all(torch.equal(part[4], alone[4]) for part in parts)
+    assert all(torch.equal(part[5], alone[5]) for part in parts)
+    assert PART.get() == (0, 1)
 
 
 def test_a_batch_that_cannot_be_shared_out_is_said():

@@ -147,9 +147,9 @@ def test_samples_of_a_batch_do_not_see_each_other(options):
 @pytest.mark.parametrize(
     ("kind", "grid"), [("image", (16, 4)), ("video", (2, 16, 8)), ("video", (10, 4, 4)), ("sequence", (44,))]
 )
-@pytest.mark.parametrize("mixing", ["none", "linear_attention+conv"])
-def test_other_sizes_than_the_built_one(kind, grid, position, mixing):
-    model = build(kind, position=position, interface_mixing=mixing, self_conditioning="latent+interface+x0")
+@pytest.mark.parametrize("options", [{}, {"interface_mixing": "linear_attention+conv", "conv_width": 4}], ids=words)
+def test_other_sizes_than_the_built_one(kind, grid, position, options):
+    model = build(kind, position=position, self_conditioning="latent+interface+x0", known_mask=True, **options)
     x, gamma = inputs(model, grid=grid)
     out, latents = model(x, gamma)
     assert model(x, gamma, latents=latents)[0].shape == out.shape == x.shape

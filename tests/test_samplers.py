@@ -16,8 +16,8 @@ from rin_video.objectives import (
     OBJECTIVES,
     clip_dynamic,
     logit_normal_time,
+    low_discrepancy_time,
     make_loss_weight,
-    stratified_time,
     target,
     to_x0_eps,
 )
@@ -249,7 +249,7 @@ def test_power_weight_lies_between_x0_and_v():
         weights = [make_loss_weight("power", objective, {"power": power})(level).item() for power in (0, 0.5, 1)]
         assert weights == pytest.approx([at_x0, between, at_v])
     clean = NoiseLevel.from_gamma(torch.tensor(0.99, dtype=torch.float64))  # snr 99, limited
-    assert make_loss_weight("power", "x0", {"gamma": 9})(clean).item() == pytest.approx(3)
+    assert make_loss_weight("power", "x0", {"limit": 9})(clean).item() == pytest.approx(3)
 
 
 def test_logit_normal_times():
@@ -260,9 +260,23 @@ def test_logit_normal_times():
     assert n.std().item() == pytest.approx(0.7, abs=0.01)
 
 
-def test_stratified_times_are_uniform_and_equally_far_apart():
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("power", {"limit": 0}, "limit is 0: it must be a number above 0"),
+        ("power", {"power": -1}, "power is -1: it must be a number, at least 0"),
+        ("min_snr", {"gamma": math.nan}, "gamma is nan: it must be a number above 0"),
+        ("sigmoid", {"bias": "a"}, "bias is 'a': it must be a number"),
+    ],
+)
+def test_parameters_of_loss_weights_are_checked(name, options, words):
+    with pytest.raises(UsageError, match=f"diffusion.loss_weight_kwargs.{words}"):
+        make_loss_weight(name, "x0", options)
+
+
+def test_low_discrepancy_times_are_uniform_and_equally_far_apart():
     torch.manual_seed(0)
-    batches = torch.stack([stratified_time(8, torch.device("cpu")) for _ in range(4000)])
+    batches = torch.stack([low_discrepancy_time(8, torch.device("cpu")) for _ in range(4000)])
     assert_close(batches.sort(dim=1).values.diff(dim=1), torch.full((4000, 7), 1 / 8), rtol=0, atol=1e-6)
     for column in batches.T:  # each sample's own time is uniform
         counts = column.histc(10, 0, 1)

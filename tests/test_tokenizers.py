@@ -223,6 +223,8 @@ def test_auto_goes_by_what_the_data_is(options, name):
         ({"frames": 4, "image_size": 8, "patch_size": 4}, r"tubes need three numbers .*\[2,4,4\]"),
         ({"image_size": 8, "patch_size": [2, 2, 2]}, r"model.patch_size .*height, width"),
         ({"image_size": 8, "patch_size": 0}, "at least 1"),
+        ({"image_size": 8, "conv_width": -1}, "model.conv_width is -1.*at least 0"),
+        ({"image_size": 8, "conv_width": 1.5}, "model.conv_width is 1.5"),
     ],
 )
 def test_what_a_configuration_lacks_is_said(options, words):
@@ -397,6 +399,8 @@ def test_a_tokenizer_of_another_distribution_trains_and_samples(plugin):
     assert all((p != before[name]).any() for name, p in model.tokenizer.named_parameters())
     samples = diffusion.sample(2, steps=2, seed=0)
     assert samples.shape == (2, 2, 16)
+    with pytest.raises(UsageError, match="conv_width is 8, but the tokenizer chords convolves nothing"):
+        RIN(dim=16, tokenizer=plugin, sequence_length=16, channels=2, num_latents=4, conv_width=8)
     assert 0 <= samples.min() <= samples.max() <= 1
 
 

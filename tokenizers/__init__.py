@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor, nn
 
+from rin_video.errors import UsageError
 from rin_video.registry import Registry
 from rin_video.tokenizers.image import ImageTokenizer
 from rin_video.tokenizers.patch import PatchTokenizer
@@ -50,7 +51,7 @@ class Tokenizer(Protocol):
         """(B, in_channels, *grid) to (B, N, dim), positions included."""
 
     def detokenize(self, tokens: Tensor, grid: Sequence[int], x: Tensor) -> Tensor:
-        """(B, N, dim) to (B, C, *grid); `x` (B, in_channels, *grid) is what was tokenized, for one that looks again."""
+        """(B, N, dim) to (B, C, *grid). `x` (B, in_channels, *grid) is what was tokenized: most have no use for it."""
 
 
 TOKENIZERS: Registry[type[Tokenizer]] = Registry("tokenizer", group="rin_video.tokenizers")
@@ -68,4 +69,8 @@ def tokenizer_names(config: ModelConfig) -> list[str]:
 
 def make_tokenizer(config: ModelConfig, in_channels: int, name: str | None = None) -> nn.Module:
     """The tokenizer called `name`, or the first one that a configuration names."""
-    return TOKENIZERS.get(name or tokenizer_names(config)[0]).from_config(config, in_channels)
+    name = name or tokenizer_names(config)[0]
+    tokenizer = TOKENIZERS.get(name).from_config(config, in_channels)
+    if config.conv_width and getattr(tokenizer, "conv_in", None) is None:
+        raise UsageError(f"model.conv_width is {config.conv_width}, but the tokenizer {name} convolves nothing: use 0")
+    return tokenizer
