@@ -38,6 +38,7 @@ ROWS = [  # sampler and spacing
     ("dpmpp_2m", "uniform"),
     ("dpmpp_2m", "karras"),
     ("dpmpp_2m_sde", "uniform"),
+    ("dpmpp_2m_sde", "karras"),
     ("dpmpp_3m", "uniform"),
     ("heun", "uniform"),
 ]

@@ -160,7 +160,8 @@ def draw(arm: str, overrides: list[str], weights: Path, num: int, sampler: str) 
     if arm == "rin-video":
         diffusion, _, _, config = our_arm(overrides)
         diffusion.model.load_state_dict(state)
-        return diffusion.sample(num, steps=CALLS, sampler=config.sample.sampler, seed=0, max_batch=100)
+        how = {"sampler": config.sample.sampler, "spacing": config.sample.spacing}
+        return diffusion.sample(num, steps=CALLS, seed=0, max_batch=100, **how)
     diffusion, _, _ = port_arm(ARMS[arm])
     diffusion.model.load_state_dict(state)
     diffusion.use_ddim = sampler == "ddim"

@@ -147,9 +147,9 @@ def contenders(case: str) -> list[tuple[Callable[[], peers.Contender], int]]:
     return [
         (partial(peers.rin, **ours), 3),
         (partial(peers.rin, "rin-video, no self-conditioning", self_cond=0, **ours), 3),
-        (partial(peers.latte, 16, 64, 6, 7), 1),
-        (partial(peers.dit, (3, 16, 64, 64), 6, 9, (2, 4, 4)), 1),
-        (partial(peers.unet3d, 16, 64, 48), 1),
+        (partial(peers.latte, 16, 64, 6, 7), 3),
+        (partial(peers.dit, (3, 16, 64, 64), 6, 9, (2, 4, 4)), 3),
+        (partial(peers.unet3d, 16, 64, 48), 3),
     ]
 
 

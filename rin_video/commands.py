@@ -24,7 +24,7 @@ from rin_video.memory import largest_batch
 from rin_video.passes import extend_parts, parse_size, plan_pass, refuse_extension
 from rin_video.provenance import device_name
 from rin_video.samplers import get_sampler, make_levels
-from rin_video.sampling import sampling_schedule
+from rin_video.sampling import sampling_schedule, suited_spacing
 
 log = logging.getLogger("rin_video")
 
@@ -86,9 +86,11 @@ def sample(options: Namespace) -> None:
     from rin_video.export import check_target, save_parts, save_samples
 
     folder = find_model(options.model)
-    config = load_config(folder / CONFIG, options.overrides)
+    names = {name: getattr(options, name) for name in ("sampler", "schedule")}  # without parameters of others
+    chosen = [f"sample.{name}={value}" for name, value in names.items() if value is not None]
+    config = load_config(folder / CONFIG, [*options.overrides, *chosen])
     wanted = config.sample
-    for name in ("steps", "sampler", "spacing", "schedule", "label", "guidance", "guidance_drop", "fps"):
+    for name in ("steps", "spacing", "label", "guidance", "guidance_drop", "fps"):
         if getattr(options, name) is not None:
             setattr(wanted, name, getattr(options, name))
     wanted.num_samples = wanted.num_samples if options.num is None else options.num
@@ -423,7 +425,9 @@ def check_sampling(config: Config) -> None:
         wanted.label = class_index(wanted.label, config.data.classes, config.model.num_classes)
     get_sampler(wanted.sampler, wanted.sampler_kwargs)
     schedule = sampling_schedule(config.diffusion, wanted.schedule, wanted.schedule_kwargs)
-    make_levels(schedule, wanted.steps, spacing=wanted.spacing, time_difference=wanted.time_difference)
+    in_time = (wanted.schedule, wanted.schedule_kwargs, wanted.time_difference)
+    spacing = wanted.spacing or suited_spacing(wanted.sampler, *in_time)
+    make_levels(schedule, wanted.steps, spacing=spacing, time_difference=wanted.time_difference)
 
 
 def default_preset(frames: int | None, size: str | None) -> str:

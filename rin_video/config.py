@@ -162,6 +162,7 @@ class DiffusionConfig:
             {"mean", "std"} if self.time_sampling == "logit_normal" else set()
         ):
             raise UsageError(f"time_sampling {self.time_sampling} has no parameter {', '.join(sorted(unknown))}")
+        _above("diffusion.time_sampling_kwargs", "std", self.time_sampling_kwargs.get("std", 1.0), 0)
         for kind, weight in self.known.items():
             _choice("diffusion.known", kind, KNOWN_KINDS)
             _at_least(f"diffusion.known.{kind}", weight, 0, float)
@@ -313,7 +314,7 @@ class SampleConfig:
     steps: int = 50  # network calls, or twice as many with heun
     sampler: str = "dpmpp_2m_sde"  # one of SAMPLER_NAMES; this one and 50 by benchmarks/README.md
     sampler_kwargs: dict[str, float] = field(default_factory=dict)  # eta of ddim, churn of heun
-    spacing: str = "uniform"  # of the steps: uniform, quadratic (in t), karras, logsnr (in sigma / alpha)
+    spacing: str | None = None  # uniform, quadratic (in t), karras, logsnr (in sigma / alpha); none: by sampler
     time_difference: float = 0.0  # how many steps further than the clock every step reaches
     schedule: str | None = None  # noise schedule; none: that of training
     schedule_kwargs: dict[str, float] = field(default_factory=dict)  # its parameters
@@ -330,7 +331,8 @@ class SampleConfig:
         for name in ("num_samples", "steps"):
             _at_least(f"sample.{name}", getattr(self, name), 1, int)
         _choice("sample.sampler", self.sampler, SAMPLER_NAMES)
-        _choice("sample.spacing", self.spacing, ("uniform", "quadratic", "karras", "logsnr"))
+        if self.spacing is not None:
+            _choice("sample.spacing", self.spacing, ("uniform", "quadratic", "karras", "logsnr"))
         if self.clip_x0 is not None:
             _choice("sample.clip_x0", self.clip_x0, ("static", "dynamic", "none"))
         _at_least("sample.time_difference", self.time_difference, 0, float)
@@ -379,14 +381,39 @@ def load_config(name_or_file: str | os.PathLike[str] | None = None, overrides: S
     from omegaconf import OmegaConf
 
     merged = OmegaConf.structured(Config)
-    for origin, layer in _layers(name_or_file, overrides):
+    layers = _layers(name_or_file, overrides)
+    for i, (origin, layer) in enumerate(layers):
         _check_keys(OmegaConf.to_container(layer), origin)
+        if i == len(layers) - len(overrides):
+            _forget_parameters(merged, [layer for _, layer in layers[i:]])
         with _plain_errors(origin):
             merged = OmegaConf.merge(merged, layer)
     with _plain_errors("the configuration"):
         config = OmegaConf.to_object(merged)
     assert isinstance(config, Config)
     return config
+
+
+PARAMETERS = {  # of what is chosen by name
+    "diffusion": {
+        "noise_schedule": "schedule_kwargs",
+        "loss_weight": "loss_weight_kwargs",
+        "time_sampling": "time_sampling_kwargs",
+    },
+    "sample": {"sampler": "sampler_kwargs", "schedule": "schedule_kwargs"},
+}
+
+
+def _forget_parameters(merged: Any, overrides: Sequence[Any]) -> None:
+    """Those of a file go where overrides choose something else, or write {} for them: a merge would keep them."""
+    for override in overrides:
+        for section, values in override.items():
+            for name, value in values.items() if hasattr(values, "items") else ():
+                parameters = PARAMETERS.get(section, {}).get(name)
+                if parameters and value != merged[section][name]:
+                    merged[section][parameters] = {}
+                elif value == {} and hasattr(merged[section].get(name), "items"):
+                    merged[section][name] = {}
 
 
 def is_set(key: str, name_or_file: str | os.PathLike[str] | None = None, overrides: Sequence[str] = ()) -> bool:
@@ -500,7 +527,7 @@ class _plain_errors:  # noqa: N801 (reads as a verb)
         from omegaconf.errors import OmegaConfBaseException
         from yaml import YAMLError
 
-        if isinstance(error, OmegaConfBaseException | YAMLError):
+        if isinstance(error, OmegaConfBaseException | YAMLError | TypeError):  # the last of a list for a mapping
             reason = " ".join(line.strip() for line in str(error).splitlines() if "object_type" not in line)
             raise UsageError(f"{self.origin}: {reason}") from None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -66,6 +67,9 @@ def largest_batch(config: Config, device: torch.device, *, num_processes: int = 
     each = max(int(1 + (free - max(one, two - per_sample)) / per_sample), 1)
     if limit is not None:
         each = max(min(each, limit // num_processes), 1)
+    while each > 1 and (too_much := needed(each) - free) > 0:  # a sample of a large batch may need more than of a small
+        per_sample = max(needed(each) - needed(each - 1), 1)
+        each = max(each - math.ceil(too_much / per_sample), 1)
     if device.type == "cuda":
         each = _largest_that_runs(config, device, each, num_processes)
     return each * num_processes

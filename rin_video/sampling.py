@@ -16,7 +16,7 @@ from rin_video.given import Given, check_guidance, check_labels
 from rin_video.known import place_context
 from rin_video.noise import NoiseSource
 from rin_video.objectives import CLIPS
-from rin_video.samplers import get_sampler, make_levels
+from rin_video.samplers import KARRAS, get_sampler, make_levels
 from rin_video.schedules import Schedule, make_schedule
 from rin_video.tensors import from_diffusion_range, join_tensors, map_tensors, to_diffusion_range, to_unit_range
 
@@ -33,7 +33,7 @@ def sample(
     steps: int | None = None,
     sampler: str = SampleConfig.sampler,
     sampler_kwargs: Mapping[str, float] | None = None,
-    spacing: str = SampleConfig.spacing,
+    spacing: str | None = None,
     time_difference: float = 0.0,
     schedule: str | None = None,
     schedule_kwargs: Mapping[str, float] | None = None,
@@ -58,8 +58,10 @@ def sample(
     """Draw `batch_size` samples (B, C, *grid) in [0, 1], at most `max_batch` of them at a time.
 
     `shape` (C, *grid) is the model's where it is not given; `steps` is 50, or `timesteps` if fewer; `schedule`
-    and clipping are those of training. The samplers, their options and the spacings are those of `rin_video.samplers`,
-    guidance is that of `denoiser`. `label` is one class for all or (B,); `embedding` is (L, D) or (B, L, D).
+    and clipping are those of training; `spacing` is "karras" for DPM-Solver++ and Heun, "uniform" for the others and
+    with a `schedule`, its parameters or a `time_difference`. The samplers, their options and the spacings are those of
+    `rin_video.samplers`, guidance is that of `denoiser`. `label` is one class for all or (B,); `embedding` is
+    (L, D) or (B, L, D).
 
     `context` (C, *grid) or (B, C, *grid), in [0, 1] or uint8, is kept bit for bit where `known`, booleans over the
     grid or (B, *grid), is true. A context of fewer frames needs no mask: it is the start.
@@ -85,7 +87,7 @@ def sample(
     levels = make_levels(
         sampling_schedule(diffusion.config, schedule, schedule_kwargs),
         min(SampleConfig.steps, diffusion.config.timesteps) if steps is None else steps,
-        spacing=spacing,
+        spacing=spacing or suited_spacing(sampler, schedule, schedule_kwargs, time_difference),
         time_difference=time_difference,
         scale=diffusion.config.scale,
     )
@@ -195,6 +197,11 @@ def sample_options(diffusion: GaussianDiffusion, config: SampleConfig) -> dict[s
 
 def _at(part: Tensor, indices: Tensor, device: torch.device) -> Tensor:
     return part[indices.to(part.device)].to(device)
+
+
+def suited_spacing(sampler: str, *in_time: Any) -> str:
+    """ "karras" for DPM-Solver++ and Heun; "uniform" for the rest, and with any option that is about time."""
+    return "karras" if sampler in KARRAS and not any(in_time) else "uniform"
 
 
 def sampling_schedule(

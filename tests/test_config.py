@@ -127,6 +127,23 @@ def test_dataclass_then_preset_then_overrides(tmp_path):
     plain(config)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "loss_weight", "kwargs"),
+    [
+        ([], "power", {"power": 0.7}),
+        (["diffusion.loss_weight=none"], "none", {}),
+        (["diffusion.loss_weight_kwargs={}"], "power", {}),
+        (["diffusion.loss_weight_kwargs.gamma=3", "diffusion.loss_weight=min_snr"], "min_snr", {"gamma": 3}),
+        (["diffusion.loss_weight=power", "diffusion.loss_weight_kwargs.limit=5"], "power", {"power": 0.7, "limit": 5}),
+    ],
+)
+def test_another_choice_does_not_keep_the_parameters_of_the_one_before(tmp_path, overrides, loss_weight, kwargs):
+    file = tmp_path / "mine.yaml"
+    file.write_text("diffusion: {loss_weight: power, loss_weight_kwargs: {power: 0.7}}\n")
+    config = load_config(file, overrides).diffusion
+    assert (config.loss_weight, config.loss_weight_kwargs) == (loss_weight, kwargs)
+
+
 def test_defaults_are_not_shared_between_configurations():
     one, other = load_config(), load_config()
     one.train.betas.append(3)
@@ -164,6 +181,7 @@ def test_none_can_be_asked_for(text):
         ("train.betas=[0.9,x]", "train.betas"),
         ("model.qk_norm=perhaps", "model.qk_norm"),
         ("diffusion.schedule_kwargs.tau=x", "tau"),
+        ("diffusion.schedule_kwargs=[1]", "diffusion.schedule_kwargs=[1]: Cannot merge"),
         ("model.dim=null", "model.dim"),
         ("model.dim=[", "model.dim=["),
         ("train.optimizer=sgd", "train.optimizer=sgd is unknown: choose adamw, lamb, muon"),

@@ -64,8 +64,12 @@ def runs(tmp_path_factory) -> Path:
     common = ["train_batch_size=4", "gradient_accumulate_every=2"]
     make_trainer(folder / "one", train_batch_size=4, gradient_accumulate_every=2).train()
     make_trainer(folder / "one-mixture", train_batch_size=4, gradient_accumulate_every=2, mixture=True).train()
+    muon = {"train_batch_size": 4, "gradient_accumulate_every": 2, "optimizer": "muon", "convolutions": True}
+    make_trainer(folder / "one-muon", **muon).train()
     mixed = [str(folder / "mixture"), *common, "mixture=true"]
-    launch(str(folder / "ddp"), *common, "--", str(folder / "fsdp2"), *common, "sharding=fsdp2", "--", *mixed)
+    sharded = [*common, "sharding=fsdp2"]
+    muon = [str(folder / "muon"), *sharded, "optimizer=muon", "convolutions=true"]
+    launch(str(folder / "ddp"), *common, "--", str(folder / "fsdp2"), *sharded, "--", *mixed, "--", *muon)
     return folder
 
 
@@ -82,6 +86,13 @@ def test_clips_mixed_with_images_too(runs):
     one, two = losses(runs / "one-mixture"), losses(runs / "mixture")
     assert len(one) == len(two) == 20
     assert_close(torch.tensor(two), torch.tensor(one), rtol=2e-6, atol=0)
+
+
+def test_muon_sees_whole_matrices_where_they_are_sharded(runs):
+    """Its update is that of a matrix, not of rows; and of convolutions."""
+    one, two = losses(runs / "one-muon"), losses(runs / "muon")
+    assert len(one) == len(two) == 20
+    assert_close(torch.tensor(two), torch.tensor(one), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp2"])

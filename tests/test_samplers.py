@@ -1,6 +1,7 @@
 """Samplers against a denoiser whose score is known exactly: order, churn, spacings, guidance, thresholds."""
 
 import math
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -387,6 +388,24 @@ def test_mistakes_are_named():
         GaussianDiffusion(ScaledGaussian(0.5), loss_weight="min_snr", loss_weight_kwargs={"k": 1})
     with pytest.raises(UsageError, match="time_sampling=normal is unknown"):
         GaussianDiffusion(ScaledGaussian(0.5), time_sampling="normal")
+    with pytest.raises(UsageError, match=r"time_sampling_kwargs.std is -1: it must be above 0"):
+        GaussianDiffusion(ScaledGaussian(0.5), time_sampling="logit_normal", time_sampling_kwargs={"std": -1})
+
+
+def test_the_spacing_suits_the_sampler_unless_it_is_chosen():
+    """Karras for DPM-Solver++ and Heun; uniform for the others, and where a schedule or td speaks of time."""
+    draw = partial(GaussianDiffusion(ScaledGaussian(0.5)).sample, 2, shape=(3,), steps=5, seed=0)
+    for options, spacing in (
+        ({}, "karras"),
+        ({"sampler": "heun"}, "karras"),
+        ({"sampler": "ddim"}, "uniform"),
+        ({"time_difference": 1.0}, "uniform"),
+        ({"schedule": "linear"}, "uniform"),
+        ({"schedule_kwargs": {"tau": 0.5}}, "uniform"),
+    ):
+        other = "uniform" if spacing == "karras" else "quadratic"
+        assert torch.equal(draw(**options), draw(**options, spacing=spacing)), options
+        assert not torch.equal(draw(**options), draw(**options, spacing=other)), options
 
 
 def test_every_option_of_the_configuration_reaches_the_sampler():

@@ -51,6 +51,8 @@ def make_trainer(folder: str | Path, model: dict | None = None, callbacks=(), da
     if options.pop("mixture", False):
         model = {"tokenizer": "tube+image", "frames": 4, "patch_size": (2, 4, 4)}
         data = Mixture(Still(), Noise(), 0.4)
+    if options.pop("convolutions", False):
+        model = {"conv_width": 4}
     defaults = {"train_num_steps": 20, "train_batch_size": 8, "train_lr": 1e-3, "log_every": 1,
                 "save_and_sample_every": 10, "ema_snapshot_every": 5}  # fmt: skip
     diffusion = GaussianDiffusion(RIN(**TINY | (model or {})), timesteps=3)
