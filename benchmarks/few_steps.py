@@ -40,7 +40,9 @@ ROWS = [  # sampler and spacing
     ("dpmpp_2m_sde", "uniform"),
     ("dpmpp_2m_sde", "karras"),
     ("dpmpp_3m", "uniform"),
+    ("dpmpp_3m", "karras"),
     ("heun", "uniform"),
+    ("heun", "karras"),
 ]
 SPOILS = ("not", "noise", "blur", "patches", "frames", "fade")
 WIDTH = 32  # features

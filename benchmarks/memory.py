@@ -22,6 +22,7 @@ CASES = [
     ("image64", 24),
     ("image64", 24, "train.gradient_checkpointing=true"),
     ("image64", 24, "train.mixed_precision=bf16"),
+    ("image64", 24, "model.conv_width=16"),
     ("video64", 1),
     ("video64", 12),
     ("cifar10", 4),
