@@ -382,8 +382,9 @@ def load_config(name_or_file: str | os.PathLike[str] | None = None, overrides: S
 
     merged = OmegaConf.structured(Config)
     layers = _layers(name_or_file, overrides)
-    for i, (origin, layer) in enumerate(layers):
+    for origin, layer in layers:
         _check_keys(OmegaConf.to_container(layer), origin)
+    for i, (origin, layer) in enumerate(layers):
         if i == len(layers) - len(overrides):
             _forget_parameters(merged, [layer for _, layer in layers[i:]])
         with _plain_errors(origin):

@@ -181,6 +181,11 @@ def test_none_can_be_asked_for(text):
         ("train.betas=[0.9,x]", "train.betas"),
         ("model.qk_norm=perhaps", "model.qk_norm"),
         ("diffusion.schedule_kwargs.tau=x", "tau"),
+        (
+            "diffusion.schedule_kwarg={}",
+            "diffusion.schedule_kwarg: did you mean diffusion.schedule_kwargs?",
+        ),
+        ("sampel.sampler_kwargs={}", "unknown key sampel: did you mean sample?"),
         ("diffusion.schedule_kwargs=[1]", "diffusion.schedule_kwargs=[1]: Cannot merge"),
         ("model.dim=null", "model.dim"),
         ("model.dim=[", "model.dim=["),
