@@ -15,14 +15,16 @@ from rin_video.errors import UsageError
 
 T = TypeVar("T")
 FILES_PER_CHILD = 8  # fewer files do not pay for another process
+SECONDS_TO_START = 120.0  # of a child, before its first task: it imports torch, where processes are spawned
 
 
 @dataclass
 class _Child:
     process: Any
     pipe: Connection
+    started: bool = False  # has said so
     task: int | None = None  # what it is at
-    since: float = 0.0
+    since: float = 0.0  # in the future until it has started
 
 
 def run_apart(
@@ -30,8 +32,8 @@ def run_apart(
 ) -> Iterator[tuple[int, Any]]:
     """(i, `work(tasks[i])`) as they come, worked out in child processes; UsageError objects for what cannot be done.
 
-    A child that dies, or takes more than `seconds` for one task, is replaced and its task given up. Children that are
-    to have children of their own cannot be a `daemon`.
+    A child that dies, or takes more than `seconds` for one task (its own start aside), is replaced and its task given
+    up. Children that are to have children of their own cannot be a `daemon`.
     """
     limit = processes or os.cpu_count() or 1
     children = [_start(work, daemon) for _ in range(min(limit, -(-len(tasks) // FILES_PER_CHILD)))]
@@ -45,7 +47,11 @@ def run_apart(
                 assert child.task is not None
                 if child.pipe in ready:
                     try:
-                        yield child.task, child.pipe.recv()
+                        message = child.pipe.recv()
+                        if not child.started:
+                            child.started, child.since = True, time.monotonic()
+                            continue
+                        yield child.task, message
                     except (EOFError, OSError):
                         child.process.join()
                         yield child.task, _died(tasks[child.task], child.process.exitcode)
@@ -81,11 +87,12 @@ def _replace(child: _Child, work: Callable[[T], Any], daemon: bool) -> None:
     child.process.join()
     child.pipe.close()
     fresh = _start(work, daemon)
-    child.process, child.pipe = fresh.process, fresh.pipe
+    child.process, child.pipe, child.started = fresh.process, fresh.pipe, False
 
 
 def _give(child: _Child, tasks: Sequence[T], waiting: Iterator[int]) -> bool:
-    child.task, child.since = next(waiting, None), time.monotonic()
+    child.task = next(waiting, None)
+    child.since = time.monotonic() + (0.0 if child.started else SECONDS_TO_START)
     if child.task is not None:
         child.pipe.send(tasks[child.task])
     return child.task is not None
@@ -97,6 +104,7 @@ def _serve(pipe: Connection, other_end: Connection, work: Callable[[T], Any]) ->
 
     other_end.close()
     torch.set_num_threads(1)
+    pipe.send(None)  # started
     while True:
         try:
             task = pipe.recv()

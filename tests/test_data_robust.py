@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from torch.utils.data import Dataset
 
 from rin_video.config import DataConfig
+from rin_video.datasets import probing
 from rin_video.datasets.index import Entry, Probe, entry_of, load_index, make_index
 from rin_video.datasets.index import Index as DataIndex
 from rin_video.datasets.loading import Batches
@@ -45,6 +47,11 @@ def test_tasks_that_crash_or_hang_cost_only_themselves():
     assert "more than 1 s" in said[1]
     assert said[2] == "no"
     assert "KeyError" in said[3]
+
+
+def test_the_start_of_a_child_is_not_counted_against_its_first_task(monkeypatch):
+    monkeypatch.setattr(probing, "get_context", lambda: get_context("spawn"))  # each imports torch first: seconds
+    assert dict(run_apart(["a", "bb"], len, seconds=0.5)) == {0: 1, 1: 2}
 
 
 def test_the_index_is_kept_updated_and_complete(tmp_path, numbered):
@@ -150,7 +157,8 @@ def drawn(batches, num):
     ("bad", "said"), [("kills", "3 kills the process"), ("hangs", "3 hangs"), ("fails", "sample 3 is damaged")]
 )
 def test_a_sample_that_breaks_its_reader_is_replaced_and_the_run_goes_on(bad, said, caplog):
-    options = DataConfig(num_workers=1, read_timeout=1.0)
+    # The limit is also that of a worker's start: seconds, where processes are spawned.
+    options = DataConfig(num_workers=1, read_timeout=5.0)
     batches = Batches(Rogue(**{bad: 3}), options, 4, seed=1)
     found = drawn(batches, 6)
     batches.close()
