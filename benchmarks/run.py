@@ -454,7 +454,7 @@ CASES: dict[str, tuple[Callable[[Machine], list[Row]], str]] = {
     "arithmetic": (arithmetic, ""),
     "growth": (
         growth,
-        "| clips of 32x32 | M params | 16 frames | 32 | 64 | 128 | 256 | exponents, time and memory | from 64 on |\n"
+        "| clips of 32x32 | M params | 16 frames | 32 | 64 | 128 | 256 | exponents, time and memory | last three |\n"
         "|---|---|---|---|---|---|---|---|---|",
     ),
     "overhead": (overhead, ""),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
@@ -33,7 +34,7 @@ def run_apart(
     """(i, `work(tasks[i])`) as they come, worked out in child processes; UsageError objects for what cannot be done.
 
     A child that dies, or takes more than `seconds` for one task (its own start aside), is replaced and its task given
-    up. Children that are to have children of their own cannot be a `daemon`.
+    up. Children that are to have children of their own cannot be a `daemon`. Raises UsageError if one does not start.
     """
     limit = processes or os.cpu_count() or 1
     children = [_start(work, daemon) for _ in range(min(limit, -(-len(tasks) // FILES_PER_CHILD)))]
@@ -54,9 +55,11 @@ def run_apart(
                         yield child.task, message
                     except (EOFError, OSError):
                         child.process.join()
+                        _must_have_started(child)
                         yield child.task, _died(tasks[child.task], child.process.exitcode)
                         _replace(child, work, daemon)
-                elif time.monotonic() - child.since > seconds:
+                elif time.monotonic() - child.since > seconds and not child.pipe.poll():
+                    _must_have_started(child)
                     yield (
                         child.task,
                         UsageError(f"{shown(str(tasks[child.task]))} takes more than {seconds:g} s to read"),
@@ -64,6 +67,8 @@ def run_apart(
                     _replace(child, work, daemon)
                 else:
                     continue
+                if not child.process.is_alive():
+                    _replace(child, work, daemon)
                 if not _give(child, tasks, waiting):
                     busy.remove(child)
     finally:
@@ -94,7 +99,8 @@ def _give(child: _Child, tasks: Sequence[T], waiting: Iterator[int]) -> bool:
     child.task = next(waiting, None)
     child.since = time.monotonic() + (0.0 if child.started else SECONDS_TO_START)
     if child.task is not None:
-        child.pipe.send(tasks[child.task])
+        with suppress(OSError):  # of a child that is dead: the answer will be missing
+            child.pipe.send(tasks[child.task])
     return child.task is not None
 
 
@@ -120,6 +126,17 @@ def _serve(pipe: Connection, other_end: Connection, work: Callable[[T], Any]) ->
             return
         except Exception as error:  # of a library; a file must not end the search
             pipe.send(UsageError(f"{shown(str(task))} cannot be read: {shown(repr(error))}"))
+
+
+def _must_have_started(child: _Child) -> None:
+    """What fails before is no fault of a file."""
+    if not child.started:
+        code = child.process.exitcode
+        how = f"took more than {SECONDS_TO_START:g} s to start" if code is None else f"ended at its start (code {code})"
+        raise UsageError(
+            f"a process that was to read files {how}: the machine may be short of memory, and where processes are "
+            'spawned (macOS, Windows) a script has to call rin_video under `if __name__ == "__main__":`'
+        )
 
 
 def _died(task: Any, code: int | None) -> UsageError:

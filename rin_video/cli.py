@@ -142,7 +142,9 @@ def make_parser() -> argparse.ArgumentParser:
     sample.add_argument("--num", type=int, metavar="N", help="how many")
     sample.add_argument("--steps", type=int, metavar="N", help="sampling steps")
     sample.add_argument("--sampler", metavar="NAME", help=", ".join(SAMPLER_NAMES))
-    sample.add_argument("--spacing", metavar="NAME", help="of the steps: uniform, quadratic, karras, logsnr")
+    sample.add_argument(
+        "--spacing", metavar="NAME", help="of the steps: uniform, quadratic, karras, logsnr; null: by sampler"
+    )
     sample.add_argument("--schedule", metavar="NAME", help="another noise schedule than that of training")
     sample.add_argument("--class", dest="label", metavar="NAME|N", help="one class, or all in turn (default)")
     sample.add_argument("--caption", nargs="+", metavar="TEXT", help="what the samples are to show; several in turn")

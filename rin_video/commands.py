@@ -86,11 +86,11 @@ def sample(options: Namespace) -> None:
     from rin_video.export import check_target, save_parts, save_samples
 
     folder = find_model(options.model)
-    names = {name: getattr(options, name) for name in ("sampler", "schedule")}  # without parameters of others
+    names = {name: getattr(options, name) for name in ("sampler", "spacing", "schedule")}  # where null is a choice
     chosen = [f"sample.{name}={value}" for name, value in names.items() if value is not None]
     config = load_config(folder / CONFIG, [*options.overrides, *chosen])
     wanted = config.sample
-    for name in ("steps", "spacing", "label", "guidance", "guidance_drop", "fps"):
+    for name in ("steps", "label", "guidance", "guidance_drop", "fps"):
         if getattr(options, name) is not None:
             setattr(wanted, name, getattr(options, name))
     wanted.num_samples = wanted.num_samples if options.num is None else options.num

@@ -202,7 +202,7 @@ class DataConfig:
     prefetch: int = 2  # batches that each of these has ready
     strict: bool = False  # refuse to start where a file cannot be used
     max_failures: int = 100  # samples that may fail later, each replaced by another, before a run stops
-    read_timeout: float = 60.0  # seconds for one file to be read before it is given up
+    read_timeout: float = 60.0  # seconds for a file to be read, or a loader's process to start, before it is given up
     max_pixels: int = 100_000_000  # of a frame or an image: more is taken for a decompression bomb
     allow_pipe: bool = False  # shards may be pipe:COMMAND, which is run
     classes: list[str] = field(default_factory=list)  # names of the sub-folders, as training found them
@@ -314,7 +314,7 @@ class SampleConfig:
     steps: int = 50  # network calls, or twice as many with heun
     sampler: str = "dpmpp_2m_sde"  # one of SAMPLER_NAMES; this one and 50 by benchmarks/README.md
     sampler_kwargs: dict[str, float] = field(default_factory=dict)  # eta of ddim, churn of heun
-    spacing: str | None = None  # uniform, quadratic (in t), karras, logsnr (in sigma / alpha); none: by sampler
+    spacing: str | None = None  # uniform, quadratic (in t), karras, logsnr (in sigma / alpha); null: by sampler
     time_difference: float = 0.0  # how many steps further than the clock every step reaches
     schedule: str | None = None  # noise schedule; none: that of training
     schedule_kwargs: dict[str, float] = field(default_factory=dict)  # its parameters
@@ -386,7 +386,8 @@ def load_config(name_or_file: str | os.PathLike[str] | None = None, overrides: S
         _check_keys(OmegaConf.to_container(layer), origin)
     for i, (origin, layer) in enumerate(layers):
         if i == len(layers) - len(overrides):
-            _forget_parameters(merged, [layer for _, layer in layers[i:]])
+            with _plain_errors("the configuration"):
+                _forget_parameters(merged, [OmegaConf.to_container(layer) for _, layer in layers[i:]])
         with _plain_errors(origin):
             merged = OmegaConf.merge(merged, layer)
     with _plain_errors("the configuration"):
@@ -406,15 +407,21 @@ PARAMETERS = {  # of what is chosen by name
 
 
 def _forget_parameters(merged: Any, overrides: Sequence[Any]) -> None:
-    """Those of a file go where overrides choose something else, or write {} for them: a merge would keep them."""
+    """Those of a file go where overrides choose something else, or write {} for them: a merge would keep them.
+
+    The overrides are plain, with `${...}` as it stands: that counts as something else.
+    """
+    chosen = {}
     for override in overrides:
         for section, values in override.items():
-            for name, value in values.items() if hasattr(values, "items") else ():
-                parameters = PARAMETERS.get(section, {}).get(name)
-                if parameters and value != merged[section][name]:
-                    merged[section][parameters] = {}
-                elif value == {} and hasattr(merged[section].get(name), "items"):
+            for name, value in values.items() if isinstance(values, dict) else ():
+                chosen[section, name] = value
+                if value == {} and hasattr(merged[section].get(name), "items"):
                     merged[section][name] = {}
+    for (section, name), value in chosen.items():
+        parameters = PARAMETERS.get(section, {}).get(name)
+        if parameters and value != merged[section][name]:
+            merged[section][parameters] = {}
 
 
 def is_set(key: str, name_or_file: str | os.PathLike[str] | None = None, overrides: Sequence[str] = ()) -> bool:

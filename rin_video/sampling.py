@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from rin_video.config import DiffusionConfig, SampleConfig
+from rin_video.config import PARAMETERS, DiffusionConfig, SampleConfig
 from rin_video.errors import UsageError
 from rin_video.given import Given, check_guidance, check_labels
 from rin_video.known import place_context
@@ -167,9 +167,13 @@ def sample_from_config(diffusion: GaussianDiffusion, config: SampleConfig, **opt
     """`sample` with the options of a configuration; `config.label` as a number.
 
     Without one, each class in turn where the model has classes. `options` are further arguments of `sample`
-    (seed, progress, ...), and go before the configuration's.
+    (seed, progress, ...), and go before the configuration's; another sampler or schedule leaves its parameters out.
     """
-    return diffusion.sample(**(sample_options(diffusion, config) | options))
+    chosen = sample_options(diffusion, config)
+    for name, parameters in PARAMETERS["sample"].items():
+        if options.get(name, chosen[name]) != chosen[name]:
+            chosen[parameters] = None
+    return diffusion.sample(**(chosen | options))
 
 
 def sample_options(diffusion: GaussianDiffusion, config: SampleConfig) -> dict[str, Any]:

@@ -144,6 +144,18 @@ def test_another_choice_does_not_keep_the_parameters_of_the_one_before(tmp_path,
     assert (config.loss_weight, config.loss_weight_kwargs) == (loss_weight, kwargs)
 
 
+def test_a_choice_may_refer_to_another_and_the_last_one_counts(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("diffusion: {loss_weight: power, loss_weight_kwargs: {power: 0.7}}\n")
+    config = load_config(file, ["model.dim_latent=${model.dim}", "sample.schedule=${diffusion.noise_schedule}"])
+    assert config.model.dim_latent == config.model.dim
+    assert config.sample.schedule == config.diffusion.noise_schedule
+    with pytest.raises(UsageError, match="nope"):
+        load_config(file, ["model.dim_latent=${nope}"])
+    there_and_back = ["diffusion.loss_weight=none", "diffusion.loss_weight=power"]
+    assert load_config(file, there_and_back).diffusion.loss_weight_kwargs == {"power": 0.7}
+
+
 def test_defaults_are_not_shared_between_configurations():
     one, other = load_config(), load_config()
     one.train.betas.append(3)

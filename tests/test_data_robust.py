@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from multiprocessing import get_context
 from pathlib import Path
@@ -52,6 +53,30 @@ def test_tasks_that_crash_or_hang_cost_only_themselves():
 def test_the_start_of_a_child_is_not_counted_against_its_first_task(monkeypatch):
     monkeypatch.setattr(probing, "get_context", lambda: get_context("spawn"))  # each imports torch first: seconds
     assert dict(run_apart(["a", "bb"], len, seconds=0.5)) == {0: 1, 1: 2}
+
+
+def end_at_once(*_):
+    os._exit(1)
+
+
+def test_a_child_that_does_not_start_is_no_fault_of_a_file(monkeypatch):
+    monkeypatch.setattr(probing, "_serve", end_at_once)
+    with pytest.raises(UsageError, match=r"ended at its start \(code 1\).*__main__"):
+        dict(run_apart(["a"], len, seconds=5.0))
+
+
+def end_after_answering(task):
+    if task == "last words":
+        threading.Timer(0.2, os._exit, [3]).start()
+    return len(task)
+
+
+def test_a_child_that_dies_between_tasks_is_replaced():
+    found = {}
+    for i, result in run_apart(["last words", "b", "c"], end_after_answering, seconds=5.0, processes=1):
+        found[i] = result
+        time.sleep(1.0 if i == 0 else 0)
+    assert found == {0: 10, 1: 1, 2: 1}
 
 
 def test_the_index_is_kept_updated_and_complete(tmp_path, numbered):

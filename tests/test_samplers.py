@@ -408,6 +408,16 @@ def test_the_spacing_suits_the_sampler_unless_it_is_chosen():
         assert not torch.equal(draw(**options), draw(**options, spacing=other)), options
 
 
+def test_another_sampler_than_the_configurations_leaves_its_parameters_out():
+    diffusion = GaussianDiffusion(ScaledGaussian(0.5))
+    config = SampleConfig(sampler="ddim", sampler_kwargs={"eta": 0.5}, num_samples=2, steps=4)
+    options = {"shape": (3,), "seed": 0}
+    found = diffusion.sample_from_config(config, sampler="ddpm", **options)
+    assert torch.equal(found, diffusion.sample(2, steps=4, sampler="ddpm", **options))
+    kept = diffusion.sample_from_config(config, **options)
+    assert torch.equal(kept, diffusion.sample(2, steps=4, sampler="ddim", sampler_kwargs={"eta": 0.5}, **options))
+
+
 def test_every_option_of_the_configuration_reaches_the_sampler():
     """`sample_from_config` hands on every field but the file's frame rate and the number of samples."""
     seen = {}
