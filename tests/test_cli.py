@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 
 from rin_video import cli
@@ -278,6 +280,24 @@ def test_the_same_seed_gives_the_same_bytes(train_clips, tmp_path):
     assert one.read_bytes() == same.read_bytes() != other.read_bytes()
     each = draw("each", "--seed", "1", "--max-batch", "1")
     np.testing.assert_allclose(np.load(each), np.load(one), rtol=0, atol=1e-5)
+
+
+def test_another_sampler_than_the_run_s_takes_neither_its_parameters_nor_its_spacing(train_clips, tmp_path):
+    _, run = train_clips
+    older = shutil.copytree(run, tmp_path / "older")
+    config = OmegaConf.load(older / "config.yaml")
+    config.sample.update(sampler="ddim", sampler_kwargs={"eta": 0.5}, spacing="uniform")
+    OmegaConf.save(config, older / "config.yaml")
+
+    def draw(folder, *options):
+        out = tmp_path / "x.npy"
+        assert cli.main(["sample", str(folder), "--num", "1", "--steps", "4", "--out", str(out), *options]) == 0
+        return np.load(out)
+
+    assert np.array_equal(draw(older, "--sampler", "ddpm"), draw(run, "--sampler", "ddpm"))
+    heun = draw(run, "--sampler", "heun")
+    assert np.array_equal(draw(older, "--sampler", "heun", "--spacing", "null"), heun)
+    assert not np.array_equal(draw(older, "--sampler", "heun"), heun)
 
 
 def test_diagnose_writes_pictures_and_words(train_clips, capsys):
