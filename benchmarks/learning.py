@@ -45,16 +45,21 @@ from rin_video.optimizers import make_optimizer
 HERE = Path(__file__).parent
 MINUTES = (2, 5, 15)
 CALLS = 50
-# The port at the same width, depth and latents and patches of 4; its README's training, and other rates.
-PORT = {"dim": 128, "image_size": 32, "patch_size": 4, "channels": 1, "depth": 2, "num_latents": 16, "dim_latent": 128}
+# The port at the same width, depth and latents; its README's training, then other rates, our patches, our batch.
+PORT = {"dim": 128, "image_size": 32, "channels": 1, "depth": 2, "num_latents": 16, "dim_latent": 128}
 PORT |= {"latent_self_attn_depth": 1}
-README = {"train_lr": 1e-4, "batch": 16, "ema_decay": 0.995, "train_prob_self_cond": 0.9}
+README = {"patch_size": 4, "train_lr": 1e-4, "batch": 16, "ema_decay": 0.995, "train_prob_self_cond": 0.9}
 SWEEP: dict[str, dict[str, Any]] = {
     f"rin-pytorch, lr {rate}": README | {"train_lr": float(rate), "ema_decay": 0.999}
     for rate in ("3e-4", "1e-3", "3e-3")
 }
+SWEEP |= {
+    f"rin-pytorch, patches of 8, batch {batch}, lr 1e-3": SWEEP["rin-pytorch, lr 1e-3"]
+    | {"patch_size": 8, "batch": batch}
+    for batch in (16, 64)
+}
 ARMS: dict[str, dict[str, Any]] = {"rin-video": {}, "rin-pytorch, README": README} | SWEEP
-DEFAULT_ARMS = ("rin-video", "rin-pytorch, README", "rin-pytorch, lr 1e-3")  # the last: the best of the sweep
+DEFAULT_ARMS = ("rin-video", "rin-pytorch, README", "rin-pytorch, patches of 8, batch 16, lr 1e-3")  # the sweep's best
 
 
 # ---- data
@@ -94,10 +99,16 @@ def port_arm(options: dict[str, Any]) -> tuple[nn.Module, nn.Module, torch.optim
     import rin_pytorch as port
 
     diffusion = port.GaussianDiffusion(
-        port.RIN(**PORT), timesteps=CALLS, train_prob_self_cond=options["train_prob_self_cond"]
+        port.RIN(**PORT, patch_size=int(options["patch_size"])),
+        timesteps=CALLS,
+        train_prob_self_cond=options["train_prob_self_cond"],
     )
     average = make_ema(diffusion.model, TrainConfig(ema_decay=options["ema_decay"]), torch.device("cpu"))
     return diffusion, average, torch.optim.Adam(diffusion.parameters(), lr=options["train_lr"], betas=(0.9, 0.99))
+
+
+def port_options(arm: str, overrides: list[str]) -> dict[str, Any]:
+    return ARMS[arm] | {name: float(value) for name, value in (word.split("=") for word in overrides)}
 
 
 def train(arm: str, overrides: list[str], minutes: list[float], data: Path | None, out: Path, seed: int) -> None:
@@ -114,7 +125,7 @@ def train(arm: str, overrides: list[str], minutes: list[float], data: Path | Non
             return 0.5 + 0.5 * math.cos(math.pi * max(done - 0.6, 0) / 0.4)
 
     else:
-        options = ARMS[arm] | {name: float(value) for name, value in (word.split("=") for word in overrides)}
+        options = port_options(arm, overrides)
         diffusion, average, optimizer = port_arm(options)
         batch, warmup = int(options["batch"]), 0
 
@@ -162,7 +173,7 @@ def draw(arm: str, overrides: list[str], weights: Path, num: int, sampler: str) 
         diffusion.model.load_state_dict(state)
         how = {"sampler": config.sample.sampler, "spacing": config.sample.spacing}
         return diffusion.sample(num, steps=CALLS, seed=0, max_batch=100, **how)
-    diffusion, _, _ = port_arm(ARMS[arm])
+    diffusion, _, _ = port_arm(port_options(arm, overrides))
     diffusion.model.load_state_dict(state)
     diffusion.use_ddim = sampler == "ddim"
     return torch.cat([diffusion.eval().sample(batch_size=100) for _ in range(num // 100)]).clamp(0, 1)

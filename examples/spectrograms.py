@@ -30,8 +30,9 @@ class Loudness(Callback):
         return {"loudness": diffusion.sample(8, steps=10, label=1, seed=0).mean().item()}
 
 
-out, steps = sys.argv[1], int((sys.argv[2:] or ["2000"])[0])
-model = RIN(dim=64, channels=1, image_size=32, patch_size=4, depth=2, num_latents=32, num_classes=2, num_heads=4)
-diffusion = GaussianDiffusion(model, objective="x0", train_prob_self_cond=0)
-options = {"train_num_steps": steps, "train_lr": 1e-3, "save_and_sample_every": 500}
-Trainer(diffusion, Chirps(), results_folder=out, callbacks=[Loudness()], **options).train()
+if __name__ == "__main__":  # the loader's processes may read this file again
+    out, steps = sys.argv[1], int((sys.argv[2:] or ["2000"])[0])
+    model = RIN(dim=64, channels=1, image_size=32, patch_size=4, depth=2, num_latents=32, num_classes=2, num_heads=4)
+    diffusion = GaussianDiffusion(model, objective="x0", train_prob_self_cond=0)
+    options = {"train_num_steps": steps, "train_lr": 1e-3, "save_and_sample_every": 500}
+    Trainer(diffusion, Chirps(), results_folder=out, callbacks=[Loudness()], **options).train()

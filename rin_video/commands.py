@@ -412,11 +412,13 @@ def choose_batch(config: Config, folder: Path, num_samples: int) -> int:
 def check_sampling(config: Config) -> None:
     """What would fail in sampling, and can be said before: a `UsageError`."""
     wanted = config.sample
-    if wanted.guidance and not config.model.num_classes and not config.model.embedding_dim:
+    drops_label = wanted.guidance and "label" in wanted.guidance_drop
+    if drops_label and not config.model.num_classes and not config.model.embedding_dim:
         raise UsageError(
             f"sample.guidance is {wanted.guidance:g}, but the model has no classes and no embeddings: leave it at 0"
+            f"{', or add --guidance-drop known' if config.model.known_mask else ''}"
         )
-    if wanted.guidance and "label" in wanted.guidance_drop and not config.diffusion.label_dropout:
+    if drops_label and not config.diffusion.label_dropout:
         raise UsageError(
             f"sample.guidance is {wanted.guidance:g}, but the model never learnt to do without labels: "
             "train with diffusion.label_dropout=0.1 (embeddings are dropped with the label)"

@@ -6,7 +6,8 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from rin_video import RIN, GaussianDiffusion, UsageError
-from rin_video.config import KNOWN_KINDS
+from rin_video.commands import check_sampling
+from rin_video.config import KNOWN_KINDS, load_config
 from rin_video.given import Given
 from rin_video.known import KNOWN_MASKS, draw_known, place_context
 from rin_video.noise import NoiseSource
@@ -275,3 +276,9 @@ def test_estimates_hold_what_is_known(objective):
     )
     assert (x0[known] == values[known]).all()
     assert eps.isfinite().all()
+
+
+def test_guidance_by_what_is_known_needs_no_classes():
+    check_sampling(load_config("kinetics600_predict", ["sample.guidance=1", "sample.guidance_drop=known"]))
+    with pytest.raises(UsageError, match="no classes and no embeddings: .* --guidance-drop known"):
+        check_sampling(load_config("kinetics600_predict", ["sample.guidance=1"]))
