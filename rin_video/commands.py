@@ -59,7 +59,7 @@ def train(options: Namespace) -> None:
     told = embedding_shape(dataset)
     if told is not None and not is_set("model.embedding_dim", preset, options.overrides):
         config.model.embedding_tokens, config.model.embedding_dim = told
-    check_sampling(config)
+    check_sampling(config, always_given=bool(config.diffusion.known) and not config.diffusion.known.get("none"))
 
     log.info("data\n%s", _indent(dataset.describe()))
     log.info("model\n%s", describe(config.model))
@@ -409,14 +409,19 @@ def choose_batch(config: Config, folder: Path, num_samples: int) -> int:
     return size
 
 
-def check_sampling(config: Config) -> None:
-    """What would fail in sampling, and can be said before: a `UsageError`."""
+def check_sampling(config: Config, *, always_given: bool = True) -> None:
+    """What would fail in sampling, and can be said before: a `UsageError`. Those of training may be given nothing."""
     wanted = config.sample
     drops_label = wanted.guidance and "label" in wanted.guidance_drop
     if drops_label and not config.model.num_classes and not config.model.embedding_dim:
         raise UsageError(
             f"sample.guidance is {wanted.guidance:g}, but the model has no classes and no embeddings: leave it at 0"
             f"{', or add --guidance-drop known' if config.model.known_mask else ''}"
+        )
+    if wanted.guidance and "known" in wanted.guidance_drop and not (config.model.known_mask and always_given):
+        raise UsageError(
+            f"sample.guidance_drop is {wanted.guidance_drop}, but these samples are given no known cells: "
+            "set it when sampling from a context, with a model of model.known_mask=true"
         )
     if drops_label and not config.diffusion.label_dropout:
         raise UsageError(
