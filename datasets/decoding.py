@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from rin_video.datasets.backends import DECODERS, suitable_backends
+from rin_video.datasets.framing import resize
 from rin_video.datasets.sources import Source, shown
 from rin_video.datasets.video_info import VideoInfo, probe_video, unreadable
 from rin_video.errors import UsageError
@@ -43,8 +44,6 @@ class Video:
 
         Raises IndexError for a frame that the file does not have and UsageError for one that cannot be decoded.
         """
-        from torchvision.transforms.v2 import functional as transforms
-
         wrong = [i for i in indices if not 0 <= i < self.num_frames]
         if wrong:
             raise IndexError(f"{shown(self.path)} has {self.num_frames} frames; there is no frame {wrong[0]}")
@@ -56,9 +55,7 @@ class Video:
                 f"{shown(self.path)} changes its frame size from {self.size} to {tuple(frames.shape[2:])} (H, W): "
                 "re-encode it"
             )
-        if size is not None and tuple(frames.shape[2:]) != size:
-            frames = transforms.resize(frames, list(size), antialias=True)
-        return frames
+        return frames if size is None else resize(frames, size)
 
     def close(self) -> None:
         self._reader.close()

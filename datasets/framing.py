@@ -69,8 +69,7 @@ class Framing:
         """uint8 (..., C, height, width) to (..., C, H, W) as planned."""
         from torchvision.transforms import v2
 
-        if tuple(frames.shape[-2:]) != frame.size:
-            frames = v2.functional.resize(frames, list(frame.size), antialias=True)
+        frames = resize(frames, frame.size)
         H, W = self.size
         frames = frames[..., frame.top : frame.top + H, frame.left : frame.left + W]
         if frame.mirrored:
@@ -91,6 +90,17 @@ class Framing:
         H, W = self.size
         small = sum(height < H or width < W for height, width in sizes)
         return [f"{small} of {len(sizes)} are smaller than {H}x{W} and are enlarged"] if small else []
+
+
+def resize(frames: Tensor, size: tuple[int, int]) -> Tensor:
+    """uint8 (..., C, height, width) to (..., C, H, W), antialiased."""
+    from torchvision.transforms.v2 import functional as transforms
+
+    if tuple(frames.shape[-2:]) == size:
+        return frames
+    if size == (1, 1):  # torch 2.14 fails an assertion when it reduces uint8 to a single pixel
+        return transforms.resize(frames.float(), list(size), antialias=True).round().to(frames.dtype)
+    return transforms.resize(frames, list(size), antialias=True)
 
 
 class Chance:

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from rin_video.config import DataConfig
 from rin_video.datasets.decoding import open_video
-from rin_video.datasets.framing import Chance
+from rin_video.datasets.framing import Chance, resize
 from rin_video.datasets.images import make_framing
 from rin_video.datasets.index import Entry, make_index, refuse_skipped
 from rin_video.datasets.reading import read_image
@@ -154,7 +154,7 @@ def _convert(entry: Entry, job: Job) -> dict[str, bytes]:
     whole = job.options.crop == "random"
     if job.kind == "image":
         image = read_image(entry.source, at_least=job.size, max_pixels=job.options.max_pixels)
-        pixels = _resized(image, frame.size) if whole else framing.cut(image, frame)
+        pixels = resize(image, frame.size) if whole else framing.cut(image, frame)
         buffer = io.BytesIO()
         Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(buffer, "png")
         return {".png": buffer.getvalue()}
@@ -167,12 +167,6 @@ def _convert(entry: Entry, job: Job) -> dict[str, bytes]:
     with open_video(entry.source, job.options.decoder, info) as video:
         blocks = (video.read(indices[i : i + BLOCK], frame.size) for i in range(0, len(indices), BLOCK))
         return {".mp4": _encode((block if whole else framing.cut(block, frame) for block in blocks), fps)}
-
-
-def _resized(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    from torchvision.transforms.v2 import functional as transforms
-
-    return transforms.resize(image, list(size), antialias=True)
 
 
 def _encode(blocks: Any, fps: float) -> bytes:

@@ -48,6 +48,12 @@ def test_exif_orientation_is_applied(tmp_path):
     assert "40x20" in ImageFolder(tmp_path, 8).describe()
 
 
+def test_frames_reduce_to_a_single_pixel():
+    """torch 2.14 fails an assertion there for uint8."""
+    frames = torch.tensor([[0, 100], [50, 90]], dtype=torch.uint8).expand(2, 3, 2, 2)
+    assert torch.equal(Framing(1)(frames, np.random.default_rng(0)), torch.full((2, 3, 1, 1), 60, dtype=torch.uint8))
+
+
 @settings(deadline=None, max_examples=30)
 @given(*[st.integers(1, 40)] * 4, st.sampled_from(["center", "random"]))
 def test_framing_fills_the_size_and_keeps_the_aspect(height, width, H, W, crop):
