@@ -18,7 +18,7 @@ from rin_video.config import DataConfig
 from rin_video.datasets.draws import Draws
 from rin_video.datasets.mixture import make_sampler
 from rin_video.datasets.sources import shown
-from rin_video.errors import UsageError
+from rin_video.errors import DatasetError, UsageError, in_one_line
 
 log = logging.getLogger("rin_video")
 
@@ -44,6 +44,8 @@ class SafeDraws(Dataset[Any]):
             self.at[slot] = candidate
             try:
                 return self.draws[epoch, candidate]
+            except DatasetError:
+                raise
             except UsageError as error:
                 self.bad[candidate] = 1
                 log.warning("left out from now on: %s", error)
@@ -100,6 +102,8 @@ class Batches:
         while True:
             try:
                 batch = next(self._batches)
+            except UsageError as error:
+                raise in_one_line(error) from None
             except RuntimeError as error:  # what torch raises for a worker that died or went silent
                 if not self.options.num_workers or not _lost_worker(error):
                     raise

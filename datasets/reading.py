@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rin_video.datasets.sources import Source, open_source, shown
 from rin_video.datasets.video_info import MAX_PIXELS, check_pixels
-from rin_video.errors import UsageError
+from rin_video.errors import DatasetError, UsageError
 
 PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 ROTATED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
@@ -46,27 +46,36 @@ def read_image(
     Where `at_least` (H, W) is given and the image is more than four times as large, it comes averaged over squares of
     pixels, never below twice that size: a later resize then costs little and cannot alias.
     """
-    from PIL import Image, ImageOps
+    from PIL import ImageOps
 
     source = Path(source) if isinstance(source, str | PathLike) else source
     with _opened(source, max_pixels) as image:
         try:
             _reduce_while_reading(image, at_least)
             image = ImageOps.exif_transpose(image)
-            image = _to_eight_bits(image, source)
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                if channels != 4:
-                    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            elif image.mode != "L":
-                image = image.convert("RGB")
-            if (factor := _reduction(image.size, at_least)) > 1:
-                image = image.reduce(factor)
-            pixels = np.array(image.convert(PIL_MODES[channels]))
+            return to_pixels(image, channels, source, at_least=at_least)
         except UsageError:
             raise
         except Exception as error:  # Pillow's plug-ins raise what they like
             raise _unreadable(source, error) from error
+
+
+def to_pixels(image: Any, channels: int, source: Source | str, *, at_least: tuple[int, int] | None = None) -> Tensor:
+    """A picture of Pillow as uint8 (C, H, W), transparency over white unless C is 4; `at_least` as in `read_image`."""
+    from PIL import Image
+
+    if channels not in PIL_MODES:
+        raise DatasetError(f"{shown(source)} is a picture, of 1, 3 or 4 channels, and the model takes {channels}")
+    image = _to_eight_bits(image, source)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        if channels != 4:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    elif image.mode != "L":
+        image = image.convert("RGB")
+    if (factor := _reduction(image.size, at_least)) > 1:
+        image = image.reduce(factor)
+    pixels = np.array(image.convert(PIL_MODES[channels]))
     return torch.from_numpy(pixels.reshape(*pixels.shape[:2], channels)).permute(2, 0, 1)
 
 
@@ -154,7 +163,7 @@ def _register_heif() -> None:
     register_heif_opener()
 
 
-def _to_eight_bits(image: Any, source: Source) -> Any:
+def _to_eight_bits(image: Any, source: Source | str) -> Any:
     """16-bit grey, which Pillow clips at 255 when asked to convert it, scaled to 8 bits."""
     from PIL import Image
 

@@ -9,6 +9,21 @@ class UsageError(ValueError):
     """
 
 
+class DatasetError(UsageError):
+    """A sample whose form, shape or label shows that the data set is not what training takes.
+
+    Others are of the same make, so that the run stops, where a `UsageError` costs the one sample that raises it.
+    """
+
+
+def in_one_line(error: UsageError) -> UsageError:
+    """An error that torch brought from a process of a loader, without the traceback that it put around it."""
+    lines = str(error).strip().splitlines()
+    if len(lines) < 2 or not lines[0].startswith("Caught "):
+        return error
+    return type(error)(lines[-1].partition("Error: ")[2])
+
+
 def first_line(error: BaseException) -> str:
     """What an error says, in one line; its kind where it says nothing."""
     lines = str(error).strip().splitlines()

@@ -21,6 +21,7 @@ from rin_video.averages import make_ema, make_tracks, save_snapshot, track_state
 from rin_video.callbacks import Callback, append_line
 from rin_video.checkpoint import newest_state, plain, remove_state, save_state, save_weights, saved_states
 from rin_video.config import Config, ModelConfig, SampleConfig, train_config
+from rin_video.datasets.adapters import ADAPTED, BatchCheck, adapt_for
 from rin_video.datasets.clips import ClipFolder
 from rin_video.datasets.draws import Draws, unpack
 from rin_video.datasets.embeddings import embedding_shape
@@ -102,12 +103,16 @@ class Trainer:
         self.batch_size = share(self.options.train_batch_size, self.accelerator.num_processes)
         if isinstance(data, str | os.PathLike):
             data = open_dataset(data, diffusion.shape, config.data, seed=self.options.seed, index=self.folder / INDEX)
+        else:
+            data = adapt_for(diffusion, data)
         self.dataset = data
         check_kinds(diffusion, data)
         check_classes(diffusion, data)
         check_embeddings(diffusion, data)
-        if getattr(diffusion.model, "num_classes", 0):
-            config.data.classes = list(getattr(data, "classes", []))
+        num_classes = getattr(diffusion.model, "num_classes", 0)
+        if num_classes:
+            diffusion.classes = config.data.classes = list(getattr(data, "classes", []))
+        self.check_batch = BatchCheck(num_classes)
 
         if self.options.init_from is not None:
             self.start_from(self.options.init_from, diffusion)
@@ -275,6 +280,7 @@ class Trainer:
     def unpack(self, batch: Any) -> tuple[Tensor, Tensor | None]:
         """A batch of any accepted form as (x, label) on the device; labels only where the model has classes."""
         x, label = unpack(batch)
+        self.check_batch(x, label)
         device = self.accelerator.device
         classes = getattr(self.unwrapped.model, "num_classes", 0)
         if label is not None:
@@ -468,7 +474,8 @@ def check_classes(diffusion: GaussianDiffusion, data: Any) -> None:
     """A model with classes needs as many as the data has."""
     expected = getattr(diffusion.model, "num_classes", 0)
     classes = getattr(data, "classes", None)
-    if expected and classes is not None and len(classes) != expected:
+    unnamed = not classes and isinstance(data, ADAPTED)  # labels are looked at batch by batch
+    if expected and classes is not None and len(classes) != expected and not unnamed:
         raise UsageError(
             f"the model has {expected} classes, the data {len(classes)}: set model.num_classes={len(classes)}"
         )
