@@ -465,6 +465,18 @@ def data_config(**options: Any) -> DataConfig:
     return DataConfig(**options)
 
 
+def check_diffusion_names(options: Any) -> None:
+    """Raises a `UsageError` that names the nearest option of `GaussianDiffusion` for one that is none."""
+    _check_names(options, DiffusionConfig, "GaussianDiffusion", prefix="")
+
+
+def trainer_config(**options: Any) -> tuple[TrainConfig, DataConfig]:
+    """Options of the Trainer by name: fields of `TrainConfig` and of `DataConfig`, which have no name in common."""
+    names = {field.name for field in dataclasses.fields(DataConfig)}
+    data = {name: options.pop(name) for name in names & options.keys()}
+    return train_config(**options), data_config(**data)
+
+
 def train_config(**options: Any) -> TrainConfig:
     """A `TrainConfig`; an unknown option is a `UsageError` that names the nearest one."""
     _check_names(options, TrainConfig, "Trainer", prefix="")

@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rin_video.config import Config, DataConfig, DiffusionConfig, ModelConfig
+from rin_video.config import Config, DataConfig, DiffusionConfig, ModelConfig, check_diffusion_names
 from rin_video.errors import UsageError
 from rin_video.extend import extend
 from rin_video.given import Given, Labels, check_labels
 from rin_video.known import ANY_GRID, draw_known
 from rin_video.objectives import CLIPS, TIME_SAMPLINGS, eps_from_x0, make_loss_weight, target, to_x0_eps
+from rin_video.port import diffusion_options
 from rin_video.samplers import Denoise
 from rin_video.sampling import sample, sample_from_config
 from rin_video.schedules import NoiseLevel, make_schedule
@@ -44,10 +45,10 @@ class GaussianDiffusion(nn.Module):
     there, and every sampler's estimate holds them, so that its path leads to them. Which are known is drawn in training
     from the kinds `known` of `rin_video.known`, by weight, with `known_frames` [least, most] where frames are counted.
 
-    The options are the fields of `DiffusionConfig`, by name or as one `config`; `shape` (C, *grid) is the model's where
-    it has one. `scale` b multiplies the data; unless it is 1, the noisy input is divided by its standard deviation per
-    sample, in training and sampling alike (arXiv 2301.10972). Raises `UsageError` for unknown names and values out of
-    range.
+    The options are the fields of `DiffusionConfig`, by name, or those of the PyTorch port (`rin_video.port`); `shape`
+    (C, *grid) is the model's where it has one. `scale` b multiplies the data; unless it is 1, the noisy input is
+    divided by its standard deviation per sample, in training and sampling alike (arXiv 2301.10972). Raises
+    `UsageError` for unknown names and values out of range.
     """
 
     def __init__(
@@ -70,8 +71,14 @@ class GaussianDiffusion(nn.Module):
         known_frames: Sequence[int] = (),
         clip_x0: str = "static",
         shape: tuple[int, ...] | None = None,
+        **port: Any,
     ) -> None:
         super().__init__()
+        more, self.sampler = diffusion_options(port)
+        loss_weight = more.pop("loss_weight", loss_weight)
+        loss_weight_kwargs = more.pop("loss_weight_kwargs", loss_weight_kwargs)
+        if more:
+            check_diffusion_names(more)
         self.model = model
         self.config = config = DiffusionConfig(
             timesteps=timesteps,
@@ -135,7 +142,7 @@ class GaussianDiffusion(nn.Module):
     def with_model(self, model: nn.Module) -> GaussianDiffusion:
         """The same diffusion around another model."""
         other = GaussianDiffusion(model, **vars(self.config), shape=self.shape)
-        other.classes = self.classes
+        other.classes, other.sampler = self.classes, self.sampler
         return other
 
     # ---- training

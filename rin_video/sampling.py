@@ -32,7 +32,7 @@ def sample(
     *,
     shape: tuple[int, ...] | None = None,
     steps: int | None = None,
-    sampler: str = SampleConfig.sampler,
+    sampler: str | None = None,
     sampler_kwargs: Mapping[str, float] | None = None,
     spacing: str | None = None,
     time_difference: float = 0.0,
@@ -58,7 +58,8 @@ def sample(
 ) -> Any:
     """Draw `batch_size` samples (B, C, *grid) in [0, 1], at most `max_batch` of them at a time.
 
-    `shape` (C, *grid) is the model's where it is not given; `steps` is 50, or `timesteps` if fewer; `schedule`
+    `shape` (C, *grid) is the model's where it is not given; `steps` is 50, or `timesteps` if fewer; `sampler`
+    is `dpmpp_2m_sde`, or that of the diffusion's `use_ddim`; `schedule`
     and clipping are those of training; `spacing` is "karras" for DPM-Solver++ and Heun, "uniform" for the others and
     with a `schedule`, its parameters or a `time_difference`. The samplers, their options and the spacings are those of
     `rin_video.samplers`, guidance is that of `denoiser`. `label` is one class for all or one for each, by number or
@@ -85,6 +86,7 @@ def sample(
         raise UsageError(f"batch_size is {batch_size}: draw at least 1 sample")
     if clip_x0 not in (None, *CLIPS):
         raise UsageError(f"unknown clip_x0 {clip_x0!r}: known are {', '.join(CLIPS)}")
+    sampler = sampler or diffusion.sampler or SampleConfig.sampler
     device = next((p.device for p in diffusion.parameters()), torch.device("cpu"))
     levels = make_levels(
         sampling_schedule(diffusion.config, schedule, schedule_kwargs),

@@ -19,8 +19,8 @@ from tqdm.auto import tqdm
 
 from rin_video.averages import make_ema, make_tracks, save_snapshot, track_state
 from rin_video.callbacks import Callback, append_line
-from rin_video.checkpoint import newest_state, plain, remove_state, save_state, save_weights, saved_states
-from rin_video.config import Config, ModelConfig, SampleConfig, train_config
+from rin_video.checkpoint import load_state, newest_state, plain, remove_state, save_state, save_weights, saved_states
+from rin_video.config import Config, ModelConfig, SampleConfig, trainer_config
 from rin_video.datasets.adapters import ADAPTED, BatchCheck, adapt_for
 from rin_video.datasets.clips import ClipFolder
 from rin_video.datasets.draws import Draws, unpack
@@ -50,6 +50,7 @@ from rin_video.metrics import Metrics, trim_lines
 from rin_video.noise import spread_seed
 from rin_video.optimizers import make_lr_schedule, make_optimizer
 from rin_video.plots import plot_metrics
+from rin_video.port import trainer_options
 from rin_video.provenance import write_provenance
 from rin_video.signals import StopSignals, ignore_signals
 from rin_video.tracking import Tracking
@@ -66,7 +67,8 @@ class Trainer:
 
     `data` is a folder of images or clips (which of the two follows from the model's shape), or any `Dataset` of
     tensors (C, *grid), of (tensor, label) pairs, or of dicts with "x", "label" and "embedding"; values in [0, 1] or
-    uint8. The other options are the fields of `TrainConfig`. `callbacks` look on and measure. `train()` goes on from
+    uint8. The other options are the fields of `TrainConfig` and `DataConfig`,
+    and those of the PyTorch port (`rin_video.port`). `callbacks` look on and measure. `train()` goes on from
     the last whole checkpoint in `results_folder`; a signal ends it with `Stopped`, after a checkpoint.
 
     Written there: `metrics.jsonl` and its curves, `metrics.png`; `samples/` (PNG grids, or MP4 and contact sheets);
@@ -76,8 +78,8 @@ class Trainer:
 
     def __init__(
         self,
-        diffusion: GaussianDiffusion,
-        data: str | os.PathLike[str] | Dataset[Any],
+        diffusion: GaussianDiffusion | None = None,
+        data: str | os.PathLike[str] | Dataset[Any] | None = None,
         *,
         results_folder: str | os.PathLike[str] = "./results",
         num_samples: int = 16,
@@ -86,12 +88,24 @@ class Trainer:
         callbacks: Sequence[Callback] = (),
         **options: Any,
     ) -> None:
+        diffusion = options.pop("diffusion_model", None) if diffusion is None else diffusion
+        given = [data, *(options.pop(name, None) for name in ("dataset", "folder"))]  # the port takes these two
+        data = next((one for one in given if one is not None), None)
+        if diffusion is None or data is None:
+            missing = "a GaussianDiffusion" if diffusion is None else "data: a folder, or a Dataset"
+            raise UsageError(f"Trainer(diffusion, data) was given no {missing}")
+        is_folder = isinstance(data, str | os.PathLike)
         if config is None:
+            channels = (diffusion.shape or (3,))[0]
+            train, reading = trainer_config(**trainer_options(options, channels=channels, is_folder=is_folder))
+            steps = min(SampleConfig.steps, diffusion.config.timesteps)
+            sampler = diffusion.sampler or SampleConfig.sampler
             config = Config(
                 model=getattr(diffusion.model, "config", ModelConfig()),
                 diffusion=diffusion.config,
-                train=train_config(**options),
-                sample=SampleConfig(num_samples=num_samples, steps=min(SampleConfig.steps, diffusion.config.timesteps)),
+                data=reading,
+                train=train,
+                sample=SampleConfig(num_samples=num_samples, steps=steps, sampler=sampler),
             )
         elif options:
             raise UsageError(f"give either config or the options {', '.join(options)}, not both")
@@ -102,6 +116,7 @@ class Trainer:
         self.accelerator = make_accelerator(self.options, self.folder, partial=several_kinds)
         self.batch_size = share(self.options.train_batch_size, self.accelerator.num_processes)
         if isinstance(data, str | os.PathLike):
+            config.data.path = config.data.path or os.fspath(data)
             data = open_dataset(data, diffusion.shape, config.data, seed=self.options.seed, index=self.folder / INDEX)
         else:
             data = adapt_for(diffusion, data)
@@ -129,7 +144,7 @@ class Trainer:
         if self.compiling:
             self.unwrapped.model.compile()
         self.callbacks = [*([Tracking()] if self.options.trackers else []), *callbacks]
-        self.step = 0
+        self.step, self.loaded = 0, False
         self.pending: dict[str, Tensor] | None = None
 
     @property
@@ -148,7 +163,8 @@ class Trainer:
 
     def _train(self) -> None:
         """`train`, for a process that has the folder to itself."""
-        self.resume()
+        if not self.loaded:
+            self.resume()
         if self.is_due(self.options.save_and_sample_every) and not self.is_sampled():
             self.sample()  # it was stopped between the checkpoint and its pictures
         if self.step >= self.options.train_num_steps:
@@ -393,8 +409,11 @@ class Trainer:
         """Folders of the states that can be resumed from, oldest first."""
         return saved_states(self.folder)
 
-    def save(self) -> None:
-        """Write the averaged weights for use, then the state to resume from; old states are dropped."""
+    def save(self, milestone: int | str | None = None) -> None:
+        """Write the averaged weights for use, then the state to resume from; old states are dropped.
+
+        A `milestone` is a state of its own, which stays until it is saved again, and which `load(milestone)` reads.
+        """
         scaler = self.accelerator.scaler
         state = {
             "step": self.step,
@@ -411,13 +430,29 @@ class Trainer:
         prefix = "ema_model."
         weights = {n.removeprefix(prefix): value for n, value in state["ema"].items() if n.startswith(prefix)}
         save_weights(self.folder, weights, self.config)
-        folder = self.folder / "checkpoints" / f"step-{self.step:08d}"
+        folder = self.milestone(f"step-{self.step:08d}" if milestone is None else f"milestone-{milestone}")
         save_state(folder, state)
         every = self.options.keep_every
         for old in self.checkpoints[: -self.options.keep_checkpoints]:
             if not every or int(old.name.removeprefix("step-")) % every:
                 remove_state(old)
         self.call("on_checkpoint", folder)
+
+    def load(self, milestone: int | str) -> None:
+        """Go back to what `save(milestone)` wrote: `train()` goes on from there. `UsageError` where there is none."""
+        folder = self.milestone(f"milestone-{milestone}")
+        if not folder.is_dir():
+            there = sorted(p.name.removeprefix("milestone-") for p in folder.parent.glob("milestone-*"))
+            raise UsageError(
+                f"{self.folder} has no milestone {milestone}: {', '.join(there) or 'none was saved'} (checkpoints of "
+                "other packages, model-N.pt, do not fit this network)"
+            )
+        self.restore(folder, load_state(folder))
+        self.loaded = True
+
+    def milestone(self, name: str) -> Path:
+        """The folder of a state."""
+        return self.folder / "checkpoints" / name
 
     def snapshot(self) -> None:
         """Write down the averages of all lengths, for `rin-video ema`."""
@@ -436,9 +471,11 @@ class Trainer:
     def resume(self) -> None:
         """Go on from the last whole checkpoint. Raises `UsageError` where it is of another model."""
         newest = newest_state(self.folder)
-        if newest is None:
-            return
-        folder, state = newest
+        if newest is not None:
+            self.restore(*newest)
+
+    def restore(self, folder: Path, state: dict[str, Any]) -> None:
+        """Take up a state. Raises `UsageError` where it is of another model."""
         for section, keys in KEPT.items():
             then, now = state["config"][section], plain(getattr(self.config, section))
             for key in keys or now:
