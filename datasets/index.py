@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import logging
 import os
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,11 +28,15 @@ from rin_video.datasets.reading import ImageInfo, probe_image
 from rin_video.datasets.shards import companions, is_shards, members_of, read_text
 from rin_video.datasets.sources import Member, Source, open_source, shown, size_of
 from rin_video.datasets.video_info import MAX_PIXELS, VideoInfo, probe_video
-from rin_video.errors import UsageError
+from rin_video.errors import TimeLimitError, TransientError, UsageError
+
+log = logging.getLogger("rin_video")
 
 VERSION = 2
 INFOS: dict[str, type] = {"image": ImageInfo, "video": VideoInfo, "array": ArrayInfo}
 CAPTION_LENGTH = 10_000
+SAVE_EVERY = 60.0  # seconds: what is found is kept, however the search ends
+MANY = 1000  # files that take a while
 
 
 @dataclass
@@ -45,6 +51,7 @@ class Entry:
     hash: str = ""  # of the content
     class_name: str | None = None
     caption: str | None = None
+    limit: float = 0.0  # seconds after which it was given up; 0: it was not
 
 
 @dataclass(frozen=True)
@@ -200,7 +207,7 @@ def make_index(
         for source in sources:
             size, when = _state(source, modified)
             row = known.get(str(source))
-            if row and row[1:3] == [size, when]:
+            if row and row[1:3] == [size, when] and not 0 < row[-1] < options.read_timeout:
                 entry = entry_of(source, row, INFOS[kind])
             else:
                 entry = Entry(source, size, when)
@@ -208,16 +215,34 @@ def make_index(
             entry.class_name, entry.caption = _about(root, source, aside)
             entries.append(entry)
     bar = tqdm(total=len(changed), desc="looking into files", unit="file", disable=not progress, delay=2)
+    if progress and len(changed) >= MANY:
+        kept = "what is found is kept" if path else f"nothing is kept: `rin-video index {os.fspath(root)}` keeps it"
+        log.info("looking into %d files, once; %s", len(changed), kept)
+    passing: set[int] = set()  # entries that are not the files' fault, and are not kept
+    saved = time.monotonic()
+
+    def save() -> None:
+        found = [e for e in entries if (e.info is not None or e.error is not None) and id(e) not in passing]
+        if path:
+            Index(root, found).save(path, probe)
+
     with bar:
-        for i, result in run_apart([entry.source for entry in changed], probe, seconds=options.read_timeout):
-            if isinstance(result, UsageError):
-                changed[i].error = str(result)
-            else:
-                changed[i].info, changed[i].hash = result
-            bar.update()
+        try:
+            for i, result in run_apart([entry.source for entry in changed], probe, seconds=options.read_timeout):
+                if isinstance(result, UsageError):
+                    changed[i].error = str(result)
+                    changed[i].limit = options.read_timeout if isinstance(result, TimeLimitError) else 0.0
+                    passing.update([id(changed[i])] if isinstance(result, TransientError) else [])
+                else:
+                    changed[i].info, changed[i].hash = result
+                bar.update()
+                if time.monotonic() - saved > SAVE_EVERY:
+                    save()
+                    saved = time.monotonic()
+        finally:
+            if changed or len(known) != len(entries):
+                save()
     index = Index(root, entries)
-    if path and (changed or len(known) != len(entries)):
-        index.save(path, probe)
     if is_shards(root):
         index.entries += [
             Entry(Member(shard, name, 0, 0), 0, 0, error=reason)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -12,7 +13,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
 from rin_video.datasets.sources import shown
-from rin_video.errors import UsageError
+from rin_video.errors import TimeLimitError, TransientError, UsageError
 
 T = TypeVar("T")
 FILES_PER_CHILD = 8  # fewer files do not pay for another process
@@ -62,7 +63,7 @@ def run_apart(
                     _must_have_started(child)
                     yield (
                         child.task,
-                        UsageError(f"{shown(str(tasks[child.task]))} takes more than {seconds:g} s to read"),
+                        TimeLimitError(f"{shown(str(tasks[child.task]))} takes more than {seconds:g} s to read"),
                     )
                     _replace(child, work, daemon)
                 else:
@@ -121,7 +122,7 @@ def _serve(pipe: Connection, other_end: Connection, work: Callable[[T], Any]) ->
         except UsageError as error:
             pipe.send(error)
         except MemoryError:
-            pipe.send(UsageError(f"{shown(str(task))} needs more memory than there is"))
+            pipe.send(TransientError(f"{shown(str(task))} needs more memory than there is"))
         except KeyboardInterrupt:
             return
         except Exception as error:  # of a library; a file must not end the search
@@ -141,4 +142,5 @@ def _must_have_started(child: _Child) -> None:
 
 def _died(task: Any, code: int | None) -> UsageError:
     how = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
-    return UsageError(f"{shown(str(task))} makes its decoder crash ({how}): re-encode it or leave it out")
+    kind = TransientError if code in (-signal.SIGTERM, -getattr(signal, "SIGKILL", 9)) else UsageError
+    return kind(f"{shown(str(task))} makes its decoder crash ({how}): re-encode it or leave it out")

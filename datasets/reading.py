@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rin_video.datasets.sources import Source, open_source, shown
 from rin_video.datasets.video_info import MAX_PIXELS, check_pixels
-from rin_video.errors import DatasetError, UsageError
+from rin_video.errors import DatasetError, TransientError, UsageError
 
 PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 ROTATED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
@@ -180,6 +180,6 @@ def _to_eight_bits(image: Any, source: Source | str) -> Any:
 
 def _unreadable(source: Source, error: Exception) -> UsageError:
     if source.suffix.lower() in (".heic", ".heif") and not _knows_heif():
-        return UsageError(f"{shown(source)} cannot be read as an image here: pip install 'rin-video[heic]'")
+        return TransientError(f"{shown(source)} cannot be read as an image here: pip install 'rin-video[heic]'")
     cause = "it is of no known format" if type(error).__name__ == "UnidentifiedImageError" else shown(str(error))
     return UsageError(f"{shown(source)} cannot be read as an image ({cause}): re-encode it or leave it out")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
-from rin_video.errors import UsageError
+from rin_video.errors import TransientError, UsageError
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def open_source(source: Source) -> BinaryIO:
             return io.BufferedReader(Slice(path, source.offset, source.size), 1 << 16)
         return path.open("rb")
     except OSError as error:
-        raise UsageError(f"{shown(source)} cannot be read: {error.strerror}") from error
+        raise TransientError(f"{shown(source)} cannot be read: {error.strerror}") from error
 
 
 @contextmanager

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import logging
 import os
-import re
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -19,6 +18,7 @@ from rin_video.checkpoint import CONFIG, find_model, newest_state
 from rin_video.config import Config, DataConfig, SampleConfig, class_index, is_set, load_config, presets
 from rin_video.diffusion import GaussianDiffusion
 from rin_video.errors import UsageError
+from rin_video.identity import run_folder
 from rin_video.info import describe, model_info, training_memory
 from rin_video.memory import largest_batch
 from rin_video.passes import extend_parts, parse_size, plan_pass, refuse_extension
@@ -380,11 +380,6 @@ def kind_of(data: str, options: DataConfig) -> str:
     from rin_video.datasets.folders import detect_kind
 
     return detect_kind(data, allow_pipe=options.allow_pipe, cache=run_folder(data) / "pipes")
-
-
-def run_folder(data: str) -> Path:
-    """Where a run on this data writes, unless --out says otherwise."""
-    return Path("runs") / (re.sub(r"[^\w.-]+", "_", Path(data).resolve().stem) or "run")
 
 
 def allow_only(overrides: list[str], *sections: str) -> None:

@@ -9,6 +9,14 @@ class UsageError(ValueError):
     """
 
 
+class TransientError(UsageError):
+    """What a file is not to blame for (rights, a missing package, a killed child): it is tried again the next time."""
+
+
+class TimeLimitError(UsageError):
+    """A file took longer than the limit: with a higher one it may be read."""
+
+
 class DatasetError(UsageError):
     """A sample whose form, shape or label shows that the data set is not what training takes.
 

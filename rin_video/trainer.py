@@ -43,6 +43,7 @@ from rin_video.distributed import (
 from rin_video.errors import Stopped, UsageError
 from rin_video.export import contact_sheet, save_samples
 from rin_video.files import full_disk
+from rin_video.identity import check_same_data, identify
 from rin_video.known import draw_known
 from rin_video.locking import lock_run
 from rin_video.memory import checkpoint_blocks, out_of_memory
@@ -424,6 +425,7 @@ class Trainer:
             "optimizer": whole(self.optimizer.state_dict()),
             "scaler": scaler.state_dict() if scaler is not None else None,
             "metrics": self.pending,
+            "data": identify(self.dataset, self.config),
         }
         if not self.accelerator.is_main_process:
             return
@@ -475,7 +477,8 @@ class Trainer:
             self.restore(*newest)
 
     def restore(self, folder: Path, state: dict[str, Any]) -> None:
-        """Take up a state. Raises `UsageError` where it is of another model."""
+        """Take up a state. Raises `UsageError` where it is of another model, or of other data."""
+        check_same_data(self.folder, state.get("data"), identify(self.dataset, self.config))
         for section, keys in KEPT.items():
             then, now = state["config"][section], plain(getattr(self.config, section))
             for key in keys or now:
