@@ -80,6 +80,8 @@ def add_data_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--size", metavar="N|HxW", help="height and width, in pixels")
     command.add_argument("--images", metavar="DATA", help="images to mix with the clips, data.image_ratio of the steps")
     command.add_argument("--config", metavar="NAME|FILE", help="a preset, or a YAML file (default: by frames and size)")
+    command.add_argument("--image-column", metavar="NAME", help="of a Hugging Face set (default: by type)")
+    command.add_argument("--label-column", metavar="NAME", help="of a Hugging Face set (default: by type)")
     add_reading_options(command)
 
 

@@ -341,11 +341,12 @@ def read_config(options: Namespace, preset: str) -> Config:
 
 def chosen_preset(options: Namespace) -> str:
     """`--config`, or the preset that suits the data and the size."""
-    from rin_video.datasets.hub import is_hub
+    from rin_video.datasets.hub import is_hub, kind_of_hub
 
     frames = options.frames
-    if options.config is None and frames is None and not is_hub(options.data):
-        frames = 0 if kind_of(options.data, read_data_config(options)) == "image" else None
+    if options.config is None and frames is None:
+        find_kind = kind_of_hub if is_hub(options.data) else kind_of
+        frames = 0 if find_kind(options.data, read_data_config(options)) == "image" else None
     return options.config or default_preset(frames, options.size)
 
 
@@ -372,6 +373,8 @@ def read_files_config(options: Namespace) -> DataConfig:
 def set_reading(config: Config, options: Namespace) -> None:
     config.data.strict = config.data.strict or options.strict
     config.data.decoder = options.decoder or config.data.decoder
+    for name in ("image_column", "label_column"):
+        setattr(config.data, name, getattr(options, name, None) or getattr(config.data, name))
     config.data.__post_init__()
 
 

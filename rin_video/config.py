@@ -178,12 +178,14 @@ class DiffusionConfig:
 class DataConfig:
     """Which files, and how a sample is cut from one."""
 
-    path: str | None = None  # a folder, one file, shards {000..123}.tar, or hf:NAME
+    path: str | None = None  # a folder, one file, shards {000..123}.tar, or hf:NAME[[:CONFIGURATION]:SPLIT]
     images: str | None = None  # images to mix with the clips, for model.tokenizer=tube+image
     image_ratio: float = 0.5  # share of the steps that are of images
     embeddings: bool = False  # vectors beside the files (x.npy, x.safetensors beside x.mp4) as conditions
     text_encoder: str | None = None  # captions (x.txt beside x.mp4) through it as conditions: folder or hub id
     caption_tokens: int = 32  # vectors of a caption at most; 1: their mean
+    image_column: str | None = None  # of a Hugging Face set: images or clips; none: the first of that type
+    label_column: str | None = None  # of a Hugging Face set: numbers or text; none: the first of type ClassLabel
     stride: int = 1  # source frames from one frame of a clip to the next
     fps: float | None = None  # resample clips to this rate instead of a stride
     span: str = "window"  # window: as stride and fps say; whole: frames from all over the file
