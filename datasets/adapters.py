@@ -18,6 +18,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset
 from rin_video.datasets.arrays import ArrayFolder
 from rin_video.datasets.buckets import Buckets
 from rin_video.datasets.clips import ClipFolder
+from rin_video.datasets.folders import sort_classes
 from rin_video.datasets.hub import HubDataset
 from rin_video.datasets.images import ImageFolder
 from rin_video.datasets.reading import to_pixels
@@ -226,7 +227,7 @@ class Joined(Dataset[dict[str, Any]]):
         self.parts = list(parts)
         self.ends = np.cumsum([len(part) for part in parts]).tolist()
         lists = [part.classes for part in parts]
-        self.classes = lists[0] if all(names == lists[0] for names in lists) else sorted({*chain(*lists)})
+        self.classes = lists[0] if all(names == lists[0] for names in lists) else sort_classes({*chain(*lists)})
         self.renumber = [[self.classes.index(name) for name in names] for names in lists]
         self.buckets: Buckets | None = getattr(parts[0], "buckets", None)
         shapes = [list(getattr(getattr(part, "buckets", None), "shapes", ())) for part in parts]

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from rin_video.config import DataConfig
 from rin_video.datasets.decoding import open_video, probe_video
+from rin_video.datasets.folders import sort_classes
 from rin_video.datasets.framing import Chance, class_list
 from rin_video.datasets.images import make_framing
 from rin_video.datasets.reading import read_image
@@ -86,9 +87,9 @@ class HubDataset(Dataset[dict[str, Tensor | int]]):
             return labels[0], names, [-1 if value is None else int(value) for value in values]
         if not all(value is None or isinstance(value, str | int) for value in values):
             raise UsageError(f"{os.fspath(self.path)}: column {wanted} holds {table.features[wanted]}: no class labels")
-        ordered = sorted({value for value in values if value is not None and value != -1})
-        number = {value: i for i, value in enumerate(ordered)}
-        return labels[0], [str(value) for value in ordered], [number.get(value, -1) for value in values]
+        names = sort_classes({str(value) for value in values if value is not None and value != -1})
+        number = {name: i for i, name in enumerate(names)}
+        return labels[0], names, [number.get(str(value), -1) for value in values]
 
     def set_epoch(self, epoch: int) -> None:
         self.chance.set_epoch(epoch)

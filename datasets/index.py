@@ -22,11 +22,11 @@ from tqdm.auto import tqdm
 from rin_video.config import DataConfig
 from rin_video.datasets.arrays import ArrayInfo, probe_array
 from rin_video.datasets.decoding import open_video
-from rin_video.datasets.folders import KINDS, find_sources, first_folder, number_classes
+from rin_video.datasets.folders import KINDS, first_folder, number_classes, refuse_splits, split_sources
 from rin_video.datasets.probing import run_apart
 from rin_video.datasets.reading import ImageInfo, probe_image
-from rin_video.datasets.shards import companions, is_shards, members_of, read_text
-from rin_video.datasets.sources import Member, Source, open_source, shown, size_of
+from rin_video.datasets.shards import companion, companions, is_shards, members_of, read_text
+from rin_video.datasets.sources import Member, Source, decode_text, open_source, shown, size_of
 from rin_video.datasets.video_info import MAX_PIXELS, VideoInfo, probe_video
 from rin_video.errors import TimeLimitError, TransientError, UsageError
 
@@ -86,10 +86,10 @@ class Probe:
 
 
 class Index:
-    """The entries of a data set, in the order of their names."""
+    """The entries of a data set, in the order of their names; `others` are the files of other kinds beside them."""
 
-    def __init__(self, root: str | PathLike[str], entries: Sequence[Entry]) -> None:
-        self.root, self.entries = root, list(entries)
+    def __init__(self, root: str | PathLike[str], entries: Sequence[Entry], others: Sequence[Source] = ()) -> None:
+        self.root, self.entries, self.others = root, list(entries), list(others)
 
     @property
     def usable(self) -> list[Entry]:
@@ -121,7 +121,17 @@ class Index:
         lines += [f"captions: {n}"] if (n := sum(entry.caption is not None for entry in good)) else []
         copies = len(good) - len({entry.hash for entry in good})
         lines += [f"{copies} are copies of others"] if copies else []
-        return "\n".join(lines + describe_skipped(self.unusable, limit=20))
+        notes = [f"{shown(entry.source)}: {note}" for entry in good for note in getattr(entry.info, "notes", ())]
+        lines += notes[:20] if good and isinstance(good[0].info, ImageInfo) else []
+        return "\n".join(lines + describe_skipped(self.unusable, limit=20) + self.describe_others(limit=20))
+
+    def describe_others(self, limit: int = 3) -> list[str]:
+        """A line on the files of other kinds, none where there are none."""
+        if not self.others:
+            return []
+        kinds = _counted(other.suffix.lower() or "no suffix" for other in self.others)
+        names = ", ".join(shown(other) for other in self.others[:limit]) + ", ..." * (len(self.others) > limit)
+        return [f"passed over: {len(self.others)} files of other kinds ({kinds}): {names}"]
 
     def save(self, path: Path, probe: Probe) -> None:
         """Write it atomically; several processes may do so at once."""
@@ -195,7 +205,7 @@ def make_index(
     options = options or DataConfig()
     if kind not in KINDS:
         raise UsageError(f"unknown kind {kind!r}: use one of {', '.join(KINDS)}")
-    sources = find_sources(
+    sources, others = split_sources(
         root, KINDS[kind], allow_pipe=options.allow_pipe, cache=path.parent / "pipes" if path else None
     )
     probe = Probe(kind, options.avoid_cuts and kind == "video", options.max_pixels)
@@ -214,6 +224,7 @@ def make_index(
                 changed.append(entry)
             entry.class_name, entry.caption = _about(root, source, aside)
             entries.append(entry)
+    refuse_splits(root, {entry.class_name for entry in entries})
     bar = tqdm(total=len(changed), desc="looking into files", unit="file", disable=not progress, delay=2)
     if progress and len(changed) >= MANY:
         kept = "what is found is kept" if path else f"nothing is kept: `rin-video index {os.fspath(root)}` keeps it"
@@ -242,7 +253,7 @@ def make_index(
         finally:
             if changed or len(known) != len(entries):
                 save()
-    index = Index(root, entries)
+    index = Index(root, entries, others)
     if is_shards(root):
         index.entries += [
             Entry(Member(shard, name, 0, 0), 0, 0, error=reason)
@@ -313,13 +324,13 @@ def _about(
     """Class and caption of a file: its folder, or `.cls` in a shard; `.txt` beside it."""
     name = first_folder(root, source)
     if isinstance(source, Member):
-        beside = aside.get((source.shard, source.stem), {})
-        name = read_text(beside[".cls"]) if ".cls" in beside else name
-        return name, read_text(beside[".txt"]) if ".txt" in beside else None
+        class_file, text_file = (companion(aside, source, suffix) for suffix in (".cls", ".txt"))
+        name = name if class_file is None else read_text(class_file)
+        return name, None if text_file is None else read_text(text_file)
     text = Path(str(source)).with_suffix(".txt")
     try:
-        with text.open(encoding="utf-8", errors="replace") as file:
-            return name, file.read(CAPTION_LENGTH).strip()
+        with text.open("rb") as file:
+            return name, decode_text(file.read(CAPTION_LENGTH))
     except OSError:
         return name, None
 

@@ -13,6 +13,7 @@ from rin_video.config import DataConfig
 from rin_video.datasets.adapters import adapt, check_label_number, draw
 from rin_video.datasets.buckets import BucketSampler
 from rin_video.datasets.draws import DrawSampler
+from rin_video.datasets.folders import sort_classes
 from rin_video.errors import UsageError
 
 
@@ -30,7 +31,7 @@ class Mixture(Dataset[dict[str, Any]]):
         self.clips, self.images, self.image_ratio = clips, images, image_ratio
         self.parts: tuple[Any, Any] = (clips, images)
         names = [list(getattr(part, "classes", [])) for part in self.parts]
-        self.classes: list[str] = sorted({*names[0], *names[1]})
+        self.classes: list[str] = sort_classes({*names[0], *names[1]})
         self.renumber = [[self.classes.index(name) for name in part] for part in names]
         num_buckets = max(self._buckets(clips)) + 1
         self.bucket_of = self._buckets(clips) + [num_buckets + bucket for bucket in self._buckets(images)]

@@ -361,12 +361,16 @@ def class_index(label: Any, classes: Sequence[str], num_classes: int) -> int:
     """A class by name or number as its number. Raises `UsageError` for one that the model does not have."""
     if not num_classes:
         raise UsageError(f"class {label} is asked for, but the model has no classes")
-    if label in classes:
-        return list(classes).index(label)
-    if str(label).isdecimal() and int(label) < num_classes:
+    names = [str(name) for name in classes]
+    if str(label) in names:  # a class called 2 is class 2, be it written as a number or as a name
+        return names.index(str(label))
+    numbered = bool(names) and all(name.isdecimal() for name in names)
+    if str(label).isdecimal() and numbered and int(label) in map(int, names):
+        return [int(name) for name in names].index(int(label))
+    if str(label).isdecimal() and not numbered and int(label) < num_classes:
         return int(label)
-    names = f" ({', '.join(classes)})" if classes else ""
-    raise UsageError(f"the model has no class {label}: it has 0 to {num_classes - 1}{names}")
+    there = f"0 to {num_classes - 1}" + (f" ({', '.join(names)})" if names else "")
+    raise UsageError(f"the model has no class {label}: it has {', '.join(names) if numbered else there}")
 
 
 def presets() -> list[str]:
