@@ -158,7 +158,7 @@ class ClipFolder(Dataset[dict[str, Tensor | int]]):
         lines += [self.embeddings.describe()] if self.embeddings else []
         lines += self.buckets.describe(self.bucket_of)
         lines += self.framing.describe_enlarged(sizes) + describe_skipped(self.skipped)
-        return "\n".join(lines + self.index.describe_others())
+        return "\n".join(lines + self.index.describe_passed_over())
 
     def _plan(self, index: int, epoch: int) -> tuple[int, list[int], Any]:
         file, part, parts = self.places[index]

@@ -99,7 +99,7 @@ class ImageFolder(Dataset[dict[str, Tensor | int]]):
         lines += self.framing.describe_enlarged(self.sizes) + describe_skipped(self.skipped)
         notes = Counter(note for entry in self.index.usable for note in entry.info.notes)
         lines += [f"{count} of {len(self)}: {note}" for note, count in notes.most_common(3)]
-        return "\n".join(lines + self.index.describe_others())
+        return "\n".join(lines + self.index.describe_passed_over())
 
 
 def make_framing(size: Any, options: DataConfig) -> Framing:

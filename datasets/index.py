@@ -86,10 +86,10 @@ class Probe:
 
 
 class Index:
-    """The entries of a data set, in the order of their names; `others` are the files of other kinds beside them."""
+    """The entries of a data set, in the order of their names; `passed_over` are the files of other kinds beside them."""
 
-    def __init__(self, root: str | PathLike[str], entries: Sequence[Entry], others: Sequence[Source] = ()) -> None:
-        self.root, self.entries, self.others = root, list(entries), list(others)
+    def __init__(self, root: str | PathLike[str], entries: Sequence[Entry], passed_over: Sequence[Source] = ()) -> None:
+        self.root, self.entries, self.passed_over = root, list(entries), list(passed_over)
 
     @property
     def usable(self) -> list[Entry]:
@@ -123,15 +123,17 @@ class Index:
         lines += [f"{copies} are copies of others"] if copies else []
         notes = [f"{shown(entry.source)}: {note}" for entry in good for note in getattr(entry.info, "notes", ())]
         lines += notes[:20] if good and isinstance(good[0].info, ImageInfo) else []
-        return "\n".join(lines + describe_skipped(self.unusable, limit=20) + self.describe_others(limit=20))
+        return "\n".join(lines + describe_skipped(self.unusable, limit=20) + self.describe_passed_over(limit=20))
 
-    def describe_others(self, limit: int = 3) -> list[str]:
+    def describe_passed_over(self, limit: int = 3) -> list[str]:
         """A line on the files of other kinds, none where there are none."""
-        if not self.others:
+        if not self.passed_over:
             return []
-        kinds = _counted(other.suffix.lower() or "no suffix" for other in self.others)
-        names = ", ".join(shown(other) for other in self.others[:limit]) + ", ..." * (len(self.others) > limit)
-        return [f"passed over: {len(self.others)} files of other kinds ({kinds}): {names}"]
+        kinds = _counted(other.suffix.lower() or "no suffix" for other in self.passed_over)
+        names = ", ".join(shown(other) for other in self.passed_over[:limit]) + ", ..." * (
+            len(self.passed_over) > limit
+        )
+        return [f"passed over: {len(self.passed_over)} files of other kinds ({kinds}): {names}"]
 
     def save(self, path: Path, probe: Probe) -> None:
         """Write it atomically; several processes may do so at once."""

@@ -19,6 +19,7 @@ PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 ORIENTATION = 274  # the number of the EXIF tag
 TRANSPOSITIONS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # Pillow's, that undo the orientations of EXIF
 TWELVE_BITS = 4095
+STILL = 100  # milliseconds of a frame that names none, as browsers have it
 # Not those that run another program (EPS), lead elsewhere, or are no pictures of a fixed size.
 FORMATS = (
     "PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "HEIF", "TGA", "QOI", "PCX",
@@ -58,6 +59,27 @@ def read_image(
             raise
         except Exception as error:  # Pillow's plug-ins raise what they like
             raise _unreadable(source, error) from error
+
+
+def read_animation(
+    source: str | PathLike[str] | Source, channels: int = 3, *, max_pixels: int = MAX_PIXELS
+) -> tuple[Tensor, np.ndarray, float] | None:
+    """A picture of several frames: uint8 (C, F, H, W), times (F,) and duration in seconds. None for a single frame."""
+    source = Path(source) if isinstance(source, str | PathLike) else source
+    with _opened(source, max_pixels) as image:
+        try:
+            if getattr(image, "n_frames", 1) < 2:
+                return None
+            frames, ends = [], [0.0]
+            for index in range(image.n_frames):
+                image.seek(index)
+                frames.append(to_pixels(image, channels, source))
+                ends.append(ends[-1] + (image.info.get("duration") or STILL) / 1000)
+        except UsageError:
+            raise
+        except Exception as error:  # Pillow's plug-ins raise what they like
+            raise _unreadable(source, error) from error
+    return torch.stack(frames, dim=1), np.array(ends[:-1]), ends[-1]
 
 
 def to_pixels(image: Any, channels: int, source: Source | str, *, at_least: tuple[int, int] | None = None) -> Tensor:

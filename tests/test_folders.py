@@ -126,7 +126,7 @@ def test_clips_that_cannot_be_read_are_named(tmp_path, numbered, suffix):
     (tmp_path / f"b{suffix}").write_bytes(b"nothing of the kind" * 99)
     index = make_index(tmp_path, "video")
     assert [path.name for path, _ in index.unusable] == [f"b{suffix}"]
-    assert not index.others
+    assert not index.passed_over
 
 
 # ---- shards
