@@ -16,7 +16,7 @@ from rin_video.given import Given, check_guidance, check_labels
 from rin_video.known import place_context
 from rin_video.noise import NoiseSource
 from rin_video.objectives import CLIPS
-from rin_video.samplers import KARRAS, get_sampler, make_levels
+from rin_video.samplers import KARRAS, get_sampler, initial_state, make_levels
 from rin_video.schedules import Schedule, make_schedule
 from rin_video.tensors import from_diffusion_range, join_tensors, map_tensors, to_diffusion_range, to_unit_range
 
@@ -115,7 +115,7 @@ def sample(
             )
             start = map_tensors(partial(_at, indices=chunk, device=device), hidden)
             estimates = []
-            for i, step in enumerate(draw(denoise, noise(), levels, noise, start)):
+            for i, step in enumerate(draw(denoise, initial_state(levels, noise), levels, noise, start)):
                 bar.update()
                 if callback is not None:
                     callback(i, from_diffusion_range(step.x0 / diffusion.config.scale))
