@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rin_video.config import Config, DiffusionConfig, ModelConfig
+from rin_video.config import Config, DiffusionConfig, ModelConfig, SampleConfig, TrainConfig
 from rin_video.errors import UsageError
 from rin_video.extend import extend
 from rin_video.given import Given
@@ -50,7 +50,7 @@ class GaussianDiffusion(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        timesteps: int = 1000,
+        timesteps: int | None = None,
         noise_schedule: str = "sigmoid",
         schedule_kwargs: Mapping[str, float] | None = None,
         objective: str = "v",
@@ -91,6 +91,7 @@ class GaussianDiffusion(nn.Module):
         self.loss_weight = make_loss_weight(loss_weight, objective, config.loss_weight_kwargs)
         self.draw_times = partial(TIME_SAMPLINGS[time_sampling], **config.time_sampling_kwargs)
         self.shape: tuple[int, ...] | None = shape or getattr(model, "shape", None)
+        self.precision = "no"  # in which it was trained, and is sampled where nothing else is said
         self._check_known()
 
     @classmethod
@@ -106,7 +107,9 @@ class GaussianDiffusion(nn.Module):
         from rin_video.checkpoint import load_model
 
         model, config = load_model(source, device=device)
-        return cls.from_config(model, config.diffusion).to(device)
+        diffusion = cls.from_config(model, config.diffusion).to(device)
+        diffusion.precision = config.train.mixed_precision
+        return diffusion
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write a RIN and this diffusion as `config.yaml` and `model.safetensors`, which `from_pretrained` reads."""
@@ -115,7 +118,9 @@ class GaussianDiffusion(nn.Module):
         config = getattr(self.model, "config", None)
         if not isinstance(config, ModelConfig):
             raise UsageError(f"only a RIN can be saved like this, not {type(self.model).__name__}")
-        save_model(folder, self.model, Config(model=config, diffusion=self.config))
+        train = TrainConfig(mixed_precision=self.precision)
+        steps = SampleConfig(steps=self.config.timesteps or SampleConfig.steps)
+        save_model(folder, self.model, Config(model=config, diffusion=self.config, train=train, sample=steps))
 
     def push_to_hub(self, repo: str, *, private: bool = False, license: str | None = None) -> str:
         """Put model and diffusion on the Hugging Face hub as `user/name`; returns the address. See `hub.push`."""
@@ -127,7 +132,9 @@ class GaussianDiffusion(nn.Module):
 
     def with_model(self, model: nn.Module) -> GaussianDiffusion:
         """The same diffusion around another model."""
-        return GaussianDiffusion(model, **vars(self.config), shape=self.shape)
+        diffusion = GaussianDiffusion(model, **vars(self.config), shape=self.shape)
+        diffusion.precision = self.precision
+        return diffusion
 
     # ---- training
 
@@ -213,7 +220,8 @@ class GaussianDiffusion(nn.Module):
             gamma = level.gamma.float().flatten().expand(len(x_t))
         else:  # filled where it is needed: a copy would wait for the device
             gamma = torch.full((len(x_t),), level.gamma, dtype=torch.float32, device=x_t.device)
-        return self.model(x_t, gamma, **inputs)
+        prediction, latents = self.model(x_t, gamma, **inputs)
+        return prediction.to(x_t.dtype), latents  # of half precision under autocast: a sampler's arithmetic is not
 
     def carry(self, latents: Any, x0: Tensor) -> dict[str, Any]:
         """What goes from one pass to the next; the estimate in the data's own range, whatever the scale."""

@@ -49,6 +49,7 @@ from rin_video.metrics import Metrics, trim_lines
 from rin_video.noise import spread_seed
 from rin_video.optimizers import make_lr_schedule, make_optimizer
 from rin_video.plots import plot_metrics
+from rin_video.precision import tf32_products
 from rin_video.provenance import write_provenance
 from rin_video.signals import StopSignals, ignore_signals
 from rin_video.tracking import Tracking
@@ -90,7 +91,7 @@ class Trainer:
                 model=getattr(diffusion.model, "config", ModelConfig()),
                 diffusion=diffusion.config,
                 train=train_config(**options),
-                sample=SampleConfig(num_samples=num_samples, steps=min(SampleConfig.steps, diffusion.config.timesteps)),
+                sample=SampleConfig(num_samples=num_samples, steps=diffusion.config.timesteps or SampleConfig.steps),
             )
         elif options:
             raise UsageError(f"give either config or the options {', '.join(options)}, not both")
@@ -111,6 +112,7 @@ class Trainer:
 
         if self.options.init_from is not None:
             self.start_from(self.options.init_from, diffusion)
+        diffusion.precision = self.options.mixed_precision
         device = self.accelerator.device
         self.optimizer = make_optimizer(diffusion, config)
         self.schedule = make_lr_schedule(self.optimizer, config)
@@ -169,7 +171,8 @@ class Trainer:
         )
         self.call("on_start")
         try:
-            with StopSignals() as signals, bar, full_disk(self.folder), out_of_memory(self):
+            precise = tf32_products(self.options.mixed_precision)
+            with StopSignals() as signals, bar, precise, full_disk(self.folder), out_of_memory(self):
                 while self.step < self.options.train_num_steps:
                     terms, grad_norm, waited = self.train_step(batches)
                     metrics.add(terms, grad_norm, waited)
@@ -244,7 +247,7 @@ class Trainer:
         try:
             with self.accelerator.autocast():
                 term: LossTerms = self.diffusion(x, label, embedding=embedding, per_sample=True)
-                self.accelerator.backward(term.loss.mean() / count)
+            self.accelerator.backward(term.loss.mean() / count)
         except Exception as error:
             if not self.compiling or isinstance(error, torch.OutOfMemoryError):
                 raise

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from rin_video import RIN, GaussianDiffusion, UsageError
+from rin_video.config import load_config
 from rin_video.noise import NoiseSource
 from rin_video.objectives import OBJECTIVES, target, to_x0_eps
 from rin_video.schedules import NoiseLevel
@@ -183,6 +184,17 @@ def test_sampling_leaves_the_mode_and_the_random_state_alone():
     diffusion.sample(1, steps=1, seed=0)
     assert diffusion.training
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_timesteps_are_the_sampling_steps_where_none_are_asked_for(tmp_path):
+    """As in the port. They had no effect above 50."""
+    for timesteps, steps, calls in ((60, None, 60), (60, 7, 7), (None, None, 50), (3, None, 3)):
+        model = Recorder()
+        GaussianDiffusion(model, timesteps=timesteps).sample(1, shape=(2,), steps=steps)
+        assert len(model.calls) == calls
+    diffusion = GaussianDiffusion(RIN(**TINY, image_size=8, patch_size=4), timesteps=60)
+    diffusion.save_pretrained(tmp_path)
+    assert load_config(tmp_path / "config.yaml").sample.steps == 60  # what `rin-video sample` goes by
 
 
 def test_usage_of_the_known_port_stands():
