@@ -86,7 +86,7 @@ class Probe:
 
 
 class Index:
-    """The entries of a data set, in the order of their names; `passed_over` are the files of other kinds beside them."""
+    """The entries of a data set, in the order of their names; `passed_over` are the other files beside them."""
 
     def __init__(self, root: str | PathLike[str], entries: Sequence[Entry], passed_over: Sequence[Source] = ()) -> None:
         self.root, self.entries, self.passed_over = root, list(entries), list(passed_over)

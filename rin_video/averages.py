@@ -1,7 +1,8 @@
 """Averaged weights: the one that is used while training, and lengths that are put together afterwards.
 
-`EMA` follows `ema_decay`. Beside it, power-function averages (Karras et al. 2024, arXiv 2312.02696) of a few lengths
-are tracked and written down now and then; any other length is a weighted sum of these snapshots.
+`WarmedEMA` follows `ema_decay` and `ema_warmup`. Beside it, power-function averages (Karras et al. 2024, arXiv
+2312.02696) of a few lengths are tracked and written down now and then; any other length is a weighted sum of these
+snapshots.
 """
 
 from __future__ import annotations
@@ -41,11 +42,28 @@ class Track(KarrasEMA):
         torch._foreach_lerp_(averages, values, 1 - self.beta)
 
 
-def make_ema(model: nn.Module, options: TrainConfig, device: torch.device) -> EMA:
-    """The average that is sampled from. Its counters stay on the CPU: reading them must not wait for a GPU."""
-    ema = EMA(
+class WarmedEMA(EMA):
+    """`EMA` whose decay is that of one step: an update after `update_every` steps decays by as many of them."""
+
+    def get_current_decay(self) -> float:
+        """Of one update. After `n` steps that of a step is min(beta, 1 - 1 / (1 + n / inv_gamma))."""
+        return super().get_current_decay() ** self.update_every
+
+
+def make_ema(model: nn.Module, options: TrainConfig, device: torch.device) -> WarmedEMA:
+    """The average that is sampled from. Its counters stay on the CPU: reading them must not wait for a GPU.
+
+    A decay d averages over about 1 / (1 - d) steps. During the warm-up that is at most the share `ema_warmup` of the
+    steps done, so that the first weights are forgotten; without one d is constant, as in the authors' release.
+    """
+    if options.ema_warmup is None:
+        warmup = {"min_value": options.ema_decay}
+    else:
+        warmup = {"power": 1.0, "inv_gamma": 1 / options.ema_warmup}
+    ema = WarmedEMA(
         model,
         beta=options.ema_decay,
+        **warmup,
         update_after_step=0,
         update_every=options.ema_update_every,
         include_online_model=False,

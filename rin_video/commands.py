@@ -40,7 +40,6 @@ def train(options: Namespace) -> None:
     config = read_config(options, preset)
     if options.steps is not None:
         config.train.train_num_steps = options.steps
-        config.train.warmup_steps = min(config.train.warmup_steps, options.steps // 2)
     if options.batch_size not in (None, "auto"):
         config.train.train_batch_size = options.batch_size
     config.data.embeddings = options.embeddings or config.data.embeddings
@@ -48,6 +47,8 @@ def train(options: Namespace) -> None:
     config.data.__post_init__()
     config.train.init_from = options.init_from or config.train.init_from
     config.train.__post_init__()
+    if not is_set("train.warmup_steps", None, options.overrides):
+        shorten_warmup(config)
 
     folder = Path(options.out or run_folder(options.data))
     if folder.exists() and not folder.is_dir():
@@ -78,6 +79,19 @@ def train(options: Namespace) -> None:
     )
     trainer.train()
     log.info("done: rin-video sample %s", folder)
+
+
+def shorten_warmup(config: Config) -> None:
+    """A preset's warm-up is at most half of the steps; one that is shortened is said."""
+    wanted, most = config.train.warmup_steps, config.train.train_num_steps // 2
+    if wanted > most:
+        log.info(
+            "warm-up: %d steps, half of the training, instead of %d (train.warmup_steps=%d keeps it)",
+            most,
+            wanted,
+            wanted,
+        )
+        config.train.warmup_steps = most
 
 
 def sample(options: Namespace) -> None:

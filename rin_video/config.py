@@ -135,7 +135,7 @@ KNOWN_KINDS = ("none", "first", "last", "ends", "frames", "boxes")
 class DiffusionConfig:
     """What the network learns to predict, and at which noise levels."""
 
-    timesteps: int = 1000  # sampling steps at most, where none are asked for
+    timesteps: int | None = None  # sampling steps where none are asked for; null: those of sample.steps
     noise_schedule: str = "sigmoid"  # linear, cosine, cosine_simple, sigmoid, rectified_flow
     schedule_kwargs: dict[str, float] = field(default_factory=dict)  # start, end, tau of cosine and sigmoid
     objective: str = "v"  # eps, x0, v, velocity (of rectified flow)
@@ -154,7 +154,8 @@ class DiffusionConfig:
     def __post_init__(self) -> None:
         _choice("time_sampling", self.time_sampling, ("uniform", "low_discrepancy", "logit_normal"))
         _choice("clip_x0", self.clip_x0, ("static", "dynamic", "none"))
-        _at_least("timesteps", self.timesteps, 1, int)
+        if self.timesteps is not None:
+            _at_least("timesteps", self.timesteps, 1, int)
         for name in ("train_prob_self_cond", "self_cond_gap", "label_dropout"):
             _within(name, getattr(self, name), 0, 1)
         _above("diffusion", "scale", self.scale, 0)
@@ -236,6 +237,9 @@ class DataConfig:
         _range("data.augment_speed", self.augment_speed, 0.1, 10)
 
 
+PRECISIONS = ("no", "tf32", "bf16", "fp16")
+
+
 @dataclass
 class TrainConfig:
     """The optimisation."""
@@ -251,11 +255,12 @@ class TrainConfig:
     lr_cosine_portion: float = 1.0  # how much of the cosine's half period the run covers
     warmup_steps: int = 0  # the learning rate rises linearly over these
     max_grad_norm: float = 1.0  # 0: no clipping
-    ema_decay: float = 0.9999  # of the averaged weights, reached by a warm-up
+    ema_decay: float = 0.9999  # of the averaged weights, for one step, whatever `ema_update_every` is
+    ema_warmup: float | None = 0.1  # they span at most this share of the steps done so far; null: no warm-up
     ema_update_every: int = 1  # steps
     ema_sigma_rel: list[float] = field(default_factory=lambda: [0.05, 0.1])  # two lengths or more for `rin-video ema`
     ema_snapshot_every: int = 5000  # steps between what `rin-video ema` puts together
-    mixed_precision: str = "no"  # no (fp32), bf16, fp16
+    mixed_precision: str = "no"  # no (fp32), tf32 (products of fp32 on a CUDA GPU), bf16, fp16
     gradient_checkpointing: bool = False  # compute each block again for its gradient: less memory, more time
     compile: bool = False  # torch.compile the model; left out where it fails
     sharding: str = "none"  # none (every process holds the model: DDP), fsdp2 (each holds a part)
@@ -270,7 +275,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _choice("train.optimizer", self.optimizer, ("adamw", "lamb", "muon"))
         _choice("train.lr_schedule", self.lr_schedule, ("cosine", "constant"))
-        _choice("train.mixed_precision", self.mixed_precision, ("no", "bf16", "fp16"))
+        _choice("train.mixed_precision", self.mixed_precision, PRECISIONS)
         _choice("train.sharding", self.sharding, ("none", "fsdp2"))
         for name in (
             "train_num_steps",
@@ -290,6 +295,8 @@ class TrainConfig:
         for name in ("weight_decay", "max_grad_norm"):
             _at_least(f"train.{name}", getattr(self, name), 0, float)
         _within("train.ema_decay", self.ema_decay, 0, 1)
+        if self.ema_warmup is not None:
+            _above("train", "ema_warmup", self.ema_warmup, 0)
         for sigma_rel in self.ema_sigma_rel:
             check_sigma_rel("train.ema_sigma_rel", sigma_rel)
         if len(self.ema_sigma_rel) == 1 or len(set(self.ema_sigma_rel)) != len(self.ema_sigma_rel):
@@ -327,6 +334,7 @@ class SampleConfig:
     batched_guidance: bool = True  # both branches in one forward pass; false: in two, with less memory
     guidance_rescale: float = 0.0  # 0 to 1: keeps the spread of the guided prediction
     clip_x0: str | None = None  # none: as in training
+    precision: str | None = None  # no (fp32), tf32, bf16, fp16; null: that of training, on a CPU fp32
     fps: float = 8.0  # of the clips that are written
 
     def __post_init__(self) -> None:
@@ -335,6 +343,8 @@ class SampleConfig:
         _choice("sample.sampler", self.sampler, SAMPLER_NAMES)
         if self.spacing is not None:
             _choice("sample.spacing", self.spacing, ("uniform", "quadratic", "karras", "logsnr"))
+        if self.precision is not None:
+            _choice("sample.precision", self.precision, PRECISIONS)
         if self.clip_x0 is not None:
             _choice("sample.clip_x0", self.clip_x0, ("static", "dynamic", "none"))
         _at_least("sample.time_difference", self.time_difference, 0, float)

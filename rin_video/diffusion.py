@@ -12,7 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rin_video.config import Config, DataConfig, DiffusionConfig, ModelConfig, check_diffusion_names
+from rin_video.config import (
+    Config,
+    DataConfig,
+    DiffusionConfig,
+    ModelConfig,
+    SampleConfig,
+    TrainConfig,
+    check_diffusion_names,
+)
 from rin_video.errors import UsageError
 from rin_video.extend import extend
 from rin_video.given import Given, Labels, check_labels
@@ -54,7 +62,7 @@ class GaussianDiffusion(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        timesteps: int = 1000,
+        timesteps: int | None = None,
         noise_schedule: str = "sigmoid",
         schedule_kwargs: Mapping[str, float] | None = None,
         objective: str = "v",
@@ -103,6 +111,7 @@ class GaussianDiffusion(nn.Module):
         self.shape: tuple[int, ...] | None = shape or getattr(model, "shape", None)
         self.classes: list[str] = []  # names, where training or a run's configuration says them
         self.unchecked = LOOKED_AT
+        self.precision = "no"  # in which it was trained, and is sampled where nothing else is said
         self._check_known()
 
     @classmethod
@@ -120,6 +129,7 @@ class GaussianDiffusion(nn.Module):
         model, config = load_model(source, device=device)
         diffusion = cls.from_config(model, config.diffusion).to(device)
         diffusion.classes = list(config.data.classes)
+        diffusion.precision = config.train.mixed_precision
         return diffusion
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
@@ -129,7 +139,10 @@ class GaussianDiffusion(nn.Module):
         config = getattr(self.model, "config", None)
         if not isinstance(config, ModelConfig):
             raise UsageError(f"only a RIN can be saved like this, not {type(self.model).__name__}")
-        save_model(folder, self.model, Config(config, self.config, DataConfig(classes=list(self.classes))))
+        train = TrainConfig(mixed_precision=self.precision)
+        steps = SampleConfig(steps=self.config.timesteps or SampleConfig.steps)
+        data = DataConfig(classes=list(self.classes))
+        save_model(folder, self.model, Config(config, self.config, data, train, steps))
 
     def push_to_hub(self, repo: str, *, private: bool = False, license: str | None = None) -> str:
         """Put model and diffusion on the Hugging Face hub as `user/name`; returns the address. See `hub.push`."""
@@ -142,7 +155,7 @@ class GaussianDiffusion(nn.Module):
     def with_model(self, model: nn.Module) -> GaussianDiffusion:
         """The same diffusion around another model."""
         other = GaussianDiffusion(model, **vars(self.config), shape=self.shape)
-        other.classes, other.sampler = self.classes, self.sampler
+        other.classes, other.sampler, other.precision = self.classes, self.sampler, self.precision
         return other
 
     # ---- training
@@ -238,7 +251,8 @@ class GaussianDiffusion(nn.Module):
             gamma = level.gamma.float().flatten().expand(len(x_t))
         else:  # filled where it is needed: a copy would wait for the device
             gamma = torch.full((len(x_t),), level.gamma, dtype=torch.float32, device=x_t.device)
-        return self.model(x_t, gamma, **inputs)
+        prediction, latents = self.model(x_t, gamma, **inputs)
+        return prediction.to(x_t.dtype), latents  # of half precision under autocast: a sampler's arithmetic is not
 
     def carry(self, latents: Any, x0: Tensor) -> dict[str, Any]:
         """What goes from one pass to the next; the estimate in the data's own range, whatever the scale."""

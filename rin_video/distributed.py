@@ -47,7 +47,7 @@ def make_accelerator(options: TrainConfig, folder: Path, *, partial: bool = Fals
     AcceleratorState._reset_state()  # accelerate keeps the precision of the first Trainer of a process otherwise
     accelerator = Accelerator(
         cpu=no_accelerator(),
-        mixed_precision=options.mixed_precision,
+        mixed_precision="no" if options.mixed_precision == "tf32" else options.mixed_precision,
         log_with=list(options.trackers) or None,
         project_dir=folder,
         fsdp_plugin=plugin,

@@ -62,7 +62,7 @@ def training_memory(config: Config, *, device: str = "cpu", num_processes: int =
     counted, temporary results and gradients included. Sharding is not: with FSDP2 it is less.
     """
     options, kind = config.train, torch.device(device).type
-    bf16 = options.mixed_precision != "no"
+    bf16 = options.mixed_precision in ("bf16", "fp16")
     with torch.device("meta"):
         model = RIN(config.model)
     diffusion = GaussianDiffusion.from_config(model, config.diffusion)

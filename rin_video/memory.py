@@ -15,6 +15,7 @@ from torch import nn
 from rin_video.config import Config
 from rin_video.errors import UsageError
 from rin_video.info import training_memory
+from rin_video.precision import running_in
 
 if TYPE_CHECKING:
     from rin_video.trainer import Trainer
@@ -89,9 +90,9 @@ def _largest_that_runs(config: Config, device: torch.device, start: int, num_pro
         ballast = [torch.empty_like(p) for p in model.parameters() for _ in range(copies)]
         x = torch.rand(batch_size, *model.shape, device=device)
         label = torch.zeros(batch_size, dtype=torch.long, device=device) if config.model.num_classes else None
-        half = config.train.mixed_precision
-        with torch.autocast("cuda", torch.float16 if half == "fp16" else torch.bfloat16, enabled=half != "no"):
-            GaussianDiffusion.from_config(model, config.diffusion)(x, label).backward()
+        with running_in(config.train.mixed_precision, device):
+            loss = GaussianDiffusion.from_config(model, config.diffusion)(x, label)
+        loss.backward()
         del ballast
         return batch_size
 
@@ -135,7 +136,7 @@ def advice(config: Config, device: torch.device, num_processes: int = 1) -> str:
         )
     if not config.train.gradient_checkpointing:
         ways.append(f"train.gradient_checkpointing=true needs {gigabytes(batch, gradient_checkpointing=True)}")
-    if config.train.mixed_precision == "no":
+    if config.train.mixed_precision in ("no", "tf32"):
         ways.append(f"train.mixed_precision=bf16 needs {gigabytes(batch, mixed_precision='bf16')}")
     ways.append("--batch-size auto takes the largest that fits")
     return (

@@ -192,6 +192,12 @@ def get_sampler(name: str, sampler_kwargs: Mapping[str, float] | None = None) ->
 
 # ---- which levels a run visits
 
+
+def initial_state(levels: Levels, noise: Noise) -> Tensor:
+    """What a run begins with, of its first level: that is not always pure noise, of standard deviation 1."""
+    return levels[0][0].sigma * noise()
+
+
 SPACINGS = ("uniform", "quadratic", "karras", "logsnr")
 KARRAS = ("dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m", "heun")  # far better on that spacing below 50 steps
 RATIO_MIN, RATIO_MAX = 0.002, 80.0  # of sigma / alpha, where the spacing is not by time: EDM's, table 1
@@ -209,9 +215,10 @@ def make_levels(
     """`steps` pairs (now, next) from noise to data, as plain floats computed in `dtype`: no step waits for a device.
 
     `spacing` uniform and quadratic (denser near the data) are in t; karras (rho = 7; Karras et al. 2022, eq. 5) and
-    logsnr are in sigma / alpha, between the schedule's ends but within [0.002, 80] times the data's `scale`, and then
-    go to the schedule's clean end. `time_difference` td lets every step reach td steps further than the clock moves
-    (the authors' asymmetric intervals; Chen et al. 2022, arXiv 2208.04202, sec. 3.2); it needs a spacing in t.
+    logsnr are in sigma / alpha, within [0.002, 80] times the data's `scale` and the schedule's ends (the clean one, at
+    t = 0.001, times the scale too), and then go to the clean end. `time_difference` td lets every step reach td steps
+    further than the clock moves (the authors' asymmetric intervals; Chen et al. 2022, arXiv 2208.04202, sec. 3.2); it
+    needs a spacing in t.
     Raises `UsageError` for other values.
     """
     if steps < 1:
@@ -232,7 +239,7 @@ def make_levels(
         ]
     first, last = at(1.0), at(0.0)
     high = min(first.ratio, RATIO_MAX * scale)
-    low = max(at(1e-3).ratio if last.ratio == 0 else last.ratio, RATIO_MIN * scale)
+    low = max(last.ratio, scale * max(at(1e-3).ratio, RATIO_MIN))
     places = [i / max(steps - 1, 1) for i in range(steps)]
     if spacing == "karras":
         ratios = [(high ** (1 / 7) + place * (low ** (1 / 7) - high ** (1 / 7))) ** 7 for place in places]

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from rin_video.config import PARAMETERS, DiffusionConfig, SampleConfig
+from rin_video.config import PARAMETERS, PRECISIONS, DiffusionConfig, SampleConfig
 from rin_video.errors import UsageError
 from rin_video.given import Given, Labels, check_guidance, check_labels
 from rin_video.known import place_context
 from rin_video.noise import NoiseSource
 from rin_video.objectives import CLIPS
-from rin_video.samplers import KARRAS, get_sampler, make_levels
+from rin_video.precision import running_in
+from rin_video.samplers import KARRAS, get_sampler, initial_state, make_levels
 from rin_video.schedules import Schedule, make_schedule
 from rin_video.tensors import from_diffusion_range, join_tensors, map_tensors, to_diffusion_range, to_unit_range
 
@@ -48,6 +49,7 @@ def sample(
     guidance_rescale: float = 0.0,
     batched_guidance: bool = True,
     clip_x0: str | None = None,
+    precision: str | None = None,
     seed: int | None = None,
     max_batch: int | None = None,
     hidden: Any = None,
@@ -58,8 +60,8 @@ def sample(
 ) -> Any:
     """Draw `batch_size` samples (B, C, *grid) in [0, 1], at most `max_batch` of them at a time.
 
-    `shape` (C, *grid) is the model's where it is not given; `steps` is 50, or `timesteps` if fewer; `sampler`
-    is `dpmpp_2m_sde`, or that of the diffusion's `use_ddim`; `schedule`
+    `shape` (C, *grid) is the model's where it is not given; `steps` is `timesteps`, or 50; `sampler` is
+    `dpmpp_2m_sde`, or that of the diffusion's `use_ddim`; `schedule`
     and clipping are those of training; `spacing` is "karras" for DPM-Solver++ and Heun, "uniform" for the others and
     with a `schedule`, its parameters or a `time_difference`. The samplers, their options and the spacings are those of
     `rin_video.samplers`, guidance is that of `denoiser`. `label` is one class for all or one for each, by number or
@@ -67,6 +69,9 @@ def sample(
 
     `context` (C, *grid) or (B, C, *grid), in [0, 1] or uint8, is kept bit for bit where `known`, booleans over the
     grid or (B, *grid), is true. A context of fewer frames needs no mask: it is the start.
+
+    `precision` is no (float32, or whatever autocast is on), tf32, bf16 or fp16; by default that of training, where the
+    diffusion knows it (from a run or a `Trainer`), and on a CPU float32.
 
     With a `seed`, sample i is the same whatever the batch, the chunks and the device: each has its own generator,
     on the CPU. `callback(i, x0)` sees the estimate (B', C, *grid) in [0, 1] after every step of every chunk.
@@ -90,12 +95,13 @@ def sample(
     device = next((p.device for p in diffusion.parameters()), torch.device("cpu"))
     levels = make_levels(
         sampling_schedule(diffusion.config, schedule, schedule_kwargs),
-        min(SampleConfig.steps, diffusion.config.timesteps) if steps is None else steps,
+        (diffusion.config.timesteps or SampleConfig.steps) if steps is None else steps,
         spacing=spacing or suited_spacing(sampler, schedule, schedule_kwargs, time_difference),
         time_difference=time_difference,
         scale=diffusion.config.scale,
     )
     draw = get_sampler(sampler, sampler_kwargs)
+    precision = sampling_precision(precision, diffusion.precision, device)
     given, data = _given(diffusion, batch_size, shape, label, embedding, context, known)
     if guidance:
         check_guidance(guidance, guidance_drop, given)
@@ -119,12 +125,13 @@ def sample(
             )
             start = map_tensors(partial(_at, indices=chunk, device=device), hidden)
             estimates = []
-            for i, step in enumerate(draw(denoise, noise(), levels, noise, start)):
-                bar.update()
-                if callback is not None:
-                    callback(i, from_diffusion_range(step.x0 / diffusion.config.scale))
-                if return_trajectory:
-                    estimates.append(from_diffusion_range(step.x0 / diffusion.config.scale).cpu())
+            with running_in(precision, device):
+                for i, step in enumerate(draw(denoise, initial_state(levels, noise), levels, noise, start)):
+                    bar.update()
+                    if callback is not None:
+                        callback(i, from_diffusion_range(step.x0 / diffusion.config.scale))
+                    if return_trajectory:
+                        estimates.append(from_diffusion_range(step.x0 / diffusion.config.scale).cpu())
             drawn = from_diffusion_range(step.x0 / diffusion.config.scale)
             if given.known is not None and data is not None:
                 drawn = torch.where(given.known[chunk].to(device), data[chunk].to(drawn), drawn)
@@ -200,6 +207,7 @@ def sample_options(diffusion: GaussianDiffusion, config: SampleConfig) -> dict[s
         "batched_guidance": config.batched_guidance,
         "guidance_rescale": config.guidance_rescale,
         "clip_x0": config.clip_x0,
+        "precision": config.precision,
     }
 
 
@@ -210,6 +218,15 @@ def _at(part: Tensor, indices: Tensor, device: torch.device) -> Tensor:
 def suited_spacing(sampler: str, *in_time: Any) -> str:
     """ "karras" for DPM-Solver++ and Heun; "uniform" for the rest, and with any option that is about time."""
     return "karras" if sampler in KARRAS and not any(in_time) else "uniform"
+
+
+def sampling_precision(asked: str | None, trained: str, device: torch.device) -> str:
+    """The precision that was asked for; else that of training, but float32 on a CPU, which gains nothing by others."""
+    if asked is None:
+        return "no" if device.type == "cpu" else trained
+    if asked not in PRECISIONS:
+        raise UsageError(f"unknown precision {asked!r}: known are {', '.join(PRECISIONS)}")
+    return asked
 
 
 def sampling_schedule(

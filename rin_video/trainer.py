@@ -52,6 +52,7 @@ from rin_video.noise import spread_seed
 from rin_video.optimizers import make_lr_schedule, make_optimizer
 from rin_video.plots import plot_metrics
 from rin_video.port import trainer_options
+from rin_video.precision import tf32_products
 from rin_video.provenance import write_provenance
 from rin_video.signals import StopSignals, ignore_signals
 from rin_video.tracking import Tracking
@@ -99,7 +100,7 @@ class Trainer:
         if config is None:
             channels = (diffusion.shape or (3,))[0]
             train, reading = trainer_config(**trainer_options(options, channels=channels, is_folder=is_folder))
-            steps = min(SampleConfig.steps, diffusion.config.timesteps)
+            steps = diffusion.config.timesteps or SampleConfig.steps
             sampler = diffusion.sampler or SampleConfig.sampler
             config = Config(
                 model=getattr(diffusion.model, "config", ModelConfig()),
@@ -132,6 +133,7 @@ class Trainer:
 
         if self.options.init_from is not None:
             self.start_from(self.options.init_from, diffusion)
+        diffusion.precision = self.options.mixed_precision
         device = self.accelerator.device
         self.optimizer = make_optimizer(diffusion, config)
         self.schedule = make_lr_schedule(self.optimizer, config)
@@ -191,7 +193,8 @@ class Trainer:
         )
         self.call("on_start")
         try:
-            with StopSignals() as signals, bar, full_disk(self.folder), out_of_memory(self):
+            precise = tf32_products(self.options.mixed_precision)
+            with StopSignals() as signals, bar, precise, full_disk(self.folder), out_of_memory(self):
                 while self.step < self.options.train_num_steps:
                     terms, grad_norm, waited = self.train_step(batches)
                     metrics.add(terms, grad_norm, waited)
@@ -266,7 +269,7 @@ class Trainer:
         try:
             with self.accelerator.autocast():
                 term: LossTerms = self.diffusion(x, label, embedding=embedding, per_sample=True)
-                self.accelerator.backward(term.loss.mean() / count)
+            self.accelerator.backward(term.loss.mean() / count)
         except Exception as error:
             if not self.compiling or isinstance(error, torch.OutOfMemoryError):
                 raise

@@ -9,8 +9,9 @@ from safetensors.torch import load_file
 from tiny_run import make_trainer
 
 from rin_video import GaussianDiffusion, UsageError, cli
-from rin_video.averages import averaged_weights
+from rin_video.averages import averaged_weights, make_ema
 from rin_video.callbacks import Callback
+from rin_video.config import TrainConfig, load_config, presets
 
 LENGTHS = [0.05, 0.075, 0.1, 0.15]
 
@@ -73,3 +74,39 @@ def test_mistakes_are_named(run, tmp_path):
         averaged_weights(tmp_path, [0.1])
     with pytest.raises(UsageError, match="give two lengths that differ"):
         make_trainer(tmp_path, ema_sigma_rel=[0.1])
+
+
+@pytest.mark.parametrize("preset", presets())
+def test_the_decay_is_reached_by_the_end_of_every_preset(preset):
+    """By ema-pytorch's own warm-up it was 0.99954 after 100,000 steps where 0.9999 was asked for."""
+    options = load_config(preset).train
+    ema = make_ema(torch.nn.Linear(1, 1), options, torch.device("cpu"))
+    ema.step.fill_(options.train_num_steps)
+    assert ema.get_current_decay() == pytest.approx(options.ema_decay**options.ema_update_every)
+    ema.step.fill_(2)  # the published ones have no warm-up
+    published = preset in ("cifar10", "imagenet64", "kinetics600_predict")
+    assert (ema.get_current_decay() == pytest.approx(options.ema_decay)) == published
+
+
+def averaged(values, **options) -> float:
+    """The average of a weight that takes the given values."""
+    weight = torch.nn.Linear(1, 1, bias=False, dtype=torch.float64)
+    ema = make_ema(weight, TrainConfig(**options), torch.device("cpu"))
+    for value in values:
+        weight.weight.data.fill_(value)
+        ema.update()
+    return ema.ema_model.weight.item()
+
+
+def test_a_decay_means_the_same_however_often_it_is_applied():
+    """A step from 0 to 1, 200 steps ago, has come to 1 - 0.99^200."""
+    values = [0.0] * 101 + [1.0] * 200
+    for every in (1, 4, 10):
+        found = averaged(values, ema_decay=0.99, ema_warmup=None, ema_update_every=every)
+        assert found == pytest.approx(1 - 0.99**200)
+
+
+def test_the_warm_up_spans_a_share_of_the_steps():
+    """Of a line, an average over n steps lags behind by n: a tenth of the steps done."""
+    assert averaged(range(10_001), ema_decay=1 - 1e-9, ema_warmup=0.1) == pytest.approx(10_000 * (1 - 1 / 11), rel=1e-3)
+    assert averaged(range(10_001), ema_decay=0.99, ema_warmup=0.1) == pytest.approx(10_000 - 99, rel=1e-4)

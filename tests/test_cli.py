@@ -84,6 +84,28 @@ def decode(path) -> np.ndarray:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
+@pytest.mark.parametrize(
+    ("steps", "lr", "said"),
+    [
+        (
+            ["--steps", "4"],
+            [0.5, 1],
+            "warm-up: 2 steps, half of the training, instead of 1000 (train.warmup_steps=1000",
+        ),
+        (["train.train_num_steps=4"], [0.5, 1], "warm-up: 2 steps, half of the training, instead of 1000"),
+        (["--steps", "4", "train.warmup_steps=4"], [0.25, 0.5], ""),
+    ],
+)
+def test_a_warm_up_is_shortened_aloud_and_kept_where_it_is_given(clips, tmp_path, caplog, steps, lr, said):
+    caplog.set_level(logging.INFO)
+    command = ["train", "--data", str(clips), "--frames", "4", "--size", "16", "--batch-size", "2"]
+    assert cli.main([*command, "--out", str(tmp_path), *TINY[:-1], *steps]) == 0
+    peak = load_config("video64").train.train_lr
+    assert [line["lr"] for line in metrics(tmp_path)][:2] == pytest.approx([peak * share for share in lr])
+    assert said in caplog.text
+    assert bool(said) == ("warm-up" in caplog.text)
+
+
 # ---- help
 
 

@@ -44,7 +44,7 @@ DIFFUSION = [
     ("noise_schedule", "cosine", ("noise_schedule", "cosine")),
     ("objective", "x0", ("objective", "x0")),
     ("schedule_kwargs", {"tau": 0.5}, ("schedule_kwargs", {"tau": 0.5})),
-    ("time_difference", 0.0, ("timesteps", 1000)),
+    ("time_difference", 0.0, ("objective", "v")),
     ("time_difference", 0.02, r"counts t there and steps here, .*sample\(steps=50, time_difference=1\)"),
     ("min_snr_loss_weight", True, ("loss_weight", "min_snr")),
     ("min_snr_loss_weight", False, ("loss_weight", "none")),

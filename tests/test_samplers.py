@@ -22,7 +22,7 @@ from rin_video.objectives import (
     target,
     to_x0_eps,
 )
-from rin_video.samplers import SAMPLERS, SPACINGS, get_sampler, make_levels
+from rin_video.samplers import SAMPLERS, SPACINGS, get_sampler, initial_state, make_levels
 from rin_video.schedules import NoiseLevel, make_schedule
 
 
@@ -85,6 +85,93 @@ def test_every_sampler_on_every_spacing_finds_the_mixture(sampler, spacing):
     assert share == pytest.approx(0.5, abs=0.03)
     expected = math.sqrt(Mixture.std**2 + Mixture.place**2)
     assert samples.square().mean().sqrt().item() == pytest.approx(expected, rel=0.04)
+
+
+# Steps at which the estimate of the last one is within 1 % of the data, where the exact denoiser is known: what is left
+# is the error of the step, which falls with more.
+ENOUGH = {
+    "ddim": (800, 400, 400, 400),
+    "euler": (800, 400, 400, 400),
+    "ddpm": (800, 400, 800, 800),
+    "ddpm_small": (1800, 800, 800, 800),
+    "dpmpp_2m": (100, 100, 50, 50),
+    "dpmpp_2m_sde": (800, 100, 100, 50),
+    "dpmpp_3m": (200, 100, 50, 25),
+    "heun": (110, 25, 50, 50),
+}
+
+
+def exact_gaussian(sampler: str, path: str, spacing: str, scale: float, steps: int) -> tuple[float, float]:
+    """Mean and std of the samples of data N(0.1, 0.5^2), without sampling.
+
+    The exact denoiser is affine and so is every sampler: a state is followed as its constant part and its weight on
+    each draw of noise, which are independent. Nothing here is random.
+    """
+    mean, std, draws = 0.1 * scale, 0.5 * scale, iter(torch.eye(steps + 2, dtype=torch.float64)[1:])
+    constant = torch.zeros(steps + 2, dtype=torch.float64)
+    constant[0] = mean
+
+    def denoise(x, level, hidden):
+        gain = level.alpha * std**2 / (level.alpha**2 * std**2 + level.sigma**2)
+        x0 = constant + gain * (x - level.alpha * constant)
+        return x0, (x - level.alpha * x0) / level.sigma, None
+
+    def noise():
+        return next(draws)
+
+    levels = make_levels(make_schedule(path), steps, spacing=spacing, scale=scale)
+    *_, last = get_sampler(sampler)(denoise, initial_state(levels, noise), levels, noise)
+    return last.x0[0].item() / scale, last.x0[1:].norm().item() / scale
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_every_sampler_finds_a_gaussian_on_every_spacing_path_and_scale(sampler, spacing):
+    """Of the straight path the first level is no pure noise: sampling that began with it was 6 % too wide."""
+    steps = ENOUGH[sampler][SPACINGS.index(spacing)]
+    for path in ("cosine", "rectified_flow"):
+        for scale in (1.0, 0.4, 0.2):
+            mean, std = exact_gaussian(sampler, path, spacing, scale, steps)
+            assert abs(mean - 0.1) < 0.01 * 0.5, (path, scale)
+            assert std == pytest.approx(0.5, rel=0.01), (path, scale)
+
+
+def test_sampling_begins_with_the_first_level():
+    """0.941 of noise on the straight path at scale 0.2, whose Karras spacing begins at sigma / alpha = 16."""
+
+    class First(nn.Module):
+        def forward(self, x, gamma, latents=None):
+            self.std = getattr(self, "std", x.std().item())
+            return torch.zeros_like(x), None
+
+    diffusion = GaussianDiffusion(First(), noise_schedule="rectified_flow")
+    for spacing in SPACINGS:
+        diffusion.model.__dict__.pop("std", None)
+        levels = make_levels(diffusion.schedule, 2, spacing=spacing)
+        diffusion.sample(4, shape=(20_000,), steps=2, sampler="heun", spacing=spacing, seed=0)
+        assert diffusion.model.std == pytest.approx(levels[0][0].sigma, rel=5e-3)
+    assert make_levels(diffusion.schedule, 2, spacing="karras", scale=0.2)[0][0].sigma == pytest.approx(16 / 17)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_samplers_take_any_rank(sampler):
+    """The same numbers in any shape; and what the model hands on reaches its every next call."""
+
+    def carry(x, level, hidden):
+        return 0.5 * x, (x - level.alpha * 0.5 * x) / level.sigma, 0 if hidden is None else hidden + 1
+
+    results = []
+    for shape in ((64,), (2, 32), (2, 4, 8), (4, 4, 2, 2)):
+        generator = torch.Generator().manual_seed(0)
+        draws = iter(torch.randn(8, 64, generator=generator, dtype=torch.float64))
+        levels = make_levels(make_schedule("cosine"), 6)
+        *_, last = get_sampler(sampler)(
+            carry, next(draws).view(shape), levels, lambda d=draws, s=shape: next(d).view(s)
+        )
+        results.append(last.x.flatten())
+        assert last.hidden == (2 * 6 - 2 if sampler == "heun" else 6 - 1)
+    for result in results[1:]:
+        assert torch.equal(result, results[0])
 
 
 @pytest.mark.parametrize("options", [("heun", {"churn": 20.0}), ("ddim", {"eta": 1.0}), ("ddim", {"eta": 0.5})])

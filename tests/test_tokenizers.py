@@ -276,6 +276,21 @@ def test_sincos_codes_of_neighbours_differ_and_odd_widths_are_refused():
         grid_sincos((4,), 15)
 
 
+def test_sincos_keeps_its_layout_on_an_axis_of_one_token():
+    """A model of clips sampled at the length of one tube sees the codes of its first tube, channel by channel."""
+    position = make_position("sincos", (4, 5, 6), 36)
+    first = position((4, 5, 6)).view(4, 30, 36)[0]
+    assert_close(position((1, 5, 6)), first, rtol=0, atol=0)
+    assert_close(position((1, 1, 1)), first[:1], rtol=0, atol=0)
+    still = make_position("sincos", (1, 5, 6), 36)
+    assert_close(still((1, 5, 6)), grid_sincos((5, 6), 36), rtol=0, atol=0)  # as made: two axes share the width
+    assert still((1, 9, 2)).shape == (18, 36)
+    with pytest.raises(
+        UsageError, match=r"made for 1x5x6 tokens and cannot tell those of 2x5x6 apart: train with more"
+    ):
+        still((2, 5, 6))
+
+
 @pytest.mark.parametrize("name", ["learned", "sincos_learned"])
 def test_learned_positions_refuse_another_grid(name):
     position = make_position(name, (2, 3), 16)

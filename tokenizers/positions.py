@@ -25,14 +25,24 @@ def sincos(position: Tensor, dim: int) -> Tensor:
     return torch.cat([angle.sin(), angle.cos()], dim=-1)
 
 
-def grid_sincos(grid: tuple[int, ...], dim: int, coordinate_range: float | None = 1000.0) -> Tensor:
+def coded_axes(grid: tuple[int, ...]) -> tuple[int, ...]:
+    """The axes of a grid that are longer than one token: those that a sin-cos code has to tell apart."""
+    return tuple(axis for axis, size in enumerate(grid) if size > 1) or (0,)
+
+
+def grid_sincos(
+    grid: tuple[int, ...],
+    dim: int,
+    coordinate_range: float | None = 1000.0,
+    axes: tuple[int, ...] | None = None,
+) -> Tensor:
     """Unit-amplitude sin-cos code of a grid, row-major: (N, dim) in float32.
 
-    Each axis longer than one token gets an equal, even share of `dim`, first axis first (the first takes what is
-    left over); a grid with one such axis gets the whole width. Positions run from 0 to `coordinate_range` along every
-    axis, as in the authors' release (1000); None counts tokens instead (0, 1, 2, ...).
+    Each of `axes` (default: those longer than one token) gets an equal, even share of `dim`, first axis first (the
+    first takes what is left over). Positions run from 0 to `coordinate_range` along every axis, as in the authors'
+    release (1000); None counts tokens instead (0, 1, 2, ...).
     """
-    axes = [axis for axis, size in enumerate(grid) if size > 1] or [0]
+    axes = coded_axes(grid) if axes is None else axes
     share = 2 * (dim // (2 * len(axes)))
     codes = []
     for i, axis in enumerate(axes):
@@ -74,7 +84,11 @@ class LearnedPosition(nn.Module):
 
 
 class SinCosPosition(nn.Module):
-    """`grid_sincos`; with `learned`, plus a table that starts at zero (and ties it to one grid)."""
+    """`grid_sincos`; with `learned`, plus a table that starts at zero (and ties it to one grid).
+
+    Which axes have a share of the width is decided by the grid it is made for. Another grid keeps that layout, also
+    where it has a single token along one of them; one that is longer along an axis without a share is refused.
+    """
 
     code: Tensor
 
@@ -82,7 +96,8 @@ class SinCosPosition(nn.Module):
         self, grid: tuple[int, ...], dim: int, coordinate_range: float | None = 1000.0, *, learned: bool = False
     ) -> None:
         super().__init__()
-        self.grid, self.dim, self.coordinate_range = grid, dim, coordinate_range
+        self.grid, self.dim, self.coordinate_range = tuple(grid), dim, coordinate_range
+        self.axes = coded_axes(self.grid)
         self.register_buffer("code", grid_sincos(grid, dim, coordinate_range), persistent=False)
         self.residual = LearnedPosition(grid, dim) if learned else None
         if self.residual is not None:
@@ -91,7 +106,12 @@ class SinCosPosition(nn.Module):
     def forward(self, grid: tuple[int, ...]) -> Tensor:
         code = self.code
         if tuple(grid) != self.grid:
-            code = grid_sincos(tuple(grid), self.dim, self.coordinate_range).to(code)
+            if any(size > 1 and axis not in self.axes for axis, size in enumerate(grid)):
+                raise UsageError(
+                    f"sin-cos positions were made for {_by(self.grid)} tokens and cannot tell those of {_by(grid)} "
+                    "apart: train with more than one token along each axis that is to grow"
+                )
+            code = grid_sincos(tuple(grid), self.dim, self.coordinate_range, self.axes).to(code)
         return code if self.residual is None else code + self.residual(grid)
 
 

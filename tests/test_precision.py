@@ -1,0 +1,74 @@
+"""In which precision the network runs, in training and in sampling."""
+
+import pytest
+import torch
+from tiny_run import make_trainer
+from torch import nn
+
+from rin_video import GaussianDiffusion, UsageError
+from rin_video.config import SampleConfig
+from rin_video.precision import running_in
+from rin_video.sampling import sampling_precision
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+class Watched(nn.Module):
+    """Notes the type of a matrix product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.types = nn.Linear(4, 4), set()
+
+    def forward(self, x, gamma, latents=None):
+        result = self.layer(x)
+        self.types.add(result.dtype)
+        return result, None
+
+
+def test_sampling_takes_the_precision_of_training_or_another():
+    assert sampling_precision(None, "bf16", GPU) == "bf16"
+    assert sampling_precision(None, "bf16", CPU) == "no"
+    assert sampling_precision("bf16", "no", CPU) == "bf16"
+    with pytest.raises(UsageError, match="unknown precision 'half': known are no, tf32, bf16, fp16"):
+        sampling_precision("half", "no", CPU)
+    diffusion = GaussianDiffusion(Watched(), objective="x0", clip_x0="none")
+    for precision, dtype in (("no", torch.float32), ("bf16", torch.bfloat16)):
+        diffusion.model.types.clear()
+        samples = diffusion.sample_from_config(
+            SampleConfig(num_samples=2, steps=2, precision=precision), shape=(4,), seed=0
+        )
+        assert diffusion.model.types == {dtype}
+        assert samples.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):  # turned on by the caller: it stays on
+        diffusion.model.types.clear()
+        diffusion.sample(2, shape=(4,), steps=1)
+    assert diffusion.model.types == {torch.bfloat16}
+
+
+def test_a_run_says_its_precision_to_those_who_sample_from_it(tmp_path):
+    run = make_trainer(tmp_path, mixed_precision="bf16", train_num_steps=1)
+    backward = []
+    run.diffusion.model.core.latents.table.register_hook(lambda grad: backward.append(torch.is_autocast_enabled("cpu")))
+    run.train()
+    assert backward == [False]  # the backward pass runs in the types of the forward pass, autocast is not for it
+    loaded = GaussianDiffusion.from_pretrained(tmp_path)
+    assert loaded.precision == run.averaged().precision == loaded.with_model(loaded.model).precision == "bf16"
+    loaded.save_pretrained(tmp_path / "again")
+    assert GaussianDiffusion.from_pretrained(tmp_path / "again").precision == "bf16"
+
+
+def test_tf32_is_on_within_the_block_only(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    before = torch.get_float32_matmul_precision()
+    with running_in("tf32", GPU):
+        assert torch.get_float32_matmul_precision() == "high"
+    with running_in("no", GPU):
+        assert torch.get_float32_matmul_precision() == before
+    assert torch.get_float32_matmul_precision() == before
+
+
+def test_tf32_trains_in_float32_on_a_cpu(tmp_path):
+    run = make_trainer(tmp_path, mixed_precision="tf32", train_num_steps=1)
+    run.train()
+    assert run.accelerator.mixed_precision == "no"
