@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -20,8 +21,11 @@ from torch.overrides import TorchFunctionMode
 from rin_video.config import TrainConfig
 from rin_video.errors import UsageError
 from rin_video.noise import PART, spread_seed
+from rin_video.precision import HALF
 from rin_video.tensors import map_tensors
 from rin_video.tracking import check_trackers
+
+log = logging.getLogger("rin_video")
 
 # The others wait while the first process samples and writes.
 TIMEOUT = timedelta(hours=2)
@@ -32,6 +36,7 @@ def make_accelerator(options: TrainConfig, folder: Path, *, partial: bool = Fals
 
     With `partial`, a step may leave some parameters without a gradient, the same in all processes.
     """
+    heed_launcher(options)
     if options.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise UsageError("train.mixed_precision=fp16 needs a CUDA GPU: use bf16, or no")
     check_trackers(options.trackers)
@@ -65,6 +70,27 @@ def make_accelerator(options: TrainConfig, folder: Path, *, partial: bool = Fals
     if accelerator.distributed_type == "FSDP" and not accelerator.is_fsdp2:
         raise UsageError("FSDP of the first version is not supported: use train.sharding=fsdp2, or --fsdp_version 2")
     return accelerator
+
+
+def heed_launcher(options: TrainConfig) -> None:
+    """Take the precision that `accelerate launch --mixed_precision` asks for, or say that another one is used.
+
+    Raises `UsageError` for one that is not supported.
+    """
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if asked in ("no", options.mixed_precision):
+        return
+    if options.mixed_precision != "no":
+        log.warning(
+            "train.mixed_precision=%s is used, not %s as accelerate launch asks for: leave one out",
+            options.mixed_precision,
+            asked,
+        )
+        return
+    if asked not in HALF:
+        raise UsageError(f"accelerate launch asks for --mixed_precision {asked}: use {' or '.join(HALF)}, or no")
+    log.info("mixed precision %s, as accelerate launch asks for (train.mixed_precision)", asked)
+    options.mixed_precision = asked
 
 
 def no_accelerator() -> bool:

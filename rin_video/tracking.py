@@ -15,6 +15,7 @@ from torch import Tensor
 from rin_video.callbacks import Callback
 from rin_video.checkpoint import plain
 from rin_video.errors import UsageError
+from rin_video.export import DEFAULT_FPS
 
 if TYPE_CHECKING:
     from rin_video.trainer import Trainer
@@ -62,7 +63,8 @@ class Tracking(Callback):
 
                 tracker.log({"clips": wandb.Video(str(clip), format="mp4")}, step=trainer.step)
             if clip is not None and tracker.name == "tensorboard":
-                _add_animation(tracker.tracker, "clips", samples, trainer.config.sample.fps, trainer.step)
+                fps = trainer.config.sample.fps or DEFAULT_FPS
+                _add_animation(tracker.tracker, "clips", samples, fps, trainer.step)
 
     def on_end(self, trainer: Trainer) -> None:
         trainer.accelerator.end_training()

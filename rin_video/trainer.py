@@ -29,6 +29,7 @@ from rin_video.datasets.images import ImageFolder
 from rin_video.datasets.loading import Batches
 from rin_video.datasets.mixture import Mixture, make_sampler
 from rin_video.datasets.open import INDEX, open_dataset
+from rin_video.datasets.steady import frame_rate
 from rin_video.diffusion import GaussianDiffusion, LossTerms
 from rin_video.distributed import (
     agree,
@@ -41,7 +42,7 @@ from rin_video.distributed import (
     whole,
 )
 from rin_video.errors import Stopped, UsageError
-from rin_video.export import contact_sheet, save_samples
+from rin_video.export import DEFAULT_FPS, contact_sheet, save_samples
 from rin_video.files import full_disk
 from rin_video.identity import check_same_data, identify
 from rin_video.known import draw_known
@@ -131,6 +132,13 @@ class Trainer:
             diffusion.classes = config.data.classes = list(getattr(data, "classes", []))
         self.check_batch = BatchCheck(num_classes)
 
+        config.sample.fps = config.sample.fps or frame_rate(data)
+        if len(data) < self.options.train_batch_size:  # type: ignore[arg-type]
+            log.warning(
+                "the data are %d samples, a batch is %d: every step sees some of them more than once",
+                len(data),  # type: ignore[arg-type]
+                self.options.train_batch_size,
+            )
         if self.options.init_from is not None:
             self.start_from(self.options.init_from, diffusion)
         diffusion.precision = self.options.mixed_precision
@@ -143,7 +151,7 @@ class Trainer:
         self.diffusion, self.optimizer = self.accelerator.prepare(diffusion, self.optimizer)
         for average in (self.ema, *self.tracks):
             shard_module_like(average.ema_model, self.unwrapped.model)
-        self.compiling = self.options.compile
+        self.compiling, self.compiled = self.options.compile, False
         if self.compiling:
             self.unwrapped.model.compile()
         self.callbacks = [*([Tracking()] if self.options.trackers else []), *callbacks]
@@ -266,20 +274,25 @@ class Trainer:
         x, label = self.unpack(batch)
         embedding = batch.get("embedding") if isinstance(batch, dict) else None
         embedding = None if embedding is None else embedding.to(x.device, non_blocking=True)
+        fresh = not self.compiling or all(parameter.grad is None for parameter in self.diffusion.parameters())
+        term: LossTerms | None = None
         try:
             with self.accelerator.autocast():
-                term: LossTerms = self.diffusion(x, label, embedding=embedding, per_sample=True)
+                term = self.diffusion(x, label, embedding=embedding, per_sample=True)
             self.accelerator.backward(term.loss.mean() / count)
         except Exception as error:
-            if not self.compiling or isinstance(error, torch.OutOfMemoryError):
+            known = self.compiled and not is_compiler_error(error)  # it has worked: this may fail for another reason
+            begun = term is not None and not fresh  # gradients of earlier batches may hold a part of this one's
+            if not self.compiling or isinstance(error, torch.OutOfMemoryError) or known or begun:
                 raise
             log.warning("torch.compile failed, training goes on without it: %s", str(error).strip().splitlines()[0])
             self.compiling = False
             self.unwrapped.model._compiled_call_impl = None
-            self.optimizer.zero_grad()
-            seed_step(self.options.seed, self.step, self.accelerator.process_index)
+            if fresh:
+                self.optimizer.zero_grad()
+                seed_step(self.options.seed, self.step, self.accelerator.process_index)
             return self.accumulate(batch, count)
-        self.compiling = False  # it works: what fails from now on fails for another reason
+        self.compiled = self.compiling
         return LossTerms(term.loss.detach(), term.t)
 
     def batches(self) -> Iterator[Any]:
@@ -350,7 +363,7 @@ class Trainer:
             images = self.preview(averaged, self.dataset.images, shape=(channels, *size))
             save_samples(images, name.with_name(f"{name.name}-images.png"))
         if samples.ndim == 5:
-            save_samples(samples, name.with_suffix(".mp4"), fps=self.config.sample.fps)
+            save_samples(samples, name.with_suffix(".mp4"), fps=self.config.sample.fps or DEFAULT_FPS)
             contact_sheet(samples, name.with_suffix(".png"))
         else:
             save_samples(samples, name.with_suffix(".png" if samples.ndim == 4 else ".safetensors"))
@@ -539,6 +552,15 @@ def check_embeddings(diffusion: GaussianDiffusion, data: Any) -> None:
             f"{getattr(config, 'embedding_tokens', 0) if wanted else 0} of {wanted}: set "
             f"model.embedding_tokens={shape[0]} model.embedding_dim={shape[1]}"
         )
+
+
+def is_compiler_error(error: BaseException | None) -> bool:
+    """Whether an error, or what caused it, is of torch.compile and what it calls."""
+    while error is not None:
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor", "torch._functorch", "triton")):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
