@@ -127,7 +127,7 @@ def sample(options: Namespace) -> None:
     pass_ = plan_pass(model, options.frames, options.size, options.window)
     given = read_given(options, pass_, config) | read_told(options, config)
     out = Path(options.out or own_folder(options.model) / f"samples{'.mp4' if pass_.frames else '.png'}")
-    check_target(out, rank=len(pass_.shape) + 1, fps=fps)
+    check_target(out, rank=len(pass_.shape) + 1, fps=fps, channels=pass_.shape[0])
     start = time.perf_counter()
     titles = sample_titles(wanted, config, options.caption)
     common = given | {"seed": options.seed, "max_batch": options.max_batch or 16, "shape": pass_.shape}

@@ -42,7 +42,7 @@ from rin_video.distributed import (
     whole,
 )
 from rin_video.errors import Stopped, UsageError
-from rin_video.export import DEFAULT_FPS, contact_sheet, save_samples
+from rin_video.export import DEFAULT_FPS
 from rin_video.files import full_disk
 from rin_video.identity import check_same_data, identify
 from rin_video.known import draw_known
@@ -54,6 +54,7 @@ from rin_video.optimizers import make_lr_schedule, make_optimizer
 from rin_video.plots import plot_metrics
 from rin_video.port import trainer_options
 from rin_video.precision import tf32_products
+from rin_video.previews import harmless, write_previews
 from rin_video.provenance import write_provenance
 from rin_video.signals import StopSignals, ignore_signals
 from rin_video.tracking import Tracking
@@ -348,7 +349,8 @@ class Trainer:
         if not self.accelerator.is_main_process:
             return
         if (self.folder / "metrics.jsonl").exists():
-            plot_metrics(self.folder / "metrics.jsonl", self.folder / "metrics.png")
+            with harmless(self.folder / "metrics.png"):
+                plot_metrics(self.folder / "metrics.jsonl", self.folder / "metrics.png")
         samples = self.preview(averaged, self.dataset.clips if isinstance(self.dataset, Mixture) else self.dataset)
         evaluations = self.folder / "evaluations.jsonl"
         trim_lines(evaluations, self.step - 1)
@@ -357,16 +359,12 @@ class Trainer:
             if scores:
                 append_line(evaluations, {"step": self.step, **scores})
         name = self.folder / "samples" / f"step-{self.step:08d}"
-        name.parent.mkdir(parents=True, exist_ok=True)
+        fps = self.config.sample.fps or DEFAULT_FPS
         if isinstance(self.dataset, Mixture):
             channels, _, *size = averaged.shape or ()
             images = self.preview(averaged, self.dataset.images, shape=(channels, *size))
-            save_samples(images, name.with_name(f"{name.name}-images.png"))
-        if samples.ndim == 5:
-            save_samples(samples, name.with_suffix(".mp4"), fps=self.config.sample.fps or DEFAULT_FPS)
-            contact_sheet(samples, name.with_suffix(".png"))
-        else:
-            save_samples(samples, name.with_suffix(".png" if samples.ndim == 4 else ".safetensors"))
+            write_previews(images, name.with_name(f"{name.name}-images"), fps)
+        write_previews(samples, name, fps)
         self.call("on_sample", samples, self.pictures())
 
     def preview(self, averaged: GaussianDiffusion, data: Any, **options: Any) -> Tensor:
