@@ -159,7 +159,6 @@ class Trainer:
             state=self.pending,
             gather=self.accelerator.gather,
         )
-        batches = self.batches()
         bar = tqdm(
             total=self.options.train_num_steps,
             initial=self.step,
@@ -169,7 +168,7 @@ class Trainer:
         )
         self.call("on_start")
         try:
-            with StopSignals() as signals, bar, full_disk(self.folder), out_of_memory(self):
+            with StopSignals() as signals, bar, full_disk(self.folder), out_of_memory(self), self.batches() as batches:
                 while self.step < self.options.train_num_steps:
                     terms, grad_norm, waited = self.train_step(batches)
                     metrics.add(terms, grad_norm, waited)
@@ -257,7 +256,7 @@ class Trainer:
         self.compiling = False  # it works: what fails from now on fails for another reason
         return LossTerms(term.loss.detach(), term.t)
 
-    def batches(self) -> Iterator[Any]:
+    def batches(self) -> Batches:
         """Batches without end, from where the present step stands. What they hold follows from seed and step alone."""
         return Batches(
             self.dataset,
