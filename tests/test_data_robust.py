@@ -39,14 +39,14 @@ def misbehave(task):
 
 def test_tasks_that_crash_or_hang_cost_only_themselves():
     tasks = ["a", "crash", "b", "hang", "refuse", "surprise", *"cdefghijklmnop"]
-    found = dict(run_apart(tasks, misbehave, seconds=1.0, processes=2))
+    found = dict(run_apart(tasks, misbehave, seconds=0.5, processes=2))
     assert sorted(found) == list(range(len(tasks)))
     for i, task in enumerate(tasks):
         if len(task) == 1:
             assert found[i] == task * 2
     said = [str(found[i]) for i in (1, 3, 4, 5)]
     assert "makes its decoder crash" in said[0]
-    assert "more than 1 s" in said[1]
+    assert "more than 0.5 s" in said[1]
     assert said[2] == "no"
     assert "KeyError" in said[3]
 
@@ -68,7 +68,7 @@ def test_a_child_that_does_not_start_is_no_fault_of_a_file(monkeypatch):
 
 def end_after_answering(task):
     if task == "last words":
-        threading.Timer(0.2, os._exit, [3]).start()
+        threading.Timer(0.05, os._exit, [3]).start()
     return len(task)
 
 
@@ -76,7 +76,7 @@ def test_a_child_that_dies_between_tasks_is_replaced():
     found = {}
     for i, result in run_apart(["last words", "b", "c"], end_after_answering, seconds=5.0, processes=1):
         found[i] = result
-        time.sleep(1.0 if i == 0 else 0)
+        time.sleep(0.3 if i == 0 else 0)
     assert found == {0: 10, 1: 1, 2: 1}
 
 
