@@ -20,6 +20,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
+from multiprocessing import active_children
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -261,8 +262,13 @@ class Batches:
             return iter(loader)
         self.draws.since.fill_(time.monotonic())
         self.draws.at.fill_(STARTING)
-        with enough_shared_memory():
-            batches = iter(loader)
+        before = active_children()
+        try:
+            with enough_shared_memory():
+                batches = iter(loader)
+        except BaseException:  # torch ends those that were started by SIGTERM, which they ignore
+            _kill([child for child in active_children() if child not in before], os.getpid())
+            raise
         # Private, as is `_shutdown_workers` below: torch has no public way to its workers.
         self.workers += batches._workers  # type: ignore[attr-defined]
         if not (self._quiet and self._quiet.is_on()):

@@ -1,5 +1,6 @@
 """Files that break things break no run: probing apart, the index, workers that die or hang."""
 
+import errno
 import json
 import os
 import re
@@ -7,7 +8,9 @@ import signal
 import sys
 import threading
 import time
+from functools import partial
 from multiprocessing import active_children, get_context
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -23,6 +26,7 @@ from rin_video.datasets.probing import run_apart
 from rin_video.datasets.sources import shown
 from rin_video.datasets.video_info import VideoInfo, probe_video
 from rin_video.errors import UsageError
+from rin_video.signals import ignore_signals
 
 
 def misbehave(task):
@@ -341,6 +345,27 @@ def test_too_little_shared_memory_is_no_fault_of_a_file(what, caplog):
         with pytest.raises(UsageError, match=r"^shared memory.* is too small .*--shm-size=.*data\.num_workers=0"):
             next(batches)
         assert (batches.crashes, batches.num_bad, caplog.text) == (0, 0, "")
+
+
+def begin(ready, worker):
+    ignore_signals()
+    ready.set()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of torch, whose iterator is half made
+def test_too_little_for_the_second_worker_leaves_none(monkeypatch):
+    start, ready = BaseProcess.start, get_context().Event()
+
+    def start_one(process):
+        if active_children():
+            assert ready.wait(60)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        start(process)
+
+    monkeypatch.setattr(BaseProcess, "start", start_one)
+    with pytest.raises(UsageError, match=r"shared memory.* is too small"):
+        Batches(Rogue(), DataConfig(num_workers=2), 4, seed=1, worker_init_fn=partial(begin, ready))
+    assert active_children() == []
 
 
 class Unsendable(Rogue):
