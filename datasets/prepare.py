@@ -23,6 +23,7 @@ from rin_video.datasets.decoding import open_video
 from rin_video.datasets.framing import Chance, resize
 from rin_video.datasets.images import make_framing
 from rin_video.datasets.index import Entry, make_index, refuse_skipped
+from rin_video.datasets.probing import end_with_parent
 from rin_video.datasets.reading import read_image
 from rin_video.datasets.shards import write_shard
 from rin_video.datasets.sources import shown
@@ -84,7 +85,11 @@ def prepare(
     failed: list[tuple[Any, str]] = list(index.unusable)
     start = time.perf_counter()
     with (
-        ProcessPoolExecutor(max(1, workers), mp_context=get_context("spawn" if os.name == "nt" else None)) as pool,
+        ProcessPoolExecutor(
+            max(1, workers),
+            mp_context=get_context("spawn" if os.name == "nt" else None),
+            initializer=end_with_parent,
+        ) as pool,
         tqdm(total=len(entries), initial=len(entries) - sum(len(job.entries) for job in left), unit="file") as bar,
     ):
         running = {pool.submit(_write, job): job for job in left}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing import get_context
+from functools import partial
+from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
@@ -39,6 +42,9 @@ def run_apart(
     limit = processes or os.cpu_count() or 1
     children = [_start(work, daemon) for _ in range(min(limit, -(-len(tasks) // FILES_PER_CHILD)))]
     waiting = iter(range(len(tasks)))
+    # If a traceback keeps this generator open until exit: there, children are joined that wait for a task.
+    end = partial(_end, children, os.getpid())
+    atexit.register(end)
     try:
         busy = [child for child in children if _give(child, tasks, waiting)]
         while busy:
@@ -72,10 +78,38 @@ def run_apart(
                 if not _give(child, tasks, waiting):
                     busy.remove(child)
     finally:
-        for child in children:
-            child.pipe.close()
-            child.process.kill()
-            child.process.join()
+        atexit.unregister(end)
+        end()
+
+
+def end_with_parent() -> None:
+    """End this child process about a second after its parent, whatever it is doing.
+
+    Waiting for the end of a pipe is not enough: processes that were forked later hold the other end open.
+    """
+    parent, number = parent_process(), os.getppid()
+    assert parent is not None
+
+    def watch() -> None:
+        while parent.is_alive() and os.getppid() == number:  # the number changes on POSIX only
+            parent.join(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def how_it_ended(code: int | None) -> str:
+    """The exit code of a process in words."""
+    return f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+
+
+def did_not_start(code: int | None) -> UsageError:
+    """The error for a process that ended at its start with an exit code; None: that took too long to start."""
+    how = f"took more than {SECONDS_TO_START:g} s to start" if code is None else f"ended at its start (code {code})"
+    return UsageError(
+        f"a process that was to read files {how}: the machine may be short of memory, and where processes are "
+        'spawned (macOS, Windows) a script has to call rin_video under `if __name__ == "__main__":`'
+    )
 
 
 def _start(work: Callable[[T], Any], daemon: bool) -> _Child:
@@ -105,9 +139,10 @@ def _give(child: _Child, tasks: Sequence[T], waiting: Iterator[int]) -> bool:
 
 
 def _serve(pipe: Connection, other_end: Connection, work: Callable[[T], Any]) -> None:
-    """What a child does. It ends with its parent: then the pipe does."""
+    """What a child does."""
     import torch
 
+    end_with_parent()
     other_end.close()
     torch.set_num_threads(1)
     pipe.send(None)  # started
@@ -131,14 +166,19 @@ def _serve(pipe: Connection, other_end: Connection, work: Callable[[T], Any]) ->
 def _must_have_started(child: _Child) -> None:
     """What fails before is no fault of a file."""
     if not child.started:
-        code = child.process.exitcode
-        how = f"took more than {SECONDS_TO_START:g} s to start" if code is None else f"ended at its start (code {code})"
-        raise UsageError(
-            f"a process that was to read files {how}: the machine may be short of memory, and where processes are "
-            'spawned (macOS, Windows) a script has to call rin_video under `if __name__ == "__main__":`'
-        )
+        raise did_not_start(child.process.exitcode)
 
 
 def _died(task: Any, code: int | None) -> UsageError:
-    how = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
-    return UsageError(f"{shown(str(task))} makes its decoder crash ({how}): re-encode it or leave it out")
+    return UsageError(
+        f"{shown(str(task))} makes its decoder crash ({how_it_ended(code)}): re-encode it or leave it out"
+    )
+
+
+def _end(children: Sequence[_Child], owner: int) -> None:
+    if os.getpid() != owner:  # a forked process has copies of the handles
+        return
+    for child in children:
+        child.pipe.close()
+        child.process.kill()
+        child.process.join()

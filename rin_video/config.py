@@ -203,7 +203,7 @@ class DataConfig:
     prefetch: int = 2  # batches that each of these has ready
     strict: bool = False  # refuse to start where a file cannot be used
     max_failures: int = 100  # samples that may fail later, each replaced by another, before a run stops
-    read_timeout: float = 60.0  # seconds for a file to be read, or a loader's process to start, before it is given up
+    read_timeout: float = 60.0  # seconds for one file to be read before it is left out
     max_pixels: int = 100_000_000  # of a frame or an image: more is taken for a decompression bomb
     allow_pipe: bool = False  # shards may be pipe:COMMAND, which is run
     classes: list[str] = field(default_factory=list)  # names of the sub-folders, as training found them
