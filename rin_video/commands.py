@@ -132,7 +132,7 @@ def sample_titles(wanted: SampleConfig, config: Config, captions: list[str] | No
     if not classes:
         return None
     names = config.data.classes or [str(i) for i in range(classes)]
-    return [names[i % classes if wanted.label is None else wanted.label] for i in range(wanted.num_samples)]
+    return [names[i % classes if wanted.label is None else int(wanted.label)] for i in range(wanted.num_samples)]
 
 
 def diagnose(options: Namespace) -> None:
@@ -144,7 +144,6 @@ def diagnose(options: Namespace) -> None:
     config = load_config(folder / CONFIG, options.overrides)
     allow_only(options.overrides, "data.", "sample.")
     check_sampling(config)
-    config.data.allow_pipe = "data.allow_pipe=true" in options.overrides  # a model's file may not run commands
     data = options.data or config.data.path
     if data is None:
         raise UsageError(f"{folder / CONFIG} does not say what it was trained on: give --data FOLDER")

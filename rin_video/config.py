@@ -1,6 +1,6 @@
 """Every option, with its default and its meaning: dataclass < YAML preset < key=value.
 
-OmegaConf merges and checks; it does not leave this file. Importing it costs no torch.
+The type of a field decides how its value is read from YAML. Importing this costs no torch.
 """
 
 from __future__ import annotations
@@ -9,14 +9,17 @@ import dataclasses
 import difflib
 import math
 import os
+import re
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, get_type_hints
 
 from rin_video.errors import UsageError
+
+Layer: TypeAlias = dict[str, dict[str, Any]]  # sections of options
 
 
 @dataclass
@@ -24,8 +27,8 @@ class ModelConfig:
     """A RIN: a tokenizer and the core. The defaults are the published block."""
 
     dim: int = 256  # width of an interface token
-    image_size: Any = None  # height and width: one number, or [height, width]
-    patch_size: Any = 4  # one number, or one for each axis: [height, width], [frames, height, width]
+    image_size: int | Sequence[int] | None = None  # height and width: one number, or [height, width]
+    patch_size: int | Sequence[int] = 4  # one number, or one for each axis: [height, width], [frames, height, width]
     frames: int | None = None  # frames of a clip; none: images
     channels: int = 3
     sequence_length: int | None = None  # for the tokenizer `sequence`
@@ -36,7 +39,7 @@ class ModelConfig:
     conv_width: int = 0  # channels of convolutions around the patches, at full resolution; 0: none
 
     depth: int = 6  # blocks of read, compute, write
-    latent_self_attn_depth: Any = 2  # compute layers in a block, or one number for each block (0: it only reads)
+    latent_self_attn_depth: int | Sequence[int] = 2  # compute layers of a block, or one number a block (0: read only)
     num_latents: int = 256  # the tokens of time and class are among them
     dim_latent: int | None = None  # width of a latent; none: dim
     num_heads: int = 8  # heads of read and write
@@ -204,7 +207,7 @@ class DataConfig:
     max_failures: int = 100  # samples that may fail later, each replaced by another, before a run stops
     read_timeout: float = 60.0  # seconds for a file to be read, or a loader's process to start, before it is given up
     max_pixels: int = 100_000_000  # of a frame or an image: more is taken for a decompression bomb
-    allow_pipe: bool = False  # shards may be pipe:COMMAND, which is run
+    allow_pipe: bool = False  # shards may be pipe:COMMAND, which is run; files cannot set it
     classes: list[str] = field(default_factory=list)  # names of the sub-folders, as training found them
 
     def __post_init__(self) -> None:
@@ -318,7 +321,7 @@ class SampleConfig:
     time_difference: float = 0.0  # how many steps further than the clock every step reaches
     schedule: str | None = None  # noise schedule; none: that of training
     schedule_kwargs: dict[str, float] = field(default_factory=dict)  # its parameters
-    label: Any = None  # one class for all samples, by name or number; none: each class in turn
+    label: int | str | None = None  # one class for all samples, by name or number; none: each class in turn
     guidance: float = 0.0  # weight of classifier-free guidance; 0: none
     guidance_drop: str = "label"  # what the other branch does without: label, known, label+known
     guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])  # gammas at which there is guidance
@@ -376,24 +379,30 @@ def presets() -> list[str]:
 def load_config(name_or_file: str | os.PathLike[str] | None = None, overrides: Sequence[str] = ()) -> Config:
     """The defaults, then a preset by name or a YAML file, then `section.key=value` overrides.
 
-    Raises `UsageError` for an unknown preset, key or value; an unknown key names the nearest one that exists.
+    Text is taken as it is written: nothing replaces `${...}`, in files and overrides alike. A file cannot set
+    `data.allow_pipe`. Raises `UsageError` for an unknown preset, key or value; an unknown key names the nearest one.
     """
-    from omegaconf import OmegaConf
+    values = dataclasses.asdict(Config())
+    if name_or_file is not None:
+        _merge(values, _read_file(name_or_file))
+    layers = [_read_override(override) for override in overrides]
+    _forget_parameters(values, layers)
+    for layer in layers:
+        _merge(values, layer)
+    return Config(**{name: section(**values[name]) for name, section in types_of(Config).items()})
 
-    merged = OmegaConf.structured(Config)
-    layers = _layers(name_or_file, overrides)
-    for origin, layer in layers:
-        _check_keys(OmegaConf.to_container(layer), origin)
-    for i, (origin, layer) in enumerate(layers):
-        if i == len(layers) - len(overrides):
-            with _plain_errors("the configuration"):
-                _forget_parameters(merged, [OmegaConf.to_container(layer) for _, layer in layers[i:]])
-        with _plain_errors(origin):
-            merged = OmegaConf.merge(merged, layer)
-    with _plain_errors("the configuration"):
-        config = OmegaConf.to_object(merged)
-    assert isinstance(config, Config)
-    return config
+
+def is_set(key: str, name_or_file: str | os.PathLike[str] | None = None, overrides: Sequence[str] = ()) -> bool:
+    """Whether the file or the overrides set `section.key`, even to its default."""
+    section, name = key.split(".")
+    layers = [*([] if name_or_file is None else [_read_file(name_or_file)]), *map(_read_override, overrides)]
+    return any(name in layer.get(section, {}) for layer in layers)
+
+
+@cache
+def types_of(kind: type) -> dict[str, Any]:
+    """The types of the fields of a dataclass."""
+    return get_type_hints(kind)
 
 
 PARAMETERS = {  # of what is chosen by name
@@ -406,51 +415,80 @@ PARAMETERS = {  # of what is chosen by name
 }
 
 
-def _forget_parameters(merged: Any, overrides: Sequence[Any]) -> None:
-    """Those of a file go where overrides choose something else, or write {} for them: a merge would keep them.
-
-    The overrides are plain, with `${...}` as it stands: that counts as something else.
-    """
-    chosen = {}
-    for override in overrides:
-        for section, values in override.items():
-            for name, value in values.items() if isinstance(values, dict) else ():
-                chosen[section, name] = value
-                if value == {} and hasattr(merged[section].get(name), "items"):
-                    merged[section][name] = {}
-    for (section, name), value in chosen.items():
-        parameters = PARAMETERS.get(section, {}).get(name)
-        if parameters and value != merged[section][name]:
-            merged[section][parameters] = {}
+def _forget_parameters(values: Layer, overrides: Sequence[Layer]) -> None:
+    """The parameters of what a file chose are dropped where the overrides choose something else."""
+    for section, choices in PARAMETERS.items():
+        for name, parameters in choices.items():
+            chosen = [layer[section][name] for layer in overrides if name in layer.get(section, {})]
+            if chosen and chosen[-1] != values[section][name]:
+                values[section][parameters] = {}
 
 
-def is_set(key: str, name_or_file: str | os.PathLike[str] | None = None, overrides: Sequence[str] = ()) -> bool:
-    """Whether `section.key` is said by the file or the overrides, be it with its default."""
-    section, name = key.split(".")
-    return any(name in (layer.get(section) or {}) for _, layer in _layers(name_or_file, overrides))
+def _merge(values: Layer, layer: Layer) -> None:
+    """Options replace those before; a mapping adds to the one before, unless it is empty."""
+    for section, options in layer.items():
+        for name, value in options.items():
+            adds = isinstance(value, dict) and value
+            values[section][name] = values[section][name] | value if adds else value
 
 
-def _layers(name_or_file: str | os.PathLike[str] | None, overrides: Sequence[str]) -> list[tuple[str, Any]]:
-    """What is merged onto the defaults, each with its name for errors."""
-    from omegaconf import OmegaConf
+def _read_file(name_or_file: str | os.PathLike[str]) -> Layer:
+    """What a preset or a file sets. Commands are allowed by people, not by files, which may be somebody else's."""
+    from rin_video import plain_yaml
 
-    layers: list[tuple[str, Any]] = []
-    if name_or_file is not None:
-        text, origin = _read(name_or_file)
-        layers.append((origin, _parse(text, origin)))
-    for override in overrides:
-        if "=" not in override:
-            raise UsageError(f"cannot read {override!r}: overrides are written section.key=value")
-        with _plain_errors(override):
-            layers.append((override, OmegaConf.from_dotlist([override])))
-    return layers
+    text, origin = _read_text(name_or_file)
+    node = plain_yaml.parse(text, origin)
+    if not plain_yaml.is_mapping(node):
+        raise UsageError(
+            f"{origin} is no mapping of sections: it starts with model:, diffusion:, data:, train:, sample:"
+        )
+    layer = _read_layer(plain_yaml.read_items(node, origin), origin)
+    layer.get("data", {}).pop("allow_pipe", None)
+    return layer
+
+
+def _read_override(override: str) -> Layer:
+    """What `section.key=value` sets. Text needs no quotes there, whatever it holds; quotes around it are YAML's."""
+    from rin_video import plain_yaml
+
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise UsageError(f"cannot read {override!r}: overrides are written section.key=value")
+    section, *path = key.split(".")
+    kind = types_of(types_of(Config)[section]).get(path[0]) if section in types_of(Config) and path else None
+    verbatim = plain_yaml.is_text(kind) and not re.fullmatch(r"'.*'|\".*\"", text, flags=re.DOTALL)
+    node = plain_yaml.text_node(text) if verbatim else plain_yaml.parse(text, override)
+    for part in reversed(path):
+        node = plain_yaml.mapping_node(part, node)
+    return _read_layer({section: node}, override)
+
+
+def _read_layer(sections: dict[str, Any], origin: str) -> Layer:
+    """YAML nodes as values of the types of their options."""
+    from rin_video import plain_yaml
+
+    _check_names(sections, Config, origin, prefix="")
+    layer: Layer = {}
+    for section, node in sections.items():
+        if not plain_yaml.is_mapping(node):
+            raise UsageError(f"{origin}: {section} is a section: write {section}.key=value, or keys below {section}:")
+        kind = types_of(Config)[section]
+        options = plain_yaml.read_items(node, origin)
+        _check_names(options, kind, origin, prefix=f"{section}.")
+        layer[section] = {
+            name: plain_yaml.read_value(value, types_of(kind)[name], f"{section}.{name}", origin)
+            for name, value in options.items()
+        }
+    return layer
 
 
 def to_yaml(config: Config | ModelConfig) -> str:
-    """The configuration as YAML that `load_config` reads back."""
-    from omegaconf import OmegaConf
+    """The configuration as YAML that `load_config` reads back, without `data.allow_pipe`, which no file can set."""
+    from rin_video import plain_yaml
 
-    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
+    values = dataclasses.asdict(config)
+    values.get("data", {}).pop("allow_pipe", None)
+    return plain_yaml.dump(values)
 
 
 def model_config(**options: Any) -> ModelConfig:
@@ -471,7 +509,8 @@ def train_config(**options: Any) -> TrainConfig:
     return TrainConfig(**options)
 
 
-def _read(name_or_file: str | os.PathLike[str]) -> tuple[str, str]:
+def _read_text(name_or_file: str | os.PathLike[str]) -> tuple[str, str]:
+    """The text of a preset or a file, and its name for errors."""
     name = os.fspath(name_or_file)
     if name in presets():
         return (resources.files("rin_video.configs") / f"{name}.yaml").read_text(encoding="utf-8"), f"preset {name}"
@@ -484,28 +523,6 @@ def _read(name_or_file: str | os.PathLike[str]) -> tuple[str, str]:
         raise UsageError(f"{path} is not a text file: {error.reason}") from None
 
 
-def _parse(text: str, origin: str) -> Any:
-    from omegaconf import DictConfig, OmegaConf
-
-    parsed = None
-    with _plain_errors(origin), suppress(AssertionError):  # OmegaConf asserts on a lone number
-        parsed = OmegaConf.create(text)
-    if not isinstance(parsed, DictConfig):
-        raise UsageError(
-            f"{origin} is no mapping of sections: it starts with model:, diffusion:, data:, train:, sample:"
-        )
-    return parsed
-
-
-def _check_keys(layer: Any, origin: str) -> None:
-    sections = {f.name: f.type for f in dataclasses.fields(Config)}
-    _check_names(layer, Config, origin, prefix="")
-    for section, values in layer.items():
-        if not isinstance(values, dict):
-            raise UsageError(f"{origin}: {section} is a section: write {section}.key=value, or keys below {section}:")
-        _check_names(values, globals()[str(sections[section])], origin, prefix=f"{section}.")
-
-
 def _check_names(given: Any, kind: Any, origin: str, prefix: str) -> None:
     known = [f.name for f in dataclasses.fields(kind)]
     for name in given:
@@ -516,28 +533,7 @@ def _check_names(given: Any, kind: Any, origin: str, prefix: str) -> None:
 
 
 def _elsewhere(name: str) -> list[str]:
-    keys = [
-        f"{s.name}.{f.name}" for s in dataclasses.fields(Config) for f in dataclasses.fields(globals()[str(s.type)])
-    ]
-    return [key for key in keys if key.split(".")[1] == name]
-
-
-class _plain_errors:  # noqa: N801 (reads as a verb)
-    """Turns OmegaConf's and YAML's errors into one line that says where."""
-
-    def __init__(self, origin: str) -> None:
-        self.origin = origin
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
-        from omegaconf.errors import OmegaConfBaseException
-        from yaml import YAMLError
-
-        if isinstance(error, OmegaConfBaseException | YAMLError | TypeError):  # the last of a list for a mapping
-            reason = " ".join(line.strip() for line in str(error).splitlines() if "object_type" not in line)
-            raise UsageError(f"{self.origin}: {reason}") from None
+    return [f"{section}.{name}" for section, kind in types_of(Config).items() if name in types_of(kind)]
 
 
 def _choice(name: str, value: str, choices: Sequence[str]) -> None:
