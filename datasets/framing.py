@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rin_video.datasets.sources import shown
 from rin_video.errors import UsageError
 
 CROPS = ("center", "random")
@@ -126,7 +127,9 @@ class Chance:
 
 def class_list(classes: Sequence[str]) -> str:
     return (
-        f", {len(classes)} classes: {', '.join(classes[:10])}{', ...' if len(classes) > 10 else ''}" if classes else ""
+        f", {len(classes)} classes: {', '.join(map(shown, classes[:10]))}{', ...' if len(classes) > 10 else ''}"
+        if classes
+        else ""
     )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 from rin_video.config import SAMPLER_NAMES
-from rin_video.errors import Stopped, UsageError, first_line
+from rin_video.errors import Stopped, UsageError, first_line, one_line
 
 FLAGS = (  # without a value
     "--json", "--strict", "--embeddings", "--carry-latents", "--key-frames", "--interpolate-positions", "--private",
@@ -36,13 +36,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         getattr(commands, options.command)(options)
     except UsageError as error:
-        print(f"rin-video: error: {error}", file=sys.stderr)
+        print(f"rin-video: error: {one_line(error)}", file=sys.stderr)
         return 2
     except OSError as error:
         if error.filename is None:
             raise
         reason = (error.strerror or first_line(error)).lower()
-        print(f"rin-video: error: {error.filename} cannot be read or written: {reason}", file=sys.stderr)
+        print(f"rin-video: error: {one_line(error.filename)} cannot be read or written: {reason}", file=sys.stderr)
         return 2
     except Stopped as stop:
         print(f"rin-video: {stop}", file=sys.stderr)
