@@ -145,7 +145,7 @@ def load_index(path: Path, root: str | PathLike[str], probe: Probe) -> dict[str,
             rows = {row[0]: row for row in map(json.loads, file)}
         whole = all(len(row) == width and (row[3] is None or len(row[3]) == info_width) for row in rows.values())
         return rows if whole else {}
-    except (OSError, ValueError, TypeError, LookupError):
+    except (OSError, ValueError, TypeError, LookupError, RecursionError):
         return {}
 
 

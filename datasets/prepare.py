@@ -113,7 +113,10 @@ def loading_speed(dataset: Any, num: int = 64, seconds: float = 5.0) -> float:
 
 def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
     if path.exists():
-        then = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            then = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise UsageError(f"{path} is damaged ({shown(str(error))}): use another --out") from None
         for key, value in manifest.items():
             if then.get(key) != value:
                 what = "the files have changed" if key == "content" else f"{key} was {then.get(key)}, now it is {value}"

@@ -218,6 +218,17 @@ def test_files_of_a_run_that_hold_something_else(model, tmp_path):
     model_card(model, "alice/model")
 
 
+def test_what_commands_kept_and_somebody_changed(pictures, capfd):
+    """An index is made again, and shards are left alone."""
+    for text in ("[" * 100_000, "3", "\xff", "{}", "[1]"):
+        (pictures / "index.jsonl").write_text(text, encoding="latin-1")
+        assert cli.main(["index", "data", "--out", "index.jsonl"]) == 0
+        (pictures / "shards").mkdir(exist_ok=True)
+        (pictures / "shards/prepare.json").write_text(text, encoding="latin-1")
+        assert cli.main(["prepare", "data", "--size", "8", "--out", "shards"]) == 2
+        assert "use another --out" in capfd.readouterr().err
+
+
 def test_an_error_is_one_line_that_a_terminal_can_show(model, capfd):
     assert cli.main(["sample", str(model), "--class", "none of them"]) == 2
     said = capfd.readouterr().err
