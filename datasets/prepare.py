@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from rin_video.config import DataConfig
+from rin_video.config import DataConfig, DataKind
 from rin_video.datasets.decoding import open_video
 from rin_video.datasets.framing import Chance, resize
 from rin_video.datasets.images import make_framing
@@ -43,14 +43,14 @@ class Job:
 
     path: Path
     entries: list[Entry]
-    kind: str
+    kind: DataKind
     size: tuple[int, int]
     options: DataConfig
 
 
 def prepare(
     root: str | PathLike[str],
-    kind: str,
+    kind: DataKind,
     out: Path,
     size: tuple[int, int],
     options: DataConfig,

@@ -15,11 +15,40 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeAlias, get_type_hints
+from typing import Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
 from rin_video.errors import UsageError
 
 Layer: TypeAlias = dict[str, dict[str, Any]]  # sections of options
+
+# The names that options take, each list here and nowhere else. The checks below and the command line's help use it, and
+# it is the type of the keys of the table that implements the names: tests/test_choices.py compares the two.
+LatentPositionName: TypeAlias = Literal["learned", "sincos", "sincos_learned"]
+PositionName: TypeAlias = Literal[LatentPositionName, "coordinate"]
+EmbeddingConditioningName: TypeAlias = Literal["latent", "interface"]  # interface: a token that is only read
+ConditioningName: TypeAlias = Literal[EmbeddingConditioningName, "adaln"]
+SelfConditioningName: TypeAlias = Literal["latent", "interface", "x0"]
+MixingName: TypeAlias = Literal["linear_attention", "conv"]
+ScheduleName: TypeAlias = Literal["linear", "cosine", "cosine_simple", "sigmoid", "rectified_flow"]
+ObjectiveName: TypeAlias = Literal["eps", "x0", "v", "velocity"]  # velocity: of rectified flow
+LossWeightName: TypeAlias = Literal["none", "min_snr", "p2", "sigmoid", "power"]  # power: between x0 and v
+TimeSamplingName: TypeAlias = Literal["uniform", "low_discrepancy", "logit_normal"]
+ClippingName: TypeAlias = Literal["static", "dynamic", "none"]  # static: to the data's range
+KnownKind: TypeAlias = Literal["none", "first", "last", "ends", "frames", "boxes"]  # see rin_video/known.py
+SpanName: TypeAlias = Literal["window", "whole"]
+FileSamplingName: TypeAlias = Literal["clips", "time"]
+CropName: TypeAlias = Literal["center", "random"]
+DecoderName: TypeAlias = Literal["torchcodec", "decord", "pyav", "pillow"]
+DecoderOption: TypeAlias = Literal["auto", DecoderName]
+FrameKind: TypeAlias = Literal["image", "video"]
+DataKind: TypeAlias = Literal[FrameKind, "array"]
+OptimizerName: TypeAlias = Literal["adamw", "lamb", "muon"]  # muon: on matrices, AdamW for the rest
+LRScheduleName: TypeAlias = Literal["cosine", "constant"]
+PrecisionName: TypeAlias = Literal["no", "bf16", "fp16"]  # no: float32
+ShardingName: TypeAlias = Literal["none", "fsdp2"]  # none: every process holds the model (DDP); fsdp2: a part of it
+SamplerName: TypeAlias = Literal["ddim", "euler", "ddpm", "ddpm_small", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m", "heun"]
+SpacingName: TypeAlias = Literal["uniform", "quadratic", "karras", "logsnr"]  # the first two in t, then sigma / alpha
+GuidanceDropName: TypeAlias = Literal["label", "known"]
 
 
 @dataclass
@@ -33,7 +62,7 @@ class ModelConfig:
     channels: int = 3
     sequence_length: int | None = None  # for the tokenizer `sequence`
     tokenizer: str = "auto"  # auto (by frames), image, tube, sequence, a registered name; tube+image: one core for both
-    position: str = "learned"  # learned, sincos, sincos_learned, coordinate
+    position: PositionName = "learned"  # codes of the interface's tokens
     coordinate_range: float | None = 1000.0  # sin-cos positions run from 0 to this along an axis; none: 0, 1, 2, ...
     dual_patchnorm: bool = False  # LayerNorm on the raw patch too
     conv_width: int = 0  # channels of convolutions around the patches, at full resolution; 0: none
@@ -46,7 +75,7 @@ class ModelConfig:
     latent_num_heads: int = 16  # heads of the compute layers
     mlp_ratio: float = 4  # hidden width of the interface's feed-forward
     latent_mlp_ratio: float = 4  # hidden width of the latents' feed-forward
-    latent_position: str = "learned"  # learned, sincos, sincos_learned
+    latent_position: LatentPositionName = "learned"  # codes of the latents
     dropout: float = 0.0  # in the feed-forward of the compute layers
     drop_path: float = 0.0  # whole residual branches of the compute layers
 
@@ -54,24 +83,22 @@ class ModelConfig:
     num_classes: int = 0  # 0: no labels
     embedding_dim: int = 0  # width of the vectors that come with a sample, of a text or any other signal; 0: none
     embedding_tokens: int = 1  # how many of them at most
-    time_conditioning: str = "latent"  # latent, interface (a token that is only read), adaln
-    class_conditioning: str = "latent"  # the same
-    embedding_conditioning: str = "interface"  # latent, interface
-    self_conditioning: str = "latent"  # none, or what is handed on, joined by +: latent, interface, x0
+    time_conditioning: ConditioningName = "latent"  # where the noise level enters
+    class_conditioning: ConditioningName = "latent"  # where the label enters
+    embedding_conditioning: EmbeddingConditioningName = "interface"  # where vectors enter
+    self_conditioning: str = "latent"  # none, or what is handed on: SelfConditioningName, joined by +
     time_scaling: float = 1000.0  # gamma is multiplied by this before its sin-cos code
 
-    interface_mixing: str = "none"  # none, linear_attention, conv, linear_attention+conv: before each read
+    interface_mixing: str = "none"  # none, or what comes before each read: MixingName, joined by +
     qk_norm: bool = False  # LayerNorm on the queries and keys of each head
     norm_context: bool = False  # LayerNorm on what read and write attend to
 
     def __post_init__(self) -> None:
-        for name, choices in _CHOICES.items():
-            _choice(f"model.{name}", getattr(self, name), choices)
-        for name, choices in _COMBINATIONS.items():
-            value = getattr(self, name)
-            if value != "none":
-                for part in str(value).split("+"):
-                    _choice(f"model.{name}", part, choices)
+        _check_choices("model", self)
+        for name, kind in (("self_conditioning", SelfConditioningName), ("interface_mixing", MixingName)):
+            if getattr(self, name) != "none":
+                for part in str(getattr(self, name)).split("+"):
+                    _choice(f"model.{name}", part, get_args(kind))
         for name in ("dim", "channels", "depth", "num_latents", "num_heads", "latent_num_heads", "embedding_tokens"):
             _at_least(f"model.{name}", getattr(self, name), 1, int)
         for name in ("frames", "sequence_length", "dim_latent"):
@@ -116,47 +143,28 @@ class ModelConfig:
         return tuple(layers)
 
 
-_CONDITIONING = ("latent", "interface", "adaln")
-_CHOICES = {
-    "position": ("learned", "sincos", "sincos_learned", "coordinate"),
-    "latent_position": ("learned", "sincos", "sincos_learned"),
-    "time_conditioning": _CONDITIONING,
-    "class_conditioning": _CONDITIONING,
-    "embedding_conditioning": ("latent", "interface"),
-}
-_COMBINATIONS = {  # none, or some of these joined by +
-    "self_conditioning": ("latent", "interface", "x0"),
-    "interface_mixing": ("linear_attention", "conv"),
-}
-
-
-# The first k frames, the last k, some at both ends, some anywhere, boxes in space and time: see rin_video/known.py.
-KNOWN_KINDS = ("none", "first", "last", "ends", "frames", "boxes")
-
-
 @dataclass
 class DiffusionConfig:
     """What the network learns to predict, and at which noise levels."""
 
     timesteps: int = 1000  # sampling steps at most, where none are asked for
-    noise_schedule: str = "sigmoid"  # linear, cosine, cosine_simple, sigmoid, rectified_flow
+    noise_schedule: ScheduleName = "sigmoid"  # how much signal is left at a time
     schedule_kwargs: dict[str, float] = field(default_factory=dict)  # start, end, tau of cosine and sigmoid
-    objective: str = "v"  # eps, x0, v, velocity (of rectified flow)
+    objective: ObjectiveName = "v"  # what the network predicts
     train_prob_self_cond: float = 0.9  # share of the samples that see the result of a first pass
     self_cond_gap: float = 0.0  # the first pass is at t + U(0, gap): 1 / steps of the sampler helps few steps
-    loss_weight: str = "none"  # none, min_snr, p2, sigmoid, power (between x0 and v)
+    loss_weight: LossWeightName = "none"  # of the loss at a noise level
     loss_weight_kwargs: dict[str, float] = field(default_factory=dict)  # their parameters: see objectives.py
-    time_sampling: str = "uniform"  # uniform, low_discrepancy (evenly over a forward pass), logit_normal
+    time_sampling: TimeSamplingName = "uniform"  # low_discrepancy: evenly over a forward pass
     time_sampling_kwargs: dict[str, float] = field(default_factory=dict)  # mean, std of logit_normal
     scale: float = 1.0  # b: multiplies the data; below 1 makes every noise level noisier
     label_dropout: float = 0.0  # share of the samples that lose their label, for guidance
-    known: dict[str, float] = field(default_factory=dict)  # what training gives, by weight: KNOWN_KINDS
+    known: dict[KnownKind, float] = field(default_factory=dict)  # what training gives, by weight: KnownKind
     known_frames: list[int] = field(default_factory=list)  # least and most frames given; none: 1 to half
-    clip_x0: str = "static"  # x0 estimates while sampling: static (to the data's range), dynamic, none
+    clip_x0: ClippingName = "static"  # of x0 estimates while sampling
 
     def __post_init__(self) -> None:
-        _choice("time_sampling", self.time_sampling, ("uniform", "low_discrepancy", "logit_normal"))
-        _choice("clip_x0", self.clip_x0, ("static", "dynamic", "none"))
+        _check_choices("diffusion", self)
         _at_least("timesteps", self.timesteps, 1, int)
         for name in ("train_prob_self_cond", "self_cond_gap", "label_dropout"):
             _within(name, getattr(self, name), 0, 1)
@@ -167,7 +175,7 @@ class DiffusionConfig:
             raise UsageError(f"time_sampling {self.time_sampling} has no parameter {', '.join(sorted(unknown))}")
         _above("diffusion.time_sampling_kwargs", "std", self.time_sampling_kwargs.get("std", 1.0), 0)
         for kind, weight in self.known.items():
-            _choice("diffusion.known", kind, KNOWN_KINDS)
+            _choice("diffusion.known", kind, get_args(KnownKind))
             _at_least(f"diffusion.known.{kind}", weight, 0, float)
         if self.known and not sum(self.known.values()):
             raise UsageError(f"diffusion.known is {self.known}: some weight must be above 0")
@@ -189,18 +197,18 @@ class DataConfig:
     caption_tokens: int = 32  # vectors of a caption at most; 1: their mean
     stride: int = 1  # source frames from one frame of a clip to the next
     fps: float | None = None  # resample clips to this rate instead of a stride
-    span: str = "window"  # window: as stride and fps say; whole: frames from all over the file
-    sampling: str = "clips"  # clips: every file as often; time: long files as often as clips fit into them
+    span: SpanName = "window"  # window: as stride and fps say; whole: frames from all over the file
+    sampling: FileSamplingName = "clips"  # clips: every file as often; time: long files as often as clips fit into them
     windows: int = 1  # clips from one file (or, over time, from one stretch) in an epoch
     avoid_cuts: bool = False  # no clip goes over a change of scene
-    crop: str = "center"  # center, random
+    crop: CropName = "center"  # where a crop lies
     crop_scale: list[float] = field(default_factory=lambda: [1.0, 1.0])  # range of a crop's sides, 1: the largest
     augment_horizontal_flip: bool = False  # half of the samples mirrored
     augment_color: float = 0.0  # strength of changes in brightness, contrast, saturation and hue, 0 to 1
     augment_reverse: bool = False  # half of the clips backwards
     augment_speed: list[float] = field(default_factory=lambda: [1.0, 1.0])  # range of the speed, 2: twice as fast
     buckets: list[str] = field(default_factory=list)  # shapes in one run: 48x80, or 16x48x80 with frames; none: one
-    decoder: str = "auto"  # auto (the fastest that reads a file right), torchcodec, decord, pyav, pillow
+    decoder: DecoderOption = "auto"  # auto: the fastest that reads a file right
     num_workers: int = 2  # processes that read; 0: the training process, which a crash or a hang then ends
     prefetch: int = 2  # batches that each of these has ready
     strict: bool = False  # refuse to start where a file cannot be used
@@ -211,10 +219,7 @@ class DataConfig:
     classes: list[str] = field(default_factory=list)  # names of the sub-folders, as training found them
 
     def __post_init__(self) -> None:
-        _choice("data.crop", self.crop, ("center", "random"))
-        _choice("data.span", self.span, ("window", "whole"))
-        _choice("data.sampling", self.sampling, ("clips", "time"))
-        _choice("data.decoder", self.decoder, ("auto", "torchcodec", "decord", "pyav", "pillow"))
+        _check_choices("data", self)
         for name in ("stride", "windows", "prefetch", "max_pixels", "caption_tokens"):
             _at_least(f"data.{name}", getattr(self, name), 1, int)
         for name in ("num_workers", "max_failures"):
@@ -244,11 +249,11 @@ class TrainConfig:
     train_num_steps: int = 100_000  # optimizer steps
     train_batch_size: int = 16  # samples of one forward pass, shared out among the processes
     gradient_accumulate_every: int = 1  # forward passes for one step
-    optimizer: str = "adamw"  # adamw, lamb, muon (matrices; AdamW for the rest)
+    optimizer: OptimizerName = "adamw"
     train_lr: float = 1e-4  # the highest learning rate
     weight_decay: float = 0.01  # not on biases, norms and embeddings
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # of the optimizer's two averages
-    lr_schedule: str = "cosine"  # cosine, constant
+    lr_schedule: LRScheduleName = "cosine"  # after the warm-up
     lr_cosine_portion: float = 1.0  # how much of the cosine's half period the run covers
     warmup_steps: int = 0  # the learning rate rises linearly over these
     max_grad_norm: float = 1.0  # 0: no clipping
@@ -256,10 +261,10 @@ class TrainConfig:
     ema_update_every: int = 1  # steps
     ema_sigma_rel: list[float] = field(default_factory=lambda: [0.05, 0.1])  # two lengths or more for `rin-video ema`
     ema_snapshot_every: int = 5000  # steps between what `rin-video ema` puts together
-    mixed_precision: str = "no"  # no (fp32), bf16, fp16
+    mixed_precision: PrecisionName = "no"  # of activations
     gradient_checkpointing: bool = False  # compute each block again for its gradient: less memory, more time
     compile: bool = False  # torch.compile the model; left out where it fails
-    sharding: str = "none"  # none (every process holds the model: DDP), fsdp2 (each holds a part)
+    sharding: ShardingName = "none"  # what of the model a process holds
     init_from: str | None = None  # folder or hub id of a model whose weights to start with, where they fit
     seed: int = 0  # of initial weights, data order, noise and samples
     save_and_sample_every: int = 1000  # steps
@@ -269,10 +274,7 @@ class TrainConfig:
     trackers: list[str] = field(default_factory=list)  # tensorboard, wandb or another one that accelerate knows
 
     def __post_init__(self) -> None:
-        _choice("train.optimizer", self.optimizer, ("adamw", "lamb", "muon"))
-        _choice("train.lr_schedule", self.lr_schedule, ("cosine", "constant"))
-        _choice("train.mixed_precision", self.mixed_precision, ("no", "bf16", "fp16"))
-        _choice("train.sharding", self.sharding, ("none", "fsdp2"))
+        _check_choices("train", self)
         for name in (
             "train_num_steps",
             "train_batch_size",
@@ -306,38 +308,31 @@ def check_sigma_rel(name: str, value: Any) -> None:
     _within(name, value, 0.01, 0.28)
 
 
-SAMPLER_NAMES = ("ddim", "euler", "ddpm", "ddpm_small", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m", "heun")
-
-
 @dataclass
 class SampleConfig:
     """How pictures and clips are drawn, in training and by `rin-video sample`."""
 
     num_samples: int = 16  # how many
     steps: int = 50  # network calls, or twice as many with heun
-    sampler: str = "dpmpp_2m_sde"  # one of SAMPLER_NAMES; this one and 50 by benchmarks/README.md
+    sampler: SamplerName = "dpmpp_2m_sde"  # this one and 50 by benchmarks/README.md
     sampler_kwargs: dict[str, float] = field(default_factory=dict)  # eta of ddim, churn of heun
-    spacing: str | None = None  # uniform, quadratic (in t), karras, logsnr (in sigma / alpha); null: by sampler
+    spacing: SpacingName | None = None  # of the steps; null: by sampler
     time_difference: float = 0.0  # how many steps further than the clock every step reaches
-    schedule: str | None = None  # noise schedule; none: that of training
+    schedule: ScheduleName | None = None  # noise schedule; none: that of training
     schedule_kwargs: dict[str, float] = field(default_factory=dict)  # its parameters
     label: int | str | None = None  # one class for all samples, by name or number; none: each class in turn
     guidance: float = 0.0  # weight of classifier-free guidance; 0: none
-    guidance_drop: str = "label"  # what the other branch does without: label, known, label+known
+    guidance_drop: str = "label"  # what the other branch does without: GuidanceDropName, joined by +
     guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])  # gammas at which there is guidance
     batched_guidance: bool = True  # both branches in one forward pass; false: in two, with less memory
     guidance_rescale: float = 0.0  # 0 to 1: keeps the spread of the guided prediction
-    clip_x0: str | None = None  # none: as in training
+    clip_x0: ClippingName | None = None  # null: as in training
     fps: float = 8.0  # of the clips that are written
 
     def __post_init__(self) -> None:
         for name in ("num_samples", "steps"):
             _at_least(f"sample.{name}", getattr(self, name), 1, int)
-        _choice("sample.sampler", self.sampler, SAMPLER_NAMES)
-        if self.spacing is not None:
-            _choice("sample.spacing", self.spacing, ("uniform", "quadratic", "karras", "logsnr"))
-        if self.clip_x0 is not None:
-            _choice("sample.clip_x0", self.clip_x0, ("static", "dynamic", "none"))
+        _check_choices("sample", self)
         _at_least("sample.time_difference", self.time_difference, 0, float)
         _within("sample.guidance_rescale", self.guidance_rescale, 0, 1)
         _at_least("sample.guidance", self.guidance, 0, float)
@@ -534,6 +529,22 @@ def _check_names(given: Any, kind: Any, origin: str, prefix: str) -> None:
 
 def _elsewhere(name: str) -> list[str]:
     return [f"{section}.{name}" for section, kind in types_of(Config).items() if name in types_of(kind)]
+
+
+def names_of(kind: Any) -> tuple[str, ...]:
+    """The names that an option of a type takes, in order; none where it is free."""
+    if get_origin(kind) is Literal:
+        return get_args(kind)
+    optional = type(None) in get_args(kind)
+    return tuple(name for member in get_args(kind) for name in names_of(member)) if optional else ()
+
+
+def _check_choices(section: str, config: Any) -> None:
+    """Raises `UsageError` where a field is none of the names that its type lists."""
+    for name, kind in types_of(config.__class__).items():
+        value, names = getattr(config, name), names_of(kind)
+        if names and not (value is None and type(None) in get_args(kind)):
+            _choice(f"{section}.{name}", value, names)
 
 
 def _choice(name: str, value: str, choices: Sequence[str]) -> None:

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from rin_video.config import PARAMETERS, DiffusionConfig, SampleConfig
+from rin_video.config import (
+    PARAMETERS,
+    ClippingName,
+    DiffusionConfig,
+    SampleConfig,
+    SamplerName,
+    ScheduleName,
+    SpacingName,
+)
 from rin_video.errors import UsageError
 from rin_video.given import Given, check_guidance, check_labels
 from rin_video.known import place_context
@@ -31,11 +39,11 @@ def sample(
     *,
     shape: tuple[int, ...] | None = None,
     steps: int | None = None,
-    sampler: str = SampleConfig.sampler,
+    sampler: SamplerName = SampleConfig.sampler,
     sampler_kwargs: Mapping[str, float] | None = None,
-    spacing: str | None = None,
+    spacing: SpacingName | None = None,
     time_difference: float = 0.0,
-    schedule: str | None = None,
+    schedule: ScheduleName | None = None,
     schedule_kwargs: Mapping[str, float] | None = None,
     label: Tensor | int | None = None,
     embedding: Tensor | None = None,
@@ -46,7 +54,7 @@ def sample(
     guidance_interval: Sequence[float] = (0.0, 1.0),
     guidance_rescale: float = 0.0,
     batched_guidance: bool = True,
-    clip_x0: str | None = None,
+    clip_x0: ClippingName | None = None,
     seed: int | None = None,
     max_batch: int | None = None,
     hidden: Any = None,
@@ -203,13 +211,13 @@ def _at(part: Tensor, indices: Tensor, device: torch.device) -> Tensor:
     return part[indices.to(part.device)].to(device)
 
 
-def suited_spacing(sampler: str, *in_time: Any) -> str:
+def suited_spacing(sampler: SamplerName, *in_time: Any) -> SpacingName:
     """ "karras" for DPM-Solver++ and Heun; "uniform" for the rest, and with any option that is about time."""
     return "karras" if sampler in KARRAS and not any(in_time) else "uniform"
 
 
 def sampling_schedule(
-    config: DiffusionConfig, name: str | None = None, schedule_kwargs: Mapping[str, float] | None = None
+    config: DiffusionConfig, name: ScheduleName | None = None, schedule_kwargs: Mapping[str, float] | None = None
 ) -> Schedule:
     """The schedule to sample with: another one by name, or that of training with other parameters.
 
