@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rin_video.config import DecoderName
 from rin_video.datasets.sources import Source, as_location, open_source, shown
 from rin_video.datasets.video_info import VideoInfo, open_container, unreadable
 from rin_video.errors import UsageError
@@ -211,7 +212,7 @@ class PillowReader:
         self._file.close()
 
 
-DECODERS: dict[str, Callable[[Source, VideoInfo], FrameReader]] = {
+DECODERS: dict[DecoderName, Callable[[Source, VideoInfo], FrameReader]] = {
     "torchcodec": TorchCodecReader,
     "decord": DecordReader,
     "pyav": PyAVReader,
@@ -219,11 +220,11 @@ DECODERS: dict[str, Callable[[Source, VideoInfo], FrameReader]] = {
 }
 
 
-def suitable_backends(info: VideoInfo) -> list[str]:
+def suitable_backends(info: VideoInfo) -> list[DecoderName]:
     """Those that should find the right frames of such a file on this machine, fastest first."""
     if info.container == "webp":
         return ["pillow"]
-    names = ["torchcodec"] if _suits_torchcodec(info) and not torchcodec_problem() else []
+    names: list[DecoderName] = ["torchcodec"] if _suits_torchcodec(info) and not torchcodec_problem() else []
     names += ["decord"] if _suits_decord(info) and importlib.util.find_spec("decord") else []
     return [*names, "pyav"]
 

@@ -19,6 +19,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from rin_video.config import DecoderName, DecoderOption
 from rin_video.datasets.backends import DECODERS, suitable_backends
 from rin_video.datasets.framing import resize
 from rin_video.datasets.sources import Source, shown
@@ -33,7 +34,7 @@ OPEN_FILES = 8  # videos that a process keeps open
 class Video:
     """An open video file. Use it as a context manager, in the process that opened it."""
 
-    def __init__(self, source: Source, info: VideoInfo, backends: Sequence[str]) -> None:
+    def __init__(self, source: Source, info: VideoInfo, backends: Sequence[DecoderName]) -> None:
         self.path, self.info = source, info
         self.num_frames, self.fps, self.size = info.num_frames, info.fps, info.size
         self._backends = iter(backends)
@@ -91,7 +92,9 @@ class Video:
         raise error
 
 
-def open_video(source: str | PathLike[str] | Source, decoder: str = "auto", info: VideoInfo | None = None) -> Video:
+def open_video(
+    source: str | PathLike[str] | Source, decoder: DecoderOption = "auto", info: VideoInfo | None = None
+) -> Video:
     """Open a video file for reading.
 
     `decoder` is "auto" or one of `DECODERS`; `info`, where the file was probed before, saves probing it again.
@@ -102,7 +105,7 @@ def open_video(source: str | PathLike[str] | Source, decoder: str = "auto", info
     return Video(source, info, backends_for(info, decoder))
 
 
-def backends_for(info: VideoInfo, decoder: str = "auto") -> list[str]:
+def backends_for(info: VideoInfo, decoder: DecoderOption = "auto") -> list[DecoderName]:
     """The names of the backends that `open_video` tries for such a file, in that order.
 
     Where the file was indexed, the first is the one that read it then.
@@ -115,7 +118,7 @@ def backends_for(info: VideoInfo, decoder: str = "auto") -> list[str]:
     return [decoder]
 
 
-def kept_open(source: Source, decoder: str, info: VideoInfo) -> Video:
+def kept_open(source: Source, decoder: DecoderOption, info: VideoInfo) -> Video:
     """`open_video`, but the last OPEN_FILES stay open for this process. Do not close it; drop it with `let_go`."""
     videos = _open.setdefault(os.getpid(), OrderedDict())
     key = (source, decoder)

@@ -9,6 +9,7 @@ from functools import lru_cache
 from os import PathLike
 from pathlib import Path
 
+from rin_video.config import DataKind
 from rin_video.datasets.shards import is_shards, list_shards, members_of
 from rin_video.datasets.sources import Member, Source, shown
 from rin_video.datasets.video_info import is_webp
@@ -22,7 +23,11 @@ IMAGE_EXTENSIONS = (
 )  # fmt: skip
 CLIP_EXTENSIONS = (".mp4", ".webm", ".mkv", ".mov", ".avi", ".gif", ".m4v")
 ARRAY_EXTENSIONS = (".npy", ".safetensors")
-KINDS = {"image": IMAGE_EXTENSIONS, "video": CLIP_EXTENSIONS, "array": ARRAY_EXTENSIONS}
+KINDS: dict[DataKind, tuple[str, ...]] = {
+    "image": IMAGE_EXTENSIONS,
+    "video": CLIP_EXTENSIONS,
+    "array": ARRAY_EXTENSIONS,
+}
 
 
 def find_files(root: str | PathLike[str], extensions: Collection[str]) -> list[Path]:
@@ -50,7 +55,7 @@ def find_sources(
     raise UsageError(f"{shown(os.fspath(root))} holds no {' '.join(extensions)} file{advice}{_links_advice(root)}")
 
 
-def detect_kind(root: str | PathLike[str], *, allow_pipe: bool = False, cache: Path | None = None) -> str:
+def detect_kind(root: str | PathLike[str], *, allow_pipe: bool = False, cache: Path | None = None) -> DataKind:
     """ "image", "video" or "array", whichever files `root` holds (a GIF is a clip). UsageError for several or none."""
     every = all_sources(root, allow_pipe=allow_pipe, cache=cache)
     counts = {kind: _count(every, extensions) for kind, extensions in KINDS.items()}
@@ -59,7 +64,7 @@ def detect_kind(root: str | PathLike[str], *, allow_pipe: bool = False, cache: P
             f"{shown(os.fspath(root))} holds {counts['image']} images and {counts['video']} clips: "
             "say which to use, the clips (--frames 16, or --kind video) or the images (--frames 0, or --kind image)"
         )
-    for kind in ("image", "video", "array"):
+    for kind in KINDS:
         if counts[kind]:
             return kind
     every_extension = " ".join(sum(KINDS.values(), ()))

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from rin_video.config import CropName
+from rin_video.datasets.sources import shown
 from rin_video.errors import UsageError
 
-CROPS = ("center", "random")
 HUE = 0.1  # turns of the colour wheel at augment_color 1; the other changes are halved or increased by half
 
 
@@ -36,13 +38,13 @@ class Framing:
         self,
         image_size: int | tuple[int, int],
         *,
-        crop: str = "center",
+        crop: CropName = "center",
         flip: bool = False,
         crop_scale: Sequence[float] = (1.0, 1.0),
         color: float = 0.0,
     ) -> None:
-        if crop not in CROPS:
-            raise UsageError(f"unknown crop {crop!r}: use one of {', '.join(CROPS)}")
+        if crop not in get_args(CropName):
+            raise UsageError(f"unknown crop {crop!r}: use one of {', '.join(get_args(CropName))}")
         H, W = (image_size, image_size) if isinstance(image_size, int) else image_size
         if min(H, W) < 1:
             raise UsageError(f"image_size is {H}x{W}: both must be at least 1")
@@ -126,7 +128,9 @@ class Chance:
 
 def class_list(classes: Sequence[str]) -> str:
     return (
-        f", {len(classes)} classes: {', '.join(classes[:10])}{', ...' if len(classes) > 10 else ''}" if classes else ""
+        f", {len(classes)} classes: {', '.join(map(shown, classes[:10]))}{', ...' if len(classes) > 10 else ''}"
+        if classes
+        else ""
     )
 
 

@@ -119,7 +119,7 @@ def _load(hub: Any, name: str) -> Any:
             table = hub.load_from_disk(name)
         else:
             name, _, split = name[len(PREFIX) :].partition(":")
-            table = hub.load_dataset(name, split=split or None)
+            table = hub.load_dataset(name, split=split or None, trust_remote_code=False)
     except Exception as error:
         raise UsageError(f"{name} cannot be loaded: {str(error).splitlines()[0] if str(error) else error!r}") from error
     if isinstance(table, dict):

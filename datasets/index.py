@@ -17,7 +17,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from rin_video.config import DataConfig
+from rin_video.config import DataConfig, DataKind
 from rin_video.datasets.arrays import ArrayInfo, probe_array
 from rin_video.datasets.decoding import open_video
 from rin_video.datasets.folders import KINDS, find_sources, first_folder, number_classes
@@ -29,7 +29,7 @@ from rin_video.datasets.video_info import MAX_PIXELS, VideoInfo, probe_video
 from rin_video.errors import UsageError
 
 VERSION = 2
-INFOS: dict[str, type] = {"image": ImageInfo, "video": VideoInfo, "array": ArrayInfo}
+INFOS: dict[DataKind, type] = {"image": ImageInfo, "video": VideoInfo, "array": ArrayInfo}
 CAPTION_LENGTH = 10_000
 
 
@@ -51,7 +51,7 @@ class Entry:
 class Probe:
     """How files are looked into. `work` is called in a child process."""
 
-    kind: str
+    kind: DataKind
     cuts: bool = False
     max_pixels: int = MAX_PIXELS
 
@@ -145,7 +145,7 @@ def load_index(path: Path, root: str | PathLike[str], probe: Probe) -> dict[str,
             rows = {row[0]: row for row in map(json.loads, file)}
         whole = all(len(row) == width and (row[3] is None or len(row[3]) == info_width) for row in rows.values())
         return rows if whole else {}
-    except (OSError, ValueError, TypeError, LookupError):
+    except (OSError, ValueError, TypeError, LookupError, RecursionError):
         return {}
 
 
@@ -174,7 +174,7 @@ def keeping_all() -> Iterator[None]:
 
 def make_index(
     root: str | PathLike[str],
-    kind: str,
+    kind: DataKind,
     options: DataConfig | None = None,
     *,
     path: Path | None = None,

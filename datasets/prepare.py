@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from rin_video.config import DataConfig
+from rin_video.config import DataConfig, DataKind
 from rin_video.datasets.decoding import open_video
 from rin_video.datasets.framing import Chance, resize
 from rin_video.datasets.images import make_framing
@@ -44,14 +44,14 @@ class Job:
 
     path: Path
     entries: list[Entry]
-    kind: str
+    kind: DataKind
     size: tuple[int, int]
     options: DataConfig
 
 
 def prepare(
     root: str | PathLike[str],
-    kind: str,
+    kind: DataKind,
     out: Path,
     size: tuple[int, int],
     options: DataConfig,
@@ -118,7 +118,10 @@ def loading_speed(dataset: Any, num: int = 64, seconds: float = 5.0) -> float:
 
 def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
     if path.exists():
-        then = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            then = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise UsageError(f"{path} is damaged ({shown(str(error))}): use another --out") from None
         for key, value in manifest.items():
             if then.get(key) != value:
                 what = "the files have changed" if key == "content" else f"{key} was {then.get(key)}, now it is {value}"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
-from rin_video.errors import UsageError
+from rin_video.errors import UsageError, one_line
 
 
 @dataclass(frozen=True)
@@ -121,8 +121,7 @@ def size_of(source: Source) -> int:
 
 def shown(source: Source | str) -> str:
     """A name as one line that any terminal and any file can hold, whatever bytes it is made of."""
-    text = str(source).encode("utf-8", "backslashreplace").decode("utf-8")
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    return one_line(source)
 
 
 def _is_utf8(path: Path) -> bool:

@@ -11,7 +11,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rin_video.config import Config, DiffusionConfig, ModelConfig, SampleConfig, TrainConfig
+from rin_video.config import (
+    ClippingName,
+    Config,
+    DiffusionConfig,
+    KnownKind,
+    LossWeightName,
+    ModelConfig,
+    ObjectiveName,
+    PrecisionName,
+    SampleConfig,
+    ScheduleName,
+    TimeSamplingName,
+    TrainConfig,
+)
 from rin_video.errors import UsageError
 from rin_video.extend import extend
 from rin_video.given import Given
@@ -51,21 +64,21 @@ class GaussianDiffusion(nn.Module):
         self,
         model: nn.Module,
         timesteps: int | None = None,
-        noise_schedule: str = "sigmoid",
+        noise_schedule: ScheduleName = "sigmoid",
         schedule_kwargs: Mapping[str, float] | None = None,
-        objective: str = "v",
+        objective: ObjectiveName = "v",
         train_prob_self_cond: float = 0.9,
         scale: float = 1.0,
         *,
         self_cond_gap: float = 0.0,
-        loss_weight: str = "none",
+        loss_weight: LossWeightName = "none",
         loss_weight_kwargs: Mapping[str, float] | None = None,
-        time_sampling: str = "uniform",
+        time_sampling: TimeSamplingName = "uniform",
         time_sampling_kwargs: Mapping[str, float] | None = None,
         label_dropout: float = 0.0,
-        known: Mapping[str, float] | None = None,
+        known: Mapping[KnownKind, float] | None = None,
         known_frames: Sequence[int] = (),
-        clip_x0: str = "static",
+        clip_x0: ClippingName = "static",
         shape: tuple[int, ...] | None = None,
     ) -> None:
         super().__init__()
@@ -91,7 +104,7 @@ class GaussianDiffusion(nn.Module):
         self.loss_weight = make_loss_weight(loss_weight, objective, config.loss_weight_kwargs)
         self.draw_times = partial(TIME_SAMPLINGS[time_sampling], **config.time_sampling_kwargs)
         self.shape: tuple[int, ...] | None = shape or getattr(model, "shape", None)
-        self.precision = "no"  # in which it was trained, and is sampled where nothing else is said
+        self.precision: PrecisionName = "no"  # in which it was trained, and is sampled where nothing else is said
         self._check_known()
 
     @classmethod
@@ -230,7 +243,7 @@ class GaussianDiffusion(nn.Module):
         return {"latents": latents}
 
     def estimate(
-        self, prediction: Tensor, x_t: Tensor, level: NoiseLevel, given: Given, clip_x0: str | None = None
+        self, prediction: Tensor, x_t: Tensor, level: NoiseLevel, given: Given, clip_x0: ClippingName | None = None
     ) -> Tensor:
         """The estimate of the (scaled) data, kept in its range, with what is known in its place."""
         x0 = given.put(to_x0_eps(self.config.objective, prediction, x_t, level)[0])
@@ -245,7 +258,7 @@ class GaussianDiffusion(nn.Module):
         guidance_interval: Sequence[float] = (0.0, 1.0),
         guidance_rescale: float = 0.0,
         batched_guidance: bool = True,
-        clip_x0: str | None = None,
+        clip_x0: ClippingName | None = None,
     ) -> Denoise:
         """`denoise(x, level, hidden) -> (x0, eps, hidden)` for samplers: x0 clipped, eps re-derived from it.
 

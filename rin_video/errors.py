@@ -9,6 +9,12 @@ class UsageError(ValueError):
     """
 
 
+def one_line(text: object) -> str:
+    """Text as one line that any terminal, page or file can hold: what does not print is escaped."""
+    text = str(text).encode("utf-8", "backslashreplace").decode("utf-8")
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
 def first_line(error: BaseException) -> str:
     """What an error says, in one line; its kind where it says nothing."""
     lines = str(error).strip().splitlines()

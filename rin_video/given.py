@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from rin_video.config import GuidanceDropName
 from rin_video.errors import UsageError
 from rin_video.tensors import append_dims
 
@@ -96,10 +97,15 @@ def check_labels(label: Tensor | int | None, batch_size: int, num_classes: int) 
 
 def check_guidance(guidance: float, drop: str, given: Given) -> None:
     """Raises `UsageError` where guidance has nothing to drop."""
-    there = {"label": given.label is not None or given.embedding is not None, "known": given.known is not None}
-    parts = drop.split("+")
+    there: dict[GuidanceDropName, bool] = {
+        "label": given.label is not None or given.embedding is not None,
+        "known": given.known is not None,
+    }
+    parts: list[Any] = drop.split("+")
     if unknown := set(parts) - set(there):
-        raise UsageError(f"guidance_drop is {drop}: {', '.join(sorted(unknown))} is unknown, it takes label, known")
+        raise UsageError(
+            f"guidance_drop is {drop}: {', '.join(sorted(unknown))} is unknown, it takes {', '.join(there)}"
+        )
     if missing := [part for part in parts if not there[part]]:
         raise UsageError(
             f"guidance is {guidance}, but there is no {' and no '.join(missing)} to be guided by: give one"

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from rin_video.config import PARAMETERS, PRECISIONS, DiffusionConfig, SampleConfig
+from rin_video.config import (
+    PARAMETERS,
+    ClippingName,
+    DiffusionConfig,
+    PrecisionName,
+    SampleConfig,
+    SamplerName,
+    ScheduleName,
+    SpacingName,
+)
 from rin_video.errors import UsageError
 from rin_video.given import Given, check_guidance, check_labels
 from rin_video.known import place_context
@@ -32,11 +41,11 @@ def sample(
     *,
     shape: tuple[int, ...] | None = None,
     steps: int | None = None,
-    sampler: str = SampleConfig.sampler,
+    sampler: SamplerName = SampleConfig.sampler,
     sampler_kwargs: Mapping[str, float] | None = None,
-    spacing: str | None = None,
+    spacing: SpacingName | None = None,
     time_difference: float = 0.0,
-    schedule: str | None = None,
+    schedule: ScheduleName | None = None,
     schedule_kwargs: Mapping[str, float] | None = None,
     label: Tensor | int | None = None,
     embedding: Tensor | None = None,
@@ -47,8 +56,8 @@ def sample(
     guidance_interval: Sequence[float] = (0.0, 1.0),
     guidance_rescale: float = 0.0,
     batched_guidance: bool = True,
-    clip_x0: str | None = None,
-    precision: str | None = None,
+    clip_x0: ClippingName | None = None,
+    precision: PrecisionName | None = None,
     seed: int | None = None,
     max_batch: int | None = None,
     hidden: Any = None,
@@ -211,22 +220,22 @@ def _at(part: Tensor, indices: Tensor, device: torch.device) -> Tensor:
     return part[indices.to(part.device)].to(device)
 
 
-def suited_spacing(sampler: str, *in_time: Any) -> str:
+def suited_spacing(sampler: SamplerName, *in_time: Any) -> SpacingName:
     """ "karras" for DPM-Solver++ and Heun; "uniform" for the rest, and with any option that is about time."""
     return "karras" if sampler in KARRAS and not any(in_time) else "uniform"
 
 
-def sampling_precision(asked: str | None, trained: str, device: torch.device) -> str:
+def sampling_precision(asked: PrecisionName | None, trained: PrecisionName, device: torch.device) -> PrecisionName:
     """The precision that was asked for; else that of training, but float32 on a CPU, which gains nothing by others."""
     if asked is None:
         return "no" if device.type == "cpu" else trained
-    if asked not in PRECISIONS:
-        raise UsageError(f"unknown precision {asked!r}: known are {', '.join(PRECISIONS)}")
+    if asked not in (known := get_args(PrecisionName)):
+        raise UsageError(f"unknown precision {asked!r}: known are {', '.join(known)}")
     return asked
 
 
 def sampling_schedule(
-    config: DiffusionConfig, name: str | None = None, schedule_kwargs: Mapping[str, float] | None = None
+    config: DiffusionConfig, name: ScheduleName | None = None, schedule_kwargs: Mapping[str, float] | None = None
 ) -> Schedule:
     """The schedule to sample with: another one by name, or that of training with other parameters.
 
