@@ -157,7 +157,8 @@ class ClipFolder(Dataset[dict[str, Tensor | int]]):
             lines.append(f"{slow} of {len(self.files)} have fewer than {fps:g} fps: some of their frames repeat")
         lines += [self.embeddings.describe()] if self.embeddings else []
         lines += self.buckets.describe(self.bucket_of)
-        return "\n".join(lines + self.framing.describe_enlarged(sizes) + describe_skipped(self.skipped))
+        lines += self.framing.describe_enlarged(sizes) + describe_skipped(self.skipped)
+        return "\n".join(lines + self.index.describe_passed_over())
 
     def _plan(self, index: int, epoch: int) -> tuple[int, list[int], Any]:
         file, part, parts = self.places[index]

@@ -14,7 +14,7 @@ from torch import Tensor
 from rin_video.config import DataConfig
 from rin_video.datasets.arrays import ARRAY_SUFFIXES, ArrayInfo, probe_array, read_array
 from rin_video.datasets.index import Entry
-from rin_video.datasets.shards import companions, members_of
+from rin_video.datasets.shards import companion, companions, members_of
 from rin_video.datasets.sources import Member, Source, shown
 from rin_video.errors import UsageError
 
@@ -145,8 +145,8 @@ def read_embedding(source: Source, info: ArrayInfo | None = None) -> Tensor:
 def _beside(source: Source, aside: dict[tuple[Path, str], dict[str, Member]]) -> Source | None:
     """The array file of the same name, in the same folder or shard."""
     if isinstance(source, Member):
-        own = aside.get((source.shard, source.stem), {})
-        return next((own[suffix] for suffix in ARRAY_SUFFIXES if suffix in own), None)
+        found = (companion(aside, source, suffix) for suffix in ARRAY_SUFFIXES)
+        return next((member for member in found if member is not None), None)
     if not isinstance(source, Path):
         return None
     return next((file for suffix in ARRAY_SUFFIXES if (file := source.with_suffix(suffix)).is_file()), None)

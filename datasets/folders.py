@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Collection, Sequence
 from functools import lru_cache
 from os import PathLike
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from rin_video.config import DataKind
 from rin_video.datasets.shards import is_shards, list_shards, members_of
-from rin_video.datasets.sources import Member, Source, shown
+from rin_video.datasets.sources import Member, Source, open_source, shown
 from rin_video.datasets.video_info import is_webp
 from rin_video.errors import UsageError
 
@@ -21,13 +22,20 @@ IMAGE_EXTENSIONS = (
     ".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".avif", ".jp2", ".tga", ".qoi",
     ".heic", ".heif",
 )  # fmt: skip
-CLIP_EXTENSIONS = (".mp4", ".webm", ".mkv", ".mov", ".avi", ".gif", ".m4v")
+CLIP_EXTENSIONS = (
+    ".mp4", ".webm", ".mkv", ".mov", ".avi", ".gif", ".m4v", ".qt", ".3gp", ".3g2", ".mpg", ".mpeg", ".mts", ".m2ts",
+    ".wmv", ".ogv", ".flv",
+)  # fmt: skip
 ARRAY_EXTENSIONS = (".npy", ".safetensors")
 KINDS: dict[DataKind, tuple[str, ...]] = {
     "image": IMAGE_EXTENSIONS,
     "video": CLIP_EXTENSIONS,
     "array": ARRAY_EXTENSIONS,
 }
+COMPANIONS = (".txt", ".cls", ".json", *ARRAY_EXTENSIONS)  # what belongs to a sample of the same name
+SPLITS = ("train", "training", "val", "valid", "validation", "dev", "eval", "test", "testing")
+FEW = 0.1  # share of animated GIFs among images that do not make a folder one of clips
+FRAMES = 8  # consecutive numbers that may be frames of a clip
 
 
 def find_files(root: str | PathLike[str], extensions: Collection[str]) -> list[Path]:
@@ -43,15 +51,31 @@ def find_sources(
     root: str | PathLike[str], extensions: Collection[str], *, allow_pipe: bool = False, cache: Path | None = None
 ) -> list[Source]:
     """`find_files`, also among the members of tar shards: `root` may be a .tar, a pattern or a folder of them."""
+    return split_sources(root, extensions, allow_pipe=allow_pipe, cache=cache)[0]
+
+
+def split_sources(
+    root: str | PathLike[str], extensions: Collection[str], *, allow_pipe: bool = False, cache: Path | None = None
+) -> tuple[list[Source], list[Source]]:
+    """`find_sources`, and the other files: those that neither have an extension nor belong to one that has."""
     every = all_sources(root, allow_pipe=allow_pipe, cache=cache)
     sources = [source for source in every if _is_of(source, extensions)]
     if sources:
-        return sources
+        taken, keys = set(map(id, sources)), set(map(_key, sources))
+        others = [
+            source for source in every
+            if id(source) not in taken and not (source.suffix.lower() in COMPANIONS and _key(source) in keys)
+        ]  # fmt: skip
+        if extensions == IMAGE_EXTENSIONS and (row := numbered_rows(sources)) and "frame" in row[0].stem.lower():
+            _say_once(f"{shown(os.fspath(root))}: {_describe_row(row)}, they are trained on as images. {MAKE_CLIPS}")
+        return sources, others
     advice = ""
-    if extensions == CLIP_EXTENSIONS and (others := _count(every, IMAGE_EXTENSIONS)):
-        advice = f"; it holds {others} images: leave out --frames to train on images"
-    elif extensions == IMAGE_EXTENSIONS and (others := _count(every, CLIP_EXTENSIONS)):
-        advice = f"; it holds {others} clips: use --frames 16 to train on clips"
+    if extensions == CLIP_EXTENSIONS and (images := [one for one in every if _is_of(one, IMAGE_EXTENSIONS)]):
+        advice = f"; it holds {len(images)} images: leave out --frames to train on images"
+        if row := numbered_rows(images):
+            advice += f"; {_describe_row(row)}: {MAKE_CLIPS}"
+    elif extensions == IMAGE_EXTENSIONS and (clips := _count(every, CLIP_EXTENSIONS)):
+        advice = f"; it holds {clips} clips: use --frames 16 to train on clips"
     raise UsageError(f"{shown(os.fspath(root))} holds no {' '.join(extensions)} file{advice}{_links_advice(root)}")
 
 
@@ -59,7 +83,10 @@ def detect_kind(root: str | PathLike[str], *, allow_pipe: bool = False, cache: P
     """ "image", "video" or "array", whichever files `root` holds (a GIF is a clip). UsageError for several or none."""
     every = all_sources(root, allow_pipe=allow_pipe, cache=cache)
     counts = {kind: _count(every, extensions) for kind, extensions in KINDS.items()}
-    if counts["image"] and counts["video"]:
+    animated = counts["video"] <= FEW * counts["image"] and all(
+        source.suffix.lower() == ".gif" for source in every if _is_of(source, CLIP_EXTENSIONS)
+    )
+    if counts["image"] and counts["video"] and not animated:
         raise UsageError(
             f"{shown(os.fspath(root))} holds {counts['image']} images and {counts['video']} clips: "
             "say which to use, the clips (--frames 16, or --kind video) or the images (--frames 0, or --kind image)"
@@ -74,19 +101,78 @@ def detect_kind(root: str | PathLike[str], *, allow_pipe: bool = False, cache: P
 def class_labels(root: str | PathLike[str], files: Sequence[Source]) -> tuple[list[str], list[int]]:
     """The class names, sorted, and the class of every file.
 
-    A class is a first folder below `root` (in a shard: of the member's name). There are classes only when every file
-    is in such a folder and the folders are two or more; otherwise the list is empty and every label is -1.
+    A class is a first folder below `root` (in a shard: of the member's name). There are classes only when the folders
+    are two or more and hold most of the files; otherwise the list is empty and every label is -1.
     """
     return number_classes([first_folder(root, file) for file in files])
 
 
 def number_classes(names: Sequence[str | None]) -> tuple[list[str], list[int]]:
-    """Class names of all files as the sorted names and numbers; no classes where a file has none, or all the same."""
-    classes = sorted({name for name in names if name})
-    if len(classes) < 2 or not all(names):
+    """Class names of all files as the sorted names and numbers; -1 for files that have none.
+
+    There are no classes where all are the same, or most files have none; what is not as it seems is logged.
+    """
+    classes = sort_classes({name for name in names if name})
+    without = sum(not name for name in names)
+    if len(classes) < 2 or 2 * without > len(names):
+        if len(classes) > 1:
+            said = f"{', '.join(map(shown, classes[:3]))}{', ...' * (len(classes) > 3)}"
+            _say_once(f"{without} of {len(names)} files lie beside the folders {said}: these are not taken for classes")
         return [], [-1] * len(names)
+    if without:
+        _say_once(f"{without} of {len(names)} files lie in no class folder: they are trained on without a label")
     numbers = {name: number for number, name in enumerate(classes)}
-    return classes, [numbers[name] for name in names if name]
+    return classes, [numbers[name] if name else -1 for name in names]
+
+
+def sort_classes(names: Collection[str]) -> list[str]:
+    """In alphabetical order; names that are all whole numbers by their value."""
+    if all(name.isdecimal() for name in names):
+        return sorted(names, key=lambda name: (int(name), name))
+    return sorted(names)
+
+
+def refuse_splits(root: str | PathLike[str], names: Collection[str | None]) -> None:
+    """UsageError where the folders are splits of a data set, not classes."""
+    splits = sorted(name for name in names if name)
+    if len(splits) < 2 or None in names or not {name.lower() for name in splits} <= set(SPLITS):
+        return
+    train = next((name for name in splits if name.lower().startswith("train")), None)
+    if train is not None:
+        raise UsageError(
+            f"{shown(os.fspath(root))} holds the splits {', '.join(map(shown, splits))}, not classes: give one of "
+            f"them, {shown(os.path.join(root, train))}"
+        )
+
+
+MAKE_CLIPS = "If they are frames, make each folder a clip: rin-video export FOLDER clip.mp4"
+
+
+def numbered_rows(sources: Sequence[Source]) -> list[Path]:
+    """The first file of every folder, where in every one all files are numbered in a row; else none."""
+    rows: dict[Path, list[tuple[str, int, Path]]] = {}
+    for source in sources:
+        found = re.fullmatch(r"(.*?)(\d+)", source.stem) if isinstance(source, Path) else None
+        if found is None or not isinstance(source, Path):
+            return []
+        rows.setdefault(source.parent, []).append((found[1], int(found[2]), source))
+    for row in rows.values():
+        numbers = sorted(number for _, number, _ in row)
+        if len(row) < FRAMES or len({name for name, _, _ in row}) > 1 or numbers[-1] - numbers[0] + 1 != len(row):
+            return []
+    return [min(row, key=lambda one: one[1])[2] for row in rows.values()]
+
+
+def _describe_row(row: Sequence[Path]) -> str:
+    folders = "its files are" if len(row) == 1 else f"in each of {len(row)} folders the files are"
+    return f"{folders} numbered in a row (from {shown(row[0])} on)"
+
+
+def _key(source: Source) -> str:
+    """What a file shares with those that belong to it."""
+    if isinstance(source, Member):
+        return f"{source.shard}:{source.key}"
+    return os.path.splitext(str(source))[0]
 
 
 def first_folder(root: str | PathLike[str], source: Source) -> str | None:
@@ -121,6 +207,11 @@ def all_sources(root: str | PathLike[str], *, allow_pipe: bool = False, cache: P
 
     for folder, subfolders, names in os.walk(root, onerror=unreadable):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        for name in subfolders:
+            if os.path.islink(os.path.join(folder, name)):
+                link = os.path.join(folder, name)
+                where = shown(os.path.realpath(link))
+                _say_once(f"{shown(link)} is a link to a folder, which is not followed: it leads to {where}")
         files += [
             (path.as_posix()[length:], path)
             for path in (Path(folder, name) for name in names if not name.startswith("."))
@@ -141,12 +232,31 @@ def _links_advice(root: str | PathLike[str]) -> str:
 
 def _is_of(source: Source, extensions: Collection[str]) -> bool:
     suffix = source.suffix.lower()
+    if suffix == ".gif" and extensions in (CLIP_EXTENSIONS, IMAGE_EXTENSIONS):
+        return _is_still_gif(source) == (extensions == IMAGE_EXTENSIONS)
     if suffix == ".webp" and (extensions in (CLIP_EXTENSIONS, IMAGE_EXTENSIONS)):
         try:
             return is_webp(source, moving=True) == (extensions == CLIP_EXTENSIONS)
         except UsageError:
             return extensions == IMAGE_EXTENSIONS
     return suffix in extensions
+
+
+def _is_still_gif(source: Source) -> bool:
+    """Whether a GIF has one frame only; False where that cannot be told."""
+    when = source.stat().st_mtime_ns if isinstance(source, Path) and source.is_file() else 0
+    return _has_one_frame(source, when)
+
+
+@lru_cache(maxsize=1 << 16)
+def _has_one_frame(source: Source, modified: int) -> bool:
+    from PIL import Image
+
+    try:
+        with open_source(source) as file, Image.open(file, formats=["GIF"]) as image:
+            return not image.is_animated
+    except Exception:  # Pillow's plug-ins raise what they like; who reads it says why
+        return False
 
 
 def _count(sources: Sequence[Source], extensions: Collection[str]) -> int:

@@ -1,9 +1,9 @@
-"""Data sets of the Hugging Face package `datasets`: `hf:NAME[:SPLIT]` from the hub, or a folder of `save_to_disk`."""
+"""Data sets of the Hugging Face package `datasets`: hf:NAME[[:CONFIGURATION]:SPLIT], or a saved folder."""
 
 from __future__ import annotations
 
-import io
 import os
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,13 @@ from torch.utils.data import Dataset
 
 from rin_video.config import DataConfig
 from rin_video.datasets.decoding import open_video, probe_video
+from rin_video.datasets.folders import sort_classes
 from rin_video.datasets.framing import Chance, class_list
 from rin_video.datasets.images import make_framing
 from rin_video.datasets.reading import read_image
-from rin_video.datasets.sources import Buffer
+from rin_video.datasets.sources import Buffer, shown
 from rin_video.datasets.windows import Windows
-from rin_video.errors import UsageError
+from rin_video.errors import UsageError, first_line
 
 PREFIX = "hf:"
 
@@ -33,37 +34,68 @@ def is_hub(path: str | os.PathLike[str]) -> bool:
 class HubDataset(Dataset[dict[str, Tensor | int]]):
     """Images or clips of one column; item: `{"x": uint8 (C, H, W) or (C, F, H, W), "label": class or -1}`.
 
-    The first column of type Image or Video is taken, and the first of type ClassLabel. Only `hf:` reaches the network.
+    The column is `image_column`, else the first of type Image or Video; its labels are those of `label_column` (numbers
+    or text), else of the first column of type ClassLabel. A row that holds no picture, or one that cannot be read, is a
+    `UsageError` when it is drawn. Only `hf:` reaches the network.
     """
 
     def __init__(
         self, path: str | os.PathLike[str], shape: tuple[int, ...], options: DataConfig, *, seed: int = 0
     ) -> None:
         hub = import_hub()
-        table = _load(hub, os.fspath(path))
+        table = load_table(os.fspath(path))
         self.path, self.shape, self.config, self.chance = path, tuple(shape), options, Chance(seed)
+        _refuse_unheeded(path, options)
         kind = "Image" if len(shape) == 3 else "Video"
-        columns = [name for name, feature in table.features.items() if type(feature).__name__ == kind]
+        columns = columns_of(table, kind)
+        if options.image_column is not None:
+            columns = [_existing(table, options.image_column, path)]
         if len(shape) not in (3, 4) or not columns:
             raise UsageError(
-                f"{os.fspath(path)} has no column of type {kind}, the model takes {shape}; it has "
-                + ", ".join(f"{name} ({type(feature).__name__})" for name, feature in table.features.items())
+                f"{os.fspath(path)} has no column of type {kind}, the model takes {shape}; it has {_types(table)}: "
+                "name one with --image-column"
             )
+        if not len(table):
+            raise UsageError(f"{os.fspath(path)} is empty: it has no row")
         self.column = columns[0]
-        labels = [name for name, feature in table.features.items() if type(feature).__name__ == "ClassLabel"]
-        self.label = labels[0] if labels else None
-        self.classes = list(table.features[self.label].names) if self.label else []
         # The bytes, not what that package would decode: ours are turned, converted and cut as files are.
-        self.table = table.cast_column(self.column, type(table.features[self.column])(decode=False))
+        feature = table.features[self.column]
+        feature = type(feature) if type(feature).__name__ == kind else getattr(hub, kind)
+        try:
+            self.table = table.select_columns([self.column]).cast_column(self.column, feature(decode=False))
+        except Exception as error:
+            raise UsageError(
+                f"{os.fspath(path)}: column {self.column} holds no {kind.lower()}s ({first_line(error)}): name another "
+                "with --image-column"
+            ) from error
+        self.label, self.classes, self.labels = self._read_labels(table)
+        self.whole_numbers = [n for n, feature in table.features.items() if "int" in str(getattr(feature, "dtype", ""))]
         self.framing = make_framing(shape[-2:], options)
         self.windows = Windows(shape[1], options) if len(shape) == 4 else None
+        self.parts_of_row = options.windows if self.windows else 1
         self.skipped: list[tuple[Any, str]] = []
+
+    def _read_labels(self, table: Any) -> tuple[str | None, list[str], list[int]]:
+        """The label column, the names of its classes, and the class of every row (-1: none)."""
+        wanted = self.config.label_column
+        labels = columns_of(table, "ClassLabel") if wanted is None else [_existing(table, wanted, self.path)]
+        if not labels:
+            return None, [], []
+        values = table.select_columns(labels[:1])[labels[0]]
+        if hasattr(table.features[labels[0]], "names"):
+            names = list(table.features[labels[0]].names)
+            return labels[0], names, [-1 if value is None else int(value) for value in values]
+        if not all(value is None or isinstance(value, str | int) for value in values):
+            raise UsageError(f"{os.fspath(self.path)}: column {wanted} holds {table.features[wanted]}: no class labels")
+        names = sort_classes({str(value) for value in values if value is not None and value != -1})
+        number = {name: i for i, name in enumerate(names)}
+        return labels[0], names, [number.get(str(value), -1) for value in values]
 
     def set_epoch(self, epoch: int) -> None:
         self.chance.set_epoch(epoch)
 
     def __len__(self) -> int:
-        return len(self.table)
+        return len(self.table) * self.parts_of_row
 
     def __getitem__(self, index: int) -> dict[str, Tensor | int]:
         return self.draw(index, self.chance.epoch)
@@ -73,18 +105,18 @@ class HubDataset(Dataset[dict[str, Tensor | int]]):
         from torchvision.transforms.v2 import functional as transforms
 
         index = range(len(self))[index]
-        row, chance = self.table[index], self.chance.draw(index, epoch)
-        cell = row[self.column]
-        content = cell["bytes"] if cell.get("bytes") is not None else Path(cell["path"]).read_bytes()
-        source = Buffer(self.name_of(index) + Path(cell.get("path") or "").suffix, io.BytesIO(content).getvalue())
-        label = row[self.label] if self.label else None
-        label = -1 if label is None else int(label)
+        row, part = divmod(index, self.parts_of_row)
+        chance = self.chance.draw(index, epoch)
+        source = self._source(row, index)
+        label = self.labels[row] if self.label else -1
         if self.windows is None:
-            image = read_image(source, self.shape[0], at_least=self.framing.size, max_pixels=self.config.max_pixels)
+            whole = self.framing.scales == (1.0, 1.0)  # a small crop needs the fine pixels
+            size = self.framing.size if whole else None
+            image = read_image(source, self.shape[0], at_least=size, max_pixels=self.config.max_pixels)
             return {"x": self.framing(image, chance), "label": label}
         info = probe_video(source, max_pixels=self.config.max_pixels)
         self.windows.check(source, info)
-        indices = self.windows.draw(info, 0, 1, chance)
+        indices = self.windows.draw(info, part, self.parts_of_row, chance)
         frame = self.framing.plan(info.size, chance)
         with open_video(source, self.config.decoder, info) as video:
             frames = self.framing.cut(video.read(indices, frame.size), frame)
@@ -92,11 +124,70 @@ class HubDataset(Dataset[dict[str, Tensor | int]]):
             frames = transforms.rgb_to_grayscale(frames)
         return {"x": frames.transpose(0, 1).contiguous(), "label": label}
 
+    def _source(self, row: int, index: int) -> Buffer:
+        """The bytes of a row's picture. UsageError where there are none."""
+        cell, name = self.table[row][self.column] or {}, self.name_of(index)
+        content, path = cell.get("bytes"), str(cell.get("path") or "")
+        if content is None and not path:
+            raise UsageError(f"{name} holds nothing in column {self.column}")
+        if content is None:
+            try:
+                content = Path(path).read_bytes()
+            except OSError as error:
+                raise UsageError(f"{name}: {shown(path)} cannot be read ({error.strerror})") from error
+        return Buffer(name + Path(path).suffix, bytes(content))
+
     def name_of(self, index: int) -> str:
-        return f"{os.fspath(self.path)}[{index}]"
+        return f"{os.fspath(self.path)}[{index // self.parts_of_row}]"
 
     def describe(self) -> str:
-        return f"{len(self)} rows of column {self.column}{class_list(self.classes)}"
+        lines = [f"{len(self.table)} rows of column {self.column}{class_list(self.classes)}"]
+        if self.parts_of_row > 1:
+            lines.append(f"{len(self)} windows an epoch")
+        if not self.label and (numbers := self.whole_numbers):
+            lines.append(f"no labels: {', '.join(numbers)} are whole numbers; --label-column {numbers[0]} takes them")
+        return "\n".join(lines)
+
+
+def kind_of_hub(path: str | os.PathLike[str], options: DataConfig) -> str:
+    """image or video, by the types of the columns. UsageError where there are both."""
+    table = load_table(os.fspath(path))
+    if options.image_column is not None:
+        feature = table.features[_existing(table, options.image_column, path)]
+        return "image" if type(feature).__name__ == "Image" else "video"
+    images, videos = columns_of(table, "Image"), columns_of(table, "Video")
+    if images and videos:
+        raise UsageError(
+            f"{os.fspath(path)} has images ({images[0]}) and clips ({videos[0]}): say which to use, --frames 16 or "
+            "--frames 0"
+        )
+    return "image" if images else "video"
+
+
+def columns_of(table: Any, kind: str) -> list[str]:
+    """The names of the columns of a type."""
+    return [name for name, feature in table.features.items() if type(feature).__name__ == kind]
+
+
+def _existing(table: Any, name: str, path: str | os.PathLike[str]) -> str:
+    if name not in table.features:
+        raise UsageError(f"{os.fspath(path)} has no column {name}: it has {_types(table)}")
+    return name
+
+
+def _types(table: Any) -> str:
+    return ", ".join(f"{name} ({type(feature).__name__})" for name, feature in table.features.items())
+
+
+def _refuse_unheeded(path: str | os.PathLike[str], options: DataConfig) -> None:
+    """UsageError for options that need to know every clip before the first is drawn."""
+    default = DataConfig()
+    for name in ("buckets", "avoid_cuts", "sampling"):
+        if (value := getattr(options, name)) != getattr(default, name):
+            raise UsageError(
+                f"{os.fspath(path)}: data.{name}={value} is for folders and shards, whose files are looked into first: "
+                "leave it out"
+            )
 
 
 def import_hub() -> Any:
@@ -113,15 +204,31 @@ def import_hub() -> Any:
     return datasets
 
 
-def _load(hub: Any, name: str) -> Any:
+def load_table(name: str) -> Any:
+    """The rows of `hf:NAME`, `hf:NAME:SPLIT`, `hf:NAME:CONFIGURATION:SPLIT` or of a saved folder; of several splits,
+    train.
+    """
+    import_hub()
+    files = [Path(name, file) for file in ("state.json", "dataset_dict.json")]
+    return _load(name, tuple(file.stat().st_mtime_ns for file in files if file.is_file()))
+
+
+@lru_cache(maxsize=4)
+def _load(name: str, modified: tuple[int, ...]) -> Any:
+    hub = import_hub()
     try:
         if not name.startswith(PREFIX):
             table = hub.load_from_disk(name)
         else:
-            name, _, split = name[len(PREFIX) :].partition(":")
-            table = hub.load_dataset(name, split=split or None, trust_remote_code=False)
+            repo, *rest = name[len(PREFIX) :].split(":")
+            *configurations, split = rest or [""]
+            if len(configurations) > 1:
+                raise ValueError("write hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIGURATION:SPLIT")
+            table = hub.load_dataset(repo, *configurations, split=split or None, trust_remote_code=False)
     except Exception as error:
-        raise UsageError(f"{name} cannot be loaded: {str(error).splitlines()[0] if str(error) else error!r}") from error
+        said = " ".join(str(error).split())[:400] or repr(error)
+        advice = f": write {name.split(':')[0]}:{name.split(':')[1]}:NAME:train" if "onfig name" in said else ""
+        raise UsageError(f"{name} cannot be loaded: {said}{advice}") from error
     if isinstance(table, dict):
         split = "train" if "train" in table else next(iter(table))
         return table[split]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,10 @@ class ImageFolder(Dataset[dict[str, Tensor | int]]):
         lines = [f"{len(self)} images, {size_range(self.sizes)}{class_list(self.classes)}"]
         lines += [self.embeddings.describe()] if self.embeddings else []
         lines += self.buckets.describe(self.bucket_of)
-        return "\n".join(lines + self.framing.describe_enlarged(self.sizes) + describe_skipped(self.skipped))
+        lines += self.framing.describe_enlarged(self.sizes) + describe_skipped(self.skipped)
+        notes = Counter(note for entry in self.index.usable for note in entry.info.notes)
+        lines += [f"{count} of {len(self)}: {note}" for note, count in notes.most_common(3)]
+        return "\n".join(lines + self.index.describe_passed_over())
 
 
 def make_framing(size: Any, options: DataConfig) -> Framing:

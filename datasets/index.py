@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import logging
 import os
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,17 +22,21 @@ from tqdm.auto import tqdm
 from rin_video.config import DataConfig, DataKind
 from rin_video.datasets.arrays import ArrayInfo, probe_array
 from rin_video.datasets.decoding import open_video
-from rin_video.datasets.folders import KINDS, find_sources, first_folder, number_classes
+from rin_video.datasets.folders import KINDS, first_folder, number_classes, refuse_splits, split_sources
 from rin_video.datasets.probing import run_apart
 from rin_video.datasets.reading import ImageInfo, probe_image
-from rin_video.datasets.shards import companions, is_shards, members_of, read_text
-from rin_video.datasets.sources import Member, Source, open_source, shown, size_of
+from rin_video.datasets.shards import companion, companions, is_shards, members_of, read_text
+from rin_video.datasets.sources import Member, Source, decode_text, open_source, shown, size_of
 from rin_video.datasets.video_info import MAX_PIXELS, VideoInfo, probe_video
-from rin_video.errors import UsageError
+from rin_video.errors import TimeLimitError, TransientError, UsageError
+
+log = logging.getLogger("rin_video")
 
 VERSION = 2
 INFOS: dict[DataKind, type] = {"image": ImageInfo, "video": VideoInfo, "array": ArrayInfo}
 CAPTION_LENGTH = 10_000
+SAVE_EVERY = 60.0  # seconds: what is found is kept, however the search ends
+MANY = 1000  # files that take a while
 
 
 @dataclass
@@ -45,6 +51,7 @@ class Entry:
     hash: str = ""  # of the content
     class_name: str | None = None
     caption: str | None = None
+    limit: float = 0.0  # seconds after which it was given up; 0: it was not
 
 
 @dataclass(frozen=True)
@@ -79,10 +86,10 @@ class Probe:
 
 
 class Index:
-    """The entries of a data set, in the order of their names."""
+    """The entries of a data set, in the order of their names; `passed_over` are the other files beside them."""
 
-    def __init__(self, root: str | PathLike[str], entries: Sequence[Entry]) -> None:
-        self.root, self.entries = root, list(entries)
+    def __init__(self, root: str | PathLike[str], entries: Sequence[Entry], passed_over: Sequence[Source] = ()) -> None:
+        self.root, self.entries, self.passed_over = root, list(entries), list(passed_over)
 
     @property
     def usable(self) -> list[Entry]:
@@ -114,7 +121,19 @@ class Index:
         lines += [f"captions: {n}"] if (n := sum(entry.caption is not None for entry in good)) else []
         copies = len(good) - len({entry.hash for entry in good})
         lines += [f"{copies} are copies of others"] if copies else []
-        return "\n".join(lines + describe_skipped(self.unusable, limit=20))
+        notes = [f"{shown(entry.source)}: {note}" for entry in good for note in getattr(entry.info, "notes", ())]
+        lines += notes[:20] if good and isinstance(good[0].info, ImageInfo) else []
+        return "\n".join(lines + describe_skipped(self.unusable, limit=20) + self.describe_passed_over(limit=20))
+
+    def describe_passed_over(self, limit: int = 3) -> list[str]:
+        """A line on the files of other kinds, none where there are none."""
+        if not self.passed_over:
+            return []
+        kinds = _counted(other.suffix.lower() or "no suffix" for other in self.passed_over)
+        names = ", ".join(shown(other) for other in self.passed_over[:limit]) + ", ..." * (
+            len(self.passed_over) > limit
+        )
+        return [f"passed over: {len(self.passed_over)} files of other kinds ({kinds}): {names}"]
 
     def save(self, path: Path, probe: Probe) -> None:
         """Write it atomically; several processes may do so at once."""
@@ -188,7 +207,7 @@ def make_index(
     options = options or DataConfig()
     if kind not in KINDS:
         raise UsageError(f"unknown kind {kind!r}: use one of {', '.join(KINDS)}")
-    sources = find_sources(
+    sources, others = split_sources(
         root, KINDS[kind], allow_pipe=options.allow_pipe, cache=path.parent / "pipes" if path else None
     )
     probe = Probe(kind, options.avoid_cuts and kind == "video", options.max_pixels)
@@ -200,24 +219,43 @@ def make_index(
         for source in sources:
             size, when = _state(source, modified)
             row = known.get(str(source))
-            if row and row[1:3] == [size, when]:
+            if row and row[1:3] == [size, when] and not 0 < row[-1] < options.read_timeout:
                 entry = entry_of(source, row, INFOS[kind])
             else:
                 entry = Entry(source, size, when)
                 changed.append(entry)
             entry.class_name, entry.caption = _about(root, source, aside)
             entries.append(entry)
+    refuse_splits(root, {entry.class_name for entry in entries})
     bar = tqdm(total=len(changed), desc="looking into files", unit="file", disable=not progress, delay=2)
+    if progress and len(changed) >= MANY:
+        kept = "what is found is kept" if path else f"nothing is kept: `rin-video index {os.fspath(root)}` keeps it"
+        log.info("looking into %d files, once; %s", len(changed), kept)
+    passing: set[int] = set()  # entries that are not the files' fault, and are not kept
+    saved = time.monotonic()
+
+    def save() -> None:
+        found = [e for e in entries if (e.info is not None or e.error is not None) and id(e) not in passing]
+        if path:
+            Index(root, found).save(path, probe)
+
     with bar:
-        for i, result in run_apart([entry.source for entry in changed], probe, seconds=options.read_timeout):
-            if isinstance(result, UsageError):
-                changed[i].error = str(result)
-            else:
-                changed[i].info, changed[i].hash = result
-            bar.update()
-    index = Index(root, entries)
-    if path and (changed or len(known) != len(entries)):
-        index.save(path, probe)
+        try:
+            for i, result in run_apart([entry.source for entry in changed], probe, seconds=options.read_timeout):
+                if isinstance(result, UsageError):
+                    changed[i].error = str(result)
+                    changed[i].limit = options.read_timeout if isinstance(result, TimeLimitError) else 0.0
+                    passing.update([id(changed[i])] if isinstance(result, TransientError) else [])
+                else:
+                    changed[i].info, changed[i].hash = result
+                bar.update()
+                if time.monotonic() - saved > SAVE_EVERY:
+                    save()
+                    saved = time.monotonic()
+        finally:
+            if changed or len(known) != len(entries):
+                save()
+    index = Index(root, entries, others)
     if is_shards(root):
         index.entries += [
             Entry(Member(shard, name, 0, 0), 0, 0, error=reason)
@@ -288,13 +326,13 @@ def _about(
     """Class and caption of a file: its folder, or `.cls` in a shard; `.txt` beside it."""
     name = first_folder(root, source)
     if isinstance(source, Member):
-        beside = aside.get((source.shard, source.stem), {})
-        name = read_text(beside[".cls"]) if ".cls" in beside else name
-        return name, read_text(beside[".txt"]) if ".txt" in beside else None
+        class_file, text_file = (companion(aside, source, suffix) for suffix in (".cls", ".txt"))
+        name = name if class_file is None else read_text(class_file)
+        return name, None if text_file is None else read_text(text_file)
     text = Path(str(source)).with_suffix(".txt")
     try:
-        with text.open(encoding="utf-8", errors="replace") as file:
-            return name, file.read(CAPTION_LENGTH).strip()
+        with text.open("rb") as file:
+            return name, decode_text(file.read(CAPTION_LENGTH))
     except OSError:
         return name, None
 

@@ -10,8 +10,10 @@ from typing import Any
 from torch.utils.data import Dataset, Sampler
 
 from rin_video.config import DataConfig
+from rin_video.datasets.adapters import adapt, check_label_number, draw
 from rin_video.datasets.buckets import BucketSampler
-from rin_video.datasets.draws import Draws, DrawSampler, unpack
+from rin_video.datasets.draws import DrawSampler
+from rin_video.datasets.folders import sort_classes
 from rin_video.errors import UsageError
 
 
@@ -25,10 +27,11 @@ class Mixture(Dataset[dict[str, Any]]):
     def __init__(self, clips: Dataset[Any], images: Dataset[Any], image_ratio: float = DataConfig.image_ratio) -> None:
         if not 0 < image_ratio < 1:
             raise UsageError(f"image_ratio is {image_ratio:g}: it must be above 0 and below 1, the share of the steps")
+        clips, images = adapt(clips), adapt(images)
         self.clips, self.images, self.image_ratio = clips, images, image_ratio
         self.parts: tuple[Any, Any] = (clips, images)
         names = [list(getattr(part, "classes", [])) for part in self.parts]
-        self.classes: list[str] = sorted({*names[0], *names[1]})
+        self.classes: list[str] = sort_classes({*names[0], *names[1]})
         self.renumber = [[self.classes.index(name) for name in part] for part in names]
         num_buckets = max(self._buckets(clips)) + 1
         self.bucket_of = self._buckets(clips) + [num_buckets + bucket for bucket in self._buckets(images)]
@@ -42,11 +45,10 @@ class Mixture(Dataset[dict[str, Any]]):
     def draw(self, index: int, epoch: int) -> dict[str, Any]:
         """The item as a given epoch of its part draws it."""
         which, place = self.place_of(index)
-        item = Draws(self.parts[which])[epoch, place]
-        x, told = unpack(item)
-        numbers, label = self.renumber[which], -1 if told is None else int(told)
-        more = item if isinstance(item, dict) else {}
-        return {**more, "x": x, "label": numbers[label] if numbers and label >= 0 else -1}
+        item, numbers = draw(self.parts[which], place, epoch), self.renumber[which]
+        if numbers:
+            check_label_number(item["label"], len(numbers), self.parts[which].name_of)
+        return {**item, "label": numbers[item["label"]] if numbers and item["label"] >= 0 else -1}
 
     def place_of(self, index: int) -> tuple[int, int]:
         """Which part an index is of, 0 (clips) or 1 (images), and its index there."""

@@ -42,6 +42,9 @@ def open_dataset(
     arrays = not is_hub(path) and (len(shape) not in (3, 4) or holds_arrays(path, options, cache))
     if told and (is_hub(path) or arrays):
         raise UsageError(f"{path}: embeddings and captions come with folders and shards of clips or images only")
+    for name in ("image_column", "label_column"):
+        if not is_hub(path) and getattr(options, name) is not None:
+            raise UsageError(f"{path}: data.{name} is a column of a Hugging Face set, and this is none: leave it out")
     if is_hub(path):
         return HubDataset(path, shape, options, seed=seed)
     if arrays:

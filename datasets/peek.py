@@ -42,9 +42,9 @@ def captions(dataset: Any, chosen: list[int]) -> list[str]:
     for index in chosen:
         parts = [Path(dataset.name_of(index)).name]
         if dataset.classes:
-            parts.append(
-                dataset.classes[dataset[index]["label"] if not hasattr(dataset, "labels") else dataset.labels[index]]
-            )
+            label = dataset.labels[index] if len(getattr(dataset, "labels", [])) == len(dataset) else None
+            label = dataset[index]["label"] if label is None else label
+            parts += [dataset.classes[label]] if label >= 0 else []
         if hasattr(dataset, "frames_of"):
             frames = dataset.frames_of(index, 0)
             parts.append(f"frames {frames[0]} to {frames[-1]}")

@@ -27,6 +27,7 @@ from rin_video.datasets.probing import end_with_parent
 from rin_video.datasets.reading import read_image
 from rin_video.datasets.shards import write_shard
 from rin_video.datasets.sources import shown
+from rin_video.datasets.steady import is_steady, steady_clip
 from rin_video.datasets.windows import nearest_in_time
 from rin_video.errors import UsageError
 from rin_video.files import write_text
@@ -103,6 +104,9 @@ def prepare(
         f"{len(entries)} files in {len(jobs)} shards ({len(jobs) - len(left)} were there already), {seconds:.1f} s",
         f"{before / 1e6:.1f} MB before, {after / 1e6:.1f} MB now",
     ]
+    varying = 0 if kind == "image" or options.fps else sum(not is_steady(entry.info.times) for entry in entries)
+    if varying:
+        report.append(f"{varying} of {len(entries)} clips vary in frame rate: their nearest frames at a regular rate")
     return report + [f"left out: {reason}" for _, reason in failed[:10]]
 
 
@@ -167,9 +171,9 @@ def _convert(entry: Entry, job: Job) -> dict[str, bytes]:
         Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(buffer, "png")
         return {".png": buffer.getvalue()}
     info = entry.info
-    fps = job.options.fps or info.fps
-    indices: list[int] = list(range(info.num_frames))
+    indices, fps = steady_clip(info)
     if job.options.fps:
+        fps = job.options.fps
         wanted = np.arange(max(1, round(info.duration * fps))) / fps
         indices = nearest_in_time(info.times, wanted)
     with open_video(entry.source, job.options.decoder, info) as video:

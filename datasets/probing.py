@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
 from rin_video.datasets.sources import shown
-from rin_video.errors import UsageError
+from rin_video.errors import TimeLimitError, TransientError, UsageError
 
 T = TypeVar("T")
 FILES_PER_CHILD = 8  # fewer files do not pay for another process
@@ -68,7 +69,7 @@ def run_apart(
                     _must_have_started(child)
                     yield (
                         child.task,
-                        UsageError(f"{shown(str(tasks[child.task]))} takes more than {seconds:g} s to read"),
+                        TimeLimitError(f"{shown(str(tasks[child.task]))} takes more than {seconds:g} s to read"),
                     )
                     _replace(child, work, daemon)
                 else:
@@ -156,7 +157,7 @@ def _serve(pipe: Connection, other_end: Connection, work: Callable[[T], Any]) ->
         except UsageError as error:
             pipe.send(error)
         except MemoryError:
-            pipe.send(UsageError(f"{shown(str(task))} needs more memory than there is"))
+            pipe.send(TransientError(f"{shown(str(task))} needs more memory than there is"))
         except KeyboardInterrupt:
             return
         except Exception as error:  # of a library; a file must not end the search
@@ -170,9 +171,8 @@ def _must_have_started(child: _Child) -> None:
 
 
 def _died(task: Any, code: int | None) -> UsageError:
-    return UsageError(
-        f"{shown(str(task))} makes its decoder crash ({how_it_ended(code)}): re-encode it or leave it out"
-    )
+    kind = TransientError if code in (-signal.SIGTERM, -getattr(signal, "SIGKILL", 9)) else UsageError
+    return kind(f"{shown(str(task))} makes its decoder crash ({how_it_ended(code)}): re-encode it or leave it out")
 
 
 def _end(children: Sequence[_Child], owner: int) -> None:

@@ -13,10 +13,13 @@ from torch import Tensor
 
 from rin_video.datasets.sources import Source, open_source, shown
 from rin_video.datasets.video_info import MAX_PIXELS, check_pixels
-from rin_video.errors import UsageError
+from rin_video.errors import DatasetError, TransientError, UsageError
 
 PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-ROTATED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
+ORIENTATION = 274  # the number of the EXIF tag
+TRANSPOSITIONS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # Pillow's, that undo the orientations of EXIF
+TWELVE_BITS = 4095
+STILL = 100  # milliseconds of a frame that names none, as browsers have it
 # Not those that run another program (EPS), lead elsewhere, or are no pictures of a fixed size.
 FORMATS = (
     "PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "HEIF", "TGA", "QOI", "PCX",
@@ -32,6 +35,7 @@ class ImageInfo:
     size: tuple[int, int]  # (H, W) as shown
     format: str
     mode: str  # Pillow's name of the pixels as stored
+    notes: tuple[str, ...] = ()  # what a user should know
 
 
 def read_image(
@@ -46,42 +50,72 @@ def read_image(
     Where `at_least` (H, W) is given and the image is more than four times as large, it comes averaged over squares of
     pixels, never below twice that size: a later resize then costs little and cannot alias.
     """
-    from PIL import Image, ImageOps
-
     source = Path(source) if isinstance(source, str | PathLike) else source
     with _opened(source, max_pixels) as image:
         try:
             _reduce_while_reading(image, at_least)
-            image = ImageOps.exif_transpose(image)
-            image = _to_eight_bits(image, source)
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                if channels != 4:
-                    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            elif image.mode != "L":
-                image = image.convert("RGB")
-            if (factor := _reduction(image.size, at_least)) > 1:
-                image = image.reduce(factor)
-            pixels = np.array(image.convert(PIL_MODES[channels]))
+            return to_pixels(_upright(image), channels, source, at_least=at_least)
         except UsageError:
             raise
         except Exception as error:  # Pillow's plug-ins raise what they like
             raise _unreadable(source, error) from error
+
+
+def read_animation(
+    source: str | PathLike[str] | Source, channels: int = 3, *, max_pixels: int = MAX_PIXELS
+) -> tuple[Tensor, np.ndarray, float] | None:
+    """A picture of several frames: uint8 (C, F, H, W), times (F,) and duration in seconds. None for a single frame."""
+    source = Path(source) if isinstance(source, str | PathLike) else source
+    with _opened(source, max_pixels) as image:
+        try:
+            if getattr(image, "n_frames", 1) < 2:
+                return None
+            frames, ends = [], [0.0]
+            for index in range(image.n_frames):
+                image.seek(index)
+                frames.append(to_pixels(image, channels, source))
+                ends.append(ends[-1] + (image.info.get("duration") or STILL) / 1000)
+        except UsageError:
+            raise
+        except Exception as error:  # Pillow's plug-ins raise what they like
+            raise _unreadable(source, error) from error
+    return torch.stack(frames, dim=1), np.array(ends[:-1]), ends[-1]
+
+
+def to_pixels(image: Any, channels: int, source: Source | str, *, at_least: tuple[int, int] | None = None) -> Tensor:
+    """A picture of Pillow as uint8 (C, H, W), transparency over white unless C is 4; `at_least` as in `read_image`."""
+    from PIL import Image
+
+    if channels not in PIL_MODES:
+        raise DatasetError(f"{shown(source)} is a picture, of 1, 3 or 4 channels, and the model takes {channels}")
+    alpha = _alpha_of_sixteen_bits(image)
+    image = _to_eight_bits(image, source)
+    if alpha is not None or image.has_transparency_data:
+        image = image.convert("RGBA")
+        if alpha is not None:
+            image.putalpha(alpha)
+        if channels != 4:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    elif image.mode != "L":
+        image = image.convert("RGB")
+    if (factor := _reduction(image.size, at_least)) > 1:
+        image = image.reduce(factor)
+    pixels = np.array(image.convert(PIL_MODES[channels]))
     return torch.from_numpy(pixels.reshape(*pixels.shape[:2], channels)).permute(2, 0, 1)
 
 
 def probe_image(source: Source, *, max_pixels: int = MAX_PIXELS) -> ImageInfo:
     """What the file holds, its pixels decoded once to see that they can be. UsageError where they cannot."""
-    from PIL import ExifTags
-
     with _opened(source, max_pixels) as image:
         try:
-            W, H = image.size
-            turned = image.getexif().get(ExifTags.Base.Orientation) in ROTATED
-            info = ImageInfo((W, H) if turned else (H, W), image.format or "", image.mode)
-            image.load()
-            if image.mode.startswith(("I", "F")):
+            kind, mode = image.format or "", image.mode
+            W, H = _upright(image).size
+            notes: tuple[str, ...] = ()
+            if mode.startswith(("I", "F")):
                 _to_eight_bits(image, source)
+                if 255 < (highest := image.getextrema()[1]) <= TWELVE_BITS:
+                    notes = (f"16-bit values up to {highest} only, as of 12 bits: dark; scale them to 0 to 65535",)
+            info = ImageInfo((H, W), kind, mode, notes)
         except UsageError:
             raise
         except Exception as error:
@@ -154,7 +188,30 @@ def _register_heif() -> None:
     register_heif_opener()
 
 
-def _to_eight_bits(image: Any, source: Source) -> Any:
+def _upright(image: Any) -> Any:
+    """The picture turned as its EXIF says; as it is where that cannot be read: the pixels are sound.
+
+    Of the EXIF only the orientation is read: Pillow's own function writes it again, and fails where any part is broken.
+    """
+    image.load()  # Pillow turns a TIFF there, and forgets its orientation
+    try:
+        transposition = TRANSPOSITIONS.get(image.getexif().get(ORIENTATION))
+    except Exception:  # Pillow's parser raises what it likes
+        return image
+    return image if transposition is None else image.transpose(transposition)
+
+
+def _alpha_of_sixteen_bits(image: Any) -> Any:
+    """The mask of a 16-bit grey picture that names one value as transparent; Pillow drops it."""
+    from PIL import Image
+
+    value = image.info.get("transparency")
+    if not image.mode.startswith("I") or not isinstance(value, int):
+        return None
+    return Image.fromarray(np.where(np.asarray(image) == value, 0, 255).astype(np.uint8))
+
+
+def _to_eight_bits(image: Any, source: Source | str) -> Any:
     """16-bit grey, which Pillow clips at 255 when asked to convert it, scaled to 8 bits."""
     from PIL import Image
 
@@ -171,6 +228,6 @@ def _to_eight_bits(image: Any, source: Source) -> Any:
 
 def _unreadable(source: Source, error: Exception) -> UsageError:
     if source.suffix.lower() in (".heic", ".heif") and not _knows_heif():
-        return UsageError(f"{shown(source)} cannot be read as an image here: pip install 'rin-video[heic]'")
+        return TransientError(f"{shown(source)} cannot be read as an image here: pip install 'rin-video[heic]'")
     cause = "it is of no known format" if type(error).__name__ == "UnidentifiedImageError" else shown(str(error))
     return UsageError(f"{shown(source)} cannot be read as an image ({cause}): re-encode it or leave it out")

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset, default_collate, get_worker_info
 
 from rin_video.datasets.draws import Draws
 from rin_video.datasets.sources import shown
-from rin_video.errors import UsageError, first_line
+from rin_video.errors import DatasetError, UsageError, first_line
 
 log = logging.getLogger("rin_video")
 
@@ -76,6 +76,8 @@ class SafeDraws(Dataset[Any]):
             self.note(candidate)  # and left there by what ends the process: signals, SystemExit
             try:
                 return candidate, self.draws[epoch, candidate]
+            except DatasetError:  # others are of the same make
+                raise
             except UsageError as error:
                 self.bad[candidate] = 1
                 log.warning("left out from now on: %s", error)

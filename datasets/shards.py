@@ -1,4 +1,4 @@
-"""Tar shards in the WebDataset layout: files with one stem are one sample (`a/b.mp4`, `a/b.cls`, `a/b.txt`).
+"""Tar shards in the WebDataset layout: files with one key are one sample (`a/b.mp4`, `a/b.cls`, `a/b.txt`).
 
 Shards are read in place: their headers tell where every member begins, so that samples can be drawn in any order, in
 any process, and a run resumes exactly. Nothing is ever unpacked, so a member's name cannot lead anywhere.
@@ -18,25 +18,29 @@ from functools import lru_cache
 from os import PathLike
 from pathlib import Path, PurePosixPath
 
-from rin_video.datasets.sources import Member, open_source, shown
+from rin_video.datasets.sources import Member, decode_text, open_source, shown
 from rin_video.errors import UsageError
 from rin_video.files import replacing
 
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 MAX_SHARDS = 1_000_000
 PIPE = "pipe:"
-NOTES = (".json", ".jsonl", ".txt", ".md")  # what may lie beside the shards of a folder
 
 
 def is_shards(root: str | PathLike[str]) -> bool:
-    """Whether `root` names tar shards: a .tar, a pattern `{000..123}.tar`, `pipe:`, or a folder with .tar files."""
+    """Whether `root` names tar shards: a .tar, a pattern `{000..123}.tar`, `pipe:`, or a folder with .tar files.
+
+    A folder may hold other files beside them (tables, notes), but no media.
+    """
+    from rin_video.datasets.folders import KINDS
+
     name = os.fspath(root)
     if name.startswith(PIPE) or (name.endswith(".tar") and not Path(name).is_dir()):
         return True
     if not Path(name).is_dir():
         return False
-    suffixes = {path.suffix for path in Path(name).iterdir() if path.is_file() and path.name[0] != "."}
-    return ".tar" in suffixes and suffixes <= {".tar", *NOTES}
+    suffixes = {path.suffix.lower() for path in Path(name).iterdir() if path.is_file() and path.name[0] != "."}
+    return ".tar" in suffixes and not any(suffixes & set(extensions) for extensions in KINDS.values())
 
 
 def list_shards(root: str | PathLike[str], *, allow_pipe: bool = False, cache: Path | None = None) -> list[Path]:
@@ -118,17 +122,24 @@ def _members(shard: Path, modified: int) -> tuple[list[Member], list[tuple[str, 
 
 
 def companions(members: list[Member]) -> dict[tuple[Path, str], dict[str, Member]]:
-    """The files that belong to one sample, by extension, for every (shard, stem)."""
+    """The files that belong to one sample, by extension, for every (shard, key)."""
     found: dict[tuple[Path, str], dict[str, Member]] = {}
     for member in members:
-        found.setdefault((member.shard, member.stem), {})[member.suffix.lower()] = member
+        found.setdefault((member.shard, member.key), {})[member.extension.lower()] = member
     return found
+
+
+def companion(aside: Mapping[tuple[Path, str], Mapping[str, Member]], member: Member, suffix: str) -> Member | None:
+    """The file of a sample with a suffix: of `x.left.mp4`, `x.left.txt`, else `x.txt`."""
+    own = aside.get((member.shard, member.key), {})
+    inner = member.extension[: -len(member.suffix)].lower() if member.suffix else ""
+    return own.get(inner + suffix) or own.get(suffix)
 
 
 def read_text(member: Member, limit: int = 10_000) -> str:
     """The beginning of a member as text, without white space around it."""
     with open_source(member) as file:
-        return file.read(limit).decode("utf-8", "replace").strip()
+        return decode_text(file.read(limit))
 
 
 def write_shard(path: Path, files: Mapping[str, bytes]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import os
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
-from rin_video.errors import UsageError, one_line
+from rin_video.errors import TransientError, UsageError, one_line
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,15 @@ class Member:
         return os.path.splitext(self.name)[1]
 
     @property
-    def stem(self) -> str:
-        return self.name[: -len(self.suffix)] if self.suffix else self.name
+    def key(self) -> str:
+        """What the files of one sample share, as WebDataset has it: the name up to the first dot behind the folders."""
+        folder, slash, name = self.name.rpartition("/")
+        return folder + slash + name.partition(".")[0]
+
+    @property
+    def extension(self) -> str:
+        """What follows the key: `.mp4`, `.left.mp4`."""
+        return self.name[len(self.key) :]
 
     def __str__(self) -> str:
         return f"{self.shard}:{self.name}"
@@ -50,6 +58,9 @@ class Buffer:
 
 
 Source: TypeAlias = Path | Member | Buffer
+
+
+MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
 
 
 class Slice(io.RawIOBase):
@@ -97,7 +108,7 @@ def open_source(source: Source) -> BinaryIO:
             return io.BufferedReader(Slice(path, source.offset, source.size), 1 << 16)
         return path.open("rb")
     except OSError as error:
-        raise UsageError(f"{shown(source)} cannot be read: {error.strerror}") from error
+        raise TransientError(f"{shown(source)} cannot be read: {error.strerror}") from error
 
 
 @contextmanager
@@ -117,6 +128,19 @@ def size_of(source: Source) -> int:
     if isinstance(source, Buffer):
         return len(source.content)
     return source.size if isinstance(source, Member) else source.stat().st_size
+
+
+def decode_text(content: bytes) -> str:
+    """A short text file, which may be cut off, without white space around it: UTF-8, UTF-16 with a mark, or cp1252."""
+    for mark, encoding in MARKS.items():
+        if content.startswith(mark):
+            return content[len(mark) :].decode(encoding, "ignore").strip()
+    try:
+        return content.decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        if error.start >= len(content) - 3:  # cut off within a character
+            return content[: error.start].decode("utf-8").strip()
+        return content.decode("cp1252", "replace").strip()
 
 
 def shown(source: Source | str) -> str:

@@ -94,6 +94,8 @@ def add_data_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--size", metavar="N|HxW", help="height and width, in pixels")
     command.add_argument("--images", metavar="DATA", help="images to mix with the clips, data.image_ratio of the steps")
     command.add_argument("--config", metavar="NAME|FILE", help="a preset, or a YAML file (default: by frames and size)")
+    command.add_argument("--image-column", metavar="NAME", help="of a Hugging Face set (default: by type)")
+    command.add_argument("--label-column", metavar="NAME", help="of a Hugging Face set (default: by type)")
     add_reading_options(command)
 
 
@@ -120,7 +122,11 @@ def make_parser() -> argparse.ArgumentParser:
     train.add_argument("--embeddings", action="store_true", help="vectors beside the files are conditions (x.npy)")
     train.add_argument("--text-encoder", metavar="NAME|DIR", help="captions (x.txt) through it are conditions")
     train.add_argument("--init-from", metavar="DIR", help="start with the weights of another model, where they fit")
-    train.add_argument("--out", metavar="DIR", help="where everything is written (default: runs/NAME-OF-FOLDER)")
+    train.add_argument(
+        "--out",
+        metavar="DIR",
+        help="where everything is written (default: runs/NAME-OF-FOLDER, runs/PARENT-NAME where that is taken)",
+    )
     train.add_argument("--steps", type=int, metavar="N", help="train.train_num_steps")
     train.add_argument(
         "--batch-size", type=batch_size, metavar="N|auto", help="train.train_batch_size; auto: the largest that fits"

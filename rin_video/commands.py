@@ -6,7 +6,6 @@ import dataclasses
 import json
 import logging
 import os
-import re
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -29,6 +28,7 @@ from rin_video.config import (
 )
 from rin_video.diffusion import GaussianDiffusion
 from rin_video.errors import UsageError
+from rin_video.identity import run_folder
 from rin_video.info import describe, model_info, training_memory
 from rin_video.memory import largest_batch
 from rin_video.passes import extend_parts, parse_size, plan_pass, refuse_extension
@@ -288,19 +288,28 @@ def prepare(options: Namespace) -> None:
         raise UsageError(f"--out {out} cannot be made ({error.strerror}): give another folder") from error
     for line in write_shards(options.data, kind, out, (H, W), data, workers=options.workers or os.cpu_count() or 1):
         _say(line)
-    speeds = []
-    for root, rate in ((options.data, data.fps), (out, None)):
-        source = out / "source.jsonl" if root != out else out / "index.jsonl"
-        options_then = dataclasses.replace(data, fps=rate)
-        one: ImageFolder | ClipFolder = (
-            ImageFolder(root, (H, W), index=source, config=options_then)
-            if kind == "image"
-            else ClipFolder(root, (H, W), 8, index=source, config=options_then)
-        )
-        speeds.append(loading_speed(one))
-    what = "images" if kind == "image" else "clips of 8 frames"
-    before, after = speeds
-    _say(f"{before:.1f} {what} a second before, {after:.1f} now ({after / before:.1f} times), in one process")
+    frames = 0 if kind == "image" else 8
+    while True:  # clips may be shorter: all is done by now, and nothing of it may be lost to a measurement
+        try:
+            before, after = (
+                loading_speed(
+                    ImageFolder(root, (H, W), index=index, config=dataclasses.replace(data, fps=rate))
+                    if kind == "image"
+                    else ClipFolder(root, (H, W), frames, index=index, config=dataclasses.replace(data, fps=rate))
+                )
+                for root, rate, index in (
+                    (options.data, data.fps, out / "source.jsonl"),
+                    (out, None, out / "index.jsonl"),
+                )
+            )
+            what = f"clips of {frames} frames" if frames else "images"
+            _say(f"{before:.1f} {what} a second before, {after:.1f} now ({after / before:.1f} times), in one process")
+            break
+        except UsageError as error:
+            frames //= 2
+            if not frames:
+                _say(f"the speed of loading is not measured: {error}")
+                break
     _say(f"next: rin-video train --data {out}")
 
 
@@ -367,11 +376,12 @@ def read_config(options: Namespace, preset: str) -> Config:
 
 def chosen_preset(options: Namespace) -> str:
     """`--config`, or the preset that suits the data and the size."""
-    from rin_video.datasets.hub import is_hub
+    from rin_video.datasets.hub import is_hub, kind_of_hub
 
     frames = options.frames
-    if options.config is None and frames is None and not is_hub(options.data):
-        frames = 0 if kind_of(options.data, read_data_config(options)) == "image" else None
+    if options.config is None and frames is None:
+        find_kind = kind_of_hub if is_hub(options.data) else kind_of
+        frames = 0 if find_kind(options.data, read_data_config(options)) == "image" else None
     return options.config or default_preset(frames, options.size)
 
 
@@ -398,6 +408,8 @@ def read_files_config(options: Namespace) -> DataConfig:
 def set_reading(config: Config, options: Namespace) -> None:
     config.data.strict = config.data.strict or options.strict
     config.data.decoder = options.decoder or config.data.decoder
+    for name in ("image_column", "label_column"):
+        setattr(config.data, name, getattr(options, name, None) or getattr(config.data, name))
     config.data.__post_init__()
 
 
@@ -406,11 +418,6 @@ def kind_of(data: str, options: DataConfig) -> DataKind:
     from rin_video.datasets.folders import detect_kind
 
     return detect_kind(data, allow_pipe=options.allow_pipe, cache=run_folder(data) / "pipes")
-
-
-def run_folder(data: str) -> Path:
-    """Where a run on this data writes, unless --out says otherwise."""
-    return Path("runs") / (re.sub(r"[^\w.-]+", "_", Path(data).resolve().stem) or "run")
 
 
 def allow_only(overrides: list[str], *sections: str) -> None:

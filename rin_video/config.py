@@ -190,12 +190,14 @@ class DiffusionConfig:
 class DataConfig:
     """Which files, and how a sample is cut from one."""
 
-    path: str | None = None  # a folder, one file, shards {000..123}.tar, or hf:NAME
+    path: str | None = None  # a folder, one file, shards {000..123}.tar, or hf:NAME[[:CONFIGURATION]:SPLIT]
     images: str | None = None  # images to mix with the clips, for model.tokenizer=tube+image
     image_ratio: float = 0.5  # share of the steps that are of images
     embeddings: bool = False  # vectors beside the files (x.npy, x.safetensors beside x.mp4) as conditions
     text_encoder: str | None = None  # captions (x.txt beside x.mp4) through it as conditions: folder or hub id
     caption_tokens: int = 32  # vectors of a caption at most; 1: their mean
+    image_column: str | None = None  # of a Hugging Face set: images or clips; none: the first of that type
+    label_column: str | None = None  # of a Hugging Face set: numbers or text; none: the first of type ClassLabel
     stride: int = 1  # source frames from one frame of a clip to the next
     fps: float | None = None  # resample clips to this rate instead of a stride
     span: SpanName = "window"  # window: as stride and fps say; whole: frames from all over the file
@@ -362,12 +364,16 @@ def class_index(label: Any, classes: Sequence[str], num_classes: int) -> int:
     """A class by name or number as its number. Raises `UsageError` for one that the model does not have."""
     if not num_classes:
         raise UsageError(f"class {label} is asked for, but the model has no classes")
-    if label in classes:
-        return list(classes).index(label)
-    if str(label).isdecimal() and int(label) < num_classes:
+    names = [str(name) for name in classes]
+    if str(label) in names:  # a class called 2 is class 2, be it written as a number or as a name
+        return names.index(str(label))
+    numbered = bool(names) and all(name.isdecimal() for name in names)
+    if str(label).isdecimal() and numbered and int(label) in map(int, names):
+        return [int(name) for name in names].index(int(label))
+    if str(label).isdecimal() and not numbered and int(label) < num_classes:
         return int(label)
-    names = f" ({', '.join(classes)})" if classes else ""
-    raise UsageError(f"the model has no class {label}: it has 0 to {num_classes - 1}{names}")
+    there = f"0 to {num_classes - 1}" + (f" ({', '.join(names)})" if names else "")
+    raise UsageError(f"the model has no class {label}: it has {', '.join(names) if numbered else there}")
 
 
 def presets() -> list[str]:
@@ -501,6 +507,18 @@ def data_config(**options: Any) -> DataConfig:
     """A `DataConfig`; an unknown option is a `UsageError` that names the nearest one."""
     _check_names(options, DataConfig, "data", prefix="")
     return DataConfig(**options)
+
+
+def check_diffusion_names(options: Any) -> None:
+    """Raises a `UsageError` that names the nearest option of `GaussianDiffusion` for one that is none."""
+    _check_names(options, DiffusionConfig, "GaussianDiffusion", prefix="")
+
+
+def trainer_config(**options: Any) -> tuple[TrainConfig, DataConfig]:
+    """Options of the Trainer by name: fields of `TrainConfig` and of `DataConfig`, which have no name in common."""
+    names = {field.name for field in dataclasses.fields(DataConfig)}
+    data = {name: options.pop(name) for name in names & options.keys()}
+    return train_config(**options), data_config(**data)
 
 
 def train_config(**options: Any) -> TrainConfig:

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from rin_video.checkpoint import load_state, saved_states
 from rin_video.config import Config
+from rin_video.datasets.adapters import adapt_for
 from rin_video.datasets.draws import unpack
 from rin_video.datasets.mixture import Mixture
 from rin_video.diffusion import GaussianDiffusion
@@ -117,6 +118,7 @@ def diagnose(
 
     `raw_model` holds the weights that were not averaged. Draws the same noise every time.
     """
+    data = adapt_for(diffusion, data)
     length = len(data)  # type: ignore[arg-type]
     chosen = torch.linspace(0, length - 1, min(num, length)).long().tolist()
     batches = [_told(default_collate([data[i] for i in part]), diffusion) for part in _parts(chosen, BATCH)]

@@ -8,12 +8,14 @@ from functools import partial
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from rin_video.config import (
     ClippingName,
     Config,
+    DataConfig,
     DiffusionConfig,
     KnownKind,
     LossWeightName,
@@ -24,16 +26,20 @@ from rin_video.config import (
     ScheduleName,
     TimeSamplingName,
     TrainConfig,
+    check_diffusion_names,
 )
 from rin_video.errors import UsageError
 from rin_video.extend import extend
-from rin_video.given import Given
+from rin_video.given import Given, Labels, check_labels
 from rin_video.known import ANY_GRID, draw_known
 from rin_video.objectives import CLIPS, TIME_SAMPLINGS, eps_from_x0, make_loss_weight, target, to_x0_eps
+from rin_video.port import diffusion_options
 from rin_video.samplers import Denoise
 from rin_video.sampling import sample, sample_from_config
 from rin_video.schedules import NoiseLevel, make_schedule
-from rin_video.tensors import append_dims, map_tensors, to_diffusion_range
+from rin_video.tensors import append_dims, as_data, map_tensors, to_diffusion_range
+
+LOOKED_AT = 8  # calls whose labels are looked at wherever they are
 
 
 class LossTerms(NamedTuple):
@@ -54,10 +60,10 @@ class GaussianDiffusion(nn.Module):
     there, and every sampler's estimate holds them, so that its path leads to them. Which are known is drawn in training
     from the kinds `known` of `rin_video.known`, by weight, with `known_frames` [least, most] where frames are counted.
 
-    The options are the fields of `DiffusionConfig`, by name or as one `config`; `shape` (C, *grid) is the model's where
-    it has one. `scale` b multiplies the data; unless it is 1, the noisy input is divided by its standard deviation per
-    sample, in training and sampling alike (arXiv 2301.10972). Raises `UsageError` for unknown names and values out of
-    range.
+    The options are the fields of `DiffusionConfig`, by name, or those of the PyTorch port (`rin_video.port`); `shape`
+    (C, *grid) is the model's where it has one. `scale` b multiplies the data; unless it is 1, the noisy input is
+    divided by its standard deviation per sample, in training and sampling alike (arXiv 2301.10972). Raises
+    `UsageError` for unknown names and values out of range.
     """
 
     def __init__(
@@ -80,8 +86,14 @@ class GaussianDiffusion(nn.Module):
         known_frames: Sequence[int] = (),
         clip_x0: ClippingName = "static",
         shape: tuple[int, ...] | None = None,
+        **port: Any,
     ) -> None:
         super().__init__()
+        more, self.sampler = diffusion_options(port)
+        loss_weight = more.pop("loss_weight", loss_weight)
+        loss_weight_kwargs = more.pop("loss_weight_kwargs", loss_weight_kwargs)
+        if more:
+            check_diffusion_names(more)
         self.model = model
         self.config = config = DiffusionConfig(
             timesteps=timesteps,
@@ -104,6 +116,8 @@ class GaussianDiffusion(nn.Module):
         self.loss_weight = make_loss_weight(loss_weight, objective, config.loss_weight_kwargs)
         self.draw_times = partial(TIME_SAMPLINGS[time_sampling], **config.time_sampling_kwargs)
         self.shape: tuple[int, ...] | None = shape or getattr(model, "shape", None)
+        self.classes: list[str] = []  # names, where training or a run's configuration says them
+        self.unchecked = LOOKED_AT
         self.precision: PrecisionName = "no"  # in which it was trained, and is sampled where nothing else is said
         self._check_known()
 
@@ -121,6 +135,7 @@ class GaussianDiffusion(nn.Module):
 
         model, config = load_model(source, device=device)
         diffusion = cls.from_config(model, config.diffusion).to(device)
+        diffusion.classes = list(config.data.classes)
         diffusion.precision = config.train.mixed_precision
         return diffusion
 
@@ -133,7 +148,8 @@ class GaussianDiffusion(nn.Module):
             raise UsageError(f"only a RIN can be saved like this, not {type(self.model).__name__}")
         train = TrainConfig(mixed_precision=self.precision)
         steps = SampleConfig(steps=self.config.timesteps or SampleConfig.steps)
-        save_model(folder, self.model, Config(model=config, diffusion=self.config, train=train, sample=steps))
+        data = DataConfig(classes=list(self.classes))
+        save_model(folder, self.model, Config(config, self.config, data, train, steps))
 
     def push_to_hub(self, repo: str, *, private: bool = False, license: str | None = None) -> str:
         """Put model and diffusion on the Hugging Face hub as `user/name`; returns the address. See `hub.push`."""
@@ -145,26 +161,35 @@ class GaussianDiffusion(nn.Module):
 
     def with_model(self, model: nn.Module) -> GaussianDiffusion:
         """The same diffusion around another model."""
-        diffusion = GaussianDiffusion(model, **vars(self.config), shape=self.shape)
-        diffusion.precision = self.precision
-        return diffusion
+        other = GaussianDiffusion(model, **vars(self.config), shape=self.shape)
+        other.classes, other.sampler, other.precision = self.classes, self.sampler, self.precision
+        return other
 
     # ---- training
 
     def forward(
         self,
-        x: Tensor,
-        label: Tensor | None = None,
+        x: Tensor | np.ndarray,
+        label: Labels | None = None,
         *,
-        embedding: Tensor | None = None,
-        known: Tensor | None = None,
+        embedding: Tensor | np.ndarray | None = None,
+        known: Tensor | np.ndarray | None = None,
         per_sample: bool = False,
     ) -> Tensor | LossTerms:
         """The loss of data `x` (B, C, *grid) in [0, 1] or uint8, at a random time for each sample.
 
-        `embedding` (B, L, D) is a condition beside or instead of the label. `known` (B, 1, *grid) says what is given of
-        each sample; without it, it is drawn. A scalar; or, `per_sample`, the loss of each with its time.
+        `label` is (B,) whole numbers, -1 for none, or names, or (B, num_classes) weights. `embedding` (B, L, D) is a
+        condition beside or instead of it. `known` (B, 1, *grid) says what is given of each sample; without it, it is
+        drawn. Arrays serve as tensors do. A scalar; or, `per_sample`, the loss of each with its time. Raises
+        `UsageError` for labels that the model does not have; those on a GPU, which has to be waited for, are looked at
+        in the first calls only.
         """
+        x = as_data(x, next(self.parameters(), None))
+        embedding, known = (None if part is None else torch.as_tensor(part).to(x.device) for part in (embedding, known))
+        if not isinstance(label, Tensor) or label.device.type == "cpu" or self.unchecked:
+            self.unchecked -= bool(self.unchecked)
+            label = check_labels(label, len(x), getattr(self.model, "num_classes", 0), self.classes)
+            label = None if label is None else label.to(x.device)
         t = self.draw_times(len(x), x.device)
         terms = self.loss_at(x, t, label, embedding=embedding, known=known)
         return terms if per_sample else terms.loss.mean()

@@ -15,6 +15,21 @@ def one_line(text: object) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
+class TransientError(UsageError):
+    """What a file is not to blame for (rights, a missing package, a killed child): it is tried again the next time."""
+
+
+class TimeLimitError(UsageError):
+    """A file took longer than the limit: with a higher one it may be read."""
+
+
+class DatasetError(UsageError):
+    """A sample whose form, shape or label shows that the data set is not what training takes.
+
+    Others are of the same make, so that the run stops, where a `UsageError` costs the one sample that raises it.
+    """
+
+
 def first_line(error: BaseException) -> str:
     """What an error says, in one line; its kind where it says nothing."""
     lines = str(error).strip().splitlines()

@@ -28,7 +28,9 @@ from torch import Tensor
 
 from rin_video.datasets.decoding import open_video
 from rin_video.datasets.folders import CLIP_EXTENSIONS, IMAGE_EXTENSIONS
-from rin_video.datasets.images import read_image
+from rin_video.datasets.reading import read_animation, read_image
+from rin_video.datasets.steady import is_steady, steady_clip, steady_frames
+from rin_video.datasets.video_info import is_webp
 from rin_video.errors import UsageError
 
 StrPath = str | PathLike[str]
@@ -36,11 +38,14 @@ StrPath = str | PathLike[str]
 VIDEO_SUFFIXES = (".mp4", ".gif")
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 ARRAY_SUFFIXES = (".npy", ".safetensors")
+ANIMATED = (".png", ".apng", ".avif")  # images that may hold several frames
 ARRAY_KEY = "samples"
 DEFAULT_FPS = 8
 MAX_GIF_FPS = 50  # browsers slow down what is faster
 TOLERANCE = 1e-3  # how far outside [0, 1] a value may be
 SMPTE_170M, LIMITED_RANGE = 6, 1  # FFmpeg's numbers for BT.601 colours and for luma from 16 to 235
+SHEET_FRAMES = 8  # of a clip on a contact sheet
+BLOCK_PIXELS = 32_000_000  # of a clip that are held in memory while it is converted
 MARGIN = 2  # pixels between the pictures of a grid
 TITLE_HEIGHT = 12  # pixels above a picture
 
@@ -120,14 +125,14 @@ def write_image_grid(
 def contact_sheet(
     clips: Tensor | np.ndarray,
     path: StrPath,
-    max_frames: int = 8,
+    max_frames: int = SHEET_FRAMES,
     upscale: int = 1,
     titles: Sequence[str] | None = None,
 ) -> None:
     """Write clips (B, C, F, H, W) as one picture: a clip a row, up to `max_frames` frames, evenly spaced."""
     clips = as_pixels(clips)
-    num_frames = min(max_frames, clips.shape[2])
-    chosen = torch.linspace(0, clips.shape[2] - 1, num_frames).round().long()
+    chosen = _evenly_spaced(clips.shape[2], max_frames)
+    num_frames = len(chosen)
     images = rearrange(clips[:, :, chosen], "b c f h w -> (b f) c h w")
     above = [text for title in titles for text in (title, *[""] * (num_frames - 1))] if titles else None
     _write_picture(_grid(images, num_frames, upscale, above), Path(path))
@@ -234,7 +239,8 @@ def _check_folder(folder: Path) -> None:
 def load_media(path: StrPath) -> tuple[Tensor, float | None]:
     """Read a clip, an image, a folder of frames or an array: (tensor, frames per second or None).
 
-    Clips are (C, F, H, W), images (C, H, W), uint8. Arrays (.npy, .safetensors) keep their type and are (C, H, W),
+    Clips, and pictures that move (WebP, APNG, AVIF), are (C, F, H, W), images (C, H, W), uint8. One whose rate varies
+    comes at a regular rate, the nearest frames taken. Arrays (.npy, .safetensors) keep their type and are (C, H, W),
     (C, F, H, W), (B, C, H, W) or (B, C, F, H, W); of rank 4, a second axis of 1 or 3 means a batch of images. Channels
     last is understood where no other axis could be the channels.
     """
@@ -248,12 +254,18 @@ def load_media(path: StrPath) -> tuple[Tensor, float | None]:
         array = _channels_first(_read_array(path), path)
         _require_unit_range(array, f"the values of {path}")
         return array, None
-    if suffix in CLIP_EXTENSIONS:
+    if _is_clip(path):
         with open_video(path) as video:
-            return video.read(range(video.num_frames)).transpose(0, 1), video.fps
-    if suffix in IMAGE_EXTENSIONS:
-        return read_image(path), None
-    known = (*CLIP_EXTENSIONS, *IMAGE_EXTENSIONS, *ARRAY_SUFFIXES)
+            frames, fps = steady_clip(video.info)
+            return video.read(frames).transpose(0, 1), fps
+    if suffix in (*IMAGE_EXTENSIONS, *ANIMATED):
+        animation = read_animation(path) if suffix in ANIMATED else None
+        if animation is None:
+            return read_image(path), None
+        clip, times, duration = animation
+        frames, fps = steady_frames(times, duration, clip.shape[1] / duration)
+        return clip[:, frames], fps
+    known = (*CLIP_EXTENSIONS, *IMAGE_EXTENSIONS, ".apng", *ARRAY_SUFFIXES)
     raise UsageError(f"cannot read {path}: give a folder of frames or one of {', '.join(known)}")
 
 
@@ -268,8 +280,11 @@ def export(input: StrPath, output: StrPath, fps: float | None = None) -> str:
         raise UsageError(f"cannot write {target}: the output is one of {known}")
     if target.exists() and source.exists() and target.samefile(source):
         raise UsageError(f"{target} is the input too: give the output another name")
+    if source.is_file() and _is_clip(source):
+        return _export_clip(source, target, fps)
     media, source_fps = load_media(source)
-    batch = media if media.ndim == 5 or _is_image_batch(media) else media[None]
+    is_batch = media.ndim == 5 or (source.suffix.lower() in ARRAY_SUFFIXES and _is_image_batch(media))
+    batch = media if is_batch else media[None]
     rate = fps if fps is not None else source_fps or DEFAULT_FPS
     read = f"read {source}: {_summary(batch)}" + (f", {source_fps:g} fps" if source_fps else "")
     with warnings.catch_warnings(record=True) as notes:
@@ -277,6 +292,45 @@ def export(input: StrPath, output: StrPath, fps: float | None = None) -> str:
         save_samples(batch, target, rate)
     shown = f", {rate:g} fps" if target.suffix.lower() in VIDEO_SUFFIXES else ""
     return "\n".join([read, f"wrote {target}{shown}", *(str(note.message) for note in notes)])
+
+
+def _export_clip(source: Path, target: Path, fps: float | None) -> str:
+    """A clip file, of which no more is read than what is written, and of an MP4 a part at a time."""
+    suffix = target.suffix.lower()
+    with open_video(source) as video, warnings.catch_warnings(record=True) as notes:
+        warnings.simplefilter("always")
+        H, W = video.size
+        frames, steady = steady_clip(video.info)
+        rate = fps if fps is not None else steady
+        check_target(target, 5, rate)
+        read = f"read {source}: {video.num_frames} frames of {H}x{W}, {video.fps:g} fps"
+        if not is_steady(video.info.times):
+            read += f" on average: the rate varies, the nearest frames are taken at {steady:g} fps"
+        if suffix in PICTURE_SUFFIXES:
+            chosen = [frames[i] for i in _evenly_spaced(len(frames), SHEET_FRAMES)]
+            contact_sheet(video.read(chosen).transpose(0, 1)[None], target)
+        elif suffix == ".mp4":
+            block = max(1, BLOCK_PIXELS // (H * W))
+            starts = range(0, len(frames), block)
+            parts = (video.read(frames[start : start + block]).transpose(0, 1) for start in starts)
+            save_parts((part[None] for part in parts), target, rate)
+            if note := _padding_note(H, W):
+                warnings.warn(f"{target}: {note}", stacklevel=2)
+        else:
+            save_samples(video.read(frames).transpose(0, 1)[None], target, rate)
+    wrote = f"wrote {target}, {rate:g} fps" if suffix in VIDEO_SUFFIXES else f"wrote {target}"
+    return "\n".join([read, wrote, *(str(note.message) for note in notes)])
+
+
+def _evenly_spaced(length: int, num: int) -> list[int]:
+    return torch.linspace(0, length - 1, min(num, length)).round().long().tolist()
+
+
+def _padding_note(height: int, width: int) -> str | None:
+    if height % 2 == width % 2 == 0:
+        return None
+    padded = f"{height + height % 2}x{width + width % 2}"
+    return f"padded from {height}x{width} to {padded}, because H.264 needs even sizes"
 
 
 def as_pixels(values: Tensor | np.ndarray) -> Tensor:
@@ -312,9 +366,7 @@ def _write_clip(clip: Tensor, path: Path, fps: float, crf: int) -> str | None:
     H, W = clip.shape[2:]
     with VideoWriter(path, fps, crf=crf) as writer:
         writer.write(clip)
-    if H % 2 or W % 2:
-        return f"padded from {H}x{W} to {H + H % 2}x{W + W % 2}, because H.264 needs even sizes"
-    return None
+    return _padding_note(H, W)
 
 
 def _write_gif(clip: Tensor, path: Path, fps: float) -> None:
@@ -417,6 +469,11 @@ def _channels_first(array: Tensor, path: Path) -> Tensor:
     raise UsageError(
         f"{path} has shape {tuple(shape)}: give (C, H, W), (C, F, H, W), (B, C, H, W) or (B, C, F, H, W) with C 1 or 3"
     )
+
+
+def _is_clip(path: Path) -> bool:
+    """Whether a file is read by the decoders of clips."""
+    return path.suffix.lower() in CLIP_EXTENSIONS or is_webp(path, moving=True)
 
 
 def _is_image_batch(media: Tensor) -> bool:

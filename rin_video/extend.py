@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,7 +27,7 @@ def extend(
     batch_size: int | None = None,
     shape: tuple[int, ...] | None = None,
     overlap: int | None = None,
-    context: Tensor | None = None,
+    context: Tensor | np.ndarray | None = None,
     carry_latents: bool = False,
     key_frames: bool = False,
     seed: int | None = None,
@@ -43,6 +44,7 @@ def extend(
     of them are filled in: steadier over long times, where training has seen such leaps (data.stride, or "ends" in
     diffusion.known). `options` are those of `GaussianDiffusion.sample`. Raises `UsageError` for what does not fit.
     """
+    context = None if context is None else torch.as_tensor(context)
     shape = shape or diffusion.shape
     if shape is None or len(shape) != 4:
         raise UsageError(f"only clips (C, F, H, W) can be extended, the model makes {shape}")

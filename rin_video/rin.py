@@ -13,6 +13,7 @@ from rin_video.conditioning import Conditioner
 from rin_video.config import ModelConfig, model_config
 from rin_video.core import RINCore
 from rin_video.errors import UsageError
+from rin_video.port import model_options
 from rin_video.tokenizers import make_tokenizer, tokenizer_names
 from rin_video.tokenizers.positions import LearnedPosition
 
@@ -22,7 +23,7 @@ State = Tensor | tuple[Tensor, Tensor]  # latents, or (latents, interface tokens
 class RIN(nn.Module):
     """Recurrent Interface Network for images, video or sequences.
 
-    Give it the fields of `ModelConfig` by name, or one `ModelConfig`:
+    Give it the fields of `ModelConfig` by name (or the options of the PyTorch port), or one `ModelConfig`:
 
         RIN(dim=256, image_size=128, patch_size=8, depth=6, num_latents=128, dim_latent=512, latent_self_attn_depth=4)
         RIN(dim=256, image_size=64, frames=16, patch_size=(2, 4, 4), num_classes=10)
@@ -38,7 +39,7 @@ class RIN(nn.Module):
 
     def __init__(self, config: ModelConfig | None = None, /, **options: Any) -> None:
         super().__init__()
-        self.config = config = model_config(**options) if config is None else config
+        self.config = config = model_config(**model_options(options)) if config is None else config
         parts = config.self_conditioning.split("+")
         self.x0_self_conditioning = "x0" in parts
         self.interface_self_conditioning = "interface" in parts

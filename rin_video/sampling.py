@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -21,7 +22,7 @@ from rin_video.config import (
     SpacingName,
 )
 from rin_video.errors import UsageError
-from rin_video.given import Given, check_guidance, check_labels
+from rin_video.given import Given, Labels, check_guidance, check_labels
 from rin_video.known import place_context
 from rin_video.noise import NoiseSource
 from rin_video.objectives import CLIPS
@@ -41,16 +42,16 @@ def sample(
     *,
     shape: tuple[int, ...] | None = None,
     steps: int | None = None,
-    sampler: SamplerName = SampleConfig.sampler,
+    sampler: SamplerName | None = None,
     sampler_kwargs: Mapping[str, float] | None = None,
     spacing: SpacingName | None = None,
     time_difference: float = 0.0,
     schedule: ScheduleName | None = None,
     schedule_kwargs: Mapping[str, float] | None = None,
-    label: Tensor | int | None = None,
-    embedding: Tensor | None = None,
-    context: Tensor | None = None,
-    known: Tensor | None = None,
+    label: Labels | None = None,
+    embedding: Tensor | np.ndarray | None = None,
+    context: Tensor | np.ndarray | None = None,
+    known: Tensor | np.ndarray | None = None,
     guidance: float = 0.0,
     guidance_drop: str = "label",
     guidance_interval: Sequence[float] = (0.0, 1.0),
@@ -68,11 +69,12 @@ def sample(
 ) -> Any:
     """Draw `batch_size` samples (B, C, *grid) in [0, 1], at most `max_batch` of them at a time.
 
-    `shape` (C, *grid) is the model's where it is not given; `steps` is `timesteps`, or 50; `schedule`
+    `shape` (C, *grid) is the model's where it is not given; `steps` is `timesteps`, or 50; `sampler` is
+    `dpmpp_2m_sde`, or that of the diffusion's `use_ddim`; `schedule`
     and clipping are those of training; `spacing` is "karras" for DPM-Solver++ and Heun, "uniform" for the others and
     with a `schedule`, its parameters or a `time_difference`. The samplers, their options and the spacings are those of
-    `rin_video.samplers`, guidance is that of `denoiser`. `label` is one class for all or (B,); `embedding` is
-    (L, D) or (B, L, D).
+    `rin_video.samplers`, guidance is that of `denoiser`. `label` is one class for all or one for each, by number or
+    name; `embedding` is (L, D) or (B, L, D). Arrays serve as tensors do.
 
     `context` (C, *grid) or (B, C, *grid), in [0, 1] or uint8, is kept bit for bit where `known`, booleans over the
     grid or (B, *grid), is true. A context of fewer frames needs no mask: it is the start.
@@ -85,7 +87,8 @@ def sample(
     `return_trajectory` returns them all too, (B, steps, C, *grid) on the CPU; `return_hidden` what the model would
     hand on, for another call's `hidden`. Raises `UsageError` for what does not fit.
     """
-    shape = shape or diffusion.shape
+    embedding, context, known = (None if x is None else torch.as_tensor(x) for x in (embedding, context, known))
+    shape = tuple(shape) if shape else diffusion.shape
     if shape is None:
         raise UsageError("the model does not say its shape: give sample(shape=(C, *grid))")
     if batch_size is None:
@@ -97,6 +100,7 @@ def sample(
         raise UsageError(f"batch_size is {batch_size}: draw at least 1 sample")
     if clip_x0 not in (None, *CLIPS):
         raise UsageError(f"unknown clip_x0 {clip_x0!r}: known are {', '.join(CLIPS)}")
+    sampler = sampler or diffusion.sampler or SampleConfig.sampler
     device = next((p.device for p in diffusion.parameters()), torch.device("cpu"))
     levels = make_levels(
         sampling_schedule(diffusion.config, schedule, schedule_kwargs),
@@ -156,13 +160,13 @@ def _given(
     diffusion: GaussianDiffusion,
     batch: int,
     shape: tuple[int, ...],
-    label: Tensor | int | None,
+    label: Labels | None,
     embedding: Tensor | None,
     context: Tensor | None,
     known: Tensor | None,
 ) -> tuple[Given, Tensor | None]:
     """What a batch is drawn by; and the context in [0, 1], so that it comes back bit for bit."""
-    label = check_labels(label, batch, getattr(diffusion.model, "num_classes", 0))
+    label = check_labels(label, batch, getattr(diffusion.model, "num_classes", 0), diffusion.classes)
     if embedding is not None:
         embedding = embedding.expand(batch, *embedding.shape[-2:])
     if context is None:

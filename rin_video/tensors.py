@@ -5,13 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from rin_video.errors import UsageError
 
 
 def append_dims(value: Tensor, x: Tensor) -> Tensor:
     """One value per sample, (B,) or (B, 1, ...), shaped to multiply `x` (B, ...)."""
     return value.reshape(-1, *[1] * (x.ndim - 1))
+
+
+def as_data(x: Tensor | np.ndarray, like: Tensor | None) -> Tensor:
+    """Data of a caller's as a tensor: uint8, or floats as wide as the weights `like`; an array goes to their device.
+
+    Raises `UsageError` for other whole numbers, which may mean 0 to 1 or 0 to 255.
+    """
+    x = x if isinstance(x, Tensor) else torch.as_tensor(x).to("cpu" if like is None else like.device)
+    if not x.is_floating_point() and x.dtype != torch.uint8:
+        raise UsageError(f"the data are {x.dtype}: give uint8 (0 to 255), or floats in [0, 1]")
+    return x.to(like.dtype) if x.dtype == torch.float64 and like is not None else x
 
 
 def to_unit_range(x: Tensor) -> Tensor:

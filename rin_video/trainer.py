@@ -19,8 +19,9 @@ from tqdm.auto import tqdm
 
 from rin_video.averages import make_ema, make_tracks, save_snapshot, track_state
 from rin_video.callbacks import Callback, append_line
-from rin_video.checkpoint import newest_state, plain, remove_state, save_state, save_weights, saved_states
-from rin_video.config import Config, ModelConfig, SampleConfig, train_config
+from rin_video.checkpoint import load_state, newest_state, plain, remove_state, save_state, save_weights, saved_states
+from rin_video.config import Config, ModelConfig, SampleConfig, trainer_config
+from rin_video.datasets.adapters import ADAPTED, BatchCheck, adapt_for
 from rin_video.datasets.clips import ClipFolder
 from rin_video.datasets.draws import Draws, unpack
 from rin_video.datasets.embeddings import embedding_shape
@@ -42,6 +43,7 @@ from rin_video.distributed import (
 from rin_video.errors import Stopped, UsageError
 from rin_video.export import contact_sheet, save_samples
 from rin_video.files import full_disk
+from rin_video.identity import check_same_data, identify
 from rin_video.known import draw_known
 from rin_video.locking import lock_run
 from rin_video.memory import checkpoint_blocks, out_of_memory
@@ -49,6 +51,7 @@ from rin_video.metrics import Metrics, trim_lines
 from rin_video.noise import spread_seed
 from rin_video.optimizers import make_lr_schedule, make_optimizer
 from rin_video.plots import plot_metrics
+from rin_video.port import trainer_options
 from rin_video.precision import tf32_products
 from rin_video.provenance import write_provenance
 from rin_video.signals import StopSignals, ignore_signals
@@ -66,7 +69,8 @@ class Trainer:
 
     `data` is a folder of images or clips (which of the two follows from the model's shape), or any `Dataset` of
     tensors (C, *grid), of (tensor, label) pairs, or of dicts with "x", "label" and "embedding"; values in [0, 1] or
-    uint8. The other options are the fields of `TrainConfig`. `callbacks` look on and measure. `train()` goes on from
+    uint8. The other options are the fields of `TrainConfig` and `DataConfig`,
+    and those of the PyTorch port (`rin_video.port`). `callbacks` look on and measure. `train()` goes on from
     the last whole checkpoint in `results_folder`; a signal ends it with `Stopped`, after a checkpoint.
 
     Written there: `metrics.jsonl` and its curves, `metrics.png`; `samples/` (PNG grids, or MP4 and contact sheets);
@@ -76,8 +80,8 @@ class Trainer:
 
     def __init__(
         self,
-        diffusion: GaussianDiffusion,
-        data: str | os.PathLike[str] | Dataset[Any],
+        diffusion: GaussianDiffusion | None = None,
+        data: str | os.PathLike[str] | Dataset[Any] | None = None,
         *,
         results_folder: str | os.PathLike[str] = "./results",
         num_samples: int = 16,
@@ -86,12 +90,24 @@ class Trainer:
         callbacks: Sequence[Callback] = (),
         **options: Any,
     ) -> None:
+        diffusion = options.pop("diffusion_model", None) if diffusion is None else diffusion
+        given = [data, *(options.pop(name, None) for name in ("dataset", "folder"))]  # the port takes these two
+        data = next((one for one in given if one is not None), None)
+        if diffusion is None or data is None:
+            missing = "a GaussianDiffusion" if diffusion is None else "data: a folder, or a Dataset"
+            raise UsageError(f"Trainer(diffusion, data) was given no {missing}")
+        is_folder = isinstance(data, str | os.PathLike)
         if config is None:
+            channels = (diffusion.shape or (3,))[0]
+            train, reading = trainer_config(**trainer_options(options, channels=channels, is_folder=is_folder))
+            steps = diffusion.config.timesteps or SampleConfig.steps
+            sampler = diffusion.sampler or SampleConfig.sampler
             config = Config(
                 model=getattr(diffusion.model, "config", ModelConfig()),
                 diffusion=diffusion.config,
-                train=train_config(**options),
-                sample=SampleConfig(num_samples=num_samples, steps=diffusion.config.timesteps or SampleConfig.steps),
+                data=reading,
+                train=train,
+                sample=SampleConfig(num_samples=num_samples, steps=steps, sampler=sampler),
             )
         elif options:
             raise UsageError(f"give either config or the options {', '.join(options)}, not both")
@@ -102,13 +118,18 @@ class Trainer:
         self.accelerator = make_accelerator(self.options, self.folder, partial=several_kinds)
         self.batch_size = share(self.options.train_batch_size, self.accelerator.num_processes)
         if isinstance(data, str | os.PathLike):
+            config.data.path = config.data.path or os.fspath(data)
             data = open_dataset(data, diffusion.shape, config.data, seed=self.options.seed, index=self.folder / INDEX)
+        else:
+            data = adapt_for(diffusion, data)
         self.dataset = data
         check_kinds(diffusion, data)
         check_classes(diffusion, data)
         check_embeddings(diffusion, data)
-        if getattr(diffusion.model, "num_classes", 0):
-            config.data.classes = list(getattr(data, "classes", []))
+        num_classes = getattr(diffusion.model, "num_classes", 0)
+        if num_classes:
+            diffusion.classes = config.data.classes = list(getattr(data, "classes", []))
+        self.check_batch = BatchCheck(num_classes)
 
         if self.options.init_from is not None:
             self.start_from(self.options.init_from, diffusion)
@@ -126,7 +147,7 @@ class Trainer:
         if self.compiling:
             self.unwrapped.model.compile()
         self.callbacks = [*([Tracking()] if self.options.trackers else []), *callbacks]
-        self.step = 0
+        self.step, self.loaded = 0, False
         self.pending: dict[str, Tensor] | None = None
 
     @property
@@ -145,7 +166,8 @@ class Trainer:
 
     def _train(self) -> None:
         """`train`, for a process that has the folder to itself."""
-        self.resume()
+        if not self.loaded:
+            self.resume()
         if self.is_due(self.options.save_and_sample_every) and not self.is_sampled():
             self.sample()  # it was stopped between the checkpoint and its pictures
         if self.step >= self.options.train_num_steps:
@@ -277,6 +299,7 @@ class Trainer:
     def unpack(self, batch: Any) -> tuple[Tensor, Tensor | None]:
         """A batch of any accepted form as (x, label) on the device; labels only where the model has classes."""
         x, label = unpack(batch)
+        self.check_batch(x, label)
         device = self.accelerator.device
         classes = getattr(self.unwrapped.model, "num_classes", 0)
         if label is not None:
@@ -389,8 +412,11 @@ class Trainer:
         """Folders of the states that can be resumed from, oldest first."""
         return saved_states(self.folder)
 
-    def save(self) -> None:
-        """Write the averaged weights for use, then the state to resume from; old states are dropped."""
+    def save(self, milestone: int | str | None = None) -> None:
+        """Write the averaged weights for use, then the state to resume from; old states are dropped.
+
+        A `milestone` is a state of its own, which stays until it is saved again, and which `load(milestone)` reads.
+        """
         scaler = self.accelerator.scaler
         state = {
             "step": self.step,
@@ -401,19 +427,36 @@ class Trainer:
             "optimizer": whole(self.optimizer.state_dict()),
             "scaler": scaler.state_dict() if scaler is not None else None,
             "metrics": self.pending,
+            "data": identify(self.dataset, self.config),
         }
         if not self.accelerator.is_main_process:
             return
         prefix = "ema_model."
         weights = {n.removeprefix(prefix): value for n, value in state["ema"].items() if n.startswith(prefix)}
         save_weights(self.folder, weights, self.config)
-        folder = self.folder / "checkpoints" / f"step-{self.step:08d}"
+        folder = self.milestone(f"step-{self.step:08d}" if milestone is None else f"milestone-{milestone}")
         save_state(folder, state)
         every = self.options.keep_every
         for old in self.checkpoints[: -self.options.keep_checkpoints]:
             if not every or int(old.name.removeprefix("step-")) % every:
                 remove_state(old)
         self.call("on_checkpoint", folder)
+
+    def load(self, milestone: int | str) -> None:
+        """Go back to what `save(milestone)` wrote: `train()` goes on from there. `UsageError` where there is none."""
+        folder = self.milestone(f"milestone-{milestone}")
+        if not folder.is_dir():
+            there = sorted(p.name.removeprefix("milestone-") for p in folder.parent.glob("milestone-*"))
+            raise UsageError(
+                f"{self.folder} has no milestone {milestone}: {', '.join(there) or 'none was saved'} (checkpoints of "
+                "other packages, model-N.pt, do not fit this network)"
+            )
+        self.restore(folder, load_state(folder))
+        self.loaded = True
+
+    def milestone(self, name: str) -> Path:
+        """The folder of a state."""
+        return self.folder / "checkpoints" / name
 
     def snapshot(self) -> None:
         """Write down the averages of all lengths, for `rin-video ema`."""
@@ -432,9 +475,12 @@ class Trainer:
     def resume(self) -> None:
         """Go on from the last whole checkpoint. Raises `UsageError` where it is of another model."""
         newest = newest_state(self.folder)
-        if newest is None:
-            return
-        folder, state = newest
+        if newest is not None:
+            self.restore(*newest)
+
+    def restore(self, folder: Path, state: dict[str, Any]) -> None:
+        """Take up a state. Raises `UsageError` where it is of another model, or of other data."""
+        check_same_data(self.folder, state.get("data"), identify(self.dataset, self.config))
         for section, keys in KEPT.items():
             then, now = state["config"][section], plain(getattr(self.config, section))
             for key in keys or now:
@@ -470,7 +516,8 @@ def check_classes(diffusion: GaussianDiffusion, data: Any) -> None:
     """A model with classes needs as many as the data has."""
     expected = getattr(diffusion.model, "num_classes", 0)
     classes = getattr(data, "classes", None)
-    if expected and classes is not None and len(classes) != expected:
+    unnamed = not classes and isinstance(data, ADAPTED)  # labels are looked at batch by batch
+    if expected and classes is not None and len(classes) != expected and not unnamed:
         raise UsageError(
             f"the model has {expected} classes, the data {len(classes)}: set model.num_classes={len(classes)}"
         )

@@ -96,8 +96,7 @@ def test_classes_labels_skips_and_enlargement_are_reported(tmp_path):
     with pytest.raises(IndexError):
         data[3]
     Image.new("RGB", (20, 20)).save(tmp_path / "outside.png")
-    assert ImageFolder(tmp_path, 16).classes == []
-    assert ImageFolder(tmp_path, 16)[0]["label"] == -1
+    assert [item["label"] for item in ImageFolder(tmp_path, 16)] == [0, 0, 1, -1]
 
 
 def test_folders_say_what_they_hold(tmp_path):

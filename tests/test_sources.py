@@ -5,7 +5,6 @@ import os
 import sys
 import tarfile
 import types
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -209,16 +208,6 @@ def test_damaged_safetensors_are_refused(tmp_path, content, said):
     (tmp_path / "x.safetensors").write_bytes(content)
     with pytest.raises(UsageError, match=said):
         probe_array(tmp_path / "x.safetensors")
-
-
-@pytest.fixture(scope="module")
-def hub():
-    """The Hugging Face package: `python -m pytest` makes our folder datasets/ importable, and hides it."""
-    here = os.path.realpath(Path(__file__).parents[1])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", [entry for entry in sys.path if os.path.realpath(entry or ".") != here])
-        patch.delitem(sys.modules, "datasets", raising=False)
-        yield pytest.importorskip("datasets")
 
 
 def test_hugging_face_images(tmp_path, hub):

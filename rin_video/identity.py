@@ -1,0 +1,98 @@
+"""Which data a run is of: its default folder, and what a run that goes on compares."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from rin_video.config import Config
+from rin_video.datasets.sources import Member
+from rin_video.errors import UsageError
+
+log = logging.getLogger("rin_video")
+
+HUB, PIPE = "hf:", "pipe:"
+
+
+def run_folder(data: str | os.PathLike[str]) -> Path:
+    """Where a run on this data writes, unless --out says otherwise: `runs/NAME`.
+
+    Where that is a run on other data, `runs/PARENT-NAME`.
+    """
+    name = os.fspath(data)
+    if name.startswith((HUB, PIPE)):
+        parts = [part for part in re.split(r"[/\\:]+", name.partition(":")[2]) if part not in ("", ".", "..")]
+        return Path("runs") / _safe("-".join(parts))
+    path = Path(name).resolve()
+    own = Path("runs") / _safe(path.name if path.is_dir() else path.stem)
+    return own if holds_data(own) in (None, str(path)) else own.with_name(f"{_safe(path.parent.name)}-{own.name}")
+
+
+def holds_data(run: Path) -> str | None:
+    """The resolved path of the data that a folder of a run is of; None where it does not say."""
+    from rin_video.datasets.open import INDEX
+
+    try:
+        with (run / INDEX).open(encoding="ascii") as file:
+            return str(Path(json.loads(file.readline())["root"]).resolve())
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def identify(dataset: Any, config: Config) -> dict[str, Any]:
+    """What tells the data of a run from other data, as a checkpoint keeps it."""
+    path = config.data.path
+    return {
+        "path": None if path is None else path if path.startswith((HUB, PIPE)) else str(Path(path).resolve()),
+        "images": config.data.images,
+        "classes": list(getattr(dataset, "classes", [])),
+        "content": _digest(dataset),
+    }
+
+
+def check_same_data(run: Path, then: dict[str, Any] | None, now: dict[str, Any]) -> None:
+    """Raises `UsageError` where a run would go on with other data; data that only moved, or grew in its place, may be.
+
+    A checkpoint that keeps nothing of it is taken.
+    """
+    if then is None:
+        return
+    other = f"give another folder (--out), with --init-from {run} to start with its weights"
+    if then["classes"] and now["classes"] and then["classes"] != now["classes"]:
+        before, after = _list(then["classes"]), _list(now["classes"])
+        raise UsageError(f"{run} was trained with the classes {before}, now they are {after}: {other}")
+    same = then["content"] is not None and then["content"] == now["content"]
+    if same or None in (then["path"], now["path"]):
+        return
+    if then["path"] != now["path"]:
+        raise UsageError(f"{run} was trained on {then['path']}, now the data is {now['path']}: {other}")
+    if then["content"] != now["content"]:
+        log.warning("the files of %s have changed since the last checkpoint: the run goes on with them", now["path"])
+
+
+def _digest(dataset: Any) -> str | None:
+    """Of the names and contents of all files; None where they are not known."""
+    index = getattr(dataset, "index", None)
+    if index is None:
+        parts = [_digest(part) for part in getattr(dataset, "parts", ())]
+        return None if not parts or None in parts else "-".join(map(str, parts))
+    digest = hashlib.blake2b(digest_size=16)
+    root = os.path.abspath(os.fspath(index.root))
+    for entry in index.entries:
+        source = entry.source
+        name = source.name if isinstance(source, Member) else os.path.relpath(os.path.abspath(str(source)), root)
+        digest.update(f"{name}\0{entry.hash}\0".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+def _list(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def _safe(name: str) -> str:
+    return re.sub(r"[^\w.-]+", "_", name) or "run"

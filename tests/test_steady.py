@@ -1,0 +1,103 @@
+"""Pictures that move, short clips and variable frame rates in `export` and `prepare`."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from rin_video import cli
+from rin_video.datasets import ClipFolder, open_video
+from rin_video.datasets.steady import is_steady, steady_frames
+from rin_video.export import export, load_media
+
+
+def animation(path, levels, durations):
+    first, *rest = [Image.new("RGB", (32, 16), (level,) * 3) for level in levels]
+    exactly = {".webp": {"lossless": True}, ".avif": {"quality": 100}}.get(path.suffix, {})
+    first.save(path, save_all=True, append_images=rest, duration=durations, **exactly)
+    return path
+
+
+def levels_of(path):
+    with open_video(path) as video:
+        frames = video.read(range(video.num_frames))
+    H, W = video.size
+    return frames[:, 0, H // 2 + 2, W // 2 + 2].tolist(), video.fps
+
+
+@pytest.mark.parametrize("times", [[0, 0.033, 0.067, 0.1, 0.133], [0], [0, 0.02, 0.05, 0.07], [0, 1.5]])
+def test_rounded_stamps_are_steady(times):
+    assert is_steady(np.array(times))
+    assert steady_frames(np.array(times), 1.0, 12.5) == (list(range(len(times))), 12.5)
+
+
+def test_the_nearest_frame_of_a_regular_grid():
+    frames, fps = steady_frames(np.array([0, 0.1, 0.5, 0.6]), 0.8, 5)
+    assert fps == 10
+    assert frames == [0, 1, 1, 1, 2, 2, 3, 3]
+    many, rate = steady_frames(np.array([0, 0.001, 10]), 20, 0.15)
+    assert rate <= 12 / 20
+    assert len(many) == 12
+
+
+@pytest.mark.parametrize("suffix", [".webp", ".apng", ".png", ".avif", ".gif"])
+def test_pictures_that_move_are_exported_with_all_their_frames(tmp_path, suffix):
+    if suffix == ".avif" and "AVIF" not in (Image.init() or Image.SAVE):
+        return
+    source = animation(tmp_path / f"a{suffix}", [0, 60, 120, 180], [100, 100, 300, 100])
+    said = export(source, tmp_path / "out.mp4")
+    levels, fps = levels_of(tmp_path / "out.mp4")
+    assert fps == pytest.approx(10)
+    assert np.abs(np.array(levels[:6]) - [0, 60, 120, 120, 180, 180]).max() < 8  # at 0.4 s, 0.5 s is nearer than 0.2 s
+    assert "10 fps" in said
+
+
+def test_a_picture_of_one_frame_is_a_picture(tmp_path):
+    Image.new("RGB", (8, 8), (9, 9, 9)).save(tmp_path / "a.png")
+    media, fps = load_media(tmp_path / "a.png")
+    assert (media.shape, fps) == ((3, 8, 8), None)
+
+
+@pytest.mark.parametrize("frames", [1, 3])
+def test_clips_of_one_or_three_frames_are_clips(tmp_path, numbered, frames):
+    numbered(tmp_path / "a.mp4", frames=frames)
+    said = export(tmp_path / "a.mp4", tmp_path / "b.mp4")
+    assert f"{frames} frames of 32x64" in said
+    assert len(levels_of(tmp_path / "b.mp4")[0]) == frames
+    for i in range(frames):
+        (tmp_path / "folder").mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8), (50 * i,) * 3).save(tmp_path / "folder" / f"{i}.png")
+    assert f"{frames} frames of 8x8" in export(tmp_path / "folder", tmp_path / "c.mp4")
+    animation(tmp_path / "d.png", [0, 99, 200][:frames], 100)
+    assert export(tmp_path / "d.png", tmp_path / "d.webp" if frames == 1 else tmp_path / "d.mp4")
+    np.save(tmp_path / "images.npy", np.zeros((2, 3, 8, 8), np.uint8))
+    assert "2 images of 8x8" in export(tmp_path / "images.npy", tmp_path / "e.png")
+
+
+def test_a_variable_rate_is_exported_in_its_time(tmp_path, clips):
+    """Frames at 0, 1, 2, 5, 6, 10, 20, 21, 22, 30 thirtieths of a second, of grey 10, 20, ..."""
+    said = export(clips / "variable_rate.mp4", tmp_path / "out.mp4")
+    assert "the rate varies, the nearest frames are taken at 30 fps" in said
+    levels, fps = levels_of(tmp_path / "out.mp4")
+    assert fps == pytest.approx(30)
+    shown = [round(level / 10) - 1 for level in levels]
+    assert [shown[i] for i in (0, 1, 2, 5, 6, 10, 20, 21, 22, 30)] == list(range(10))
+    assert load_media(clips / "variable_rate.mp4")[0].shape[1] == len(shown)
+
+
+def test_prepare_keeps_the_time_of_a_variable_rate(tmp_path, clips, monkeypatch, capsys, numbers):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["prepare", str(clips / "variable_rate.mp4"), "--size", "32x64", "--out", "shards"]) == 0
+    assert "1 of 1 clips vary in frame rate: their nearest frames at a regular rate" in capsys.readouterr().out
+    data = ClipFolder(tmp_path / "shards", (32, 64), 32)
+    shown = numbers(data.draw(0, 0)["x"].transpose(0, 1))
+    assert data.infos[0].fps == pytest.approx(30)
+    assert [shown[i] for i in (0, 1, 2, 5, 6, 10, 20, 21, 22, 30)] == list(range(10))
+
+
+@pytest.mark.parametrize("frames", [1, 5])
+def test_prepare_takes_short_clips(tmp_path, numbered, monkeypatch, capsys, frames):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    numbered(tmp_path / "data/a.mp4", frames=frames)
+    assert cli.main(["prepare", str(tmp_path / "data"), "--size", "8", "--out", "shards"]) == 0
+    assert f"clips of {4 if frames == 5 else 1} frames a second before" in capsys.readouterr().out
