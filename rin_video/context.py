@@ -17,8 +17,9 @@ from rin_video.config import Config, DataConfig
 from rin_video.datasets.decoding import open_video
 from rin_video.datasets.folders import CLIP_EXTENSIONS, find_files
 from rin_video.datasets.framing import Framing
+from rin_video.datasets.probe import probe_video
 from rin_video.datasets.reading import read_image
-from rin_video.datasets.video_info import VideoInfo, probe_video
+from rin_video.datasets.video_info import VideoInfo
 from rin_video.datasets.windows import nearest_in_time
 from rin_video.errors import UsageError
 from rin_video.known import known_frames_mask

@@ -18,9 +18,10 @@ from rin_video.datasets import probing
 from rin_video.datasets.index import Entry, Probe, entry_of, load_index, make_index
 from rin_video.datasets.index import Index as DataIndex
 from rin_video.datasets.loading import Batches
+from rin_video.datasets.probe import probe_video
 from rin_video.datasets.probing import run_apart
 from rin_video.datasets.sources import shown
-from rin_video.datasets.video_info import VideoInfo, probe_video
+from rin_video.datasets.video_info import VideoInfo
 from rin_video.errors import UsageError
 
 

@@ -11,7 +11,8 @@ from rin_video.config import DataConfig, data_config
 from rin_video.datasets import ClipFolder, ImageFolder
 from rin_video.datasets.buckets import Buckets, BucketSampler
 from rin_video.datasets.framing import Framing
-from rin_video.datasets.video_info import VideoInfo, pack_table, probe_video
+from rin_video.datasets.probe import probe_video
+from rin_video.datasets.video_info import VideoInfo, pack_table
 from rin_video.datasets.windows import Windows
 from rin_video.errors import UsageError
 
@@ -19,7 +20,7 @@ from rin_video.errors import UsageError
 def info(frames: int, fps: float = 8, cuts: tuple[int, ...] = ()) -> VideoInfo:
     return VideoInfo(
         "mov", "h264", frames, fps, (32, 64), 0, frames / fps, 1 / fps, pack_table(range(frames)), pack_table([0]),
-        trusted=True, plain_seek=True, cuts=cuts,
+        trusted=True, plain=True, cuts=cuts,
     )  # fmt: skip
 
 
