@@ -16,7 +16,7 @@ import numpy as np
 
 from rin_video.datasets.geometry import has_alpha, orientation_of, oriented_size, stretched_size
 from rin_video.datasets.probing import beat
-from rin_video.datasets.sources import Source, open_source, shown
+from rin_video.datasets.sources import Source, open_source, shown, size_of
 from rin_video.datasets.video_info import (
     MAX_PIXELS,
     VideoInfo,
@@ -204,7 +204,8 @@ def _probe(source: Source, packets: list[Packet], index: int, max_pixels: int) -
             stored=stored,
         )
         notes = _notes_on_first(frame, video, aspect, opaque)
-        missing = stream.frames - len(packets) if info.container == "mov" else 0
+        end = size_of(source)  # PyAV before 15 has no index entries
+        missing = sum(entry.pos + entry.size > end for entry in getattr(stream, "index_entries", ()))
         alpha = has_alpha(frame)
     if decoded is None:
         assert expected is not None
@@ -226,7 +227,8 @@ def _from_decoded(
     if not shown_.stamps:
         raise UsageError(f"{shown(source)} cannot be read: not one frame can be decoded; leave it out")
     count = len(shown_.stamps)
-    if not shown_.ordered:
+    decoding = [packet.dts for packet in packets if packet.dts is not None]
+    if not shown_.ordered or any(b < a for a, b in pairwise(decoding)):  # edits play a part twice, or out of order
         info = _with_table(info, packets, _fallback_times(shown_, packets, info), set(), [])
         info = replace(info, trusted=False, plain=False)
     else:
@@ -238,9 +240,9 @@ def _from_decoded(
             if lost:
                 info = _with_table(info, packets, stamps, set(), [])
                 info = replace(info, trusted=False, plain=False)
-        tail = sum(stamp > stamps[-1] for stamp in shown_.lost)
-        if tail or missing > 0:
-            notes += (f"cut short: its first {info.num_frames} of {info.num_frames + tail + max(missing, 0)} frames",)
+        tail = max(missing, sum(stamp > stamps[-1] for stamp in shown_.lost))
+        if tail:
+            notes += (f"cut short: its first {info.num_frames} of {info.num_frames + tail} frames",)
     if info.lost:
         notes += (f"damaged: {frames_text(info.lost_ranges)} cannot be decoded, other windows are used",)
     if shown_.interlaced:

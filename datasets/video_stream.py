@@ -39,6 +39,7 @@ CODECS = (
 SKIPPING = ("h264", "hevc", "mpeg4", "mpeg1video", "mpeg2video")
 ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own decoders of these drop the alpha channel
 ATTACHED_PICTURE, TIMED_THUMBNAILS = 0x400, 0x800  # FFmpeg's dispositions
+UNALIGNED = 1  # FFmpeg's flag: crop as the stream's header says, not only by multiples of 32 pixels
 SEEKS = 3  # entries before the wanted one that a seek tries before it reads from the beginning
 
 _ONLY_KNOWN = {"format_whitelist": ",".join(CONTAINERS.values()), "protocol_whitelist": "file"}
@@ -146,9 +147,10 @@ class VideoStream:
                     yield wanted.pop(0), None
                 if wanted and wanted[0] == index:
                     yield wanted.pop(0), None if index in spoilt else frame
-                if not wanted or (
-                    seekable and _jumps(entries, stamps[min(index + 1, len(stamps) - 1)], stamps[wanted[0]])
-                ):
+                    following = stamps[min(index + 1, len(stamps) - 1)]
+                    if not wanted or (seekable and _jumps(entries, following, stamps[wanted[0]])):
+                        break
+                elif not wanted:
                     break
             else:
                 yield from ((index, None) for index in wanted)
@@ -201,6 +203,7 @@ class VideoStream:
             self.stream, self.index = stream, stream.index
             self.decoder = _alpha_decoder(stream) or stream.codec_context
             self.decoder.thread_count = 1  # the processes that read are many
+            self.decoder.flags |= UNALIGNED
         except BaseException:
             self._stack.close()
             raise
