@@ -16,7 +16,7 @@ from rin_video.datasets.buckets import Buckets
 from rin_video.datasets.decoding import LostFramesError, VideoInfo, backends_for, kept_open, let_go
 from rin_video.datasets.embeddings import open_embeddings
 from rin_video.datasets.folders import number_classes
-from rin_video.datasets.framing import Chance, class_list, size_range
+from rin_video.datasets.framing import Chance, class_list, size_range, smaller
 from rin_video.datasets.images import make_framing
 from rin_video.datasets.index import Entry, describe_notes, describe_skipped, make_index, refuse_skipped
 from rin_video.datasets.sources import Source, shown
@@ -129,10 +129,9 @@ class ClipFolder(Dataset[dict[str, Tensor | int]]):
             file, indices, chance = self._plan(index, epoch)
             framing, info = self.framings[self.bucket_of[index]], self.infos[file]
             frame = framing.plan(info.size, chance)
-            # Decoders reduce cheaply; what is enlarged is cut first.
-            size = frame.size if frame.size[0] * frame.size[1] < info.size[0] * info.size[1] else None
             try:
-                frames = kept_open(self.files[file], self.decoder, info).read(indices, size)
+                video = kept_open(self.files[file], self.decoder, info)
+                frames = video.read(indices, smaller(frame.size, info.size))
                 break
             except LostFramesError as error:  # it costs this window, not the file
                 if not self._learn(file, error):

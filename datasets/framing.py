@@ -101,6 +101,11 @@ def resize(frames: Tensor, size: tuple[int, int]) -> Tensor:
     return transforms.resize(frames, list(size), antialias=True)
 
 
+def smaller(size: tuple[int, int], than: tuple[int, int]) -> tuple[int, int] | None:
+    """What to ask a decoder for: `size` where it reduces, which is cheap there; None where it enlarges: cut first."""
+    return size if size[0] * size[1] < than[0] * than[1] else None
+
+
 def resize_part(frames: Tensor, size: tuple[int, int], corner: tuple[int, int], part: tuple[int, int]) -> Tensor:
     """The `part` (H, W) of `resize(frames, size)` whose upper left corner is `corner` (top, left).
 

@@ -41,6 +41,8 @@ DEFAULT_FPS = 8
 MAX_GIF_FPS = 50  # browsers slow down what is faster
 TOLERANCE = 1e-3  # how far outside [0, 1] a value may be
 SMPTE_170M, LIMITED_RANGE = 6, 1  # FFmpeg's numbers for BT.601 colours and for luma from 16 to 235
+SHEET_FRAMES = 8  # of a clip on a contact sheet
+BLOCK_PIXELS = 32_000_000  # of a clip that are held in memory while it is converted
 MARGIN = 2  # pixels between the pictures of a grid
 TITLE_HEIGHT = 12  # pixels above a picture
 
@@ -120,14 +122,14 @@ def write_image_grid(
 def contact_sheet(
     clips: Tensor | np.ndarray,
     path: StrPath,
-    max_frames: int = 8,
+    max_frames: int = SHEET_FRAMES,
     upscale: int = 1,
     titles: Sequence[str] | None = None,
 ) -> None:
     """Write clips (B, C, F, H, W) as one picture: a clip a row, up to `max_frames` frames, evenly spaced."""
     clips = as_pixels(clips)
-    num_frames = min(max_frames, clips.shape[2])
-    chosen = torch.linspace(0, clips.shape[2] - 1, num_frames).round().long()
+    chosen = _evenly_spaced(clips.shape[2], max_frames)
+    num_frames = len(chosen)
     images = rearrange(clips[:, :, chosen], "b c f h w -> (b f) c h w")
     above = [text for title in titles for text in (title, *[""] * (num_frames - 1))] if titles else None
     _write_picture(_grid(images, num_frames, upscale, above), Path(path))
@@ -268,6 +270,8 @@ def export(input: StrPath, output: StrPath, fps: float | None = None) -> str:
         raise UsageError(f"cannot write {target}: the output is one of {known}")
     if target.exists() and source.exists() and target.samefile(source):
         raise UsageError(f"{target} is the input too: give the output another name")
+    if source.is_file() and source.suffix.lower() in CLIP_EXTENSIONS:
+        return _export_clip(source, target, fps)
     media, source_fps = load_media(source)
     batch = media if media.ndim == 5 or _is_image_batch(media) else media[None]
     rate = fps if fps is not None else source_fps or DEFAULT_FPS
@@ -277,6 +281,41 @@ def export(input: StrPath, output: StrPath, fps: float | None = None) -> str:
         save_samples(batch, target, rate)
     shown = f", {rate:g} fps" if target.suffix.lower() in VIDEO_SUFFIXES else ""
     return "\n".join([read, f"wrote {target}{shown}", *(str(note.message) for note in notes)])
+
+
+def _export_clip(source: Path, target: Path, fps: float | None) -> str:
+    """A clip file, of which no more is read than what is written, and of an MP4 a part at a time."""
+    suffix = target.suffix.lower()
+    with open_video(source) as video, warnings.catch_warnings(record=True) as notes:
+        warnings.simplefilter("always")
+        H, W = video.size
+        rate = fps if fps is not None else video.fps
+        read = f"read {source}: {video.num_frames} frames of {H}x{W}, {video.fps:g} fps"
+        if suffix in PICTURE_SUFFIXES:
+            chosen = _evenly_spaced(video.num_frames, SHEET_FRAMES)
+            contact_sheet(video.read(chosen).transpose(0, 1)[None], target)
+        elif suffix == ".mp4":
+            block = max(1, BLOCK_PIXELS // (H * W))
+            starts = range(0, video.num_frames, block)
+            parts = (video.read(range(video.num_frames)[start : start + block]).transpose(0, 1) for start in starts)
+            save_parts((part[None] for part in parts), target, rate)
+            if note := _padding_note(H, W):
+                warnings.warn(f"{target}: {note}", stacklevel=2)
+        else:
+            save_samples(video.read(range(video.num_frames)).transpose(0, 1)[None], target, rate)
+    wrote = f"wrote {target}, {rate:g} fps" if suffix in VIDEO_SUFFIXES else f"wrote {target}"
+    return "\n".join([read, wrote, *(str(note.message) for note in notes)])
+
+
+def _evenly_spaced(length: int, num: int) -> list[int]:
+    return torch.linspace(0, length - 1, min(num, length)).round().long().tolist()
+
+
+def _padding_note(height: int, width: int) -> str | None:
+    if height % 2 == width % 2 == 0:
+        return None
+    padded = f"{height + height % 2}x{width + width % 2}"
+    return f"padded from {height}x{width} to {padded}, because H.264 needs even sizes"
 
 
 def as_pixels(values: Tensor | np.ndarray) -> Tensor:
@@ -312,9 +351,7 @@ def _write_clip(clip: Tensor, path: Path, fps: float, crf: int) -> str | None:
     H, W = clip.shape[2:]
     with VideoWriter(path, fps, crf=crf) as writer:
         writer.write(clip)
-    if H % 2 or W % 2:
-        return f"padded from {H}x{W} to {H + H % 2}x{W + W % 2}, because H.264 needs even sizes"
-    return None
+    return _padding_note(H, W)
 
 
 def _write_gif(clip: Tensor, path: Path, fps: float) -> None:
