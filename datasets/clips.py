@@ -174,7 +174,7 @@ class ClipFolder(Dataset[dict[str, Tensor | int]]):
             lines.append(f"{slow} of {len(self.files)} have fewer than {fps:g} fps: some of their frames repeat")
         lines += [self.embeddings.describe()] if self.embeddings else []
         lines += self.buckets.describe(self.bucket_of)
-        lines += describe_notes(self.infos)
+        lines += describe_notes(self.infos) + self.index.describe_passed_over()
         return "\n".join(lines + self.framing.describe_enlarged(sizes) + describe_skipped(self.skipped))
 
     def _plan(self, index: int, epoch: int) -> tuple[int, list[int], Any]:

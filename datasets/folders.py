@@ -20,7 +20,10 @@ IMAGE_EXTENSIONS = (
     ".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".avif", ".jp2", ".tga", ".qoi",
     ".heic", ".heif",
 )  # fmt: skip
-CLIP_EXTENSIONS = (".mp4", ".webm", ".mkv", ".mov", ".avi", ".gif", ".m4v")
+CLIP_EXTENSIONS = (
+    ".mp4", ".webm", ".mkv", ".mov", ".avi", ".gif", ".m4v", ".3gp", ".3g2", ".qt", ".mpg", ".mpeg", ".ts", ".mts",
+    ".m2ts", ".wmv", ".asf", ".ogv", ".flv",
+)  # fmt: skip
 ARRAY_EXTENSIONS = (".npy", ".safetensors")
 KINDS = {"image": IMAGE_EXTENSIONS, "video": CLIP_EXTENSIONS, "array": ARRAY_EXTENSIONS}
 
@@ -35,10 +38,18 @@ def find_files(root: str | PathLike[str], extensions: Collection[str]) -> list[P
 
 
 def find_sources(
-    root: str | PathLike[str], extensions: Collection[str], *, allow_pipe: bool = False, cache: Path | None = None
+    root: str | PathLike[str],
+    extensions: Collection[str],
+    *,
+    allow_pipe: bool = False,
+    cache: Path | None = None,
+    every: Sequence[Source] | None = None,
 ) -> list[Source]:
-    """`find_files`, also among the members of tar shards: `root` may be a .tar, a pattern or a folder of them."""
-    every = all_sources(root, allow_pipe=allow_pipe, cache=cache)
+    """`find_files`, also among the members of tar shards: `root` may be a .tar, a pattern or a folder of them.
+
+    `every` is what `all_sources` gives, where that is known.
+    """
+    every = all_sources(root, allow_pipe=allow_pipe, cache=cache) if every is None else every
     sources = [source for source in every if _is_of(source, extensions)]
     if sources:
         return sources

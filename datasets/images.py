@@ -94,7 +94,7 @@ class ImageFolder(Dataset[dict[str, Tensor | int]]):
         """A few lines on what was found: files, classes, sizes, what is enlarged, what was skipped."""
         lines = [f"{len(self)} images, {size_range(self.sizes)}{class_list(self.classes)}"]
         lines += [self.embeddings.describe()] if self.embeddings else []
-        lines += self.buckets.describe(self.bucket_of)
+        lines += self.buckets.describe(self.bucket_of) + self.index.describe_passed_over()
         return "\n".join(lines + self.framing.describe_enlarged(self.sizes) + describe_skipped(self.skipped))
 
 

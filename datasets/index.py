@@ -21,7 +21,7 @@ from rin_video.config import DataConfig
 from rin_video.datasets.arrays import ArrayInfo, probe_array
 from rin_video.datasets.backends import torchcodec_problem
 from rin_video.datasets.decoding import LostFramesError, open_video
-from rin_video.datasets.folders import KINDS, find_sources, first_folder, number_classes
+from rin_video.datasets.folders import KINDS, all_sources, find_sources, first_folder, number_classes
 from rin_video.datasets.probe import probe_video
 from rin_video.datasets.probing import beat, run_apart
 from rin_video.datasets.reading import ImageInfo, probe_image
@@ -33,6 +33,7 @@ from rin_video.errors import UsageError
 VERSION = 2
 INFOS: dict[str, type] = {"image": ImageInfo, "video": VideoInfo, "array": ArrayInfo}
 CAPTION_LENGTH = 10_000
+BESIDE = (".txt", ".cls", ".json", ".npy", ".safetensors")  # what may come with a file of data
 NOTES = 20  # lines on single files
 
 
@@ -93,8 +94,9 @@ class Probe:
 class Index:
     """The entries of a data set, in the order of their names."""
 
-    def __init__(self, root: str | PathLike[str], entries: Sequence[Entry]) -> None:
+    def __init__(self, root: str | PathLike[str], entries: Sequence[Entry], passed_over: Sequence[Source] = ()) -> None:
         self.root, self.entries = root, list(entries)
+        self.passed_over = list(passed_over)  # files of other kinds
 
     @property
     def usable(self) -> list[Entry]:
@@ -129,7 +131,16 @@ class Index:
         lines += [f"captions: {n}"] if (n := sum(entry.caption is not None for entry in good)) else []
         copies = len(good) - len({entry.hash for entry in good})
         lines += [f"{copies} are copies of others"] if copies else []
-        return "\n".join(lines + describe_skipped(self.unusable, limit=20))
+        return "\n".join(lines + self.describe_passed_over() + describe_skipped(self.unusable, limit=20))
+
+    def describe_passed_over(self) -> list[str]:
+        """A line that counts and names the files of other kinds, where there are some."""
+        names = [shown(Path(str(source)).name) for source in self.passed_over]
+        if not names:
+            return []
+        kinds = _counted(source.suffix.lower() or "no extension" for source in self.passed_over)
+        more = ", ..." if len(names) > 3 else ""
+        return [f"passed over: {len(names)} files of other kinds ({kinds}): {', '.join(names[:3])}{more}"]
 
     def save(self, path: Path, probe: Probe) -> None:
         """Write it atomically; several processes may do so at once."""
@@ -203,9 +214,8 @@ def make_index(
     options = options or DataConfig()
     if kind not in KINDS:
         raise UsageError(f"unknown kind {kind!r}: use one of {', '.join(KINDS)}")
-    sources = find_sources(
-        root, KINDS[kind], allow_pipe=options.allow_pipe, cache=path.parent / "pipes" if path else None
-    )
+    every = all_sources(root, allow_pipe=options.allow_pipe, cache=path.parent / "pipes" if path else None)
+    sources = find_sources(root, KINDS[kind], every=every)
     probe = Probe(kind, options.avoid_cuts and kind == "video", options.max_pixels)
     entries, changed = [], []
     modified: dict[Path, tuple[int, int]] = {}
@@ -230,7 +240,7 @@ def make_index(
             else:
                 changed[i].info, changed[i].hash = result
             bar.update()
-    index = Index(root, entries)
+    index = Index(root, entries, passed_over(every, sources))
     if path and (changed or len(known) != len(entries)):
         index.save(path, probe)
     if is_shards(root):
@@ -240,6 +250,14 @@ def make_index(
             for name, reason in members_of(shard)[1]
         ]
     return index
+
+
+def passed_over(every: Sequence[Source], sources: Sequence[Source]) -> list[Source]:
+    """The files that are neither data nor beside a data file and of its name, as captions and vectors are."""
+    taken = {str(source) for source in sources}
+    stems = {os.path.splitext(name)[0] for name in taken}
+    others = [source for source in every if str(source) not in taken]
+    return [o for o in others if o.suffix.lower() not in BESIDE or os.path.splitext(str(o))[0] not in stems]
 
 
 def content_hash(source: Source) -> str:

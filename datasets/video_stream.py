@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from rin_video.datasets.sources import Source, as_location, open_source, shown
+from rin_video.datasets.sources import Source, as_location, not_media, shown
 from rin_video.errors import UsageError, first_line
 
 # FFmpeg's full names of the containers that are clips; it guesses raw codecs from random bytes, reads play lists that
@@ -247,24 +247,10 @@ def best_stream(container: Any) -> Any:
 
 
 def unreadable(source: Source, error: Exception) -> UsageError:
-    if what := _not_media(source):
+    if what := not_media(source):
         return UsageError(f"{shown(source)} {what}")
     cause = getattr(error, "strerror", None) or first_line(error)
     return UsageError(f"{shown(source)} cannot be read: {shown(cause)}; re-encode it or leave it out")
-
-
-def _not_media(source: Source) -> str:
-    """What a file is that bears the name of a picture or a clip and is none, with the remedy; empty where unknown."""
-    try:
-        with open_source(source) as file:
-            head = file.read(512).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    except (UsageError, OSError):
-        return ""
-    if head.startswith(b"version https://git-lfs.github.com/spec"):
-        return "is a Git LFS pointer, not the file itself: run `git lfs pull`"
-    if head.startswith((b"<!doctype html", b"<html", b"<head", b"<?xml")) and b"html" in head:
-        return "is a web page (HTML), not media: download the file again"
-    return ""
 
 
 def _codec_of(stream: Any) -> str:

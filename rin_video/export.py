@@ -290,6 +290,7 @@ def _export_clip(source: Path, target: Path, fps: float | None) -> str:
         warnings.simplefilter("always")
         H, W = video.size
         rate = fps if fps is not None else video.fps
+        check_target(target, 5, rate)
         read = f"read {source}: {video.num_frames} frames of {H}x{W}, {video.fps:g} fps"
         if suffix in PICTURE_SUFFIXES:
             chosen = _evenly_spaced(video.num_frames, SHEET_FRAMES)
