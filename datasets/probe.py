@@ -178,10 +178,7 @@ def _probe(source: Source, packets: list[Packet], index: int, max_pixels: int) -
         aspect = float(stream.sample_aspect_ratio or 1)
         size = oriented_size(stretched_size(stored, aspect), orientation := orientation_of(frame))
         check_pixels(source, *size, max_pixels)
-        expected = None
-        if len(packets) * stored[0] * stored[1] > DECODED_PIXELS and not _doubtful(video, packets, frame):
-            expected = _expected(video, packets)
-        decoded = None if expected is not None else _decode_all(source, index)
+        sampled = len(packets) * stored[0] * stored[1] > DECODED_PIXELS and not _doubtful(video, packets, frame)
         rate = float(stream.average_rate or 0)
         tag = video.codec == "vp8" or video.codec == "vp9"
         opaque = tag and video.decoder is stream.codec_context and stream.metadata.get("alpha_mode") == "1"
@@ -207,11 +204,11 @@ def _probe(source: Source, packets: list[Packet], index: int, max_pixels: int) -
         end = size_of(source)  # PyAV before 15 has no index entries
         missing = sum(entry.pos + entry.size > end for entry in getattr(stream, "index_entries", ()))
         alpha = has_alpha(frame)
-    if decoded is None:
-        assert expected is not None
+    expected = _expected(source, index, packets) if sampled else None
+    if expected is not None:
         info = _with_table(info, packets, expected, set(), _entries(packets, None))
         return replace(info, plain=info.plain and not alpha, notes=notes)
-    return _from_decoded(source, info, packets, decoded, notes, missing, alpha)
+    return _from_decoded(source, info, packets, _decode_all(source, index), notes, missing, alpha)
 
 
 def _from_decoded(
@@ -305,8 +302,10 @@ def _entries(packets: list[Packet], alone: set[int] | None) -> list[int]:
 def _doubtful(video: VideoStream, packets: list[Packet], frame: Any) -> bool:
     """Whether packets may not be pictures."""
     stamps = [packet.stamp for packet in packets if not packet.hidden]
+    decoding = [packet.dts for packet in packets if packet.dts is not None]
     return (
         not stamps
+        or any(later < sooner for sooner, later in pairwise(decoding))  # edits play a part twice, or out of order
         or None in stamps
         or len(set(stamps)) < len(stamps)
         or not any(packet.key for packet in packets)
@@ -318,29 +317,29 @@ def _doubtful(video: VideoStream, packets: list[Packet], frame: Any) -> bool:
     )
 
 
-def _expected(video: VideoStream, packets: list[Packet]) -> list[int] | None:
+def _expected(source: Source, index: int, packets: list[Packet]) -> list[int] | None:
     """The stamps of the pictures by the packets, if samples agree; else None."""
     stamps: list[Any] = sorted(packet.stamp for packet in packets if not packet.hidden)  # type: ignore[type-var]
     entries = np.array(_entries(packets, None))
     first = None
-    for start in (None, entries[len(entries) // 2], entries[-1]):
-        from_ = video._packets_from(None if start is None else int(start), entries)
-        sample = _Shown()
-        for stamp, frame in video.pictures(from_):
-            if start is None or (stamp is not None and stamp >= start):
-                sample.add(stamp, frame)
-            if len(sample.stamps) >= SAMPLED_FRAMES:
-                break
-        if not sample.stamps or not sample.ordered or sample.lost or sample.interlaced or len(sample.sizes) > 1:
-            return None
-        if first is None:
-            first = sample.stamps[0]
-            stamps = [stamp for stamp in stamps if stamp >= first]  # earlier ones refer to what is not there
-        elif start >= first and (sample.stamps[0] != start or start not in sample.keys):
-            return None
-        place = int(np.searchsorted(stamps, sample.stamps[0]))
-        if stamps[place : place + len(sample.stamps)] != sample.stamps:
-            return None
+    with VideoStream(source, index) as video:
+        for start in (None, int(entries[len(entries) // 2]), int(entries[-1])):
+            sample = _Shown()
+            for stamp, frame in video.pictures_from(start, entries):
+                if start is None or (stamp is not None and stamp >= start):
+                    sample.add(stamp, frame)
+                if len(sample.stamps) >= SAMPLED_FRAMES:
+                    break
+            if not sample.stamps or not sample.ordered or sample.lost or sample.interlaced or len(sample.sizes) > 1:
+                return None
+            if first is None:
+                first = sample.stamps[0]
+                stamps = [stamp for stamp in stamps if stamp >= first]  # earlier ones refer to what is not there
+            elif start is not None and start >= first and not (sample.stamps[0] == start and start in sample.keys):
+                return None
+            place = int(np.searchsorted(stamps, sample.stamps[0]))
+            if stamps[place : place + len(sample.stamps)] != sample.stamps:
+                return None
     return stamps
 
 

@@ -121,6 +121,12 @@ class VideoStream:
             if at_end:
                 return
 
+    def pictures_from(
+        self, entry: int | None, entries: np.ndarray, needed: set[int] | None = None
+    ) -> Iterator[tuple[Any, Any]]:
+        """`pictures` decoded from the keyframe `entry` on, one of the ascending `entries`; None: from the beginning."""
+        return self.pictures(self._packets_from(entry, entries), needed)
+
     def find(
         self, indices: Sequence[int], stamps: np.ndarray, entries: np.ndarray, *, seekable: bool, skip: bool = False
     ) -> Iterator[tuple[int, Any]]:
@@ -135,9 +141,9 @@ class VideoStream:
             # One run of decoding serves every wanted picture up to a gap that holds an entry to jump to.
             entry = _entry_before(entries, stamps[wanted[0]]) if seekable else None
             if seekable:
-                found = self._indexed(self.pictures(self._packets_from(entry, entries), needed), stamps)
+                found = self._indexed(self.pictures_from(entry, entries, needed), stamps)
             else:
-                found = enumerate(frame for _, frame in self.pictures(self._from_beginning()))
+                found = enumerate(frame for _, frame in self.pictures_from(None, entries))
             spoilt = set()
             for index, frame in found:
                 if frame is None and seekable:  # perhaps told before earlier ones are shown
