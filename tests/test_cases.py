@@ -164,10 +164,14 @@ def test_edit_lists_are_followed(tmp_path, numbered, numbers, name):
             assert numbers(video.read([index])) == [list(expected)[index]]
 
 
-def test_time_stamps_may_be_below_0(tmp_path, numbers):
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [("negative_cts_offsets", range(6, 20)), ("frag_keyframe+empty_moov+delay_moov", range(20))],
+)
+def test_time_stamps_may_be_below_0(tmp_path, numbers, flags, expected):
+    """Whether what lies there is shown is for the edit list to say."""
     path = tmp_path / "a.mp4"
-    options = {"avoid_negative_ts": "disabled", "use_editlist": "0"}
-    with av.open(str(path), "w", options=options) as container:
+    with av.open(str(path), "w", options={"avoid_negative_ts": "disabled", "movflags": flags}) as container:
         stream = container.add_stream("libx264", rate=8, options={"g": "5"})
         stream.height, stream.width, stream.pix_fmt = 32, 64, "yuv420p"
         for index in range(20):
@@ -175,9 +179,11 @@ def test_time_stamps_may_be_below_0(tmp_path, numbers):
             frame.pts, frame.time_base = index - 6, Fraction(1, 8)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
+    with av.open(str(path)) as container:
+        assert next(container.demux(video=0)).pts < 0
     with open_video(path) as video:
-        assert numbers(video.read(range(20))) == list(range(20))
-        assert numbers(video.read([13, 0])) == [13, 0]
+        assert numbers(video.read(range(video.num_frames))) == list(expected)
+        assert numbers(video.read([13, 0])) == [expected[13], expected[0]]
 
 
 @pytest.mark.parametrize("codec", ["mpeg4", "libx264"])

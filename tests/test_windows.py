@@ -102,6 +102,22 @@ def test_augmentations_are_the_same_for_all_frames():
     torch.testing.assert_close(again, framing(still, np.random.default_rng(3)))
 
 
+def test_what_is_enlarged_is_cut_first(monkeypatch):
+    """A picture of 20000x1 would otherwise become one of 1,280,000x64: gigabytes."""
+    from rin_video.datasets import framing
+
+    monkeypatch.setattr(framing, "resize", lambda *_: pytest.fail("the whole picture is enlarged"))
+    wide = torch.arange(20000, dtype=torch.int64).remainder(256).to(torch.uint8).expand(2, 3, 1, 20000)
+    cut = Framing(64)(wide, np.random.default_rng(0))
+    assert cut.shape == (2, 3, 64, 64)
+    assert int(cut[0, 0, 0, 0]) in (9999 % 256, 10000 % 256)
+    monkeypatch.undo()
+    noise = torch.randint(256, (2, 3, 30, 41), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for size, corner in (((64, 87), (0, 11)), ((90, 123), (26, 0)), ((71, 97), (7, 33))):
+        whole = framing.resize(noise, size)[..., corner[0] : corner[0] + 64, corner[1] : corner[1] + 64]
+        torch.testing.assert_close(framing.resize_part(noise, size, corner, (64, 64)), whole, atol=1, rtol=0)
+
+
 def test_crop_scale_is_the_part_of_the_picture_that_is_seen():
     ramp = torch.arange(200, dtype=torch.uint8).expand(1, 3, 200, 200).contiguous()
     frames = Framing(50, crop="random", crop_scale=(0.5, 0.5))(ramp, np.random.default_rng(0))
