@@ -23,8 +23,8 @@ IMAGE_EXTENSIONS = (
     ".heic", ".heif",
 )  # fmt: skip
 CLIP_EXTENSIONS = (
-    ".mp4", ".webm", ".mkv", ".mov", ".avi", ".gif", ".m4v", ".qt", ".3gp", ".3g2", ".mpg", ".mpeg", ".mts", ".m2ts",
-    ".wmv", ".ogv", ".flv",
+    ".mp4", ".webm", ".mkv", ".mov", ".avi", ".gif", ".m4v", ".3gp", ".3g2", ".qt", ".mpg", ".mpeg", ".ts", ".mts",
+    ".m2ts", ".wmv", ".asf", ".ogv", ".flv",
 )  # fmt: skip
 ARRAY_EXTENSIONS = (".npy", ".safetensors")
 KINDS: dict[DataKind, tuple[str, ...]] = {

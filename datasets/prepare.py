@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from rin_video.config import DataConfig, DataKind
 from rin_video.datasets.decoding import open_video
-from rin_video.datasets.framing import Chance, resize
+from rin_video.datasets.framing import Chance, resize, smaller
 from rin_video.datasets.images import make_framing
 from rin_video.datasets.index import Entry, make_index, refuse_skipped
 from rin_video.datasets.probing import end_with_parent
@@ -28,6 +28,7 @@ from rin_video.datasets.reading import read_image
 from rin_video.datasets.shards import write_shard
 from rin_video.datasets.sources import shown
 from rin_video.datasets.steady import is_steady, steady_clip
+from rin_video.datasets.video_info import VideoInfo
 from rin_video.datasets.windows import nearest_in_time
 from rin_video.errors import UsageError
 from rin_video.files import write_text
@@ -107,7 +108,15 @@ def prepare(
     varying = 0 if kind == "image" or options.fps else sum(not is_steady(entry.info.times) for entry in entries)
     if varying:
         report.append(f"{varying} of {len(entries)} clips vary in frame rate: their nearest frames at a regular rate")
+    damaged = [(entry.source, sound_part(entry.info)) for entry in entries if getattr(entry.info, "lost", ())]
+    report += [f"only frames {first} to {end - 1} of {shown(source)}: damage" for source, (first, end) in damaged[:10]]
     return report + [f"left out: {reason}" for _, reason in failed[:10]]
+
+
+def sound_part(info: VideoInfo) -> tuple[int, int]:
+    """(first, end) of the longest stretch of frames that damage has left."""
+    edges = [0, *info.lost, info.num_frames]
+    return max(zip(edges[::2], edges[1::2], strict=True), key=lambda part: part[1] - part[0])
 
 
 def loading_speed(dataset: Any, num: int = 64, seconds: float = 5.0) -> float:
@@ -176,8 +185,11 @@ def _convert(entry: Entry, job: Job) -> dict[str, bytes]:
         fps = job.options.fps
         wanted = np.arange(max(1, round(info.duration * fps))) / fps
         indices = nearest_in_time(info.times, wanted)
+    first, end = sound_part(info)
+    indices = [index for index in indices if first <= index < end]
     with open_video(entry.source, job.options.decoder, info) as video:
-        blocks = (video.read(indices[i : i + BLOCK], frame.size) for i in range(0, len(indices), BLOCK))
+        size = frame.size if whole else smaller(frame.size, info.size)
+        blocks = (video.read(indices[i : i + BLOCK], size) for i in range(0, len(indices), BLOCK))
         return {".mp4": _encode((block if whole else framing.cut(block, frame) for block in blocks), fps)}
 
 

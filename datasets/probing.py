@@ -21,6 +21,7 @@ from rin_video.errors import TimeLimitError, TransientError, UsageError
 T = TypeVar("T")
 FILES_PER_CHILD = 8  # fewer files do not pay for another process
 SECONDS_TO_START = 120.0  # of a child, before its first task: it imports torch, where processes are spawned
+BEAT_EVERY = 0.5  # seconds between signs of life
 
 
 @dataclass
@@ -33,12 +34,20 @@ class _Child:
 
 
 def run_apart(
-    tasks: Sequence[T], work: Callable[[T], Any], *, seconds: float, processes: int | None = None, daemon: bool = True
+    tasks: Sequence[T],
+    work: Callable[[T], Any],
+    *,
+    seconds: float,
+    processes: int | None = None,
+    daemon: bool = True,
+    option: str = "data.read_timeout",
 ) -> Iterator[tuple[int, Any]]:
     """(i, `work(tasks[i])`) as they come, worked out in child processes; UsageError objects for what cannot be done.
 
-    A child that dies, or takes more than `seconds` for one task (its own start aside), is replaced and its task given
-    up. Children that are to have children of their own cannot be a `daemon`. Raises UsageError if one does not start.
+    A child that dies, or takes more than `seconds` for one task (its own start aside, and counted anew from every
+    `beat`), is replaced and its task given up; `option` is what a user raises then. Before its first task a child calls
+    `work.warm_up`, where there is one: imports are not what a file is given up for. Children that are to have children
+    of their own cannot be a `daemon`. Raises UsageError if one does not start.
     """
     limit = processes or os.cpu_count() or 1
     children = [_start(work, daemon) for _ in range(min(limit, -(-len(tasks) // FILES_PER_CHILD)))]
@@ -56,6 +65,9 @@ def run_apart(
                 if child.pipe in ready:
                     try:
                         message = child.pipe.recv()
+                        if isinstance(message, _Beat):
+                            child.since = time.monotonic()
+                            continue
                         if not child.started:
                             child.started, child.since = True, time.monotonic()
                             continue
@@ -69,7 +81,10 @@ def run_apart(
                     _must_have_started(child)
                     yield (
                         child.task,
-                        TimeLimitError(f"{shown(str(tasks[child.task]))} takes more than {seconds:g} s to read"),
+                        TimeLimitError(
+                            f"{shown(str(tasks[child.task]))} takes more than {seconds:g} s to read: "
+                            f"raise {option}, or leave it out"
+                        ),
                     )
                     _replace(child, work, daemon)
                 else:
@@ -113,6 +128,28 @@ def did_not_start(code: int | None) -> UsageError:
     )
 
 
+def beat() -> None:
+    """A sign of life from work that takes long and goes on: its time limit starts anew. Nothing outside `run_apart`."""
+    now = time.monotonic()
+    if _beats is not None and now - _beats.sent > BEAT_EVERY:
+        _beats.sent = now
+        with suppress(OSError):
+            _beats.pipe.send(_Beat())
+
+
+class _Beat:
+    """The message of `beat`."""
+
+
+@dataclass
+class _Beats:
+    pipe: Connection
+    sent: float = 0.0
+
+
+_beats: _Beats | None = None  # in a child
+
+
 def _start(work: Callable[[T], Any], daemon: bool) -> _Child:
     context = get_context()
     ours, theirs = context.Pipe()
@@ -143,10 +180,13 @@ def _serve(pipe: Connection, other_end: Connection, work: Callable[[T], Any]) ->
     """What a child does."""
     import torch
 
+    global _beats
     end_with_parent()
     other_end.close()
     torch.set_num_threads(1)
+    getattr(work, "warm_up", lambda: None)()
     pipe.send(None)  # started
+    _beats = _Beats(pipe)
     while True:
         try:
             task = pipe.recv()

@@ -123,6 +123,20 @@ def as_location(source: Source) -> Iterator[str | BinaryIO]:
             yield file
 
 
+def not_media(source: Source) -> str:
+    """What a file is that bears the name of a picture or a clip and is none, with the remedy; empty where unknown."""
+    try:
+        with open_source(source) as file:
+            head = file.read(512).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    except (UsageError, OSError):
+        return ""
+    if head.startswith(b"version https://git-lfs.github.com/spec"):
+        return "is a Git LFS pointer, not the file itself: run `git lfs pull`"
+    if head.startswith((b"<!doctype html", b"<html", b"<head", b"<?xml")) and b"html" in head:
+        return "is a web page (HTML), not media: download the file again"
+    return ""
+
+
 def size_of(source: Source) -> int:
     """Bytes."""
     if isinstance(source, Buffer):

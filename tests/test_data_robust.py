@@ -22,9 +22,10 @@ from rin_video.datasets import loading, probing
 from rin_video.datasets.index import Entry, Probe, entry_of, load_index, make_index
 from rin_video.datasets.index import Index as DataIndex
 from rin_video.datasets.loading import Batches
+from rin_video.datasets.probe import probe_video
 from rin_video.datasets.probing import run_apart
 from rin_video.datasets.sources import shown
-from rin_video.datasets.video_info import VideoInfo, probe_video
+from rin_video.datasets.video_info import VideoInfo
 from rin_video.errors import UsageError
 from rin_video.signals import ignore_signals
 
@@ -58,6 +59,46 @@ def test_tasks_that_crash_or_hang_cost_only_themselves():
 def test_the_start_of_a_child_is_not_counted_against_its_first_task(monkeypatch):
     monkeypatch.setattr(probing, "get_context", lambda: get_context("spawn"))  # each imports torch first: seconds
     assert dict(run_apart(["a", "bb"], len, seconds=0.5)) == {0: 1, 1: 2}
+
+
+def go_on(task):
+    if task == "long":
+        for _ in range(12):
+            time.sleep(0.1)
+            probing.beat()
+    return task
+
+
+class Prepared:
+    """What has to be ready before the first file."""
+
+    def warm_up(self):
+        time.sleep(0.7)
+        self.ready = True
+
+    def __call__(self, task):
+        return self.ready and task
+
+
+def test_work_that_goes_on_and_what_it_imports_are_not_counted(monkeypatch):
+    """Hashing and scene cuts take as long as a file is; a limit is for one that stands still, and its message helps."""
+    monkeypatch.setattr(probing, "BEAT_EVERY", 0.05)
+    assert dict(run_apart(["long", "b"], go_on, seconds=0.5)) == {0: "long", 1: "b"}
+    assert dict(run_apart(["a"], Prepared(), seconds=0.3)) == {0: "a"}
+    found = dict(run_apart(["hang"], misbehave, seconds=0.3))
+    assert "hang takes more than 0.3 s to read: raise data.read_timeout, or leave it out" in str(found[0])
+
+
+def test_hashing_and_cuts_say_that_they_go_on(tmp_path, clips, monkeypatch):
+    from rin_video.datasets import index, probe
+
+    beats = []
+    for module in (index, probe):
+        monkeypatch.setattr(module, "beat", lambda: beats.append(1))
+    index.content_hash(clips / "plain.mp4")
+    assert len(beats) == 1
+    probe_video(clips / "plain.mp4", cuts=True)
+    assert len(beats) >= 21
 
 
 def end_at_once(*_):
