@@ -144,11 +144,10 @@ class Index:
         """A line on the files of other kinds, none where there are none."""
         if not self.passed_over:
             return []
-        kinds = _counted(other.suffix.lower() or "no suffix" for other in self.passed_over)
-        names = ", ".join(shown(other) for other in self.passed_over[:limit]) + ", ..." * (
-            len(self.passed_over) > limit
-        )
-        return [f"passed over: {len(self.passed_over)} files of other kinds ({kinds}): {names}"]
+        kinds = _counted(other.suffix.lower() or "no extension" for other in self.passed_over)
+        names = ", ".join(shown(Path(str(other)).name) for other in self.passed_over[:limit])
+        more = ", ..." if len(self.passed_over) > limit else ""
+        return [f"passed over: {len(self.passed_over)} files of other kinds ({kinds}): {names}{more}"]
 
     def save(self, path: Path, probe: Probe) -> None:
         """Write it atomically; several processes may do so at once."""
