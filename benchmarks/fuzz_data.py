@@ -5,9 +5,11 @@
 Makes small clips, images and tar shards, spoils each in one of many ways, and reads it as training would: listed,
 probed and decoded in a child process with a time limit. An outcome is one of
 
-    right          it is read, at the shape asked for; the pixels are not compared
+    right          it is read, at the shape asked for; every frame of a clip is one that FFmpeg's own program shows
+                   (where `pip install imageio-ffmpeg` was run; images are not compared)
     wrong length   it can be read, but has another number of frames
     refused        a UsageError: one line that says why
+    wrong picture  a frame that FFmpeg's own program does not show, or not in that order
     crash, hang    the child died, or took more than the limit
     memory         the child holds over 1 GB more after than before (peaks, and probing's own child, are not seen)
     bug            any other exception
@@ -25,10 +27,12 @@ import os
 import random
 import shutil
 import struct
+import subprocess
 import tarfile
 import tempfile
 import zlib
 from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -38,9 +42,11 @@ from PIL import Image
 
 from rin_video.config import DataConfig
 from rin_video.datasets.clips import ClipFolder
+from rin_video.datasets.decoding import open_video
 from rin_video.datasets.demo import render_clip
 from rin_video.datasets.images import ImageFolder
 from rin_video.datasets.probing import run_apart
+from rin_video.datasets.sources import Source, open_source, shown
 from rin_video.errors import UsageError
 from rin_video.export import write_video
 from rin_video.files import write_text
@@ -48,7 +54,8 @@ from rin_video.files import write_text
 RESULTS = Path(__file__).parent / "results"
 SECONDS, MEMORY = 30.0, 1e9
 FRAMES, SIZE = 12, 48
-OUTCOMES = ("right", "wrong length", "refused", "crash", "hang", "memory", "bug", "outside")
+SAME = 4.0  # grey levels on average: scalers and colour conversions differ by releases
+OUTCOMES = ("right", "wrong length", "refused", "wrong picture", "crash", "hang", "memory", "bug", "outside")
 CLIPS = ("a.mp4", "a.webm", "a.avi", "a.mkv", "a.gif", "moving.webp")
 IMAGES = ("a.png", "a.jpg", "still.webp", "a.tiff", "a.bmp")
 KINDS = {"clip": CLIPS, "image": IMAGES, "shard": ("clips.tar", "images.tar")}
@@ -170,6 +177,44 @@ def place(folder: Path, how: str, name: str, original: Path, outside: Path, rng:
     return True
 
 
+def wrong_picture(data: ClipFolder) -> str:
+    """The first frame that FFmpeg's own program does not show at or after the place of the one before it, in words."""
+    if not find_spec("imageio_ffmpeg"):
+        return ""
+    for source, info in zip(data.files, data.infos, strict=True):
+        if info.container == "webp":  # which FFmpeg learned to decode only lately
+            continue
+        pictures = as_ffmpeg_shows(source, info.size, info.stream)
+        sound = [i for i in range(info.num_frames) if not any(a <= i < b for a, b in info.lost_ranges)]
+        with open_video(source, "auto", info) as video:
+            frames = video.read(sound).permute(0, 2, 3, 1).numpy()
+        place = 0
+        for index, frame in zip(sound, frames, strict=True):
+            errors = np.abs(pictures[place:] - frame.astype(np.int16)).mean((1, 2, 3))
+            same = np.flatnonzero(errors <= SAME)
+            if not same.size:
+                return f"frame {index} of {shown(source)} (off by {errors.min(initial=np.inf):.1f} of 255)"
+            place += int(same[0]) + 1
+    return ""
+
+
+def as_ffmpeg_shows(source: Source, size: tuple[int, int], stream: int) -> np.ndarray:
+    """int16 (F, H, W, 3): what FFmpeg's own program shows, transparency over white."""
+    import imageio_ffmpeg
+
+    (H, W), show = size, ["-fps_mode", "passthrough", "-vf", f"scale={size[1]}:{size[0]}", "-f", "rawvideo"]
+    with tempfile.NamedTemporaryFile(suffix=source.suffix) as copy:
+        with open_source(source) as file:
+            shutil.copyfileobj(file, copy)
+        copy.flush()
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-v", "quiet", "-threads", "1", "-i", copy.name]
+        command += ["-map", f"0:{stream}", *show, "-pix_fmt", "rgba", "-"]
+        raw = subprocess.run(command, stdout=subprocess.PIPE, timeout=SECONDS / 2, check=False).stdout
+    frames = np.frombuffer(raw[: len(raw) // (H * W * 4) * (H * W * 4)], np.uint8).reshape(-1, H, W, 4).astype(np.int16)
+    alpha = frames[..., 3:]
+    return (frames[..., :3] * alpha.astype(np.int32) // 255 + 255 - alpha).astype(np.int16)
+
+
 def read(task: tuple[str, str]) -> tuple[str, float]:
     """What training would do with a folder, and how much memory it took: called in a child."""
     kind, folder = task
@@ -188,6 +233,8 @@ def read(task: tuple[str, str]) -> tuple[str, float]:
         if any("makes its decoder crash" in reason for _, reason in data.skipped):
             return "crash", 0
         outcome = "wrong length" if wrong else "right"
+        if kind == "clip" and (difference := wrong_picture(data)):
+            outcome = f"wrong picture: {difference}"
     except UsageError as error:
         outcome = "refused"
         if "makes its decoder crash" in str(error):

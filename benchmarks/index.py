@@ -22,7 +22,8 @@ from typing import Any
 import torch
 
 from rin_video.datasets.index import Entry, Index, Probe, entry_of, keeping_all, load_index
-from rin_video.datasets.video_info import VideoInfo, probe_video
+from rin_video.datasets.probe import probe_video
+from rin_video.datasets.video_info import VideoInfo
 from rin_video.export import write_video
 from rin_video.files import write_text
 

@@ -13,7 +13,8 @@ batch. It makes no plan, checks nothing and hands nothing over.
 
 Both sides take turns, `--rounds` times on other batches each time; the figures are medians, the ratios those of the
 pairs: of clips a second, and of clips a second of processor time, all processes together, which other users of the
-machine disturb less. No side waits for a batch for more than `--limit` seconds. Writes `results/loader.json`.
+machine disturb less. Neither side waits for more than `--limit` seconds, ours for a file, the other for a batch. Writes
+`results/loader.json`.
 """
 
 from __future__ import annotations

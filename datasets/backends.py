@@ -1,36 +1,43 @@
 """The libraries that decode video, each behind `read(indices, size)`: torchcodec, decord, PyAV, and Pillow for WebP.
 
-Fastest first. Each checks that the frames it returns are those of the packet table, or refuses the file.
+Each checks that the frames it returns are those that the probe has seen, or refuses the file.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import lru_cache
-from itertools import chain
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from rin_video.config import DecoderName
+from rin_video.datasets.geometry import shown_pixels
 from rin_video.datasets.sources import Source, as_location, open_source, shown
-from rin_video.datasets.video_info import VideoInfo, open_container, unreadable
+from rin_video.datasets.video_info import LostFramesError, VideoInfo
+from rin_video.datasets.video_stream import VideoStream, unreadable
 from rin_video.errors import UsageError
 
 SOUGHT_CONTAINERS = ("mov", "matroska")  # those whose seeks torchcodec and decord get right
 NEWER_THAN_DECORD = ("av1",)
 TIME_TOLERANCE = 2e-3  # seconds; Matroska rounds to 1e-3
+SAME_PIXELS = 3.0  # grey levels on average: decoders differ in how they enlarge colour
 
 
 class FrameReader(Protocol):
     """What a backend has to do."""
 
     def read(self, indices: Sequence[int], size: tuple[int, int] | None) -> Tensor:
-        """Frames `indices` as uint8 (F, 3, H, W), scaled to `size` where that is cheaper here than afterwards."""
+        """Frames `indices` as uint8 (F, 3, H, W): of the shown size, the stored one, or `size` where cheap here.
+
+        Raises LostFramesError for frames that damage spoils.
+        """
 
     def close(self) -> None: ...
 
@@ -45,10 +52,10 @@ class TorchCodecReader:
             raise UsageError(f"torchcodec would not find the right frames of {shown(source)}: use --decoder pyav")
         from torchcodec.decoders import VideoDecoder
 
-        self.source, self._stack, self._times = source, ExitStack(), info.times
+        self.source, self._stack, self._times, self._size = source, ExitStack(), info.times, info.stored
         try:
             location: Any = self._stack.enter_context(as_location(source))
-            self._decoder: Any = VideoDecoder(location, seek_mode="exact")
+            self._decoder: Any = VideoDecoder(location, seek_mode="exact", stream_index=info.stream)
             self._begin = self._decoder.metadata.begin_stream_seconds
         except UsageError:
             raise
@@ -56,10 +63,13 @@ class TorchCodecReader:
             raise unreadable(source, error) from error
         if len(self._decoder) != info.num_frames:
             raise _misplaced("torchcodec", source)
+        _prove(self, "torchcodec", source, info)
 
     def read(self, indices: Sequence[int], size: tuple[int, int] | None) -> Tensor:
         batch = self._decoder.get_frames_at(list(indices))
         if not np.allclose(batch.pts_seconds.numpy() - self._begin, self._times[list(indices)], atol=TIME_TOLERANCE):
+            raise _misplaced("torchcodec", self.source)
+        if tuple(batch.data.shape[2:]) != self._size:
             raise _misplaced("torchcodec", self.source)
         return batch.data
 
@@ -69,7 +79,10 @@ class TorchCodecReader:
 
 
 class DecordReader:
-    """decord: faster than PyAV at picking frames; refused where its table of times is not that of the packets."""
+    """decord, for those who name it, and for files where it was seen to be right: it is silently wrong about others.
+
+    It returned a neighbour for what it did not find, and another track than was shown; its last release is of 2021.
+    """
 
     def __init__(self, source: Source, info: VideoInfo) -> None:
         try:
@@ -79,6 +92,7 @@ class DecordReader:
         decord.logging.set_level(decord.logging.QUIET)
         if not _suits_decord(info):
             raise UsageError(f"decord would not find the right frames of {shown(source)}: use --decoder pyav")
+        self.source, self._size = source, info.stored
         try:
             with as_location(source) as location:
                 self._reader = decord.VideoReader(location, num_threads=1)
@@ -89,9 +103,14 @@ class DecordReader:
             raise unreadable(source, error) from error
         if len(times) != info.num_frames or not np.allclose(times - times[0], info.times, atol=TIME_TOLERANCE):
             raise _misplaced("decord", source)
+        _prove(self, "decord", source, info)
 
     def read(self, indices: Sequence[int], size: tuple[int, int] | None) -> Tensor:
-        return torch.from_numpy(self._reader.get_batch(list(indices)).asnumpy()).permute(0, 3, 1, 2)
+        frames = torch.from_numpy(self._reader.get_batch(list(indices)).asnumpy()).permute(0, 3, 1, 2)
+        self._reader.seek(0)  # or it decodes the rest of the film into memory
+        if tuple(frames.shape[2:]) != self._size:
+            raise _misplaced("decord", self.source)
+        return frames
 
     def close(self) -> None:
         self._reader = None
@@ -104,84 +123,31 @@ class PyAVReader:
         if info.container == "webp":
             raise UsageError(f"PyAV cannot read {shown(source)}: use --decoder pillow")
         self.source, self.info = source, info
-        self.stamps, self.keyframes = info.timestamps, info.keyframes
-        self._open()
+        self._stamps, self._entries = info.timestamps, info.entries
+        self._lost = {index for first, end in info.lost_ranges for index in range(first, end)}
+        self._video = VideoStream(source, info.stream)
 
     def read(self, indices: Sequence[int], size: tuple[int, int] | None) -> Tensor:
-        found: dict[int, np.ndarray] = {}
-        wanted = sorted(set(indices))
-        needed = set(self.stamps[wanted].tolist())
-        while wanted:
-            # One run of decoding serves every wanted frame up to a gap that holds a keyframe to jump to.
-            start = self._keyframe_before(wanted[0])
-            for index, frame in self._decode_from(start, needed):
-                if index == wanted[0]:
-                    found[wanted.pop(0)] = self._pixels(frame, size)
-                    if not wanted or self._keyframe_before(wanted[0]) > index + 1:
-                        break
-            else:
-                raise UsageError(
-                    f"frame {wanted[0]} of {shown(self.source)} cannot be decoded (damaged file): "
-                    "re-encode it or leave it out"
-                )
-        return stack_frames(self.source, [found[i] for i in indices])
+        info, found = self.info, {}
+        missing = self._lost.intersection(indices)
+        if not missing:
+            how = {"seekable": info.trusted, "skip": info.plain}
+            for index, frame in self._video.find(indices, self._stamps, self._entries, **how):
+                if frame is None:
+                    missing.add(index)
+                elif not missing:
+                    found[index] = shown_pixels(frame, self._target(size), info.orientation)
+        if missing:
+            raise LostFramesError(self.source, missing)
+        return stack_frames([found[i] for i in indices])
+
+    def _target(self, size: tuple[int, int] | None) -> tuple[int, int]:
+        """The size while decoding: FFmpeg's scaler is fast and good at reducing only."""
+        shown_size = self.info.size
+        return shown_size if size is None or size[0] * size[1] >= shown_size[0] * shown_size[1] else size
 
     def close(self) -> None:
-        self._stack.close()
-
-    def _open(self) -> None:
-        self._stack = ExitStack()
-        self._container = self._stack.enter_context(open_container(self.source))
-
-    def _keyframe_before(self, index: int) -> int:
-        return int(self.keyframes[max(0, np.searchsorted(self.keyframes, index, side="right") - 1)])
-
-    def _decode_from(self, start: int, needed: set[int]) -> Iterator[tuple[int, Any]]:
-        """Frames with their indices, from keyframe `start`, or one before it, to the end; all of those `needed`."""
-        if not self.info.trusted:
-            self._rewind()
-            yield from enumerate(self._container.decode(video=0))
-            return
-        stamps = self.stamps
-        for key in reversed([key for key in self.keyframes if key <= start]):
-            self._seek(int(stamps[key]))
-            frames = self._frames(needed)
-            first = next(frames, None)
-            # A seek that ended at a later keyframe is tried again from an earlier one.
-            if first is not None and (first.pts <= stamps[start] or key == self.keyframes[0]):
-                for frame in chain([first], frames):
-                    index = int(np.searchsorted(stamps, frame.pts))
-                    if index < len(stamps) and stamps[index] == frame.pts:
-                        yield index, frame
-                return
-
-    def _frames(self, needed: set[int]) -> Iterator[Any]:
-        """Frames from here on. One that is not needed, and that no other builds on, is not even decoded."""
-        stream = self._container.streams.video[0]
-        for packet in self._container.demux(stream):
-            stream.codec_context.skip_frame = "DEFAULT" if packet.pts is None or packet.pts in needed else "NONREF"
-            yield from packet.decode()
-
-    def _seek(self, timestamp: int) -> None:
-        import av
-
-        try:
-            self._container.seek(timestamp, stream=self._container.streams.video[0])
-        except av.FFmpegError:  # a file cut short may have lost its index
-            self._rewind()
-
-    def _rewind(self) -> None:
-        self.close()
-        self._open()
-
-    def _pixels(self, frame: Any, size: tuple[int, int] | None) -> np.ndarray:
-        turns = self.info.quarter_turns
-        if size is None or size[0] * size[1] >= frame.height * frame.width:
-            pixels = frame.to_ndarray(format="rgb24")
-        else:  # to RGB and to size in one pass of FFmpeg's scaler
-            H, W = size[::-1] if turns % 2 else size
-            pixels = frame.to_ndarray(format="rgb24", width=W, height=H, interpolation="BILINEAR")
-        return np.rot90(pixels, turns)
+        self._video.close()
 
 
 class PillowReader:
@@ -204,14 +170,14 @@ class PillowReader:
             self._image.seek(index)
             frame = self._image.convert("RGBA")
             found[index] = np.asarray(Image.alpha_composite(Image.new("RGBA", frame.size, "white"), frame))[..., :3]
-        return stack_frames(self.source, [found[i] for i in indices])
+        return stack_frames([found[i] for i in indices])
 
     def close(self) -> None:
         self._image.close()
         self._file.close()
 
 
-DECODERS: dict[str, Callable[[Source, VideoInfo], FrameReader]] = {
+DECODERS: dict[DecoderName, Callable[[Source, VideoInfo], FrameReader]] = {
     "torchcodec": TorchCodecReader,
     "decord": DecordReader,
     "pyav": PyAVReader,
@@ -219,13 +185,19 @@ DECODERS: dict[str, Callable[[Source, VideoInfo], FrameReader]] = {
 }
 
 
-def suitable_backends(info: VideoInfo) -> list[str]:
-    """Those that should find the right frames of such a file on this machine, fastest first."""
+def suitable_backends(info: VideoInfo) -> list[DecoderName]:
+    """Those that should find the right frames of such a file on this machine, fastest first; decord only by name."""
     if info.container == "webp":
         return ["pillow"]
-    names = ["torchcodec"] if _suits_torchcodec(info) and not torchcodec_problem() else []
-    names += ["decord"] if _suits_decord(info) and importlib.util.find_spec("decord") else []
-    return [*names, "pyav"]
+    first: list[DecoderName] = ["torchcodec"] if _suits_torchcodec(info) and not torchcodec_problem() else []
+    return [*first, "pyav"]
+
+
+def suits(name: DecoderName, info: VideoInfo) -> bool:
+    """Whether a backend should find the right frames of such a file, if it is there."""
+    if name == "decord":
+        return _suits_decord(info) and importlib.util.find_spec("decord") is not None
+    return name in suitable_backends(info)
 
 
 @lru_cache(maxsize=1)
@@ -243,22 +215,47 @@ def torchcodec_problem() -> str:
     return ""
 
 
-def stack_frames(source: Source, frames: list[np.ndarray]) -> Tensor:
-    """(H, W, 3) each to (F, 3, H, W). UsageError where the size changes on the way."""
-    if len({frame.shape for frame in frames}) > 1:
-        sizes = ", ".join(sorted({"x".join(map(str, frame.shape[:2])) for frame in frames}))
-        raise UsageError(f"{shown(source)} changes its frame size ({sizes}): re-encode it")
+def stack_frames(frames: list[np.ndarray]) -> Tensor:
+    """(H, W, 3) each, all of one size, to (F, 3, H, W)."""
     return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
 
 
 def _suits_decord(info: VideoInfo) -> bool:
-    """It takes every seek for a plain one, and otherwise returns the wrong frame; its times in AVI are nonsense."""
-    return _suits_torchcodec(info) and info.codec not in NEWER_THAN_DECORD
+    """It takes one of several tracks, and every seek for a plain one; its times in AVI are nonsense."""
+    return _suits_torchcodec(info) and info.tracks == 1 and info.codec not in NEWER_THAN_DECORD
 
 
 def _suits_torchcodec(info: VideoInfo) -> bool:
     """Its seeks go wrong at open groups of pictures. FFmpeg's releases differ in how they round more than 8 bits."""
-    return info.container in SOUGHT_CONTAINERS and info.plain_seek and info.bits == 8
+    return info.container in SOUGHT_CONTAINERS and info.plain and info.bits == 8
+
+
+def _prove(reader: FrameReader, name: str, source: Source, info: VideoInfo) -> None:
+    """UsageError where the reader's pixels are not PyAV's at three places between keyframes; once for each process."""
+    if info.decoder == name or (source, name) in _proved:
+        return
+    places = sorted({info.num_frames * part // 7 for part in (1, 3, 6)})
+    if info.num_frames > 2:  # next to each, so that keyframes alone do not decide
+        places = sorted({min(place + 1, info.num_frames - 1) for place in places})
+    right = PyAVReader(source, replace(info, size=info.stored))
+    try:
+        for place in places:
+            around = list(range(max(0, place - 1), min(info.num_frames, place + 2)))
+            pictures = right.read(around, None).int()
+            errors = (reader.read([place], None).int() - pictures).abs().float().mean((1, 2, 3))
+            error = errors[around.index(place)]
+            if error > SAME_PIXELS or error > errors.min() + 0.01:
+                raise _misplaced(name, source)
+    except UsageError:
+        raise
+    except Exception as error:
+        raise unreadable(source, error) from error
+    finally:
+        right.close()
+    _proved.add((source, name))
+
+
+_proved: set[tuple[Source, str]] = set()
 
 
 def _misplaced(decoder: str, source: Source) -> UsageError:

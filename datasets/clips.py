@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from os import PathLike
 from pathlib import Path
@@ -12,15 +13,20 @@ from torch.utils.data import Dataset
 
 from rin_video.config import DataConfig, data_config
 from rin_video.datasets.buckets import Buckets
-from rin_video.datasets.decoding import VideoInfo, backends_for, kept_open, let_go
+from rin_video.datasets.decoding import LostFramesError, VideoInfo, backends_for, kept_open, let_go
 from rin_video.datasets.embeddings import open_embeddings
 from rin_video.datasets.folders import number_classes
-from rin_video.datasets.framing import Chance, class_list, size_range
+from rin_video.datasets.framing import Chance, class_list, size_range, smaller
 from rin_video.datasets.images import make_framing
-from rin_video.datasets.index import Entry, describe_skipped, make_index, refuse_skipped
-from rin_video.datasets.sources import Source
+from rin_video.datasets.index import Entry, describe_notes, describe_skipped, make_index, refuse_skipped
+from rin_video.datasets.sources import Source, shown
 from rin_video.datasets.windows import Windows
 from rin_video.errors import UsageError
+
+log = logging.getLogger("rin_video")
+
+ATTEMPTS = 16  # windows of a file that are drawn until one has no damage
+SAME_RATE = 1.05  # frame rates up to this factor apart count as one
 
 
 class ClipFolder(Dataset[dict[str, Tensor | int]]):
@@ -60,7 +66,8 @@ class ClipFolder(Dataset[dict[str, Tensor | int]]):
         self.buckets = Buckets(self.config.buckets, rank=3)
         entries = self._choose()
         self.embeddings = open_embeddings(entries, self.config, index)
-        self.backends = Counter(backends_for(info, self.decoder)[0] for info in self.infos)
+        self.backends = Counter(backends_for(info, self.decoder, strict=False)[0] for info in self.infos)
+        self._lost: dict[int, frozenset[int]] = {}  # frames of files that turned out to be damaged, in this process
 
     def _choose(self) -> list[Entry]:
         """The files that are long enough, how often each is drawn from, and the bucket of each draw."""
@@ -118,14 +125,22 @@ class ClipFolder(Dataset[dict[str, Tensor | int]]):
         from torchvision.transforms.v2 import functional as transforms
 
         index = range(len(self))[index]
-        file, indices, chance = self._plan(index, epoch)
-        framing, info = self.framings[self.bucket_of[index]], self.infos[file]
-        frame = framing.plan(info.size, chance)
-        try:
-            frames = kept_open(self.files[file], self.decoder, info).read(indices, frame.size)
-        except Exception:
-            let_go(self.files[file], self.decoder)
-            raise
+        for _ in range(ATTEMPTS):
+            file, indices, chance = self._plan(index, epoch)
+            framing, info = self.framings[self.bucket_of[index]], self.infos[file]
+            frame = framing.plan(info.size, chance)
+            try:
+                video = kept_open(self.files[file], self.decoder, info)
+                frames = video.read(indices, smaller(frame.size, info.size))
+                break
+            except LostFramesError as error:  # it costs this window, not the file
+                if not self._learn(file, error):
+                    raise
+            except Exception:
+                let_go(self.files[file], self.decoder)
+                raise
+        else:
+            raise UsageError(f"{shown(self.files[file])} is too damaged to draw from: re-encode it or leave it out")
         frames = framing.cut(frames, frame)
         if self.shape[0] == 1:
             frames = transforms.rgb_to_grayscale(frames)
@@ -152,16 +167,48 @@ class ClipFolder(Dataset[dict[str, Tensor | int]]):
         if len(self) != len(self.files):
             lines.append(f"{len(self)} windows an epoch")
         fps = self.config.fps
+        if not fps and self.config.span != "whole" and (differ := _rates_differ(rates)):
+            lines.append(differ)
         slow = sum(rate < fps for rate in rates) if fps else 0
         if slow:
             lines.append(f"{slow} of {len(self.files)} have fewer than {fps:g} fps: some of their frames repeat")
         lines += [self.embeddings.describe()] if self.embeddings else []
         lines += self.buckets.describe(self.bucket_of)
-        lines += self.framing.describe_enlarged(sizes) + describe_skipped(self.skipped)
+        lines += describe_notes(self.infos) + self.framing.describe_enlarged(sizes) + describe_skipped(self.skipped)
         return "\n".join(lines + self.index.describe_passed_over())
 
     def _plan(self, index: int, epoch: int) -> tuple[int, list[int], Any]:
+        """File, frames and the chance for the rest: the first of several draws that touches no known damage.
+
+        The same whoever draws: a reader that does not know of the damage finds it, and draws again.
+        """
         file, part, parts = self.places[index]
-        chance = self.chance.draw(index, epoch)
-        windows = self.lengths[self.bucket_of[index]]
-        return file, windows.draw(self.infos[file], part, parts, chance), chance
+        windows, lost = self.lengths[self.bucket_of[index]], self._lost.get(file, frozenset())
+        for attempt in range(ATTEMPTS):
+            chance = self.chance.draw(index, epoch, attempt)
+            indices = windows.draw(self.infos[file], part, parts, chance)
+            if not lost.intersection(indices):
+                break
+        return file, indices, chance
+
+    def _learn(self, file: int, error: LostFramesError) -> bool:
+        """Note frames that cannot be decoded; False where they were known."""
+        known = self._lost.get(file, frozenset())
+        if known.issuperset(error.frames):
+            return False
+        if not known:
+            log.warning("another window is taken: %s", error)
+        self._lost[file] = known.union(error.frames)
+        return True
+
+
+def _rates_differ(rates: list[float]) -> str:
+    """What to say where frames of one stride are not of one time; empty where they are."""
+    if max(rates) <= SAME_RATE * min(rates):
+        return ""
+    common = Counter(f"{rate:.4g}" for rate in rates).most_common(4)
+    some = ", ".join(f"{count} at {rate}" for rate, count in common)
+    return (
+        f"frame rates differ ({some}{', ...' if len(common) == 4 else ''}): a stride is another time, and movement "
+        f"another speed, in each; data.fps={min(rates):.3g} makes them one"
+    )

@@ -1,7 +1,7 @@
 """Reading video files: the one door through which the package opens a video.
 
-`open_video` gives a `Video`, whatever the decoder behind it. What a file holds is always found by walking through its
-packets (`video_info.py`); the fastest backend that finds these frames reads the pixels (`backends.py`).
+`open_video` gives a `Video`, whatever the decoder behind it. What a file shows is always found first (`probe.py`); the
+fastest backend that finds these frames reads the pixels (`backends.py`).
 
 A decoder lives in the process that opened it: decord hangs when it is opened before a fork and read after it. So open
 videos where they are read and never keep one in a dataset; a `VideoInfo` may be kept, pickled and sent about.
@@ -19,13 +19,25 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from rin_video.datasets.backends import DECODERS, suitable_backends
+from rin_video.config import DecoderName, DecoderOption
+from rin_video.datasets.backends import DECODERS, FrameReader, suitable_backends, suits
 from rin_video.datasets.framing import resize
+from rin_video.datasets.probe import probe_video
 from rin_video.datasets.sources import Source, shown
-from rin_video.datasets.video_info import VideoInfo, probe_video, unreadable
+from rin_video.datasets.video_info import LostFramesError, VideoInfo
+from rin_video.datasets.video_stream import unreadable
 from rin_video.errors import UsageError
 
-__all__ = ["DECODERS", "Video", "VideoInfo", "backends_for", "kept_open", "open_video", "probe_video"]
+__all__ = [
+    "DECODERS",
+    "LostFramesError",
+    "Video",
+    "VideoInfo",
+    "backends_for",
+    "kept_open",
+    "open_video",
+    "probe_video",
+]
 
 OPEN_FILES = 8  # videos that a process keeps open
 
@@ -33,32 +45,32 @@ OPEN_FILES = 8  # videos that a process keeps open
 class Video:
     """An open video file. Use it as a context manager, in the process that opened it."""
 
-    def __init__(self, source: Source, info: VideoInfo, backends: Sequence[str]) -> None:
+    def __init__(self, source: Source, info: VideoInfo, backends: Sequence[DecoderName]) -> None:
         self.path, self.info = source, info
         self.num_frames, self.fps, self.size = info.num_frames, info.fps, info.size
-        self._backends = iter(backends)
+        self._backends = list(backends)
+        self._reader: FrameReader | None = None
+        self._next = 0  # the backend to try after this one
         self._open_next()
 
     def read(self, indices: Sequence[int], size: tuple[int, int] | None = None) -> Tensor:
         """Frames `indices`, in that order, as uint8 (F, 3, H, W), resized to `size` (H, W) where it is given.
 
-        Raises IndexError for a frame that the file does not have and UsageError for one that cannot be decoded.
+        Raises IndexError for a frame that the file does not have, LostFramesError for frames that damage spoils, and
+        another UsageError where the file cannot be read any more. The others can be read after that all the same.
         """
         wrong = [i for i in indices if not 0 <= i < self.num_frames]
         if wrong:
             raise IndexError(f"{shown(self.path)} has {self.num_frames} frames; there is no frame {wrong[0]}")
+        size = size or self.size
         if not len(indices):
-            return torch.empty(0, 3, *(size or self.size), dtype=torch.uint8)
-        frames = self._read(indices, size)
-        if tuple(frames.shape[2:]) not in (self.size, size):
-            raise UsageError(
-                f"{shown(self.path)} changes its frame size from {self.size} to {tuple(frames.shape[2:])} (H, W): "
-                "re-encode it"
-            )
-        return frames if size is None else resize(frames, size)
+            return torch.empty(0, 3, *size, dtype=torch.uint8)
+        return resize(self._read(indices, size), size)
 
     def close(self) -> None:
-        self._reader.close()
+        if self._reader is not None:
+            self._reader.close()
+        self._reader = None
 
     def __enter__(self) -> Video:
         return self
@@ -68,11 +80,16 @@ class Video:
     ) -> None:
         self.close()
 
-    def _read(self, indices: Sequence[int], size: tuple[int, int] | None) -> Tensor:
+    def _read(self, indices: Sequence[int], size: tuple[int, int]) -> Tensor:
+        if self._reader is None:
+            self._open_next()
+        assert self._reader is not None
         try:
             return self._reader.read(indices, size)
         except Exception as error:  # decord raises its own classes, FFmpeg many
-            self._reader.close()
+            if isinstance(error, LostFramesError) and self._next == len(self._backends):
+                raise  # the reader goes on
+            self.close()
             try:
                 self._open_next()
             except UsageError:
@@ -82,16 +99,21 @@ class Video:
     def _open_next(self) -> None:
         """The next backend that can open the file. UsageError where there is none, by what the last one said."""
         error = UsageError(f"no decoder can read {shown(self.path)}: re-encode it or leave it out")
-        for backend in self._backends:
+        while self._next < len(self._backends):
+            backend = self._backends[self._next]
+            self._next += 1
             try:
                 self._reader, self.backend = DECODERS[backend](self.path, self.info), backend
                 return
-            except UsageError as refusal:  # noqa: PERF203
+            except UsageError as refusal:
                 error = refusal
+        self._next = max(0, len(self._backends) - 1)  # the last one may try again, if it is asked again
         raise error
 
 
-def open_video(source: str | PathLike[str] | Source, decoder: str = "auto", info: VideoInfo | None = None) -> Video:
+def open_video(
+    source: str | PathLike[str] | Source, decoder: DecoderOption = "auto", info: VideoInfo | None = None
+) -> Video:
     """Open a video file for reading.
 
     `decoder` is "auto" or one of `DECODERS`; `info`, where the file was probed before, saves probing it again.
@@ -102,27 +124,31 @@ def open_video(source: str | PathLike[str] | Source, decoder: str = "auto", info
     return Video(source, info, backends_for(info, decoder))
 
 
-def backends_for(info: VideoInfo, decoder: str = "auto") -> list[str]:
+def backends_for(info: VideoInfo, decoder: DecoderOption = "auto", *, strict: bool = True) -> list[DecoderName]:
     """The names of the backends that `open_video` tries for such a file, in that order.
 
-    Where the file was indexed, the first is the one that read it then.
+    Where the file was indexed, the first is the one that read it then. A `decoder` that is named is the only one, or,
+    not `strict`, the first: others read the files that it would get wrong.
     """
+    names = suitable_backends(info)
     if decoder == "auto":
-        names = suitable_backends(info)
         return names[names.index(info.decoder) :] if info.decoder in names else names
     if decoder not in DECODERS:
         raise UsageError(f"unknown decoder {decoder!r}: use one of auto, {', '.join(DECODERS)}")
-    return [decoder]
+    if strict:
+        return [decoder]
+    first = [decoder] if suits(decoder, info) else []
+    return first + [name for name in names if name != decoder]
 
 
-def kept_open(source: Source, decoder: str, info: VideoInfo) -> Video:
+def kept_open(source: Source, decoder: DecoderOption, info: VideoInfo) -> Video:
     """`open_video`, but the last OPEN_FILES stay open for this process. Do not close it; drop it with `let_go`."""
     videos = _open.setdefault(os.getpid(), OrderedDict())
     key = (source, decoder)
     if key not in videos:
         while len(videos) >= OPEN_FILES:
             videos.popitem(last=False)[1].close()
-        videos[key] = open_video(source, decoder, info)
+        videos[key] = Video(source, info, backends_for(info, decoder, strict=False))
     videos.move_to_end(key)
     return videos[key]
 

@@ -10,6 +10,7 @@ from functools import lru_cache
 from os import PathLike
 from pathlib import Path
 
+from rin_video.config import DataKind
 from rin_video.datasets.shards import is_shards, list_shards, members_of
 from rin_video.datasets.sources import Member, Source, open_source, shown
 from rin_video.datasets.video_info import is_webp
@@ -22,11 +23,15 @@ IMAGE_EXTENSIONS = (
     ".heic", ".heif",
 )  # fmt: skip
 CLIP_EXTENSIONS = (
-    ".mp4", ".webm", ".mkv", ".mov", ".avi", ".gif", ".m4v", ".qt", ".3gp", ".3g2", ".mpg", ".mpeg", ".mts", ".m2ts",
-    ".wmv", ".ogv", ".flv",
+    ".mp4", ".webm", ".mkv", ".mov", ".avi", ".gif", ".m4v", ".3gp", ".3g2", ".qt", ".mpg", ".mpeg", ".ts", ".mts",
+    ".m2ts", ".wmv", ".asf", ".ogv", ".flv",
 )  # fmt: skip
 ARRAY_EXTENSIONS = (".npy", ".safetensors")
-KINDS = {"image": IMAGE_EXTENSIONS, "video": CLIP_EXTENSIONS, "array": ARRAY_EXTENSIONS}
+KINDS: dict[DataKind, tuple[str, ...]] = {
+    "image": IMAGE_EXTENSIONS,
+    "video": CLIP_EXTENSIONS,
+    "array": ARRAY_EXTENSIONS,
+}
 COMPANIONS = (".txt", ".cls", ".json", *ARRAY_EXTENSIONS)  # what belongs to a sample of the same name
 SPLITS = ("train", "training", "val", "valid", "validation", "dev", "eval", "test", "testing")
 FEW = 0.1  # share of animated GIFs among images that do not make a folder one of clips
@@ -74,7 +79,7 @@ def split_sources(
     raise UsageError(f"{shown(os.fspath(root))} holds no {' '.join(extensions)} file{advice}{_links_advice(root)}")
 
 
-def detect_kind(root: str | PathLike[str], *, allow_pipe: bool = False, cache: Path | None = None) -> str:
+def detect_kind(root: str | PathLike[str], *, allow_pipe: bool = False, cache: Path | None = None) -> DataKind:
     """ "image", "video" or "array", whichever files `root` holds (a GIF is a clip). UsageError for several or none."""
     every = all_sources(root, allow_pipe=allow_pipe, cache=cache)
     counts = {kind: _count(every, extensions) for kind, extensions in KINDS.items()}
@@ -86,7 +91,7 @@ def detect_kind(root: str | PathLike[str], *, allow_pipe: bool = False, cache: P
             f"{shown(os.fspath(root))} holds {counts['image']} images and {counts['video']} clips: "
             "say which to use, the clips (--frames 16, or --kind video) or the images (--frames 0, or --kind image)"
         )
-    for kind in ("image", "video", "array"):
+    for kind in KINDS:
         if counts[kind]:
             return kind
     every_extension = " ".join(sum(KINDS.values(), ()))

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from rin_video.config import CropName
+from rin_video.datasets.sources import shown
 from rin_video.errors import UsageError
 
-CROPS = ("center", "random")
 HUE = 0.1  # turns of the colour wheel at augment_color 1; the other changes are halved or increased by half
 
 
@@ -36,13 +38,13 @@ class Framing:
         self,
         image_size: int | tuple[int, int],
         *,
-        crop: str = "center",
+        crop: CropName = "center",
         flip: bool = False,
         crop_scale: Sequence[float] = (1.0, 1.0),
         color: float = 0.0,
     ) -> None:
-        if crop not in CROPS:
-            raise UsageError(f"unknown crop {crop!r}: use one of {', '.join(CROPS)}")
+        if crop not in get_args(CropName):
+            raise UsageError(f"unknown crop {crop!r}: use one of {', '.join(get_args(CropName))}")
         H, W = (image_size, image_size) if isinstance(image_size, int) else image_size
         if min(H, W) < 1:
             raise UsageError(f"image_size is {H}x{W}: both must be at least 1")
@@ -66,12 +68,10 @@ class Framing:
         return Frame((height, width), top, left, mirrored, int(chance.integers(2**31)) if self.color else None)
 
     def cut(self, frames: Tensor, frame: Frame) -> Tensor:
-        """uint8 (..., C, height, width) to (..., C, H, W) as planned."""
+        """uint8 (..., C, height, width), as stored or resized already, to (..., C, H, W) as planned."""
         from torchvision.transforms import v2
 
-        frames = resize(frames, frame.size)
-        H, W = self.size
-        frames = frames[..., frame.top : frame.top + H, frame.left : frame.left + W]
+        frames = resize_part(frames, frame.size, (frame.top, frame.left), self.size)
         if frame.mirrored:
             frames = frames.flip(-1)
         if frame.color_seed is not None:
@@ -104,6 +104,37 @@ def resize(frames: Tensor, size: tuple[int, int]) -> Tensor:
     return transforms.resize(frames, list(size), antialias=True)
 
 
+def smaller(size: tuple[int, int], than: tuple[int, int]) -> tuple[int, int] | None:
+    """What to ask a decoder for: `size` where it reduces, which is cheap there; None where it enlarges: cut first."""
+    return size if size[0] * size[1] < than[0] * than[1] else None
+
+
+def resize_part(frames: Tensor, size: tuple[int, int], corner: tuple[int, int], part: tuple[int, int]) -> Tensor:
+    """The `part` (H, W) of `resize(frames, size)` whose upper left corner is `corner` (top, left).
+
+    Where that enlarges, only the part is made: a picture of 20000x1 would otherwise become one of gigabytes.
+    """
+    (top, left), (H, W) = corner, part
+    if size[0] * size[1] <= frames.shape[-2] * frames.shape[-1] or part == size:
+        return resize(frames, size)[..., top : top + H, left : left + W]
+    rows, columns = _lines(frames.shape[-2], size[0], top, H), _lines(frames.shape[-1], size[1], left, W)
+    # First cut to what the part is made of, then interpolate the rows, then the columns.
+    (above, below, down), (before, after, right) = rows, columns
+    y, x = int(above[0]), int(before[0])
+    cut = frames[..., y : int(below[-1]) + 1, x : int(after[-1]) + 1].float()
+    cut = cut[..., above - y, :].lerp(cut[..., below - y, :], down[:, None])
+    cut = cut[..., before - x].lerp(cut[..., after - x], right)
+    return cut.round().clamp(0, 255).to(frames.dtype)
+
+
+def _lines(length: int, new_length: int, first: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """For each of `count` new lines from `first` on: the old lines at both sides, and the weight of the second."""
+    centers = (torch.arange(first, first + count, dtype=torch.float64) + 0.5) * length / new_length - 0.5
+    centers = centers.clamp(0, length - 1)
+    before = centers.floor().long()
+    return before, (before + 1).clamp(max=length - 1), (centers - before).float()
+
+
 class Chance:
     """Random numbers that depend on (seed, epoch, index) alone, whichever worker draws them."""
 
@@ -121,13 +152,16 @@ class Chance:
     def epoch(self) -> int:
         return int(self._epoch)
 
-    def draw(self, index: int, epoch: int) -> np.random.Generator:
-        return np.random.default_rng(np.random.SeedSequence([self.seed, epoch, index]))
+    def draw(self, index: int, epoch: int, attempt: int = 0) -> np.random.Generator:
+        """`attempt` above 0: others, after what was drawn first turned out to be damaged."""
+        return np.random.default_rng(np.random.SeedSequence([self.seed, epoch, index, *[attempt] * bool(attempt)]))
 
 
 def class_list(classes: Sequence[str]) -> str:
     return (
-        f", {len(classes)} classes: {', '.join(classes[:10])}{', ...' if len(classes) > 10 else ''}" if classes else ""
+        f", {len(classes)} classes: {', '.join(map(shown, classes[:10]))}{', ...' if len(classes) > 10 else ''}"
+        if classes
+        else ""
     )
 
 

@@ -235,7 +235,7 @@ def _load(name: str, modified: tuple[int, ...]) -> Any:
             *configurations, split = rest or [""]
             if len(configurations) > 1:
                 raise ValueError("write hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIGURATION:SPLIT")
-            table = hub.load_dataset(repo, *configurations, split=split or None)
+            table = hub.load_dataset(repo, *configurations, split=split or None, trust_remote_code=False)
     except Exception as error:
         said = " ".join(str(error).split())[:400] or repr(error)
         advice = f": write {name.split(':')[0]}:{name.split(':')[1]}:NAME:train" if "onfig name" in said else ""

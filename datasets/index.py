@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from os import PathLike
 from pathlib import Path
@@ -19,24 +19,27 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from rin_video.config import DataConfig
+from rin_video.config import DataConfig, DataKind
 from rin_video.datasets.arrays import ArrayInfo, probe_array
-from rin_video.datasets.decoding import open_video
+from rin_video.datasets.backends import torchcodec_problem
+from rin_video.datasets.decoding import LostFramesError, open_video
 from rin_video.datasets.folders import KINDS, first_folder, number_classes, refuse_splits, split_sources
-from rin_video.datasets.probing import run_apart
+from rin_video.datasets.probe import probe_video
+from rin_video.datasets.probing import beat, run_apart
 from rin_video.datasets.reading import ImageInfo, probe_image
 from rin_video.datasets.shards import companion, companions, is_shards, members_of, read_text
 from rin_video.datasets.sources import Member, Source, decode_text, open_source, shown, size_of
-from rin_video.datasets.video_info import MAX_PIXELS, VideoInfo, probe_video
+from rin_video.datasets.video_info import MAX_PIXELS, VideoInfo
 from rin_video.errors import TimeLimitError, TransientError, UsageError
 
 log = logging.getLogger("rin_video")
 
 VERSION = 2
-INFOS: dict[str, type] = {"image": ImageInfo, "video": VideoInfo, "array": ArrayInfo}
+INFOS: dict[DataKind, type] = {"image": ImageInfo, "video": VideoInfo, "array": ArrayInfo}
 CAPTION_LENGTH = 10_000
 SAVE_EVERY = 60.0  # seconds: what is found is kept, however the search ends
 MANY = 1000  # files that take a while
+NOTES = 20  # lines on single files
 
 
 @dataclass
@@ -58,7 +61,7 @@ class Entry:
 class Probe:
     """How files are looked into. `work` is called in a child process."""
 
-    kind: str
+    kind: DataKind
     cuts: bool = False
     max_pixels: int = MAX_PIXELS
 
@@ -71,17 +74,26 @@ class Probe:
             info = self._video(source)
         return info, content_hash(source)
 
+    def warm_up(self) -> None:
+        """What a process imports once, and no file should pay for."""
+        if self.kind == "video":
+            import av  # noqa: F401
+
+            torchcodec_problem()
+        elif self.kind == "image":
+            import PIL.Image
+
+            PIL.Image.init()
+
     def _video(self, source: Source) -> VideoInfo:
         """`probe_video`, and the fastest decoder that really reads its last frame here."""
         from dataclasses import replace
 
         info = probe_video(source, cuts=self.cuts, max_pixels=self.max_pixels)
         with open_video(source, "auto", info) as video:
-            video.read([0])
-            try:
-                video.read([info.num_frames - 1])
-            except UsageError:  # cut short: the packets are there, not all frames
-                video.read([info.num_frames // 2])
+            for index in (0, info.num_frames // 2, info.num_frames - 1):
+                with suppress(LostFramesError):  # it costs the windows that touch it
+                    video.read([index])
             return replace(info, decoder=video.backend)
 
 
@@ -116,24 +128,26 @@ class Index:
             lines += [f"{kind}: {_counted(getattr(info, kind) for info in videos)}" for kind in kinds]
             if any(info.cuts is not None for info in videos):
                 lines.append(f"scene cuts: {sum(len(info.cuts or ()) for info in videos)}")
+            lines += [f"frames a second: {_counted(f'{info.fps:.4g}' for info in videos)}"]
+            notes = [f"{shown(entry.source)}: {note}" for entry in good for note in getattr(entry.info, "notes", ())]
+            lines += notes[:NOTES] + (describe_notes(videos) if len(notes) > NOTES else [])
         classes, _ = number_classes([entry.class_name for entry in good])
         lines += [f"classes: {_counted(entry.class_name for entry in good)}"] if classes else []
         lines += [f"captions: {n}"] if (n := sum(entry.caption is not None for entry in good)) else []
         copies = len(good) - len({entry.hash for entry in good})
         lines += [f"{copies} are copies of others"] if copies else []
         notes = [f"{shown(entry.source)}: {note}" for entry in good for note in getattr(entry.info, "notes", ())]
-        lines += notes[:20] if good and isinstance(good[0].info, ImageInfo) else []
+        lines += notes[:NOTES] if good and isinstance(good[0].info, ImageInfo) else []
         return "\n".join(lines + describe_skipped(self.unusable, limit=20) + self.describe_passed_over(limit=20))
 
     def describe_passed_over(self, limit: int = 3) -> list[str]:
         """A line on the files of other kinds, none where there are none."""
         if not self.passed_over:
             return []
-        kinds = _counted(other.suffix.lower() or "no suffix" for other in self.passed_over)
-        names = ", ".join(shown(other) for other in self.passed_over[:limit]) + ", ..." * (
-            len(self.passed_over) > limit
-        )
-        return [f"passed over: {len(self.passed_over)} files of other kinds ({kinds}): {names}"]
+        kinds = _counted(other.suffix.lower() or "no extension" for other in self.passed_over)
+        names = ", ".join(shown(Path(str(other)).name) for other in self.passed_over[:limit])
+        more = ", ..." if len(self.passed_over) > limit else ""
+        return [f"passed over: {len(self.passed_over)} files of other kinds ({kinds}): {names}{more}"]
 
     def save(self, path: Path, probe: Probe) -> None:
         """Write it atomically; several processes may do so at once."""
@@ -164,7 +178,7 @@ def load_index(path: Path, root: str | PathLike[str], probe: Probe) -> dict[str,
             rows = {row[0]: row for row in map(json.loads, file)}
         whole = all(len(row) == width and (row[3] is None or len(row[3]) == info_width) for row in rows.values())
         return rows if whole else {}
-    except (OSError, ValueError, TypeError, LookupError):
+    except (OSError, ValueError, TypeError, LookupError, RecursionError):
         return {}
 
 
@@ -193,7 +207,7 @@ def keeping_all() -> Iterator[None]:
 
 def make_index(
     root: str | PathLike[str],
-    kind: str,
+    kind: DataKind,
     options: DataConfig | None = None,
     *,
     path: Path | None = None,
@@ -271,6 +285,7 @@ def content_hash(source: Source) -> str:
     with open_source(source) as file:
         while block := file.read(1 << 20):
             digest.update(block)
+            beat()
     return digest.hexdigest()
 
 
@@ -283,6 +298,12 @@ def refuse_skipped(num_usable: int, skipped: Sequence[tuple[Source, str]], stric
     if num_usable:
         raise UsageError(f"{len(skipped)} of {total} files cannot be used, and --strict is on: {reasons}")
     raise UsageError(f"none of {total} files can be used: {reasons}" if total > 1 else reasons)
+
+
+def describe_notes(infos: Sequence[VideoInfo]) -> list[str]:
+    """How many clips are not simply what they seem, by what they are."""
+    counts = Counter(note.split(":")[0] for info in infos for note in info.notes)
+    return [f"{note}: {count} of {len(infos)}" for note, count in counts.most_common()]
 
 
 def describe_skipped(skipped: Sequence[tuple[Source, str]], limit: int = 3) -> list[str]:

@@ -1,71 +1,58 @@
-"""Batches without end, whatever the files do to the processes that read them.
+"""An endless iterator over batches that survives the loss of its workers.
 
-A file that cannot be read after all, one that kills its worker and one that hangs are left out from then on: a
-neighbour takes the place of each, the loss is counted and said, and the run goes on.
+A sample that its reader refuses (UsageError), that kills its worker or that hangs is left out from then on: a warning
+names it, a neighbour takes its place, and the run continues. Any other error ends the run and names the sample.
 """
 
 from __future__ import annotations
 
+import atexit
 import logging
+import os
+import signal
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from multiprocessing import active_children
+from multiprocessing.connection import wait
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from rin_video.config import DataConfig
-from rin_video.datasets.draws import Draws
 from rin_video.datasets.mixture import make_sampler
-from rin_video.datasets.sources import shown
-from rin_video.errors import DatasetError, UsageError, in_one_line
+from rin_video.datasets.probing import SECONDS_TO_START, did_not_start, end_with_parent, how_it_ended
+from rin_video.datasets.safe_draws import (
+    IDLE,
+    STARTING,
+    Failure,
+    SafeDraws,
+    enough_shared_memory,
+    shared_memory_error,
+)
+from rin_video.errors import UsageError
 
 log = logging.getLogger("rin_video")
 
-
-class SafeDraws(Dataset[Any]):
-    """`Draws` that remembers in shared memory what each worker is at, and draws a neighbour of what is bad."""
-
-    def __init__(self, dataset: Dataset[Any], slots: int) -> None:
-        self.draws, self.length = Draws(dataset), len(dataset)  # type: ignore[arg-type]
-        self.bad = torch.zeros(self.length, dtype=torch.uint8).share_memory_()
-        self.at = torch.full((max(slots, 1),), -1, dtype=torch.int64).share_memory_()  # index being read
-        self.since = torch.zeros(max(slots, 1), dtype=torch.float64).share_memory_()
-        self.bucket_of: Sequence[int] | None = getattr(dataset, "bucket_of", None)
-
-    def __getitem__(self, place: tuple[int, int]) -> Any:
-        epoch, index = place
-        worker = get_worker_info()
-        slot = worker.id if worker else 0
-        for candidate in self._neighbours(index):
-            if self.bad[candidate]:
-                continue
-            self.since[slot] = time.monotonic()
-            self.at[slot] = candidate
-            try:
-                return self.draws[epoch, candidate]
-            except DatasetError:
-                raise
-            except UsageError as error:
-                self.bad[candidate] = 1
-                log.warning("left out from now on: %s", error)
-            finally:
-                self.at[slot] = -1
-        raise UsageError(f"not one of {self.length} samples can be read any more: look at the warnings above")
-
-    def _neighbours(self, index: int) -> Iterator[int]:
-        """The index itself, then those behind it, of the same bucket."""
-        for step in range(self.length):
-            candidate = (index + step) % self.length
-            if self.bucket_of is None or self.bucket_of[candidate] == self.bucket_of[index]:
-                yield candidate
+SECONDS_BETWEEN_LOOKS = 0.25  # at the workers, while no batch arrives
+SECONDS_BETWEEN_REPORTS = 30.0  # of what the workers are reading meanwhile
+SECONDS_TO_END = 3.0  # before workers that were asked to end are killed
+SIGCHLD, SIGBUS = getattr(signal, "SIGCHLD", None), getattr(signal, "SIGBUS", None)  # None: Windows
 
 
 class Batches:
     """An endless iterator over batches, from `first_batch` on. What they hold follows from the seed and their number.
 
-    The `group` batches of one optimizer step are of one kind of data.
-    Raises UsageError once more than `options.max_failures` samples had to be left out.
+    The `group` batches of one optimizer step are of one kind of data. As a context manager it ends its workers with the
+    block.
+
+    A worker that dies, or reads one sample for longer than `options.read_timeout` seconds, is replaced when the next
+    batch is asked for; its death raises nothing before. Raises UsageError once more than `options.max_failures` samples
+    were left out or workers lost, and at once if the dataset raises another error or shared memory is too small.
     """
 
     def __init__(
@@ -88,6 +75,12 @@ class Batches:
         self.rank, self.num_ranks, self.group, self.pin_memory = rank, num_ranks, group, pin_memory
         self.worker_init_fn = worker_init_fn
         self.crashes = 0
+        self.workers: list[Any] = []
+        self._reported = 0.0
+        self._quiet: _Quiet | None = None
+        # If nobody closes this: at exit, multiprocessing sends workers a SIGTERM, which they ignore, and joins them.
+        self._kill = weakref.finalize(self, _kill, self.workers, os.getpid())
+        atexit.register(self._kill)
         self._batches = self._start()
 
     @property
@@ -99,27 +92,40 @@ class Batches:
         return self
 
     def __next__(self) -> Any:
+        start = time.monotonic()
         while True:
             try:
                 batch = next(self._batches)
-            except UsageError as error:
-                raise in_one_line(error) from None
-            except RuntimeError as error:  # what torch raises for a worker that died or went silent
-                if not self.options.num_workers or not _lost_worker(error):
+                break
+            except Exception as error:  # with workers, of torch alone: what the dataset raises is a Failure
+                if not self.workers:
                     raise
-                self._replace_workers(error)
-                continue
-            if self.num_bad > self.options.max_failures:
-                raise UsageError(
-                    f"{self.num_bad} samples could not be read, data.max_failures is {self.options.max_failures}: "
-                    "look at the warnings above"
-                )
-            self.next_batch += 1
-            return batch
+                self._look_after_workers(error, start)
+        if isinstance(batch, Failure):
+            raise batch.error()
+        if self.num_bad > self.options.max_failures:
+            raise UsageError(
+                f"{self.num_bad} samples could not be read, data.max_failures is {self.options.max_failures}: "
+                "look at the warnings above"
+            )
+        self.next_batch += 1
+        return batch
+
+    def __enter__(self) -> Batches:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def close(self) -> None:
-        """End the workers."""
-        self._batches = iter(())
+        """End the workers, within seconds whatever they are at."""
+        try:
+            self._end_workers()
+        finally:
+            self._kill()
+            atexit.unregister(self._kill)
+            if self._quiet:
+                self._quiet.end()
 
     def _start(self) -> Iterator[Any]:
         where: dict[str, Any] = {
@@ -130,57 +136,157 @@ class Batches:
             "group": self.group,
         }
         workers = self.options.num_workers
-        return iter(
-            DataLoader(
-                self.draws,
-                batch_sampler=make_sampler(self.dataset, self.batch_size, **where),
-                num_workers=workers,
-                worker_init_fn=self.worker_init_fn,
-                pin_memory=self.pin_memory,
-                # A batch may hold many slow files: the limit for each is kept in `_replace_workers`.
-                timeout=self.options.read_timeout if workers else 0,
-                prefetch_factor=self.options.prefetch if workers else None,
-            )
+        loader = DataLoader(
+            self.draws,
+            batch_size=None,  # an item of the dataset is a batch
+            sampler=make_sampler(self.dataset, self.batch_size, **where),
+            collate_fn=_unchanged,
+            num_workers=workers,
+            worker_init_fn=partial(_begin, self.worker_init_fn),
+            pin_memory=self.pin_memory,
+            timeout=min(SECONDS_BETWEEN_LOOKS, self.options.read_timeout / 2) if workers else 0,
+            prefetch_factor=self.options.prefetch if workers else None,
+            # A generator of its own: replacing workers must not shift the random numbers of the training step.
+            generator=torch.Generator().manual_seed(self.seed + self.next_batch),
         )
+        if not workers:
+            return iter(loader)
+        self.draws.since.fill_(time.monotonic())
+        self.draws.at.fill_(STARTING)
+        before = active_children()
+        try:
+            with enough_shared_memory():
+                batches = iter(loader)
+        except BaseException:  # torch ends those that were started by SIGTERM, which they ignore
+            _kill([child for child in active_children() if child not in before], os.getpid())
+            raise
+        # Private, as is `_shutdown_workers` below: torch has no public way to its workers.
+        self.workers += batches._workers  # type: ignore[attr-defined]
+        if not (self._quiet and self._quiet.is_on()):
+            self._quiet = _Quiet.begin()
+        return batches
 
-    def _replace_workers(self, error: RuntimeError) -> None:
-        """New workers from the batch that is due; what the lost ones were at is left out."""
+    def _look_after_workers(self, error: Exception, start: float) -> None:
+        """Find out why no batch has arrived: replace lost workers, or return if waiting longer makes sense."""
+        timed_out = str(error).startswith("DataLoader timed out")  # torch has no class for it (pytorch pull 60725)
+        if not timed_out:  # receiving a batch from a dying worker may fail before its death shows
+            wait([worker.sentinel for worker in self.workers], timeout=1.0)
         now, limit = time.monotonic(), self.options.read_timeout
-        hung = "timed out" in str(error)
-        active = [
-            int(index)
-            for index, since in zip(self.draws.at.tolist(), self.draws.since.tolist(), strict=True)
-            if index >= 0 and (not hung or now - since > limit / 2)
-        ]
-        dead = self._dead_workers()
-        guilty = (
-            active
-            if hung or not dead
-            else [i for slot, i in enumerate(self.draws.at.tolist()) if slot in dead and i >= 0]
-        )
-        for index in guilty:
-            self.draws.bad[index] = 1
-            name = getattr(self.dataset, "name_of", str)(index)
-            log.warning(
-                "left out from now on: %s %s", shown(name), "hangs" if hung else "kills the process that reads it"
+        dead = {slot: worker.exitcode for slot, worker in enumerate(self.workers) if not worker.is_alive()}
+        at, since = self.draws.at.tolist(), self.draws.since.tolist()  # in this order: `note` writes in the other
+        reading = {slot: now - since[slot] for slot, index in enumerate(at) if index >= 0 and slot not in dead}
+        hung = [slot for slot, seconds in reading.items() if seconds > limit]
+        if dead or hung:
+            self._replace_workers(at, dead, hung)
+        elif not timed_out:
+            with enough_shared_memory():
+                raise error
+        elif not reading and now - max(start, *since) > SECONDS_TO_START:
+            if STARTING in at:
+                raise did_not_start(None)
+            raise UsageError(
+                f"no batch has arrived for {now - start:.0f} s, though the workers have read it: look at the messages "
+                "above, or set data.num_workers=0 to read in this process"
             )
+        elif now - max(start, self._reported) > SECONDS_BETWEEN_REPORTS:
+            self._reported = now
+            named = [f"{self.draws.name_of(at[slot])} for {seconds:.0f} s" for slot, seconds in reading.items()]
+            log.warning("no batch for %.0f s; being read: %s", now - start, ", ".join(named) or "nothing")
+
+    def _replace_workers(self, at: Sequence[int], dead: Mapping[int, int], hung: Sequence[int]) -> None:
+        """Start new workers from the batch that is due, and leave out what the lost ones were reading."""
+        for slot in sorted({*dead, *hung}):
+            ended = how_it_ended(dead[slot]) if slot in dead else ""
+            if at[slot] >= 0:
+                what = f"kills the process that reads it ({ended})" if ended else "hangs"
+                if not self.draws.bad[at[slot]]:  # two may be reading it
+                    log.warning("left out from now on: %s %s", self.draws.name_of(at[slot]), what)
+                self.draws.bad[at[slot]] = 1
+            elif SIGBUS and dead[slot] == -SIGBUS:
+                raise shared_memory_error()
+            elif at[slot] == STARTING and dead[slot] >= 0:
+                raise did_not_start(dead[slot])
+            else:
+                log.warning("a worker that was reading no sample died (%s) and is replaced", ended)
         self.crashes += 1
         if self.crashes > self.options.max_failures:
-            raise UsageError(f"processes that read data died or hung {self.crashes} times: {error}") from error
-        old, self._batches = self._batches, iter(())
-        if workers := getattr(old, "_workers", []):
-            old._shutdown_workers()  # type: ignore[attr-defined]  # here and now: the traceback may keep it alive
-        for worker in workers:
-            if worker.is_alive():  # one that hangs, and may heed no signal but this
-                worker.kill()
-        self.draws.at.fill_(-1)
+            raise UsageError(
+                f"workers that read data died or hung {self.crashes} times, data.max_failures is "
+                f"{self.options.max_failures}: look at the warnings above"
+            )
+        for slot in hung:
+            self.workers[slot].kill()
+        self._end_workers()
         self._batches = self._start()
 
-    def _dead_workers(self) -> set[int]:
-        workers = getattr(self._batches, "_workers", [])
-        return {slot for slot, worker in enumerate(workers) if not worker.is_alive()}
+    def _end_workers(self) -> None:
+        """Ask them to end, then kill those that take longer than a moment."""
+        batches, self._batches = self._batches, iter(())
+        if not self.workers:
+            return
+        try:
+            # torch calls this when the iterator is collected, which a traceback delays, and waits for hanging workers.
+            ending = threading.Thread(target=batches._shutdown_workers, daemon=True)  # type: ignore[attr-defined]
+            ending.start()
+            ending.join(SECONDS_TO_END)
+        finally:
+            _kill(self.workers, os.getpid())
 
 
-def _lost_worker(error: RuntimeError) -> bool:
-    text = str(error)
-    return "DataLoader worker" in text or "DataLoader timed out" in text
+class _Quiet:
+    """A handler of SIGCHLD that calls the previous one and suppresses its RuntimeErrors.
+
+    torch's handler raises wherever the main thread is when a worker dies, even amid a training step. `Batches` finds
+    the death by itself when it waits for a batch.
+    """
+
+    def __init__(self, previous: Callable[[int, Any], Any]) -> None:
+        self.previous = previous
+
+    @classmethod
+    def begin(cls) -> _Quiet | None:
+        previous = signal.getsignal(SIGCHLD) if SIGCHLD and _in_main_thread() else None
+        if SIGCHLD is None or not callable(previous):
+            return None
+        quiet = cls(previous)
+        signal.signal(SIGCHLD, quiet)
+        return quiet
+
+    def is_on(self) -> bool:
+        return SIGCHLD is not None and signal.getsignal(SIGCHLD) is self
+
+    def end(self) -> None:
+        """Back to the previous one, where nobody has put another on top."""
+        if SIGCHLD and self.is_on() and _in_main_thread():
+            signal.signal(SIGCHLD, self.previous)
+
+    def __call__(self, number: int, frame: Any) -> None:
+        with suppress(RuntimeError):
+            self.previous(number, frame)
+
+
+def _begin(also: Callable[[int], None] | None, worker: int) -> None:
+    """What a worker does first."""
+    end_with_parent()
+    if also:
+        also(worker)
+    info = get_worker_info()
+    assert info is not None
+    info.dataset.note(IDLE)  # type: ignore[attr-defined]
+
+
+def _kill(workers: list[Any], owner: int) -> None:
+    if os.getpid() == owner:  # a forked process has copies of the handles
+        for worker in workers:
+            worker.kill()
+        for worker in workers:
+            worker.join()
+    workers.clear()
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()

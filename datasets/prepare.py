@@ -18,15 +18,17 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from rin_video.config import DataConfig
+from rin_video.config import DataConfig, DataKind
 from rin_video.datasets.decoding import open_video
-from rin_video.datasets.framing import Chance, resize
+from rin_video.datasets.framing import Chance, resize, smaller
 from rin_video.datasets.images import make_framing
 from rin_video.datasets.index import Entry, make_index, refuse_skipped
+from rin_video.datasets.probing import end_with_parent
 from rin_video.datasets.reading import read_image
 from rin_video.datasets.shards import write_shard
 from rin_video.datasets.sources import shown
 from rin_video.datasets.steady import is_steady, steady_clip
+from rin_video.datasets.video_info import VideoInfo
 from rin_video.datasets.windows import nearest_in_time
 from rin_video.errors import UsageError
 from rin_video.files import write_text
@@ -44,14 +46,14 @@ class Job:
 
     path: Path
     entries: list[Entry]
-    kind: str
+    kind: DataKind
     size: tuple[int, int]
     options: DataConfig
 
 
 def prepare(
     root: str | PathLike[str],
-    kind: str,
+    kind: DataKind,
     out: Path,
     size: tuple[int, int],
     options: DataConfig,
@@ -85,7 +87,11 @@ def prepare(
     failed: list[tuple[Any, str]] = list(index.unusable)
     start = time.perf_counter()
     with (
-        ProcessPoolExecutor(max(1, workers), mp_context=get_context("spawn" if os.name == "nt" else None)) as pool,
+        ProcessPoolExecutor(
+            max(1, workers),
+            mp_context=get_context("spawn" if os.name == "nt" else None),
+            initializer=end_with_parent,
+        ) as pool,
         tqdm(total=len(entries), initial=len(entries) - sum(len(job.entries) for job in left), unit="file") as bar,
     ):
         running = {pool.submit(_write, job): job for job in left}
@@ -102,7 +108,15 @@ def prepare(
     varying = 0 if kind == "image" or options.fps else sum(not is_steady(entry.info.times) for entry in entries)
     if varying:
         report.append(f"{varying} of {len(entries)} clips vary in frame rate: their nearest frames at a regular rate")
+    damaged = [(entry.source, sound_part(entry.info)) for entry in entries if getattr(entry.info, "lost", ())]
+    report += [f"only frames {first} to {end - 1} of {shown(source)}: damage" for source, (first, end) in damaged[:10]]
     return report + [f"left out: {reason}" for _, reason in failed[:10]]
+
+
+def sound_part(info: VideoInfo) -> tuple[int, int]:
+    """(first, end) of the longest stretch of frames that damage has left."""
+    edges = [0, *info.lost, info.num_frames]
+    return max(zip(edges[::2], edges[1::2], strict=True), key=lambda part: part[1] - part[0])
 
 
 def loading_speed(dataset: Any, num: int = 64, seconds: float = 5.0) -> float:
@@ -117,7 +131,10 @@ def loading_speed(dataset: Any, num: int = 64, seconds: float = 5.0) -> float:
 
 def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
     if path.exists():
-        then = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            then = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise UsageError(f"{path} is damaged ({shown(str(error))}): use another --out") from None
         for key, value in manifest.items():
             if then.get(key) != value:
                 what = "the files have changed" if key == "content" else f"{key} was {then.get(key)}, now it is {value}"
@@ -168,8 +185,11 @@ def _convert(entry: Entry, job: Job) -> dict[str, bytes]:
         fps = job.options.fps
         wanted = np.arange(max(1, round(info.duration * fps))) / fps
         indices = nearest_in_time(info.times, wanted)
+    first, end = sound_part(info)
+    indices = [index for index in indices if first <= index < end]
     with open_video(entry.source, job.options.decoder, info) as video:
-        blocks = (video.read(indices[i : i + BLOCK], frame.size) for i in range(0, len(indices), BLOCK))
+        size = frame.size if whole else smaller(frame.size, info.size)
+        blocks = (video.read(indices[i : i + BLOCK], size) for i in range(0, len(indices), BLOCK))
         return {".mp4": _encode((block if whole else framing.cut(block, frame) for block in blocks), fps)}
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing import get_context
+from functools import partial
+from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
@@ -18,6 +21,7 @@ from rin_video.errors import TimeLimitError, TransientError, UsageError
 T = TypeVar("T")
 FILES_PER_CHILD = 8  # fewer files do not pay for another process
 SECONDS_TO_START = 120.0  # of a child, before its first task: it imports torch, where processes are spawned
+BEAT_EVERY = 0.5  # seconds between signs of life
 
 
 @dataclass
@@ -30,16 +34,27 @@ class _Child:
 
 
 def run_apart(
-    tasks: Sequence[T], work: Callable[[T], Any], *, seconds: float, processes: int | None = None, daemon: bool = True
+    tasks: Sequence[T],
+    work: Callable[[T], Any],
+    *,
+    seconds: float,
+    processes: int | None = None,
+    daemon: bool = True,
+    option: str = "data.read_timeout",
 ) -> Iterator[tuple[int, Any]]:
     """(i, `work(tasks[i])`) as they come, worked out in child processes; UsageError objects for what cannot be done.
 
-    A child that dies, or takes more than `seconds` for one task (its own start aside), is replaced and its task given
-    up. Children that are to have children of their own cannot be a `daemon`. Raises UsageError if one does not start.
+    A child that dies, or takes more than `seconds` for one task (its own start aside, and counted anew from every
+    `beat`), is replaced and its task given up; `option` is what a user raises then. Before its first task a child calls
+    `work.warm_up`, where there is one: imports are not what a file is given up for. Children that are to have children
+    of their own cannot be a `daemon`. Raises UsageError if one does not start.
     """
     limit = processes or os.cpu_count() or 1
     children = [_start(work, daemon) for _ in range(min(limit, -(-len(tasks) // FILES_PER_CHILD)))]
     waiting = iter(range(len(tasks)))
+    # If a traceback keeps this generator open until exit: there, children are joined that wait for a task.
+    end = partial(_end, children, os.getpid())
+    atexit.register(end)
     try:
         busy = [child for child in children if _give(child, tasks, waiting)]
         while busy:
@@ -50,6 +65,9 @@ def run_apart(
                 if child.pipe in ready:
                     try:
                         message = child.pipe.recv()
+                        if isinstance(message, _Beat):
+                            child.since = time.monotonic()
+                            continue
                         if not child.started:
                             child.started, child.since = True, time.monotonic()
                             continue
@@ -63,7 +81,10 @@ def run_apart(
                     _must_have_started(child)
                     yield (
                         child.task,
-                        TimeLimitError(f"{shown(str(tasks[child.task]))} takes more than {seconds:g} s to read"),
+                        TimeLimitError(
+                            f"{shown(str(tasks[child.task]))} takes more than {seconds:g} s to read: "
+                            f"raise {option}, or leave it out"
+                        ),
                     )
                     _replace(child, work, daemon)
                 else:
@@ -73,10 +94,60 @@ def run_apart(
                 if not _give(child, tasks, waiting):
                     busy.remove(child)
     finally:
-        for child in children:
-            child.pipe.close()
-            child.process.kill()
-            child.process.join()
+        atexit.unregister(end)
+        end()
+
+
+def end_with_parent() -> None:
+    """End this child process about a second after its parent, whatever it is doing.
+
+    Waiting for the end of a pipe is not enough: processes that were forked later hold the other end open.
+    """
+    parent, number = parent_process(), os.getppid()
+    assert parent is not None
+
+    def watch() -> None:
+        while parent.is_alive() and os.getppid() == number:  # the number changes on POSIX only
+            parent.join(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def how_it_ended(code: int | None) -> str:
+    """The exit code of a process in words."""
+    return f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+
+
+def did_not_start(code: int | None) -> UsageError:
+    """The error for a process that ended at its start with an exit code; None: that took too long to start."""
+    how = f"took more than {SECONDS_TO_START:g} s to start" if code is None else f"ended at its start (code {code})"
+    return UsageError(
+        f"a process that was to read files {how}: the machine may be short of memory, and where processes are "
+        'spawned (macOS, Windows) a script has to call rin_video under `if __name__ == "__main__":`'
+    )
+
+
+def beat() -> None:
+    """A sign of life from work that takes long and goes on: its time limit starts anew. Nothing outside `run_apart`."""
+    now = time.monotonic()
+    if _beats is not None and now - _beats.sent > BEAT_EVERY:
+        _beats.sent = now
+        with suppress(OSError):
+            _beats.pipe.send(_Beat())
+
+
+class _Beat:
+    """The message of `beat`."""
+
+
+@dataclass
+class _Beats:
+    pipe: Connection
+    sent: float = 0.0
+
+
+_beats: _Beats | None = None  # in a child
 
 
 def _start(work: Callable[[T], Any], daemon: bool) -> _Child:
@@ -106,12 +177,16 @@ def _give(child: _Child, tasks: Sequence[T], waiting: Iterator[int]) -> bool:
 
 
 def _serve(pipe: Connection, other_end: Connection, work: Callable[[T], Any]) -> None:
-    """What a child does. It ends with its parent: then the pipe does."""
+    """What a child does."""
     import torch
 
+    global _beats
+    end_with_parent()
     other_end.close()
     torch.set_num_threads(1)
+    getattr(work, "warm_up", lambda: None)()
     pipe.send(None)  # started
+    _beats = _Beats(pipe)
     while True:
         try:
             task = pipe.recv()
@@ -132,15 +207,18 @@ def _serve(pipe: Connection, other_end: Connection, work: Callable[[T], Any]) ->
 def _must_have_started(child: _Child) -> None:
     """What fails before is no fault of a file."""
     if not child.started:
-        code = child.process.exitcode
-        how = f"took more than {SECONDS_TO_START:g} s to start" if code is None else f"ended at its start (code {code})"
-        raise UsageError(
-            f"a process that was to read files {how}: the machine may be short of memory, and where processes are "
-            'spawned (macOS, Windows) a script has to call rin_video under `if __name__ == "__main__":`'
-        )
+        raise did_not_start(child.process.exitcode)
 
 
 def _died(task: Any, code: int | None) -> UsageError:
-    how = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
     kind = TransientError if code in (-signal.SIGTERM, -getattr(signal, "SIGKILL", 9)) else UsageError
-    return kind(f"{shown(str(task))} makes its decoder crash ({how}): re-encode it or leave it out")
+    return kind(f"{shown(str(task))} makes its decoder crash ({how_it_ended(code)}): re-encode it or leave it out")
+
+
+def _end(children: Sequence[_Child], owner: int) -> None:
+    if os.getpid() != owner:  # a forked process has copies of the handles
+        return
+    for child in children:
+        child.pipe.close()
+        child.process.kill()
+        child.process.join()

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rin_video.datasets.sources import Source, open_source, shown
+from rin_video.datasets.sources import Source, not_media, open_source, shown
 from rin_video.datasets.video_info import MAX_PIXELS, check_pixels
 from rin_video.errors import DatasetError, TransientError, UsageError
 
@@ -229,5 +229,7 @@ def _to_eight_bits(image: Any, source: Source | str) -> Any:
 def _unreadable(source: Source, error: Exception) -> UsageError:
     if source.suffix.lower() in (".heic", ".heif") and not _knows_heif():
         return TransientError(f"{shown(source)} cannot be read as an image here: pip install 'rin-video[heic]'")
+    if what := not_media(source):
+        return UsageError(f"{shown(source)} {what}")
     cause = "it is of no known format" if type(error).__name__ == "UnidentifiedImageError" else shown(str(error))
     return UsageError(f"{shown(source)} cannot be read as an image ({cause}): re-encode it or leave it out")

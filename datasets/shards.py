@@ -51,7 +51,9 @@ def list_shards(root: str | PathLike[str], *, allow_pipe: bool = False, cache: P
     name = os.fspath(root)
     if name.startswith(PIPE):
         if not allow_pipe:
-            raise UsageError(f"{shown(name)} runs a command: allow it with data.allow_pipe=true, if you trust it")
+            raise UsageError(
+                f"{shown(name)} runs a command: if you trust it, allow it with data.allow_pipe=true on the command line"
+            )
         if cache is None:
             raise UsageError(f"{shown(name)} needs a folder to keep its shards in: give --out DIR")
         return [_run_pipe(command[len(PIPE) :], cache) for command in expand(name)]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
-from rin_video.errors import TransientError, UsageError
+from rin_video.errors import TransientError, UsageError, one_line
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,20 @@ def as_location(source: Source) -> Iterator[str | BinaryIO]:
             yield file
 
 
+def not_media(source: Source) -> str:
+    """What a file is that bears the name of a picture or a clip and is none, with the remedy; empty where unknown."""
+    try:
+        with open_source(source) as file:
+            head = file.read(512).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    except (UsageError, OSError):
+        return ""
+    if head.startswith(b"version https://git-lfs.github.com/spec"):
+        return "is a Git LFS pointer, not the file itself: run `git lfs pull`"
+    if head.startswith((b"<!doctype html", b"<html", b"<head", b"<?xml")) and b"html" in head:
+        return "is a web page (HTML), not media: download the file again"
+    return ""
+
+
 def size_of(source: Source) -> int:
     """Bytes."""
     if isinstance(source, Buffer):
@@ -145,8 +159,7 @@ def decode_text(content: bytes) -> str:
 
 def shown(source: Source | str) -> str:
     """A name as one line that any terminal and any file can hold, whatever bytes it is made of."""
-    text = str(source).encode("utf-8", "backslashreplace").decode("utf-8")
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    return one_line(source)
 
 
 def _is_utf8(path: Path) -> bool:

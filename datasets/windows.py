@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from rin_video.config import DataConfig
 from rin_video.datasets.sources import Source, shown
-from rin_video.datasets.video_info import VideoInfo
+from rin_video.datasets.video_info import VideoInfo, frames_text
 from rin_video.errors import UsageError
 
 
@@ -26,9 +27,14 @@ class Windows:
         self.frames, self.options = frames, options
 
     def check(self, source: Source, info: VideoInfo) -> None:
-        """UsageError where the file is too short, or its scenes are."""
+        """UsageError where the file is too short, or its scenes are, or what damage leaves of it."""
         if not self._fits(info, 0, info.num_frames):
             raise UsageError(self._too_short(source, info))
+        if info.lost and not Windows(self.frames, replace(self.options, avoid_cuts=False)).starts(info).size:
+            raise UsageError(
+                f"clip {shown(source)} has no {self.frames} frames together that can be decoded "
+                f"({frames_text(info.lost_ranges)} cannot): use fewer --frames, or re-encode it"
+            )
         if self.options.avoid_cuts and not self.starts(info).size:
             raise UsageError(
                 f"clip {shown(source)} has no scene of {self.frames} frames (cuts at {list(info.cuts or ())[:8]}): "
@@ -62,24 +68,34 @@ class Windows:
     def starts(self, info: VideoInfo, speed: float = 1.0) -> np.ndarray:
         """The source frames that a clip can start from, ascending."""
         if self.options.span == "whole":
-            return np.zeros(int(info.num_frames >= self.frames), dtype=np.int64)
-        cuts = (info.cuts or ()) if self.options.avoid_cuts else ()
-        edges = [0, *cuts, info.num_frames]
+            return np.zeros(int(len(_sound(info)) >= self.frames), dtype=np.int64)
         times = info.times if self.options.fps else None
-        found = [np.arange(a, a + self._num_starts(info, a, b, speed, times)) for a, b in itertools.pairwise(edges)]
-        return np.concatenate(found)
+        found = [np.arange(a, a + self._num_starts(info, a, b, speed, times)) for a, b in self._stretches(info)]
+        return np.concatenate(found) if found else np.zeros(0, dtype=np.int64)
 
     def indices(self, info: VideoInfo, start: int, speed: float = 1.0) -> list[int]:
         """The source frames of the clip that starts at source frame `start`."""
         if self.options.span == "whole":
-            ends = np.linspace(0, info.num_frames - 1, self.frames)
-            return [int(i) for i in np.rint(ends)]
+            sound = _sound(info)
+            return [sound[int(i)] for i in np.rint(np.linspace(0, len(sound) - 1, self.frames))]
         if self.options.fps is None:
             steps = np.floor(np.arange(self.frames) * self.options.stride * speed + 1e-6)
             return [start + int(step) for step in steps]
         times = info.times
         wanted = times[start] + np.arange(self.frames) * speed / self.options.fps
         return nearest_in_time(times, wanted)
+
+    def _stretches(self, info: VideoInfo) -> list[tuple[int, int]]:
+        """(first, end) of the source frames between damage and, where these are avoided, cuts."""
+        cuts = (info.cuts or ()) if self.options.avoid_cuts else ()
+        edges = sorted({0, *cuts, *info.lost, info.num_frames})
+        damaged = {first for first, _ in info.lost_ranges}
+        inside = [any(first < edge < end for first, end in info.lost_ranges) for edge in edges]
+        return [
+            (a, b)
+            for (a, b), within in zip(itertools.pairwise(edges), inside, strict=False)
+            if a not in damaged and not within
+        ]
 
     def _fits(self, info: VideoInfo, first: int, end: int) -> bool:
         if self.options.span == "whole":
@@ -111,6 +127,14 @@ class Windows:
             f"clip {name} lasts {info.times[-1] + 1 / info.fps:.2f} s, {frames / fps:.2f} s are needed "
             f"for {frames} frames at {fps:g} fps: use --frames {fits}, or a higher fps"
         )
+
+
+def _sound(info: VideoInfo) -> Sequence[int]:
+    """The frames that damage has left."""
+    if not info.lost:
+        return range(info.num_frames)
+    lost = {i for first, end in info.lost_ranges for i in range(first, end)}
+    return [i for i in range(info.num_frames) if i not in lost]
 
 
 def nearest_in_time(times: np.ndarray, wanted: Sequence[float] | np.ndarray) -> list[int]:

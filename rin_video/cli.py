@@ -9,9 +9,18 @@ import re
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
+from typing import Any, get_args
 
-from rin_video.config import SAMPLER_NAMES
-from rin_video.errors import Stopped, UsageError, first_line
+from rin_video.config import (
+    DataKind,
+    DecoderOption,
+    FrameKind,
+    GuidanceDropName,
+    SamplerName,
+    ScheduleName,
+    SpacingName,
+)
+from rin_video.errors import Stopped, UsageError, first_line, one_line
 
 FLAGS = (  # without a value
     "--json", "--strict", "--embeddings", "--carry-latents", "--key-frames", "--interpolate-positions", "--private",
@@ -36,13 +45,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         getattr(commands, options.command)(options)
     except UsageError as error:
-        print(f"rin-video: error: {error}", file=sys.stderr)
+        print(f"rin-video: error: {one_line(error)}", file=sys.stderr)
         return 2
     except OSError as error:
         if error.filename is None:
             raise
         reason = (error.strerror or first_line(error)).lower()
-        print(f"rin-video: error: {error.filename} cannot be read or written: {reason}", file=sys.stderr)
+        print(f"rin-video: error: {one_line(error.filename)} cannot be read or written: {reason}", file=sys.stderr)
         return 2
     except Stopped as stop:
         print(f"rin-video: {stop}", file=sys.stderr)
@@ -69,6 +78,11 @@ def batch_size(text: str) -> int | str:
     return text if text == "auto" else int(text)
 
 
+def one_of(kind: Any) -> str:
+    """The names that an option takes, for its help."""
+    return ", ".join(get_args(kind))
+
+
 DATA_HELP = "a folder of clips or images (sub-folders are classes), one file, shards 'x/{000..123}.tar', or hf:NAME"
 
 
@@ -86,7 +100,7 @@ def add_data_options(command: argparse.ArgumentParser) -> None:
 
 
 def add_reading_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--decoder", metavar="NAME", help="data.decoder: auto, torchcodec, decord, pyav, pillow")
+    command.add_argument("--decoder", metavar="NAME", help=f"data.decoder: {one_of(DecoderOption)}")
     command.add_argument("--strict", action="store_true", help="refuse to start where a file cannot be used")
 
 
@@ -121,7 +135,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     index = commands.add_parser("index", help="look into every file once: what can be used, what cannot and why")
     index.add_argument("data", metavar="DATA", help=DATA_HELP)
-    index.add_argument("--kind", metavar="NAME", help="image, video or array (default: by what is in DATA)")
+    index.add_argument("--kind", metavar="NAME", help=f"{one_of(DataKind)} (default: by what is in DATA)")
     index.add_argument("--out", metavar="FILE", help="the index (default: runs/NAME-OF-FOLDER/index.jsonl, as train)")
     add_reading_options(index)
     index.set_defaults(overrides=[])
@@ -137,7 +151,7 @@ def make_parser() -> argparse.ArgumentParser:
     prepare.add_argument("data", metavar="DATA", help=DATA_HELP)
     prepare.add_argument("--size", required=True, metavar="N|HxW", help="height and width, in pixels")
     prepare.add_argument("--fps", type=float, metavar="N", help="resample clips to this rate (default: their own)")
-    prepare.add_argument("--kind", metavar="NAME", help="image or video (default: by what is in DATA)")
+    prepare.add_argument("--kind", metavar="NAME", help=f"{one_of(FrameKind)} (default: by what is in DATA)")
     prepare.add_argument("--out", required=True, metavar="DIR", help="for the shards")
     prepare.add_argument("--workers", type=int, metavar="N", help="processes (default: one for each core)")
     add_reading_options(prepare)
@@ -147,16 +161,20 @@ def make_parser() -> argparse.ArgumentParser:
     sample.add_argument("model", metavar="DIR", help="the folder that training wrote, or a hub id user/name")
     sample.add_argument("--num", type=int, metavar="N", help="how many")
     sample.add_argument("--steps", type=int, metavar="N", help="sampling steps")
-    sample.add_argument("--sampler", metavar="NAME", help=", ".join(SAMPLER_NAMES))
+    sample.add_argument("--sampler", metavar="NAME", help=one_of(SamplerName))
+    sample.add_argument("--spacing", metavar="NAME", help=f"of the steps: {one_of(SpacingName)}; null: by sampler")
     sample.add_argument(
-        "--spacing", metavar="NAME", help="of the steps: uniform, quadratic, karras, logsnr; null: by sampler"
+        "--schedule", metavar="NAME", help=f"another noise schedule than that of training: {one_of(ScheduleName)}"
     )
-    sample.add_argument("--schedule", metavar="NAME", help="another noise schedule than that of training")
     sample.add_argument("--class", dest="label", metavar="NAME|N", help="one class, or all in turn (default)")
     sample.add_argument("--caption", nargs="+", metavar="TEXT", help="what the samples are to show; several in turn")
     sample.add_argument("--embedding", nargs="+", metavar="FILE", help="the same as vectors, .npy or .safetensors")
     sample.add_argument("--guidance", type=float, metavar="W", help="classifier-free guidance; 0: none")
-    sample.add_argument("--guidance-drop", metavar="WHAT", help="what guidance does without: label, known, label+known")
+    sample.add_argument(
+        "--guidance-drop",
+        metavar="WHAT",
+        help=f"what guidance does without: {one_of(GuidanceDropName)}, or several joined by +",
+    )
     sample.add_argument("--frames", type=int, metavar="N", help="frames of a clip, any number; 0: images")
     sample.add_argument("--size", metavar="N|HxW", help="height and width, where the positions allow it")
     sample.add_argument("--context", metavar="FILE", help="a clip that the samples go on from, or a folder of them")

@@ -9,13 +9,23 @@ import os
 import time
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 
 from rin_video.checkpoint import CONFIG, find_model, newest_state
-from rin_video.config import Config, DataConfig, SampleConfig, class_index, is_set, load_config, presets
+from rin_video.config import (
+    Config,
+    DataConfig,
+    DataKind,
+    FrameKind,
+    SampleConfig,
+    class_index,
+    is_set,
+    load_config,
+    presets,
+)
 from rin_video.diffusion import GaussianDiffusion
 from rin_video.errors import UsageError
 from rin_video.identity import run_folder
@@ -149,7 +159,7 @@ def sample_titles(wanted: SampleConfig, config: Config, captions: list[str] | No
     if not classes:
         return None
     names = config.data.classes or [str(i) for i in range(classes)]
-    return [names[i % classes if wanted.label is None else wanted.label] for i in range(wanted.num_samples)]
+    return [names[i % classes if wanted.label is None else int(wanted.label)] for i in range(wanted.num_samples)]
 
 
 def diagnose(options: Namespace) -> None:
@@ -161,7 +171,6 @@ def diagnose(options: Namespace) -> None:
     config = load_config(folder / CONFIG, options.overrides)
     allow_only(options.overrides, "data.", "sample.")
     check_sampling(config)
-    config.data.allow_pipe = "data.allow_pipe=true" in options.overrides  # a model's file may not run commands
     data = options.data or config.data.path
     if data is None:
         raise UsageError(f"{folder / CONFIG} does not say what it was trained on: give --data FOLDER")
@@ -266,8 +275,11 @@ def prepare(options: Namespace) -> None:
     if options.workers is not None and options.workers < 1:
         raise UsageError(f"--workers is {options.workers}: it must be at least 1")
     kind = options.kind or kind_of(options.data, data)
-    if kind not in ("image", "video"):
-        raise UsageError(f"prepare takes clips or images, {options.data} is of kind {kind}: give --kind image or video")
+    if kind not in get_args(FrameKind):
+        raise UsageError(
+            f"prepare takes clips or images, {options.data} is of kind {kind}: "
+            f"give --kind {' or '.join(get_args(FrameKind))}"
+        )
     size = parse_size(options.size)
     H, W = (size, size) if isinstance(size, int) else size
     out = Path(options.out)
@@ -406,8 +418,8 @@ def set_reading(config: Config, options: Namespace) -> None:
     config.data.__post_init__()
 
 
-def kind_of(data: str, options: DataConfig) -> str:
-    """image, video or array."""
+def kind_of(data: str, options: DataConfig) -> DataKind:
+    """Which kind of files the data is made of."""
     from rin_video.datasets.folders import detect_kind
 
     return detect_kind(data, allow_pipe=options.allow_pipe, cache=run_folder(data) / "pipes")

@@ -1,6 +1,6 @@
 """Every option, with its default and its meaning: dataclass < YAML preset < key=value.
 
-OmegaConf merges and checks; it does not leave this file. Importing it costs no torch.
+The type of a field decides how its value is read from YAML. Importing this costs no torch.
 """
 
 from __future__ import annotations
@@ -9,14 +9,46 @@ import dataclasses
 import difflib
 import math
 import os
+import re
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
 from rin_video.errors import UsageError
+
+Layer: TypeAlias = dict[str, dict[str, Any]]  # sections of options
+
+# The names that options take, each list here and nowhere else. The checks below and the command line's help use it, and
+# it is the type of the keys of the table that implements the names: tests/test_choices.py compares the two.
+LatentPositionName: TypeAlias = Literal["learned", "sincos", "sincos_learned"]
+PositionName: TypeAlias = Literal[LatentPositionName, "coordinate"]
+EmbeddingConditioningName: TypeAlias = Literal["latent", "interface"]  # interface: a token that is only read
+ConditioningName: TypeAlias = Literal[EmbeddingConditioningName, "adaln"]
+SelfConditioningName: TypeAlias = Literal["latent", "interface", "x0"]
+MixingName: TypeAlias = Literal["linear_attention", "conv"]
+ScheduleName: TypeAlias = Literal["linear", "cosine", "cosine_simple", "sigmoid", "rectified_flow"]
+ObjectiveName: TypeAlias = Literal["eps", "x0", "v", "velocity"]  # velocity: of rectified flow
+LossWeightName: TypeAlias = Literal["none", "min_snr", "p2", "sigmoid", "power"]  # power: between x0 and v
+TimeSamplingName: TypeAlias = Literal["uniform", "low_discrepancy", "logit_normal"]
+ClippingName: TypeAlias = Literal["static", "dynamic", "none"]  # static: to the data's range
+KnownKind: TypeAlias = Literal["none", "first", "last", "ends", "frames", "boxes"]  # see rin_video/known.py
+SpanName: TypeAlias = Literal["window", "whole"]
+FileSamplingName: TypeAlias = Literal["clips", "time"]
+CropName: TypeAlias = Literal["center", "random"]
+DecoderName: TypeAlias = Literal["torchcodec", "decord", "pyav", "pillow"]
+DecoderOption: TypeAlias = Literal["auto", DecoderName]
+FrameKind: TypeAlias = Literal["image", "video"]
+DataKind: TypeAlias = Literal[FrameKind, "array"]
+OptimizerName: TypeAlias = Literal["adamw", "lamb", "muon"]  # muon: on matrices, AdamW for the rest
+LRScheduleName: TypeAlias = Literal["cosine", "constant"]
+PrecisionName: TypeAlias = Literal["no", "tf32", "bf16", "fp16"]  # no: float32; tf32: its products on a CUDA GPU
+ShardingName: TypeAlias = Literal["none", "fsdp2"]  # none: every process holds the model (DDP); fsdp2: a part of it
+SamplerName: TypeAlias = Literal["ddim", "euler", "ddpm", "ddpm_small", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m", "heun"]
+SpacingName: TypeAlias = Literal["uniform", "quadratic", "karras", "logsnr"]  # the first two in t, then sigma / alpha
+GuidanceDropName: TypeAlias = Literal["label", "known"]
 
 
 @dataclass
@@ -24,26 +56,26 @@ class ModelConfig:
     """A RIN: a tokenizer and the core. The defaults are the published block."""
 
     dim: int = 256  # width of an interface token
-    image_size: Any = None  # height and width: one number, or [height, width]
-    patch_size: Any = 4  # one number, or one for each axis: [height, width], [frames, height, width]
+    image_size: int | Sequence[int] | None = None  # height and width: one number, or [height, width]
+    patch_size: int | Sequence[int] = 4  # one number, or one for each axis: [height, width], [frames, height, width]
     frames: int | None = None  # frames of a clip; none: images
     channels: int = 3
     sequence_length: int | None = None  # for the tokenizer `sequence`
     tokenizer: str = "auto"  # auto (by frames), image, tube, sequence, a registered name; tube+image: one core for both
-    position: str = "learned"  # learned, sincos, sincos_learned, coordinate
+    position: PositionName = "learned"  # codes of the interface's tokens
     coordinate_range: float | None = 1000.0  # sin-cos positions run from 0 to this along an axis; none: 0, 1, 2, ...
     dual_patchnorm: bool = False  # LayerNorm on the raw patch too
     conv_width: int = 0  # channels of convolutions around the patches, at full resolution; 0: none
 
     depth: int = 6  # blocks of read, compute, write
-    latent_self_attn_depth: Any = 2  # compute layers in a block, or one number for each block (0: it only reads)
+    latent_self_attn_depth: int | Sequence[int] = 2  # compute layers of a block, or one number a block (0: read only)
     num_latents: int = 256  # the tokens of time and class are among them
     dim_latent: int | None = None  # width of a latent; none: dim
     num_heads: int = 8  # heads of read and write
     latent_num_heads: int = 16  # heads of the compute layers
     mlp_ratio: float = 4  # hidden width of the interface's feed-forward
     latent_mlp_ratio: float = 4  # hidden width of the latents' feed-forward
-    latent_position: str = "learned"  # learned, sincos, sincos_learned
+    latent_position: LatentPositionName = "learned"  # codes of the latents
     dropout: float = 0.0  # in the feed-forward of the compute layers
     drop_path: float = 0.0  # whole residual branches of the compute layers
 
@@ -51,24 +83,22 @@ class ModelConfig:
     num_classes: int = 0  # 0: no labels
     embedding_dim: int = 0  # width of the vectors that come with a sample, of a text or any other signal; 0: none
     embedding_tokens: int = 1  # how many of them at most
-    time_conditioning: str = "latent"  # latent, interface (a token that is only read), adaln
-    class_conditioning: str = "latent"  # the same
-    embedding_conditioning: str = "interface"  # latent, interface
-    self_conditioning: str = "latent"  # none, or what is handed on, joined by +: latent, interface, x0
+    time_conditioning: ConditioningName = "latent"  # where the noise level enters
+    class_conditioning: ConditioningName = "latent"  # where the label enters
+    embedding_conditioning: EmbeddingConditioningName = "interface"  # where vectors enter
+    self_conditioning: str = "latent"  # none, or what is handed on: SelfConditioningName, joined by +
     time_scaling: float = 1000.0  # gamma is multiplied by this before its sin-cos code
 
-    interface_mixing: str = "none"  # none, linear_attention, conv, linear_attention+conv: before each read
+    interface_mixing: str = "none"  # none, or what comes before each read: MixingName, joined by +
     qk_norm: bool = False  # LayerNorm on the queries and keys of each head
     norm_context: bool = False  # LayerNorm on what read and write attend to
 
     def __post_init__(self) -> None:
-        for name, choices in _CHOICES.items():
-            _choice(f"model.{name}", getattr(self, name), choices)
-        for name, choices in _COMBINATIONS.items():
-            value = getattr(self, name)
-            if value != "none":
-                for part in str(value).split("+"):
-                    _choice(f"model.{name}", part, choices)
+        _check_choices("model", self)
+        for name, kind in (("self_conditioning", SelfConditioningName), ("interface_mixing", MixingName)):
+            if getattr(self, name) != "none":
+                for part in str(getattr(self, name)).split("+"):
+                    _choice(f"model.{name}", part, get_args(kind))
         for name in ("dim", "channels", "depth", "num_latents", "num_heads", "latent_num_heads", "embedding_tokens"):
             _at_least(f"model.{name}", getattr(self, name), 1, int)
         for name in ("frames", "sequence_length", "dim_latent"):
@@ -113,47 +143,28 @@ class ModelConfig:
         return tuple(layers)
 
 
-_CONDITIONING = ("latent", "interface", "adaln")
-_CHOICES = {
-    "position": ("learned", "sincos", "sincos_learned", "coordinate"),
-    "latent_position": ("learned", "sincos", "sincos_learned"),
-    "time_conditioning": _CONDITIONING,
-    "class_conditioning": _CONDITIONING,
-    "embedding_conditioning": ("latent", "interface"),
-}
-_COMBINATIONS = {  # none, or some of these joined by +
-    "self_conditioning": ("latent", "interface", "x0"),
-    "interface_mixing": ("linear_attention", "conv"),
-}
-
-
-# The first k frames, the last k, some at both ends, some anywhere, boxes in space and time: see rin_video/known.py.
-KNOWN_KINDS = ("none", "first", "last", "ends", "frames", "boxes")
-
-
 @dataclass
 class DiffusionConfig:
     """What the network learns to predict, and at which noise levels."""
 
     timesteps: int | None = None  # sampling steps where none are asked for; null: those of sample.steps
-    noise_schedule: str = "sigmoid"  # linear, cosine, cosine_simple, sigmoid, rectified_flow
+    noise_schedule: ScheduleName = "sigmoid"  # how much signal is left at a time
     schedule_kwargs: dict[str, float] = field(default_factory=dict)  # start, end, tau of cosine and sigmoid
-    objective: str = "v"  # eps, x0, v, velocity (of rectified flow)
+    objective: ObjectiveName = "v"  # what the network predicts
     train_prob_self_cond: float = 0.9  # share of the samples that see the result of a first pass
     self_cond_gap: float = 0.0  # the first pass is at t + U(0, gap): 1 / steps of the sampler helps few steps
-    loss_weight: str = "none"  # none, min_snr, p2, sigmoid, power (between x0 and v)
+    loss_weight: LossWeightName = "none"  # of the loss at a noise level
     loss_weight_kwargs: dict[str, float] = field(default_factory=dict)  # their parameters: see objectives.py
-    time_sampling: str = "uniform"  # uniform, low_discrepancy (evenly over a forward pass), logit_normal
+    time_sampling: TimeSamplingName = "uniform"  # low_discrepancy: evenly over a forward pass
     time_sampling_kwargs: dict[str, float] = field(default_factory=dict)  # mean, std of logit_normal
     scale: float = 1.0  # b: multiplies the data; below 1 makes every noise level noisier
     label_dropout: float = 0.0  # share of the samples that lose their label, for guidance
-    known: dict[str, float] = field(default_factory=dict)  # what training gives, by weight: KNOWN_KINDS
+    known: dict[KnownKind, float] = field(default_factory=dict)  # what training gives, by weight: KnownKind
     known_frames: list[int] = field(default_factory=list)  # least and most frames given; none: 1 to half
-    clip_x0: str = "static"  # x0 estimates while sampling: static (to the data's range), dynamic, none
+    clip_x0: ClippingName = "static"  # of x0 estimates while sampling
 
     def __post_init__(self) -> None:
-        _choice("time_sampling", self.time_sampling, ("uniform", "low_discrepancy", "logit_normal"))
-        _choice("clip_x0", self.clip_x0, ("static", "dynamic", "none"))
+        _check_choices("diffusion", self)
         if self.timesteps is not None:
             _at_least("timesteps", self.timesteps, 1, int)
         for name in ("train_prob_self_cond", "self_cond_gap", "label_dropout"):
@@ -165,7 +176,7 @@ class DiffusionConfig:
             raise UsageError(f"time_sampling {self.time_sampling} has no parameter {', '.join(sorted(unknown))}")
         _above("diffusion.time_sampling_kwargs", "std", self.time_sampling_kwargs.get("std", 1.0), 0)
         for kind, weight in self.known.items():
-            _choice("diffusion.known", kind, KNOWN_KINDS)
+            _choice("diffusion.known", kind, get_args(KnownKind))
             _at_least(f"diffusion.known.{kind}", weight, 0, float)
         if self.known and not sum(self.known.values()):
             raise UsageError(f"diffusion.known is {self.known}: some weight must be above 0")
@@ -189,32 +200,29 @@ class DataConfig:
     label_column: str | None = None  # of a Hugging Face set: numbers or text; none: the first of type ClassLabel
     stride: int = 1  # source frames from one frame of a clip to the next
     fps: float | None = None  # resample clips to this rate instead of a stride
-    span: str = "window"  # window: as stride and fps say; whole: frames from all over the file
-    sampling: str = "clips"  # clips: every file as often; time: long files as often as clips fit into them
+    span: SpanName = "window"  # window: as stride and fps say; whole: frames from all over the file
+    sampling: FileSamplingName = "clips"  # clips: every file as often; time: long files as often as clips fit into them
     windows: int = 1  # clips from one file (or, over time, from one stretch) in an epoch
     avoid_cuts: bool = False  # no clip goes over a change of scene
-    crop: str = "center"  # center, random
+    crop: CropName = "center"  # where a crop lies
     crop_scale: list[float] = field(default_factory=lambda: [1.0, 1.0])  # range of a crop's sides, 1: the largest
     augment_horizontal_flip: bool = False  # half of the samples mirrored
     augment_color: float = 0.0  # strength of changes in brightness, contrast, saturation and hue, 0 to 1
     augment_reverse: bool = False  # half of the clips backwards
     augment_speed: list[float] = field(default_factory=lambda: [1.0, 1.0])  # range of the speed, 2: twice as fast
     buckets: list[str] = field(default_factory=list)  # shapes in one run: 48x80, or 16x48x80 with frames; none: one
-    decoder: str = "auto"  # auto (the fastest that reads a file right), torchcodec, decord, pyav, pillow
+    decoder: DecoderOption = "auto"  # auto: the fastest that reads a file right
     num_workers: int = 2  # processes that read; 0: the training process, which a crash or a hang then ends
     prefetch: int = 2  # batches that each of these has ready
     strict: bool = False  # refuse to start where a file cannot be used
     max_failures: int = 100  # samples that may fail later, each replaced by another, before a run stops
-    read_timeout: float = 60.0  # seconds for a file to be read, or a loader's process to start, before it is given up
+    read_timeout: float = 60.0  # seconds for one file to be read before it is left out
     max_pixels: int = 100_000_000  # of a frame or an image: more is taken for a decompression bomb
-    allow_pipe: bool = False  # shards may be pipe:COMMAND, which is run
+    allow_pipe: bool = False  # shards may be pipe:COMMAND, which is run; files cannot set it
     classes: list[str] = field(default_factory=list)  # names of the sub-folders, as training found them
 
     def __post_init__(self) -> None:
-        _choice("data.crop", self.crop, ("center", "random"))
-        _choice("data.span", self.span, ("window", "whole"))
-        _choice("data.sampling", self.sampling, ("clips", "time"))
-        _choice("data.decoder", self.decoder, ("auto", "torchcodec", "decord", "pyav", "pillow"))
+        _check_choices("data", self)
         for name in ("stride", "windows", "prefetch", "max_pixels", "caption_tokens"):
             _at_least(f"data.{name}", getattr(self, name), 1, int)
         for name in ("num_workers", "max_failures"):
@@ -237,9 +245,6 @@ class DataConfig:
         _range("data.augment_speed", self.augment_speed, 0.1, 10)
 
 
-PRECISIONS = ("no", "tf32", "bf16", "fp16")
-
-
 @dataclass
 class TrainConfig:
     """The optimisation."""
@@ -247,11 +252,11 @@ class TrainConfig:
     train_num_steps: int = 100_000  # optimizer steps
     train_batch_size: int = 16  # samples of one forward pass, shared out among the processes
     gradient_accumulate_every: int = 1  # forward passes for one step
-    optimizer: str = "adamw"  # adamw, lamb, muon (matrices; AdamW for the rest)
+    optimizer: OptimizerName = "adamw"
     train_lr: float = 1e-4  # the highest learning rate
     weight_decay: float = 0.01  # not on biases, norms and embeddings
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # of the optimizer's two averages
-    lr_schedule: str = "cosine"  # cosine, constant
+    lr_schedule: LRScheduleName = "cosine"  # after the warm-up
     lr_cosine_portion: float = 1.0  # how much of the cosine's half period the run covers
     warmup_steps: int = 0  # the learning rate rises linearly over these
     max_grad_norm: float = 1.0  # 0: no clipping
@@ -260,10 +265,10 @@ class TrainConfig:
     ema_update_every: int = 1  # steps
     ema_sigma_rel: list[float] = field(default_factory=lambda: [0.05, 0.1])  # two lengths or more for `rin-video ema`
     ema_snapshot_every: int = 5000  # steps between what `rin-video ema` puts together
-    mixed_precision: str = "no"  # no (fp32), tf32 (products of fp32 on a CUDA GPU), bf16, fp16
+    mixed_precision: PrecisionName = "no"  # of activations
     gradient_checkpointing: bool = False  # compute each block again for its gradient: less memory, more time
     compile: bool = False  # torch.compile the model; left out where it fails
-    sharding: str = "none"  # none (every process holds the model: DDP), fsdp2 (each holds a part)
+    sharding: ShardingName = "none"  # what of the model a process holds
     init_from: str | None = None  # folder or hub id of a model whose weights to start with, where they fit
     seed: int = 0  # of initial weights, data order, noise and samples
     save_and_sample_every: int = 1000  # steps
@@ -273,10 +278,7 @@ class TrainConfig:
     trackers: list[str] = field(default_factory=list)  # tensorboard, wandb or another one that accelerate knows
 
     def __post_init__(self) -> None:
-        _choice("train.optimizer", self.optimizer, ("adamw", "lamb", "muon"))
-        _choice("train.lr_schedule", self.lr_schedule, ("cosine", "constant"))
-        _choice("train.mixed_precision", self.mixed_precision, PRECISIONS)
-        _choice("train.sharding", self.sharding, ("none", "fsdp2"))
+        _check_choices("train", self)
         for name in (
             "train_num_steps",
             "train_batch_size",
@@ -312,41 +314,32 @@ def check_sigma_rel(name: str, value: Any) -> None:
     _within(name, value, 0.01, 0.28)
 
 
-SAMPLER_NAMES = ("ddim", "euler", "ddpm", "ddpm_small", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m", "heun")
-
-
 @dataclass
 class SampleConfig:
     """How pictures and clips are drawn, in training and by `rin-video sample`."""
 
     num_samples: int = 16  # how many
     steps: int = 50  # network calls, or twice as many with heun
-    sampler: str = "dpmpp_2m_sde"  # one of SAMPLER_NAMES; this one and 50 by benchmarks/README.md
+    sampler: SamplerName = "dpmpp_2m_sde"  # this one and 50 by benchmarks/README.md
     sampler_kwargs: dict[str, float] = field(default_factory=dict)  # eta of ddim, churn of heun
-    spacing: str | None = None  # uniform, quadratic (in t), karras, logsnr (in sigma / alpha); null: by sampler
+    spacing: SpacingName | None = None  # of the steps; null: by sampler
     time_difference: float = 0.0  # how many steps further than the clock every step reaches
-    schedule: str | None = None  # noise schedule; none: that of training
+    schedule: ScheduleName | None = None  # noise schedule; none: that of training
     schedule_kwargs: dict[str, float] = field(default_factory=dict)  # its parameters
-    label: Any = None  # one class for all samples, by name or number; none: each class in turn
+    label: int | str | None = None  # one class for all samples, by name or number; none: each class in turn
     guidance: float = 0.0  # weight of classifier-free guidance; 0: none
-    guidance_drop: str = "label"  # what the other branch does without: label, known, label+known
+    guidance_drop: str = "label"  # what the other branch does without: GuidanceDropName, joined by +
     guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])  # gammas at which there is guidance
     batched_guidance: bool = True  # both branches in one forward pass; false: in two, with less memory
     guidance_rescale: float = 0.0  # 0 to 1: keeps the spread of the guided prediction
-    clip_x0: str | None = None  # none: as in training
-    precision: str | None = None  # no (fp32), tf32, bf16, fp16; null: that of training, on a CPU fp32
+    clip_x0: ClippingName | None = None  # null: as in training
+    precision: PrecisionName | None = None  # null: that of training, on a CPU float32
     fps: float | None = None  # of the clips that are written; none: that of the data
 
     def __post_init__(self) -> None:
         for name in ("num_samples", "steps"):
             _at_least(f"sample.{name}", getattr(self, name), 1, int)
-        _choice("sample.sampler", self.sampler, SAMPLER_NAMES)
-        if self.spacing is not None:
-            _choice("sample.spacing", self.spacing, ("uniform", "quadratic", "karras", "logsnr"))
-        if self.precision is not None:
-            _choice("sample.precision", self.precision, PRECISIONS)
-        if self.clip_x0 is not None:
-            _choice("sample.clip_x0", self.clip_x0, ("static", "dynamic", "none"))
+        _check_choices("sample", self)
         _at_least("sample.time_difference", self.time_difference, 0, float)
         _within("sample.guidance_rescale", self.guidance_rescale, 0, 1)
         _at_least("sample.guidance", self.guidance, 0, float)
@@ -393,24 +386,30 @@ def presets() -> list[str]:
 def load_config(name_or_file: str | os.PathLike[str] | None = None, overrides: Sequence[str] = ()) -> Config:
     """The defaults, then a preset by name or a YAML file, then `section.key=value` overrides.
 
-    Raises `UsageError` for an unknown preset, key or value; an unknown key names the nearest one that exists.
+    Text is taken as it is written: nothing replaces `${...}`, in files and overrides alike. A file cannot set
+    `data.allow_pipe`. Raises `UsageError` for an unknown preset, key or value; an unknown key names the nearest one.
     """
-    from omegaconf import OmegaConf
+    values = dataclasses.asdict(Config())
+    if name_or_file is not None:
+        _merge(values, _read_file(name_or_file))
+    layers = [_read_override(override) for override in overrides]
+    _forget_parameters(values, layers)
+    for layer in layers:
+        _merge(values, layer)
+    return Config(**{name: section(**values[name]) for name, section in types_of(Config).items()})
 
-    merged = OmegaConf.structured(Config)
-    layers = _layers(name_or_file, overrides)
-    for origin, layer in layers:
-        _check_keys(OmegaConf.to_container(layer), origin)
-    for i, (origin, layer) in enumerate(layers):
-        if i == len(layers) - len(overrides):
-            with _plain_errors("the configuration"):
-                _forget_parameters(merged, [OmegaConf.to_container(layer) for _, layer in layers[i:]])
-        with _plain_errors(origin):
-            merged = OmegaConf.merge(merged, layer)
-    with _plain_errors("the configuration"):
-        config = OmegaConf.to_object(merged)
-    assert isinstance(config, Config)
-    return config
+
+def is_set(key: str, name_or_file: str | os.PathLike[str] | None = None, overrides: Sequence[str] = ()) -> bool:
+    """Whether the file or the overrides set `section.key`, even to its default."""
+    section, name = key.split(".")
+    layers = [*([] if name_or_file is None else [_read_file(name_or_file)]), *map(_read_override, overrides)]
+    return any(name in layer.get(section, {}) for layer in layers)
+
+
+@cache
+def types_of(kind: type) -> dict[str, Any]:
+    """The types of the fields of a dataclass."""
+    return get_type_hints(kind)
 
 
 PARAMETERS = {  # of what is chosen by name
@@ -423,51 +422,80 @@ PARAMETERS = {  # of what is chosen by name
 }
 
 
-def _forget_parameters(merged: Any, overrides: Sequence[Any]) -> None:
-    """Those of a file go where overrides choose something else, or write {} for them: a merge would keep them.
-
-    The overrides are plain, with `${...}` as it stands: that counts as something else.
-    """
-    chosen = {}
-    for override in overrides:
-        for section, values in override.items():
-            for name, value in values.items() if isinstance(values, dict) else ():
-                chosen[section, name] = value
-                if value == {} and hasattr(merged[section].get(name), "items"):
-                    merged[section][name] = {}
-    for (section, name), value in chosen.items():
-        parameters = PARAMETERS.get(section, {}).get(name)
-        if parameters and value != merged[section][name]:
-            merged[section][parameters] = {}
+def _forget_parameters(values: Layer, overrides: Sequence[Layer]) -> None:
+    """The parameters of what a file chose are dropped where the overrides choose something else."""
+    for section, choices in PARAMETERS.items():
+        for name, parameters in choices.items():
+            chosen = [layer[section][name] for layer in overrides if name in layer.get(section, {})]
+            if chosen and chosen[-1] != values[section][name]:
+                values[section][parameters] = {}
 
 
-def is_set(key: str, name_or_file: str | os.PathLike[str] | None = None, overrides: Sequence[str] = ()) -> bool:
-    """Whether `section.key` is said by the file or the overrides, be it with its default."""
-    section, name = key.split(".")
-    return any(name in (layer.get(section) or {}) for _, layer in _layers(name_or_file, overrides))
+def _merge(values: Layer, layer: Layer) -> None:
+    """Options replace those before; a mapping adds to the one before, unless it is empty."""
+    for section, options in layer.items():
+        for name, value in options.items():
+            adds = isinstance(value, dict) and value
+            values[section][name] = values[section][name] | value if adds else value
 
 
-def _layers(name_or_file: str | os.PathLike[str] | None, overrides: Sequence[str]) -> list[tuple[str, Any]]:
-    """What is merged onto the defaults, each with its name for errors."""
-    from omegaconf import OmegaConf
+def _read_file(name_or_file: str | os.PathLike[str]) -> Layer:
+    """What a preset or a file sets. Commands are allowed by people, not by files, which may be somebody else's."""
+    from rin_video import plain_yaml
 
-    layers: list[tuple[str, Any]] = []
-    if name_or_file is not None:
-        text, origin = _read(name_or_file)
-        layers.append((origin, _parse(text, origin)))
-    for override in overrides:
-        if "=" not in override:
-            raise UsageError(f"cannot read {override!r}: overrides are written section.key=value")
-        with _plain_errors(override):
-            layers.append((override, OmegaConf.from_dotlist([override])))
-    return layers
+    text, origin = _read_text(name_or_file)
+    node = plain_yaml.parse(text, origin)
+    if not plain_yaml.is_mapping(node):
+        raise UsageError(
+            f"{origin} is no mapping of sections: it starts with model:, diffusion:, data:, train:, sample:"
+        )
+    layer = _read_layer(plain_yaml.read_items(node, origin), origin)
+    layer.get("data", {}).pop("allow_pipe", None)
+    return layer
+
+
+def _read_override(override: str) -> Layer:
+    """What `section.key=value` sets. Text needs no quotes there, whatever it holds; quotes around it are YAML's."""
+    from rin_video import plain_yaml
+
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise UsageError(f"cannot read {override!r}: overrides are written section.key=value")
+    section, *path = key.split(".")
+    kind = types_of(types_of(Config)[section]).get(path[0]) if section in types_of(Config) and path else None
+    verbatim = plain_yaml.is_text(kind) and not re.fullmatch(r"'.*'|\".*\"", text, flags=re.DOTALL)
+    node = plain_yaml.text_node(text) if verbatim else plain_yaml.parse(text, override)
+    for part in reversed(path):
+        node = plain_yaml.mapping_node(part, node)
+    return _read_layer({section: node}, override)
+
+
+def _read_layer(sections: dict[str, Any], origin: str) -> Layer:
+    """YAML nodes as values of the types of their options."""
+    from rin_video import plain_yaml
+
+    _check_names(sections, Config, origin, prefix="")
+    layer: Layer = {}
+    for section, node in sections.items():
+        if not plain_yaml.is_mapping(node):
+            raise UsageError(f"{origin}: {section} is a section: write {section}.key=value, or keys below {section}:")
+        kind = types_of(Config)[section]
+        options = plain_yaml.read_items(node, origin)
+        _check_names(options, kind, origin, prefix=f"{section}.")
+        layer[section] = {
+            name: plain_yaml.read_value(value, types_of(kind)[name], f"{section}.{name}", origin)
+            for name, value in options.items()
+        }
+    return layer
 
 
 def to_yaml(config: Config | ModelConfig) -> str:
-    """The configuration as YAML that `load_config` reads back."""
-    from omegaconf import OmegaConf
+    """The configuration as YAML that `load_config` reads back, without `data.allow_pipe`, which no file can set."""
+    from rin_video import plain_yaml
 
-    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
+    values = dataclasses.asdict(config)
+    values.get("data", {}).pop("allow_pipe", None)
+    return plain_yaml.dump(values)
 
 
 def model_config(**options: Any) -> ModelConfig:
@@ -500,7 +528,8 @@ def train_config(**options: Any) -> TrainConfig:
     return TrainConfig(**options)
 
 
-def _read(name_or_file: str | os.PathLike[str]) -> tuple[str, str]:
+def _read_text(name_or_file: str | os.PathLike[str]) -> tuple[str, str]:
+    """The text of a preset or a file, and its name for errors."""
     name = os.fspath(name_or_file)
     if name in presets():
         return (resources.files("rin_video.configs") / f"{name}.yaml").read_text(encoding="utf-8"), f"preset {name}"
@@ -513,28 +542,6 @@ def _read(name_or_file: str | os.PathLike[str]) -> tuple[str, str]:
         raise UsageError(f"{path} is not a text file: {error.reason}") from None
 
 
-def _parse(text: str, origin: str) -> Any:
-    from omegaconf import DictConfig, OmegaConf
-
-    parsed = None
-    with _plain_errors(origin), suppress(AssertionError):  # OmegaConf asserts on a lone number
-        parsed = OmegaConf.create(text)
-    if not isinstance(parsed, DictConfig):
-        raise UsageError(
-            f"{origin} is no mapping of sections: it starts with model:, diffusion:, data:, train:, sample:"
-        )
-    return parsed
-
-
-def _check_keys(layer: Any, origin: str) -> None:
-    sections = {f.name: f.type for f in dataclasses.fields(Config)}
-    _check_names(layer, Config, origin, prefix="")
-    for section, values in layer.items():
-        if not isinstance(values, dict):
-            raise UsageError(f"{origin}: {section} is a section: write {section}.key=value, or keys below {section}:")
-        _check_names(values, globals()[str(sections[section])], origin, prefix=f"{section}.")
-
-
 def _check_names(given: Any, kind: Any, origin: str, prefix: str) -> None:
     known = [f.name for f in dataclasses.fields(kind)]
     for name in given:
@@ -545,28 +552,23 @@ def _check_names(given: Any, kind: Any, origin: str, prefix: str) -> None:
 
 
 def _elsewhere(name: str) -> list[str]:
-    keys = [
-        f"{s.name}.{f.name}" for s in dataclasses.fields(Config) for f in dataclasses.fields(globals()[str(s.type)])
-    ]
-    return [key for key in keys if key.split(".")[1] == name]
+    return [f"{section}.{name}" for section, kind in types_of(Config).items() if name in types_of(kind)]
 
 
-class _plain_errors:  # noqa: N801 (reads as a verb)
-    """Turns OmegaConf's and YAML's errors into one line that says where."""
+def names_of(kind: Any) -> tuple[str, ...]:
+    """The names that an option of a type takes, in order; none where it is free."""
+    if get_origin(kind) is Literal:
+        return get_args(kind)
+    optional = type(None) in get_args(kind)
+    return tuple(name for member in get_args(kind) for name in names_of(member)) if optional else ()
 
-    def __init__(self, origin: str) -> None:
-        self.origin = origin
 
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
-        from omegaconf.errors import OmegaConfBaseException
-        from yaml import YAMLError
-
-        if isinstance(error, OmegaConfBaseException | YAMLError | TypeError):  # the last of a list for a mapping
-            reason = " ".join(line.strip() for line in str(error).splitlines() if "object_type" not in line)
-            raise UsageError(f"{self.origin}: {reason}") from None
+def _check_choices(section: str, config: Any) -> None:
+    """Raises `UsageError` where a field is none of the names that its type lists."""
+    for name, kind in types_of(config.__class__).items():
+        value, names = getattr(config, name), names_of(kind)
+        if names and not (value is None and type(None) in get_args(kind)):
+            _choice(f"{section}.{name}", value, names)
 
 
 def _choice(name: str, value: str, choices: Sequence[str]) -> None:

@@ -16,9 +16,10 @@ from torch import Tensor
 from rin_video.config import Config, DataConfig
 from rin_video.datasets.decoding import open_video
 from rin_video.datasets.folders import CLIP_EXTENSIONS, find_files
-from rin_video.datasets.framing import Framing
+from rin_video.datasets.framing import Framing, smaller
+from rin_video.datasets.probe import probe_video
 from rin_video.datasets.reading import read_image
-from rin_video.datasets.video_info import VideoInfo, probe_video
+from rin_video.datasets.video_info import VideoInfo
 from rin_video.datasets.windows import nearest_in_time
 from rin_video.errors import UsageError
 from rin_video.known import known_frames_mask
@@ -57,13 +58,8 @@ def read_given(options: Namespace, pass_: Pass, config: Config) -> dict[str, Any
         known = known_frames_mask(pass_.shape[1:], parse_fill(options.fill, pass_.frames))
         context = read_context(Path(options.context), pass_.shape, config.data, count, pass_.frames)
         return {"context": context, "known": known}
-    context = read_context(Path(options.context), pass_.shape, config.data, count, frames)
-    if context.shape[2] >= pass_.frames:
-        raise UsageError(
-            f"{options.context} has {context.shape[2]} frames, the clips {pass_.frames}: "
-            f"use --context-frames 1 to {pass_.frames - 1}, or more --frames"
-        )
-    return {"context": context}
+    limit = pass_.frames - 1
+    return {"context": read_context(Path(options.context), pass_.shape, config.data, count, frames, limit=limit)}
 
 
 def read_told(options: Namespace, config: Config) -> dict[str, Any]:
@@ -109,17 +105,27 @@ def _existing(path: Path) -> Path:
     return path
 
 
-def read_context(path: Path, shape: tuple[int, ...], options: DataConfig, num: int, frames: int | None) -> Tensor:
+def read_context(
+    path: Path, shape: tuple[int, ...], options: DataConfig, num: int, frames: int | None, limit: int | None = None
+) -> Tensor:
     """The first `frames` frames of a clip, as training would cut them: uint8 (num, C, frames, H, W).
 
     At the stride or rate of `options`, resized and cropped at the centre to the H and W of `shape` (C, F, H, W). None:
-    all frames. A folder gives sample i its i-th clip, and starts again behind the last.
+    all frames. A folder gives sample i its i-th clip, and starts again behind the last. Lengths are looked at before
+    anything is read. Raises UsageError for more than `limit` frames.
     """
     files = find_files(path, CLIP_EXTENSIONS)[:num]
-    clips = [_read_clip(file, shape, options, frames) for file in files]
-    lengths = {clip.shape[1] for clip in clips}
+    infos = [probe_video(file, max_pixels=options.max_pixels) for file in files]
+    chosen = [_indices(file, info, options, frames) for file, info in zip(files, infos, strict=True)]
+    lengths = {len(indices) for indices in chosen}
+    if limit is not None and max(lengths) > limit:
+        raise UsageError(
+            f"{path} has {max(lengths)} frames, the clips {limit + 1}: "
+            f"use --context-frames 1 to {limit}, or more --frames"
+        )
     if len(lengths) > 1:
         raise UsageError(f"the clips of {path} have {min(lengths)} to {max(lengths)} frames: give --context-frames")
+    clips = [_read_clip(*clip, shape, options) for clip in zip(files, infos, chosen, strict=True)]
     return torch.stack([clips[i % len(clips)] for i in range(num)])
 
 
@@ -142,16 +148,13 @@ def parse_fill(text: str, frames: int) -> range:
     return invented
 
 
-def _read_clip(file: Path, shape: tuple[int, ...], options: DataConfig, frames: int | None) -> Tensor:
-    info = probe_video(file)
-    indices = _indices(info, options)
-    if frames is not None and frames > len(indices):
-        raise UsageError(
-            f"{file} has {len(indices)} frames at this stride or rate, not {frames}: lower --context-frames"
-        )
+def _read_clip(
+    file: Path, info: VideoInfo, indices: Sequence[int], shape: tuple[int, ...], options: DataConfig
+) -> Tensor:
     framing = Framing((shape[-2], shape[-1]))
+    plan = framing.plan(info.size, np.random.default_rng(0))
     with open_video(file, options.decoder, info) as video:
-        clip = framing(video.read(indices[:frames]), np.random.default_rng(0))
+        clip = framing.cut(video.read(indices, smaller(plan.size, info.size)), plan)
     if shape[0] == 1:
         from torchvision.transforms.v2 import functional as transforms
 
@@ -159,9 +162,15 @@ def _read_clip(file: Path, shape: tuple[int, ...], options: DataConfig, frames: 
     return clip.transpose(0, 1)
 
 
-def _indices(info: VideoInfo, options: DataConfig) -> Sequence[int]:
-    """The frames of a whole file at the stride or the rate of training."""
+def _indices(file: Path, info: VideoInfo, options: DataConfig, frames: int | None) -> Sequence[int]:
+    """The first frames of a file, or all of them, at the stride or the rate of training."""
     if options.fps is None:
-        return range(0, info.num_frames, options.stride)
-    wanted = np.arange(0, info.times[-1] + 0.5 / info.fps, 1 / options.fps)
-    return nearest_in_time(info.times, wanted)
+        indices: Sequence[int] = range(0, info.num_frames, options.stride)
+    else:
+        wanted = np.arange(0, info.times[-1] + 0.5 / info.fps, 1 / options.fps)
+        indices = nearest_in_time(info.times, wanted)
+    if frames is not None and frames > len(indices):
+        raise UsageError(
+            f"{file} has {len(indices)} frames at this stride or rate, not {frames}: lower --context-frames"
+        )
+    return indices[:frames]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rin_video.conditioning import Condition
+from rin_video.config import LatentPositionName
 from rin_video.errors import UsageError
 from rin_video.layers import DepthwiseConv, FeedForward, LayerNorm, LinearAttention, Unit
 from rin_video.tokenizers.positions import make_position
@@ -114,7 +115,7 @@ class RINCore(nn.Module):
         latent_num_heads: int = 16,
         mlp_ratio: float = 4,
         latent_mlp_ratio: float = 4,
-        latent_position: str = "learned",
+        latent_position: LatentPositionName = "learned",
         self_conditioning: Sequence[str] = ("latent",),
         interface_mixing: Sequence[str] = (),
         num_axes: int = 0,

@@ -13,11 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from rin_video.config import (
+    ClippingName,
     Config,
     DataConfig,
     DiffusionConfig,
+    KnownKind,
+    LossWeightName,
     ModelConfig,
+    ObjectiveName,
+    PrecisionName,
     SampleConfig,
+    ScheduleName,
+    TimeSamplingName,
     TrainConfig,
     check_diffusion_names,
 )
@@ -63,21 +70,21 @@ class GaussianDiffusion(nn.Module):
         self,
         model: nn.Module,
         timesteps: int | None = None,
-        noise_schedule: str = "sigmoid",
+        noise_schedule: ScheduleName = "sigmoid",
         schedule_kwargs: Mapping[str, float] | None = None,
-        objective: str = "v",
+        objective: ObjectiveName = "v",
         train_prob_self_cond: float = 0.9,
         scale: float = 1.0,
         *,
         self_cond_gap: float = 0.0,
-        loss_weight: str = "none",
+        loss_weight: LossWeightName = "none",
         loss_weight_kwargs: Mapping[str, float] | None = None,
-        time_sampling: str = "uniform",
+        time_sampling: TimeSamplingName = "uniform",
         time_sampling_kwargs: Mapping[str, float] | None = None,
         label_dropout: float = 0.0,
-        known: Mapping[str, float] | None = None,
+        known: Mapping[KnownKind, float] | None = None,
         known_frames: Sequence[int] = (),
-        clip_x0: str = "static",
+        clip_x0: ClippingName = "static",
         shape: tuple[int, ...] | None = None,
         **port: Any,
     ) -> None:
@@ -111,7 +118,7 @@ class GaussianDiffusion(nn.Module):
         self.shape: tuple[int, ...] | None = shape or getattr(model, "shape", None)
         self.classes: list[str] = []  # names, where training or a run's configuration says them
         self.unchecked = LOOKED_AT
-        self.precision = "no"  # in which it was trained, and is sampled where nothing else is said
+        self.precision: PrecisionName = "no"  # in which it was trained, and is sampled where nothing else is said
         self._check_known()
 
     @classmethod
@@ -261,7 +268,7 @@ class GaussianDiffusion(nn.Module):
         return {"latents": latents}
 
     def estimate(
-        self, prediction: Tensor, x_t: Tensor, level: NoiseLevel, given: Given, clip_x0: str | None = None
+        self, prediction: Tensor, x_t: Tensor, level: NoiseLevel, given: Given, clip_x0: ClippingName | None = None
     ) -> Tensor:
         """The estimate of the (scaled) data, kept in its range, with what is known in its place."""
         x0 = given.put(to_x0_eps(self.config.objective, prediction, x_t, level)[0])
@@ -276,7 +283,7 @@ class GaussianDiffusion(nn.Module):
         guidance_interval: Sequence[float] = (0.0, 1.0),
         guidance_rescale: float = 0.0,
         batched_guidance: bool = True,
-        clip_x0: str | None = None,
+        clip_x0: ClippingName | None = None,
     ) -> Denoise:
         """`denoise(x, level, hidden) -> (x0, eps, hidden)` for samplers: x0 clipped, eps re-derived from it.
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.overrides import TorchFunctionMode
 
-from rin_video.config import TrainConfig
+from rin_video.config import PrecisionName, TrainConfig
 from rin_video.errors import UsageError
 from rin_video.noise import PART, spread_seed
-from rin_video.precision import HALF
 from rin_video.tensors import map_tensors
 from rin_video.tracking import check_trackers
 
@@ -87,10 +86,11 @@ def heed_launcher(options: TrainConfig) -> None:
             asked,
         )
         return
-    if asked not in HALF:
-        raise UsageError(f"accelerate launch asks for --mixed_precision {asked}: use {' or '.join(HALF)}, or no")
+    heeded = next((name for name in get_args(PrecisionName) if name == asked), None)
+    if heeded is None:
+        raise UsageError(f"accelerate launch asks for --mixed_precision {asked}: use bf16 or fp16, or no")
     log.info("mixed precision %s, as accelerate launch asks for (train.mixed_precision)", asked)
-    options.mixed_precision = asked
+    options.mixed_precision = heeded
 
 
 def no_accelerator() -> bool:

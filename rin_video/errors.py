@@ -9,6 +9,12 @@ class UsageError(ValueError):
     """
 
 
+def one_line(text: object) -> str:
+    """Text as one line that any terminal, page or file can hold: what does not print is escaped."""
+    text = str(text).encode("utf-8", "backslashreplace").decode("utf-8")
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
 class TransientError(UsageError):
     """What a file is not to blame for (rights, a missing package, a killed child): it is tried again the next time."""
 
@@ -22,14 +28,6 @@ class DatasetError(UsageError):
 
     Others are of the same make, so that the run stops, where a `UsageError` costs the one sample that raises it.
     """
-
-
-def in_one_line(error: UsageError) -> UsageError:
-    """An error that torch brought from a process of a loader, without the traceback that it put around it."""
-    lines = str(error).strip().splitlines()
-    if len(lines) < 2 or not lines[0].startswith("Caught "):
-        return error
-    return type(error)(lines[-1].partition("Error: ")[2])
 
 
 def first_line(error: BaseException) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rin_video.config import class_index
+from rin_video.config import GuidanceDropName, class_index
 from rin_video.errors import UsageError
 from rin_video.tensors import append_dims
 
@@ -124,10 +124,15 @@ def check_labels(label: Labels | None, batch_size: int, num_classes: int, classe
 
 def check_guidance(guidance: float, drop: str, given: Given) -> None:
     """Raises `UsageError` where guidance has nothing to drop."""
-    there = {"label": given.label is not None or given.embedding is not None, "known": given.known is not None}
-    parts = drop.split("+")
+    there: dict[GuidanceDropName, bool] = {
+        "label": given.label is not None or given.embedding is not None,
+        "known": given.known is not None,
+    }
+    parts: list[Any] = drop.split("+")
     if unknown := set(parts) - set(there):
-        raise UsageError(f"guidance_drop is {drop}: {', '.join(sorted(unknown))} is unknown, it takes label, known")
+        raise UsageError(
+            f"guidance_drop is {drop}: {', '.join(sorted(unknown))} is unknown, it takes {', '.join(there)}"
+        )
     if missing := [part for part in parts if not there[part]]:
         raise UsageError(
             f"guidance is {guidance}, but there is no {' and no '.join(missing)} to be guided by: give one"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import html
 import os
 import re
 from collections.abc import Iterator
@@ -13,7 +13,8 @@ from typing import Any
 
 from rin_video.checkpoint import CONFIG, WEIGHTS, load_model
 from rin_video.config import Config, load_config, to_yaml
-from rin_video.errors import UsageError, first_line
+from rin_video.errors import UsageError, first_line, one_line
+from rin_video.plain_yaml import dump
 from rin_video.provenance import read_json
 from rin_video.report import read_lines
 
@@ -101,6 +102,7 @@ def model_card(folder: Path, repo: str, license: str | None = None) -> str:
         meta["license"] = license
     if kind == "images":
         meta["pipeline_tag"] = "unconditional-image-generation"
+    versions = made["versions"] if isinstance(made.get("versions"), dict) else {}
     facts = {
         "data": data_name(config),
         "classes": ", ".join(config.data.classes),
@@ -109,29 +111,48 @@ def model_card(folder: Path, repo: str, license: str | None = None) -> str:
         "learning rate": f"{config.train.train_lr:g}, {config.train.optimizer}" if lines else None,
         "last loss": f"{lines[-1]['loss']:.4f} ({config.diffusion.objective})" if lines else None,
         "trained on": made.get("device"),
-        "versions": ", ".join(f"{name} {number}" for name, number in dict(made.get("versions") or {}).items()),
+        "versions": ", ".join(f"{name} {number}" for name, number in versions.items()),
     }
     suffix = "mp4" if clips else "png" if kind == "images" else "npy"
     paragraphs = [
-        "---\n" + "".join(f"{key}: {json.dumps(value)}\n" for key, value in meta.items()) + "---",
-        f"# {repo.split('/')[1]}",
+        f"---\n{dump(meta)}---",
+        f"# {plain_text(repo.split('/')[1])}",
         f"A Recurrent Interface Network ([RIN](https://arxiv.org/abs/2212.11972)) that draws {kind} of "
         f"{'x'.join(map(str, info.shape[1:]))}, with {info.params / 1e6:.1f} million parameters.",
         f"![Samples]({PICTURE})" if PICTURE in samples else "",
         f"The same as a clip: [{CLIP}]({CLIP})." if CLIP in samples else "",
-        f"## Use\n\n```\npip install rin-video\nrin-video sample {repo} --num 4 --out samples.{suffix}\n```",
-        f"```python\nfrom rin_video import GaussianDiffusion\n\n"
-        f'diffusion = GaussianDiffusion.from_pretrained("{repo}")\nsamples = diffusion.sample(batch_size=4)\n```',
+        "## Use",
+        code_block(f"pip install rin-video\nrin-video sample {repo} --num 4 --out samples.{suffix}"),
+        code_block(
+            "from rin_video import GaussianDiffusion\n\n"
+            f'diffusion = GaussianDiffusion.from_pretrained("{repo}")\nsamples = diffusion.sample(batch_size=4)',
+            "python",
+        ),
         "The files are safetensors and YAML: nothing in them is executed.",
         "## Training\n\n| | |\n|---|---|\n"
-        + "\n".join(f"| {name} | {value} |" for name, value in facts.items() if value)
+        + "\n".join(f"| {name} | {plain_text(value)} |" for name, value in facts.items() if value)
         if any(facts.values())
         else "",
-        f"## Model\n\n```\n{describe(config.model)}\n```",
-        f"## Configuration\n\n```yaml\n{to_yaml(without_paths(config)).strip()}\n```",
+        "## Model",
+        code_block(describe(config.model)),
+        "## Configuration",
+        code_block(to_yaml(without_paths(config)).strip(), "yaml"),
         "" if license else "## License\n\nNot chosen yet: `license:` at the top of this card says it.",
     ]
     return "\n\n".join(paragraph for paragraph in paragraphs if paragraph) + "\n"
+
+
+def plain_text(text: object) -> str:
+    """Text as Markdown that shows it as it is, in one line: no markup, link, HTML, formula or cell comes of it."""
+    entities = {"\\": "&#92;", "|": "&#124;"}  # which every dialect takes in tables, and none for a formula
+    escaped = "".join(entities.get(char, char) for char in html.escape(one_line(text), quote=False))
+    return re.sub(r"[`*_~\[\]$:@]|(?<=www)\.|(?<!&)#", r"\\\g<0>", escaped, flags=re.IGNORECASE)
+
+
+def code_block(text: str, language: str = "") -> str:
+    """Text in a fence that is longer than any in it."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text}\n{fence}"
 
 
 def without_paths(config: Config) -> Config:

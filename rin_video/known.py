@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from rin_video.config import KnownKind
 from rin_video.errors import UsageError
 
 Grid = Sequence[int]
@@ -52,7 +53,7 @@ def boxes(grid: Grid, count: Count) -> Tensor:
     return box if torch.rand(()) < 0.5 and not box.all() else ~box
 
 
-KNOWN_MASKS: dict[str, Callable[[Grid, Count], Tensor]] = {
+KNOWN_MASKS: dict[KnownKind, Callable[[Grid, Count], Tensor]] = {
     "none": lambda grid, count: torch.zeros(*grid, dtype=torch.bool),
     "first": first,
     "last": last,
@@ -60,10 +61,10 @@ KNOWN_MASKS: dict[str, Callable[[Grid, Count], Tensor]] = {
     "frames": frames,
     "boxes": boxes,
 }
-ANY_GRID = ("none", "boxes")  # the others need an axis of frames (or of a sequence)
+ANY_GRID: tuple[KnownKind, ...] = ("none", "boxes")  # the others need an axis of frames (or of a sequence)
 
 
-def draw_known(kinds: Mapping[str, float], known_frames: Sequence[int], batch: int, grid: Grid) -> Tensor:
+def draw_known(kinds: Mapping[KnownKind, float], known_frames: Sequence[int], batch: int, grid: Grid) -> Tensor:
     """A mask for each sample, (batch, 1, *grid), of a kind drawn by the weights `kinds`; always something to invent.
 
     `known_frames` is how many frames the kinds that count them take, [least, most]; empty: 1 to half. On the CPU, from

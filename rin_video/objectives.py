@@ -6,19 +6,20 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
+from rin_video.config import ClippingName, LossWeightName, ObjectiveName, TimeSamplingName
 from rin_video.errors import UsageError
 from rin_video.noise import PART
 from rin_video.schedules import GAMMA_MIN, NoiseLevel
 
-OBJECTIVES = ("eps", "x0", "v", "velocity")
+OBJECTIVES: tuple[ObjectiveName, ...] = get_args(ObjectiveName)
 
 
-def target(objective: str, x0: Tensor, eps: Tensor, level: NoiseLevel) -> Tensor:
+def target(objective: ObjectiveName, x0: Tensor, eps: Tensor, level: NoiseLevel) -> Tensor:
     """What the model should have said.
 
     v: Salimans & Ho 2022 (arXiv 2202.00512), sec. 4. velocity: dx/dt of rectified flow (arXiv 2209.03003), on any path.
@@ -32,7 +33,7 @@ def target(objective: str, x0: Tensor, eps: Tensor, level: NoiseLevel) -> Tensor
     return level.alpha * eps - level.sigma * x0
 
 
-def to_x0_eps(objective: str, prediction: Tensor, x_t: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
+def to_x0_eps(objective: ObjectiveName, prediction: Tensor, x_t: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
     """The one place where a prediction becomes estimates of the data and the noise; neither is clipped."""
     _, alpha, sigma, _ = level
     if objective == "eps":
@@ -81,7 +82,7 @@ def power_weight(snr: Tensor, power: float = 0.5, limit: float = 20.0) -> Tensor
     return (snr + 1).clamp(max=limit) ** power
 
 
-LOSS_WEIGHTS: dict[str, Callable[..., Tensor]] = {
+LOSS_WEIGHTS: dict[LossWeightName, Callable[..., Tensor]] = {
     "min_snr": min_snr,
     "p2": p2,
     "sigmoid": sigmoid_weight,
@@ -90,7 +91,7 @@ LOSS_WEIGHTS: dict[str, Callable[..., Tensor]] = {
 
 
 def make_loss_weight(
-    name: str, objective: str, loss_weight_kwargs: Mapping[str, float] | None = None
+    name: LossWeightName, objective: ObjectiveName, loss_weight_kwargs: Mapping[str, float] | None = None
 ) -> Callable[[NoiseLevel], Any]:
     """The weight of the squared error of `objective` at a level: "none" (1), or one of `LOSS_WEIGHTS`.
 
@@ -153,7 +154,7 @@ def logit_normal_time(count: int, device: torch.device, mean: float = 0.0, std: 
     return torch.sigmoid(mean + std * torch.randn(count, device=device))
 
 
-TIME_SAMPLINGS: dict[str, Callable[..., Tensor]] = {
+TIME_SAMPLINGS: dict[TimeSamplingName, Callable[..., Tensor]] = {
     "uniform": uniform_time,
     "low_discrepancy": low_discrepancy_time,
     "logit_normal": logit_normal_time,
@@ -180,7 +181,7 @@ def clip_dynamic(x0: Tensor, limit: float, quantile: float = 0.995) -> Tensor:
     return x0.clamp(-reach, reach) * (limit / reach)
 
 
-CLIPS: dict[str, Callable[[Tensor, float], Tensor]] = {
+CLIPS: dict[ClippingName, Callable[[Tensor, float], Tensor]] = {
     "static": clip_static,
     "dynamic": clip_dynamic,
     "none": lambda x0, limit: x0,

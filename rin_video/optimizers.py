@@ -8,25 +8,25 @@ import torch
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 
-from rin_video.config import Config
+from rin_video.config import Config, OptimizerName
 from rin_video.diffusion import GaussianDiffusion
+
+OPTIMIZERS: dict[OptimizerName, dict[str, Any]] = {  # as timm calls them, and what they take beside the common options
+    "adamw": {"opt": "adamw", "fused": True},
+    "lamb": {"opt": "lamb", "max_grad_norm": None},  # clipping is ours
+    "muon": {"opt": "nmuon", "momentum": 0.95},
+}
 
 
 def make_optimizer(diffusion: GaussianDiffusion, config: Config) -> torch.optim.Optimizer:
     """AdamW, LAMB or (Nesterov) Muon; weight decay on matrices only, not on biases, norms and embeddings."""
     options = config.train
-    extras: dict[str, dict[str, Any]] = {
-        "adamw": {"fused": True},
-        "lamb": {"max_grad_norm": None},  # clipping is ours
-        "muon": {"momentum": 0.95},
-    }
     return create_optimizer_v2(
         diffusion.model,
-        opt="nmuon" if options.optimizer == "muon" else options.optimizer,
         lr=options.train_lr,
         weight_decay=options.weight_decay,
         betas=tuple(options.betas),
-        **extras[options.optimizer],
+        **OPTIMIZERS[options.optimizer],
     )
 
 

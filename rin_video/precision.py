@@ -7,11 +7,13 @@ from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
-HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+from rin_video.config import PrecisionName
+
+HALF: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @contextmanager
-def tf32_products(precision: str) -> Iterator[None]:
+def tf32_products(precision: PrecisionName) -> Iterator[None]:
     """For `tf32`, within the block matrix products of float32 on a CUDA GPU may use TF32 (10 bits of mantissa)."""
     before = torch.get_float32_matmul_precision()
     if precision == "tf32" and torch.cuda.is_available():  # on a CPU "high" may mean bfloat16
@@ -22,7 +24,7 @@ def tf32_products(precision: str) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def running_in(precision: str, device: torch.device) -> AbstractContextManager[None]:
+def running_in(precision: PrecisionName, device: torch.device) -> AbstractContextManager[None]:
     """Within the block a network on `device` runs in `precision`: no (as it is set), tf32, bf16 or fp16 (autocast)."""
     if precision in HALF:
         return torch.autocast(device.type, HALF[precision])

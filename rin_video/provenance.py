@@ -35,7 +35,8 @@ def write_provenance(folder: Path, config: Config, accelerator: Any) -> None:
     earlier = []
     if path.exists():
         before = read_json(path)
-        earlier = [*before.pop("earlier", []), before]
+        starts = before.pop("earlier", [])
+        earlier = [*(starts if isinstance(starts, list) else []), before]
     write_text(path, json.dumps(now | {"earlier": earlier}, indent=1) + "\n")
 
 
@@ -43,7 +44,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; an empty one where there is none that can be read."""
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return {}
 
 

@@ -6,13 +6,15 @@ import base64
 import html
 import json
 import math
+from contextlib import suppress
 from pathlib import Path
 from string import Template
 from typing import Any
 
 from rin_video.checkpoint import CONFIG
-from rin_video.errors import UsageError
+from rin_video.errors import UsageError, one_line
 from rin_video.files import write_text
+from rin_video.metrics import NOISE_BINS
 from rin_video.plots import metrics_svg
 from rin_video.provenance import read_json
 
@@ -57,15 +59,17 @@ def write_report(run: Path, path: Path) -> Path:
     write_text(
         path,
         PAGE.substitute(
-            title=html.escape(f"{run.resolve().name}: training of a RIN"),
-            summary=html.escape(
+            title=escape(f"{run.resolve().name}: training of a RIN"),
+            summary=escape(
                 f"Step {last['step']:,}, loss {last['loss']:.4f}, {last['samples_per_second']:.1f} samples/s; "
                 f"started {made.get('started', 'at an unknown time')}{describe_earlier(made.get('earlier'))}."
             ),
             curves=metrics_svg(lines),
             samples="\n".join(figures(run / "samples")) or "<p>none yet</p>",
             facts="".join(fact(name, value) for name, value in made.items() if value is not None and name != "earlier"),
-            config=html.escape(config.read_text(encoding="utf-8") if config.is_file() else "not written yet"),
+            config=html.escape(
+                config.read_text(encoding="utf-8", errors="replace") if config.is_file() else "not written yet"
+            ),
         ),
     )
     return path
@@ -81,16 +85,37 @@ def describe_earlier(starts: Any) -> str:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`; one that is cut short is left out."""
+    """The lines of a `metrics.jsonl`; one that is cut short, or is none that training writes, is left out."""
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+        with suppress(ValueError, RecursionError):
             line = json.loads(text)
-            if math.isfinite(line["loss"]):
+            if is_line(line):
                 lines.append(line)
-        except (ValueError, KeyError, TypeError):  # noqa: PERF203
-            continue
     return lines
+
+
+def is_line(line: Any) -> bool:
+    """Whether a line of a `metrics.jsonl` holds what the page shows, and numbers wherever it shows numbers."""
+    if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+        return False
+    by_t, rest = line.get("loss_by_t"), [line.get(name) for name in ("grad_norm", "lr", "data_wait")]
+    if not isinstance(by_t, list) or len(by_t) != NOISE_BINS:
+        return False
+    return all(map(is_number, (line.get("loss"), line.get("samples_per_second")))) and all(
+        value is None or is_number(value) for value in (*by_t, *rest)
+    )
+
+
+def is_number(value: Any) -> bool:
+    with suppress(TypeError, OverflowError):
+        return not isinstance(value, bool) and math.isfinite(value)
+    return False
+
+
+def escape(text: str) -> str:
+    """Text in one line of HTML."""
+    return html.escape(one_line(text))
 
 
 def figures(folder: Path) -> list[str]:
@@ -120,4 +145,4 @@ def figure(step: int, path: Path) -> str:
 def fact(name: str, value: Any) -> str:
     text = ", ".join(f"{key} {item}" for key, item in value.items()) if isinstance(value, dict) else value
     text = " ".join(map(str, text)) if isinstance(text, list) else text
-    return f"<tr><td>{html.escape(name)}</td><td>{html.escape(str(text))}</td></tr>"
+    return f"<tr><td>{escape(name)}</td><td>{escape(str(text))}</td></tr>"

@@ -13,11 +13,12 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
+from rin_video.config import SamplerName, SpacingName
 from rin_video.errors import UsageError
 from rin_video.schedules import NoiseLevel, Schedule
 
@@ -160,7 +161,7 @@ def heun(
 
 
 Sampler = Callable[..., Iterator[Step]]
-SAMPLERS: dict[str, Sampler] = {
+SAMPLERS: dict[SamplerName, Sampler] = {
     "ddim": ddim,
     "euler": ddim,  # what DDIM is, in sigma / alpha or on the straight path
     "ddpm": ddpm,
@@ -172,7 +173,7 @@ SAMPLERS: dict[str, Sampler] = {
 }
 
 
-def get_sampler(name: str, sampler_kwargs: Mapping[str, float] | None = None) -> Sampler:
+def get_sampler(name: SamplerName, sampler_kwargs: Mapping[str, float] | None = None) -> Sampler:
     """The sampler called `name`, with its options (eta, churn) set. A `UsageError` lists the known ones."""
     if name not in SAMPLERS:
         raise UsageError(f"unknown sampler {name!r}: known are {', '.join(SAMPLERS)}")
@@ -198,8 +199,13 @@ def initial_state(levels: Levels, noise: Noise) -> Tensor:
     return levels[0][0].sigma * noise()
 
 
-SPACINGS = ("uniform", "quadratic", "karras", "logsnr")
-KARRAS = ("dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m", "heun")  # far better on that spacing below 50 steps
+SPACINGS: tuple[SpacingName, ...] = get_args(SpacingName)
+KARRAS: tuple[SamplerName, ...] = (
+    "dpmpp_2m",
+    "dpmpp_2m_sde",
+    "dpmpp_3m",
+    "heun",
+)  # far better on that spacing below 50 steps
 RATIO_MIN, RATIO_MAX = 0.002, 80.0  # of sigma / alpha, where the spacing is not by time: EDM's, table 1
 
 
@@ -207,7 +213,7 @@ def make_levels(
     schedule: Schedule,
     steps: int,
     *,
-    spacing: str = "uniform",
+    spacing: SpacingName = "uniform",
     time_difference: float = 0.0,
     scale: float = 1.0,
     dtype: torch.dtype = torch.float64,

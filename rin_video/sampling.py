@@ -4,14 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from rin_video.config import PARAMETERS, PRECISIONS, DiffusionConfig, SampleConfig
+from rin_video.config import (
+    PARAMETERS,
+    ClippingName,
+    DiffusionConfig,
+    PrecisionName,
+    SampleConfig,
+    SamplerName,
+    ScheduleName,
+    SpacingName,
+)
 from rin_video.errors import UsageError
 from rin_video.given import Given, Labels, check_guidance, check_labels
 from rin_video.known import place_context
@@ -33,11 +42,11 @@ def sample(
     *,
     shape: tuple[int, ...] | None = None,
     steps: int | None = None,
-    sampler: str | None = None,
+    sampler: SamplerName | None = None,
     sampler_kwargs: Mapping[str, float] | None = None,
-    spacing: str | None = None,
+    spacing: SpacingName | None = None,
     time_difference: float = 0.0,
-    schedule: str | None = None,
+    schedule: ScheduleName | None = None,
     schedule_kwargs: Mapping[str, float] | None = None,
     label: Labels | None = None,
     embedding: Tensor | np.ndarray | None = None,
@@ -48,8 +57,8 @@ def sample(
     guidance_interval: Sequence[float] = (0.0, 1.0),
     guidance_rescale: float = 0.0,
     batched_guidance: bool = True,
-    clip_x0: str | None = None,
-    precision: str | None = None,
+    clip_x0: ClippingName | None = None,
+    precision: PrecisionName | None = None,
     seed: int | None = None,
     max_batch: int | None = None,
     hidden: Any = None,
@@ -91,16 +100,16 @@ def sample(
         raise UsageError(f"batch_size is {batch_size}: draw at least 1 sample")
     if clip_x0 not in (None, *CLIPS):
         raise UsageError(f"unknown clip_x0 {clip_x0!r}: known are {', '.join(CLIPS)}")
-    sampler = sampler or diffusion.sampler or SampleConfig.sampler
+    sampler_name: SamplerName = sampler or diffusion.sampler or SampleConfig.sampler
     device = next((p.device for p in diffusion.parameters()), torch.device("cpu"))
     levels = make_levels(
         sampling_schedule(diffusion.config, schedule, schedule_kwargs),
         (diffusion.config.timesteps or SampleConfig.steps) if steps is None else steps,
-        spacing=spacing or suited_spacing(sampler, schedule, schedule_kwargs, time_difference),
+        spacing=spacing or suited_spacing(sampler_name, schedule, schedule_kwargs, time_difference),
         time_difference=time_difference,
         scale=diffusion.config.scale,
     )
-    draw = get_sampler(sampler, sampler_kwargs)
+    draw = get_sampler(sampler_name, sampler_kwargs)
     precision = sampling_precision(precision, diffusion.precision, device)
     given, data = _given(diffusion, batch_size, shape, label, embedding, context, known)
     if guidance:
@@ -215,22 +224,22 @@ def _at(part: Tensor, indices: Tensor, device: torch.device) -> Tensor:
     return part[indices.to(part.device)].to(device)
 
 
-def suited_spacing(sampler: str, *in_time: Any) -> str:
+def suited_spacing(sampler: SamplerName, *in_time: Any) -> SpacingName:
     """ "karras" for DPM-Solver++ and Heun; "uniform" for the rest, and with any option that is about time."""
     return "karras" if sampler in KARRAS and not any(in_time) else "uniform"
 
 
-def sampling_precision(asked: str | None, trained: str, device: torch.device) -> str:
+def sampling_precision(asked: PrecisionName | None, trained: PrecisionName, device: torch.device) -> PrecisionName:
     """The precision that was asked for; else that of training, but float32 on a CPU, which gains nothing by others."""
     if asked is None:
         return "no" if device.type == "cpu" else trained
-    if asked not in PRECISIONS:
-        raise UsageError(f"unknown precision {asked!r}: known are {', '.join(PRECISIONS)}")
+    if asked not in (known := get_args(PrecisionName)):
+        raise UsageError(f"unknown precision {asked!r}: known are {', '.join(known)}")
     return asked
 
 
 def sampling_schedule(
-    config: DiffusionConfig, name: str | None = None, schedule_kwargs: Mapping[str, float] | None = None
+    config: DiffusionConfig, name: ScheduleName | None = None, schedule_kwargs: Mapping[str, float] | None = None
 ) -> Schedule:
     """The schedule to sample with: another one by name, or that of training with other parameters.
 

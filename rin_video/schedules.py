@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rin_video.config import ScheduleName
 from rin_video.errors import UsageError
 
 GAMMA_MIN = 1e-9
@@ -94,7 +95,7 @@ def rectified_flow(t: Tensor) -> NoiseLevel:
     return NoiseLevel(alpha**2 / (alpha**2 + t**2), alpha, t, power=1)
 
 
-SCHEDULES: dict[str, Callable[..., Tensor | NoiseLevel]] = {
+SCHEDULES: dict[ScheduleName, Callable[..., Tensor | NoiseLevel]] = {
     "linear": linear,
     "cosine": cosine,
     "cosine_simple": cosine_simple,
@@ -105,7 +106,7 @@ SCHEDULES: dict[str, Callable[..., Tensor | NoiseLevel]] = {
 Schedule = Callable[[Tensor], NoiseLevel]
 
 
-def make_schedule(name: str, schedule_kwargs: Mapping[str, float] | None = None) -> Schedule:
+def make_schedule(name: ScheduleName, schedule_kwargs: Mapping[str, float] | None = None) -> Schedule:
     """The function t -> `NoiseLevel` of the schedule called `name` (one of `SCHEDULES`), with its parameters.
 
     Raises `UsageError` for an unknown name or parameter, and for parameters that span nothing.

@@ -27,10 +27,9 @@ class TextEncoder:
         transformers = import_transformers()
         here = Path(source).is_dir()
         try:
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(os.fspath(source), local_files_only=here)
-            model = transformers.AutoModel.from_pretrained(
-                os.fspath(source), local_files_only=here, use_safetensors=True, trust_remote_code=False
-            )
+            options = {"local_files_only": here, "trust_remote_code": False}
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(os.fspath(source), **options)
+            model = transformers.AutoModel.from_pretrained(os.fspath(source), use_safetensors=True, **options)
         except Exception as error:
             raise UsageError(
                 f"{source} cannot be read as a text encoder ({first_line(error)}): give a folder that transformers "

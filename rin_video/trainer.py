@@ -192,7 +192,6 @@ class Trainer:
             state=self.pending,
             gather=self.accelerator.gather,
         )
-        batches = self.batches()
         bar = tqdm(
             total=self.options.train_num_steps,
             initial=self.step,
@@ -202,8 +201,8 @@ class Trainer:
         )
         self.call("on_start")
         try:
-            precise = tf32_products(self.options.mixed_precision)
-            with StopSignals() as signals, bar, precise, full_disk(self.folder), out_of_memory(self):
+            precise, batches = tf32_products(self.options.mixed_precision), self.batches()
+            with StopSignals() as signals, bar, precise, full_disk(self.folder), out_of_memory(self), batches:
                 while self.step < self.options.train_num_steps:
                     terms, grad_norm, waited = self.train_step(batches)
                     metrics.add(terms, grad_norm, waited)
@@ -296,7 +295,7 @@ class Trainer:
         self.compiled = self.compiling
         return LossTerms(term.loss.detach(), term.t)
 
-    def batches(self) -> Iterator[Any]:
+    def batches(self) -> Batches:
         """Batches without end, from where the present step stands. What they hold follows from seed and step alone."""
         return Batches(
             self.dataset,

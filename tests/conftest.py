@@ -55,6 +55,9 @@ def write_numbered(
     keyframes: Sequence[int] = (),
     rotation: int = 0,
     sound: bool = False,
+    rate: int = 8,
+    faststart: bool = False,
+    container_format: str | None = None,
 ) -> Path:
     """A clip whose frame i is of grey level STEP * (i + 1), but for a white upper left corner and a red lower left one.
 
@@ -62,8 +65,10 @@ def write_numbered(
     """
     if codec in ("gif", "webp"):
         return _write_animation(path, frames, size)
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=30 if times else 8, options=options or {})
+    rate = 30 if times else rate
+    muxing = {"movflags": "+faststart"} if faststart else {}
+    with av.open(str(path), "w", format=container_format, options=muxing) as container:
+        stream = container.add_stream(codec, rate=rate, options=options or {})
         stream.height, stream.width = size
         stream.pix_fmt = pix_fmt
         if rotation:
@@ -72,7 +77,7 @@ def write_numbered(
             _write_sound(container)
         for index in range(len(times) if times else frames):
             frame = av.VideoFrame.from_ndarray(_picture(index, size), format="rgb24")
-            frame.pts, frame.time_base = times[index] if times else index, Fraction(1, 30 if times else 8)
+            frame.pts, frame.time_base = times[index] if times else index, Fraction(1, rate)
             if index in keyframes:
                 frame.pict_type = PictureType.I
             container.mux(stream.encode(frame))

@@ -212,7 +212,7 @@ def test_usage_of_the_known_port_stands():
 
 def test_mistakes_are_named():
     model = Recorder()
-    with pytest.raises(UsageError, match=r"'noise'.*eps, x0, v"):
+    with pytest.raises(UsageError, match=r"objective=noise is unknown: choose eps, x0, v, velocity"):
         GaussianDiffusion(model, objective="noise")
     with pytest.raises(UsageError, match=r"train_prob_self_cond is 9"):
         GaussianDiffusion(model, train_prob_self_cond=9)

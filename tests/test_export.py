@@ -6,7 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
-from rin_video.datasets.decoding import open_video
+from rin_video.config import DataConfig
+from rin_video.context import read_context
+from rin_video.datasets.decoding import Video, open_video
 from rin_video.errors import UsageError
 from rin_video.export import contact_sheet, export, load_media, save_samples, video_grid, write_image_grid, write_video
 
@@ -186,3 +188,43 @@ def test_export_converts_and_reports(tmp_path, gradient):
         export(tmp_path / "clip.mp4", tmp_path / "clip.flv")
     with pytest.raises(UsageError, match="there is no file or folder"):
         export(tmp_path / "nowhere", tmp_path / "a.mp4")
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """How many frames each call of `Video.read` was asked for, and of which size."""
+    found = []
+    real = Video.read
+
+    def read(self, indices, size=None):
+        found.append((len(indices), size or self.size))
+        return real(self, indices, size)
+
+    monkeypatch.setattr(Video, "read", read)
+    return found
+
+
+def test_no_more_of_a_film_is_read_than_is_written(tmp_path, numbered, numbers, reads, monkeypatch):
+    path = numbered(tmp_path / "film.mp4")
+    export(path, tmp_path / "sheet.png")
+    assert [count for count, _ in reads] == [8]
+    reads.clear()
+    monkeypatch.setattr("rin_video.export.BLOCK_PIXELS", 6 * 32 * 64)
+    said = export(path, tmp_path / "copy.mp4")
+    assert [count for count, _ in reads] == [6, 6, 6, 2]
+    assert "20 frames of 32x64, 8 fps" in said
+    with open_video(tmp_path / "copy.mp4") as video:
+        assert numbers(video.read(range(20))) == list(range(20))
+    odd = numbered(tmp_path / "odd.mkv", frames=2, size=(33, 51), pix_fmt="yuv444p")
+    assert "padded from 33x51 to 34x52" in export(odd, tmp_path / "odd.mp4")
+
+
+def test_a_context_is_measured_before_it_is_read_and_read_small(tmp_path, numbered, reads):
+    path = numbered(tmp_path / "film.mp4", size=(64, 128))
+    with pytest.raises(UsageError, match=r"has 20 frames, the clips 16: use --context-frames 1 to 15"):
+        read_context(path, (3, 16, 16, 16), DataConfig(), 1, None, limit=15)
+    with pytest.raises(UsageError, match=r"has 20 frames at this stride or rate, not 30"):
+        read_context(path, (3, 16, 16, 16), DataConfig(), 1, 30)
+    assert reads == []
+    assert read_context(path, (3, 16, 16, 16), DataConfig(stride=2), 2, 5, limit=15).shape == (2, 3, 5, 16, 16)
+    assert reads == [(5, (16, 32))]

@@ -75,7 +75,7 @@ def test_what_is_passed_over_is_counted_and_named(tmp_path, capsys, monkeypatch)
         (tmp_path / "data" / name).write_bytes(b"")
     assert cli.main(["index", "data"]) == 0
     said = capsys.readouterr().out
-    assert "passed over: 5 files of other kinds (.csv 2, no suffix 1, .txt 1, .rmvb 1): " in said
+    assert "passed over: 5 files of other kinds (.csv 2, no extension 1, .txt 1, .rmvb 1): " in said
     for name in ("clip.rmvb", "list.csv", "list2.csv", "c.txt", "LICENSE"):
         assert name in said
     assert "passed over: 5 files of other kinds" in ImageFolder(tmp_path / "data", 8).describe()

@@ -203,8 +203,9 @@ def test_a_model_cannot_run_commands(run, hub, tmp_path, capfd):
     """Its configuration may say where data is, and is somebody else's."""
     config = (run / "config.yaml").read_text()
     config = config.replace("path: /home/somebody/secret/clips", f"path: 'pipe:touch {tmp_path / 'executed'}'")
-    config = config.replace("allow_pipe: false", "allow_pipe: true")
+    config = config.replace("data:\n", "data:\n  allow_pipe: true\n")
     assert "pipe:touch" in config
+    assert "allow_pipe: true" in config
     hub.commit("mallory/model", shared(run) | {"config.yaml": config.encode()})
     assert cli.main(["diagnose", "mallory/model"]) == 2
     assert "allow_pipe" in capfd.readouterr().err

@@ -1,12 +1,15 @@
 """Signals, kills, numbers that are none, no memory: a run that ends early says so and loses nothing."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import tiny_run
 import torch
@@ -35,8 +38,6 @@ class At(Callback):
 
 def lines(folder: Path) -> list:
     """The metrics without what a clock says."""
-    import json
-
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if k not in ("samples_per_second", "data_wait")} for row in rows]
 
@@ -47,6 +48,45 @@ def whole(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
     make_trainer(folder, log_every=4).train()
     return folder
+
+
+CODES = {  # of ways in which trainings end; those that are killed have none on Windows
+    "end": 0,
+    "error of the dataset": 1,
+    "error of the training": 1,
+    "error of the training, workers that hang": 1,
+    "workers that die": 1,
+    "Ctrl-C": 130,
+    "SIGTERM": Stopped.CODE,
+    "kill": -9,
+    "kill, workers that hang": -9,
+    "kill while writing": -9,
+    "error while probing": 1,
+    "kill while probing": -9,
+    "kill while preparing": -9,
+    "forgotten": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory) -> SimpleNamespace:
+    """Trainings that ended in all these ways, and the processes that were left ten seconds later."""
+    folder = tmp_path_factory.mktemp("endings")
+    command = [sys.executable, str(Path(tiny_run.__file__).with_name("endings.py")), str(folder), *CODES]
+    environment = os.environ | {"ENDINGS": str(folder), "PYTHONPATH": os.pathsep.join(sys.path)}
+    report = json.loads(subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True).stdout)
+    end = time.monotonic() + 10
+
+    def processes() -> list[psutil.Process]:
+        """Those that have inherited the environment."""
+        found = psutil.process_iter(["environ"])
+        return [process for process in found if (process.info["environ"] or {}).get("ENDINGS") == str(folder)]
+
+    while (left := processes()) and time.monotonic() < end:
+        time.sleep(0.05)
+    for process in left:
+        process.kill()
+    return SimpleNamespace(folder=folder, left=left, **report)
 
 
 def assert_same_run(folder: Path, whole: Path) -> None:
@@ -100,22 +140,23 @@ def test_the_command_line_ends_with_a_code_of_its_own(monkeypatch, capsys):
     assert capsys.readouterr().err == "rin-video: stopped by SIGTERM at step 7\n"
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL")
-def test_a_kill_while_writing_loses_nothing(tmp_path, whole):
+def test_a_kill_while_writing_loses_nothing(ended, whole):
     """The short version of benchmarks/kill_test.py: the second checkpoint is cut off while it is written."""
-    command = [sys.executable, tiny_run.__file__, str(tmp_path), "log_every=4", "save_and_sample_every=10"]
-    slow = os.environ | {"SLOW_WRITES": "0.2", "PYTHONPATH": os.pathsep.join(sys.path)}
-    process = subprocess.Popen(command, env=slow)
-    unfinished = tmp_path / "checkpoints" / "step-00000020.tmp"
-    deadline = time.monotonic() + 60
-    while not (unfinished / "state.safetensors").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    assert unfinished.exists()
-    assert newest_state(tmp_path)[1]["step"] == 10
-    make_trainer(tmp_path, log_every=4).train()
-    assert_same_run(tmp_path, whole)
+    folder = ended.folder / "kill while writing"
+    assert (folder / "checkpoints" / "step-00000020.tmp" / "state.safetensors").exists()
+    assert newest_state(folder)[1]["step"] == 10
+    make_trainer(folder, log_every=4).train()
+    assert_same_run(folder, whole)
+
+
+def test_whatever_ends_a_training_no_process_is_left(ended):
+    """Not even workers that hang, or ignore the signals that a cluster sends to all processes of a job."""
+    assert ended.left == []
+    assert ended.running == []
+    assert all(seconds < 10 for seconds in ended.seconds.values()), ended.seconds
+    if os.name != "nt":
+        assert ended.codes == CODES
+    assert newest_state(ended.folder / "SIGTERM")[1]["step"] == 1  # workers got the signal too, and the step was done
 
 
 def test_stopped_between_checkpoint_and_pictures(tmp_path, whole):

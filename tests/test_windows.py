@@ -11,7 +11,8 @@ from rin_video.config import DataConfig, data_config
 from rin_video.datasets import ClipFolder, ImageFolder
 from rin_video.datasets.buckets import Buckets, BucketSampler
 from rin_video.datasets.framing import Framing
-from rin_video.datasets.video_info import VideoInfo, pack_table, probe_video
+from rin_video.datasets.probe import probe_video
+from rin_video.datasets.video_info import VideoInfo, pack_table
 from rin_video.datasets.windows import Windows
 from rin_video.errors import UsageError
 
@@ -19,7 +20,7 @@ from rin_video.errors import UsageError
 def info(frames: int, fps: float = 8, cuts: tuple[int, ...] = ()) -> VideoInfo:
     return VideoInfo(
         "mov", "h264", frames, fps, (32, 64), 0, frames / fps, 1 / fps, pack_table(range(frames)), pack_table([0]),
-        trusted=True, plain_seek=True, cuts=cuts,
+        trusted=True, plain=True, cuts=cuts,
     )  # fmt: skip
 
 
@@ -99,6 +100,22 @@ def test_augmentations_are_the_same_for_all_frames():
     assert np.std(seen) > 5
     again = framing(still, np.random.default_rng(3))
     torch.testing.assert_close(again, framing(still, np.random.default_rng(3)))
+
+
+def test_what_is_enlarged_is_cut_first(monkeypatch):
+    """A picture of 20000x1 would otherwise become one of 1,280,000x64: gigabytes."""
+    from rin_video.datasets import framing
+
+    monkeypatch.setattr(framing, "resize", lambda *_: pytest.fail("the whole picture is enlarged"))
+    wide = torch.arange(20000, dtype=torch.int64).remainder(256).to(torch.uint8).expand(2, 3, 1, 20000)
+    cut = Framing(64)(wide, np.random.default_rng(0))
+    assert cut.shape == (2, 3, 64, 64)
+    assert int(cut[0, 0, 0, 0]) in (9999 % 256, 10000 % 256)
+    monkeypatch.undo()
+    noise = torch.randint(256, (2, 3, 30, 41), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for size, corner in (((64, 87), (0, 11)), ((90, 123), (26, 0)), ((71, 97), (7, 33))):
+        whole = framing.resize(noise, size)[..., corner[0] : corner[0] + 64, corner[1] : corner[1] + 64]
+        torch.testing.assert_close(framing.resize_part(noise, size, corner, (64, 64)), whole, atol=1, rtol=0)
 
 
 def test_crop_scale_is_the_part_of_the_picture_that_is_seen():

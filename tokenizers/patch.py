@@ -10,6 +10,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from rin_video.config import PositionName
 from rin_video.errors import UsageError
 from rin_video.layers import LayerNorm, init_linears
 from rin_video.tokenizers.positions import make_position
@@ -45,7 +46,7 @@ class PatchTokenizer(nn.Module):
         *,
         in_channels: int = 3,
         out_channels: int | None = None,
-        position: str = "learned",
+        position: PositionName = "learned",
         coordinate_range: float | None = 1000.0,
         dual_patchnorm: bool = False,
         conv_width: int = 0,

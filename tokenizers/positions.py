@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rin_video.config import PositionName
 from rin_video.errors import UsageError
-
-POSITIONS = ("learned", "sincos", "sincos_learned", "coordinate")
 
 
 def sincos(position: Tensor, dim: int) -> Tensor:
@@ -144,15 +145,21 @@ class CoordinatePosition(nn.Module):
         return total.expand(*grid, -1).reshape(math.prod(grid), -1)
 
 
-def make_position(name: str, grid: tuple[int, ...], dim: int, coordinate_range: float | None = 1000.0) -> nn.Module:
-    """The position code called `name` for a grid of tokens: a module that maps a grid to (N, dim)."""
-    if name == "learned":
-        return LearnedPosition(grid, dim)
-    if name in ("sincos", "sincos_learned"):
-        return SinCosPosition(grid, dim, coordinate_range, learned=name == "sincos_learned")
-    if name == "coordinate":
-        return CoordinatePosition(len(grid), dim)
-    raise UsageError(f"unknown position {name!r}: known are {', '.join(POSITIONS)}")
+POSITIONS: dict[PositionName, Callable[[tuple[int, ...], int, float | None], nn.Module]] = {
+    "learned": lambda grid, dim, coordinate_range: LearnedPosition(grid, dim),
+    "sincos": SinCosPosition,
+    "sincos_learned": partial(SinCosPosition, learned=True),
+    "coordinate": lambda grid, dim, coordinate_range: CoordinatePosition(len(grid), dim),
+}
+
+
+def make_position(
+    name: PositionName, grid: tuple[int, ...], dim: int, coordinate_range: float | None = 1000.0
+) -> nn.Module:
+    """The position code called `name` (one of `POSITIONS`) for a grid of tokens: maps a grid to (N, dim)."""
+    if name not in POSITIONS:
+        raise UsageError(f"unknown position {name!r}: known are {', '.join(POSITIONS)}")
+    return POSITIONS[name](grid, dim, coordinate_range)
 
 
 def _by(grid: tuple[int, ...]) -> str:

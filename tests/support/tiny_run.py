@@ -1,7 +1,6 @@
 """Tiny trainings in a process of their own: `python tiny_run.py FOLDER key=value ... [-- FOLDER key=value ...]`.
 
-What they write depends on the options alone. `SLOW_WRITES=seconds` makes every sync to the disk take that long,
-`STEP_SECONDS` every step.
+What they write depends on the options alone. `STEP_SECONDS` makes every step take that long.
 """
 
 import json
@@ -46,7 +45,9 @@ class Slow(Callback):
         time.sleep(float(os.environ.get("STEP_SECONDS", 0)))
 
 
-def make_trainer(folder: str | Path, model: dict | None = None, callbacks=(), data=None, **options) -> Trainer:
+def make_trainer(
+    folder: str | Path, model: dict | None = None, callbacks=(), data=None, num_workers=0, **options
+) -> Trainer:
     torch.manual_seed(0)
     if options.pop("mixture", False):
         model = {"tokenizer": "tube+image", "frames": 4, "patch_size": (2, 4, 4)}
@@ -57,7 +58,7 @@ def make_trainer(folder: str | Path, model: dict | None = None, callbacks=(), da
                 "save_and_sample_every": 10, "ema_snapshot_every": 5}  # fmt: skip
     diffusion = GaussianDiffusion(RIN(**TINY | (model or {})), timesteps=3)
     config = Config(diffusion.model.config, diffusion.config, train=train_config(**defaults | options))
-    config.data.num_workers = 0
+    config.data.num_workers = num_workers
     config.sample.num_samples, config.sample.steps = 2, 2
     return Trainer(
         diffusion, data or Noise(), results_folder=folder, config=config, progress=False, callbacks=callbacks
@@ -65,14 +66,6 @@ def make_trainer(folder: str | Path, model: dict | None = None, callbacks=(), da
 
 
 def main(folder: str, *overrides: str) -> None:
-    if "SLOW_WRITES" in os.environ:
-        fsync = os.fsync
-
-        def slow(handle: int) -> None:
-            time.sleep(float(os.environ["SLOW_WRITES"]))
-            fsync(handle)
-
-        os.fsync = slow
     options = {}
     for override in overrides:
         key, value = override.split("=")

@@ -1,0 +1,421 @@
+"""What a video file holds: its pictures as a decoder shows them, which are not always its packets.
+
+The packets are walked through, and short files are decoded once. Of long ones the pictures are taken from the packets
+where nothing speaks against it and samples from the beginning, the middle and the end agree; otherwise these are
+decoded once too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rin_video.datasets.geometry import has_alpha, orientation_of, oriented_size, stretched_size
+from rin_video.datasets.probing import beat
+from rin_video.datasets.sources import Source, open_source, shown, size_of
+from rin_video.datasets.video_info import (
+    MAX_PIXELS,
+    VideoInfo,
+    check_pixels,
+    frames_text,
+    is_webp,
+    pack_table,
+    ranges_of,
+)
+from rin_video.datasets.video_stream import ALPHA_DECODERS, VideoStream, stamp_of, unreadable, video_streams
+from rin_video.errors import UsageError
+
+SCENE_CHANGE = 0.3  # of FFmpeg's scene score, 0 to 1
+DECODED_PIXELS = 32_000_000  # a file of fewer, all frames together, is decoded to learn what it shows
+SAMPLED_FRAMES = 24  # of a longer one, at its beginning, in its middle and at its end
+SAME_RATE = 0.02  # how far the container's frame rate may be from that of the time stamps, relatively
+NOT_CODED = 16  # bytes: a packet of MPEG-4 up to here may stand for a picture that was dropped
+BROWSERS_DELAY = 100  # milliseconds for a frame of an animation that says 10 or less, as browsers do
+PROGRESSIVE = 1  # FFmpeg's field order
+HDR = {16: "PQ", 18: "HLG"}  # FFmpeg's numbers of the transfer functions
+
+
+def probe_video(source: Source | str, *, cuts: bool = False, max_pixels: int = MAX_PIXELS) -> VideoInfo:
+    """What a clip shows, and, to find its `cuts`, another pass over all of its frames.
+
+    Always with PyAV (Pillow for WebP), safe before a fork. Raises UsageError where it cannot be read.
+    """
+    source = Path(source) if isinstance(source, str) else source
+    if is_webp(source):
+        return _probe_webp(source, max_pixels)
+    try:
+        packets, index = _walk(source)
+        info = _probe(source, packets, index, max_pixels)
+        return replace(info, cuts=scene_cuts(source, info)) if cuts else info
+    except UsageError:
+        raise
+    except Exception as error:
+        raise unreadable(source, error) from error
+
+
+def scene_cuts(source: Source, info: VideoInfo) -> tuple[int, ...]:
+    """The frames that begin another scene, by FFmpeg's scene score."""
+    import av
+
+    graph: Any = None
+    found = []
+    with VideoStream(source, info.stream) as video:
+        stamps = info.timestamps
+        for count, (stamp, frame) in enumerate(video.pictures()):
+            beat()
+            if frame is None:
+                continue
+            small = frame.reformat(width=64, height=64, format="yuv420p")
+            small.pts = count
+            if graph is None:
+                graph = av.filter.Graph()
+                nodes = [
+                    graph.add_buffer(width=64, height=64, format="yuv420p", time_base=video.stream.time_base),
+                    graph.add("select", f"gt(scene\\,{SCENE_CHANGE})"),
+                    graph.add("buffersink"),
+                ]
+                graph.link_nodes(*nodes).configure()
+            graph.push(small)
+            try:
+                graph.pull()
+            except (av.BlockingIOError, av.EOFError):  # not a new scene
+                continue
+            found.append(int(np.searchsorted(stamps, stamp)) if info.trusted else count)
+    return tuple(index for index in found if index)
+
+
+# ---- packets
+
+
+class Packet(NamedTuple):
+    """A note on a packet, not the packet: together those are the whole file."""
+
+    stamp: int | None
+    dts: int | None
+    key: bool
+    hidden: bool  # decoded, never shown: before the start of an edit, or a reference frame of VP8
+    size: int  # bytes
+
+
+def _walk(source: Source) -> tuple[list[Packet], int]:
+    """The packets of the film of a file, and the number of its stream."""
+    with VideoStream(source) as video:
+        first, indices = video.index, [stream.index for stream in video_streams(video.container)]
+        packets = _notes(video)
+    for other in indices if len(packets) < 2 else ():  # a picture that does not say that it is one
+        if other != first:
+            with VideoStream(source, other) as video:
+                if len(notes := _notes(video)) > len(packets):
+                    packets, first = notes, other
+    if not packets:
+        raise UsageError(f"{shown(source)} cannot be read: not one frame can be decoded; leave it out")
+    return packets, first
+
+
+def _notes(video: VideoStream) -> list[Packet]:
+    vp8 = video.codec == "vp8"
+    return [
+        Packet(
+            stamp_of(packet),
+            packet.dts,
+            packet.is_keyframe,
+            packet.is_discard or (vp8 and not memoryview(packet)[0] & 0x10),  # the bit show_frame
+            packet.size,
+        )
+        for packet in video.packets()
+        if packet is not None and packet.size
+    ]
+
+
+# ---- pictures
+
+
+@dataclass
+class _Shown:
+    """What decoding has shown, in its order."""
+
+    stamps: list[int | None] = field(default_factory=list)
+    keys: set[int] = field(default_factory=set)  # stamps of frames that stand alone
+    lost: set[int] = field(default_factory=set)
+    marks: list[bytes] = field(default_factory=list)  # the pictures in small
+    sizes: set[tuple[int, int]] = field(default_factory=set)
+    interlaced: bool = False
+
+    def add(self, stamp: int | None, frame: Any) -> None:
+        if frame is None:
+            if stamp is not None:
+                self.lost.add(stamp)
+            return
+        self.stamps.append(stamp)
+        self.marks.append(_mark(frame))
+        self.sizes.add((frame.height, frame.width))
+        self.interlaced |= bool(frame.interlaced_frame)
+        if stamp is not None and frame.key_frame and int(frame.pict_type) in (0, 1):  # unknown, or I
+            self.keys.add(stamp)
+
+    @property
+    def ordered(self) -> bool:
+        """Whether the stamps find the pictures."""
+        stamps = self.stamps
+        return None not in stamps and all(a < b for a, b in pairwise(stamps))  # type: ignore[operator]
+
+
+def _probe(source: Source, packets: list[Packet], index: int, max_pixels: int) -> VideoInfo:
+    with VideoStream(source, index) as video:
+        stream = video.stream
+        check_pixels(source, stream.height, stream.width, max_pixels)
+        pictures = video.pictures()
+        head = list(islice(((s, f) for s, f in pictures if f is not None), 1))
+        if not head:
+            raise UsageError(f"{shown(source)} cannot be read: not one frame can be decoded; leave it out")
+        frame = head[0][1]
+        stored = (frame.height, frame.width)
+        check_pixels(source, *stored, max_pixels)
+        aspect = float(stream.sample_aspect_ratio or 1)
+        size = oriented_size(stretched_size(stored, aspect), orientation := orientation_of(frame))
+        check_pixels(source, *size, max_pixels)
+        sampled = len(packets) * stored[0] * stored[1] > DECODED_PIXELS and not _doubtful(video, packets, frame)
+        rate = float(stream.average_rate or 0)
+        tag = video.codec == "vp8" or video.codec == "vp9"
+        opaque = tag and video.decoder is stream.codec_context and stream.metadata.get("alpha_mode") == "1"
+        info = VideoInfo(
+            container=video.container_name,
+            codec=video.codec,
+            num_frames=0,
+            fps=rate,
+            size=size,
+            orientation=orientation,
+            duration=0.0,
+            time_base=float(stream.time_base),
+            stamps="",
+            keys="",
+            trusted=True,
+            plain=False,
+            bits=max((part.bits for part in frame.format.components), default=8),
+            stream=index,
+            tracks=len(video_streams(video.container)),
+            stored=stored,
+        )
+        notes = _notes_on_first(frame, video, aspect, opaque)
+        end = size_of(source)  # PyAV before 15 has no index entries
+        missing = sum(entry.pos + entry.size > end for entry in getattr(stream, "index_entries", ()))
+        alpha = has_alpha(frame)
+    expected = _expected(source, index, packets) if sampled else None
+    if expected is not None:
+        info = _with_table(info, packets, expected, set(), _entries(packets, None))
+        return replace(info, plain=info.plain and not alpha, notes=notes)
+    return _from_decoded(source, info, packets, _decode_all(source, index), notes, missing, alpha)
+
+
+def _from_decoded(
+    source: Source,
+    info: VideoInfo,
+    packets: list[Packet],
+    shown_: _Shown,
+    notes: tuple[str, ...],
+    missing: int,
+    alpha: bool,
+) -> VideoInfo:
+    """The table of a file of which everything was decoded."""
+    if not shown_.stamps:
+        raise UsageError(f"{shown(source)} cannot be read: not one frame can be decoded; leave it out")
+    count = len(shown_.stamps)
+    decoding = [packet.dts for packet in packets if packet.dts is not None]
+    if not shown_.ordered or any(b < a for a, b in pairwise(decoding)):  # edits play a part twice, or out of order
+        info = _with_table(info, packets, _fallback_times(shown_, packets, info), set(), [])
+        info = replace(info, trusted=False, plain=False)
+    else:
+        stamps: list[Any] = shown_.stamps
+        lost = {stamp for stamp in shown_.lost if stamps[0] < stamp < stamps[-1]}
+        info = _with_table(info, packets, sorted({*stamps, *lost}), lost, _entries(packets, shown_.keys))
+        if not _seeks_agree(source, info, dict(zip(stamps, shown_.marks, strict=True))):
+            info = replace(info, trusted=False, plain=False)
+            if lost:
+                info = _with_table(info, packets, stamps, set(), [])
+                info = replace(info, trusted=False, plain=False)
+        tail = max(missing, sum(stamp > stamps[-1] for stamp in shown_.lost))
+        if tail:
+            notes += (f"cut short: its first {info.num_frames} of {info.num_frames + tail} frames",)
+    if info.lost:
+        notes += (f"damaged: {frames_text(info.lost_ranges)} cannot be decoded, other windows are used",)
+    if shown_.interlaced:
+        notes += ("interlaced: moving edges show combs",)
+    if len(shown_.sizes) > 1:
+        sizes = ", ".join(f"{H}x{W}" for H, W in sorted(shown_.sizes))
+        notes += (f"size changes: {sizes}, all frames are scaled to {info.size[0]}x{info.size[1]}",)
+    plain = info.plain and not alpha and not shown_.interlaced and len(shown_.sizes) == 1 and len(packets) == count
+    plain = plain and len(info.entries) == sum(packet.key for packet in packets)  # where there is a table of keyframes
+    return replace(info, plain=plain, notes=notes)
+
+
+def _with_table(
+    info: VideoInfo, packets: list[Packet], stamps: list[int], lost: set[int], entries: list[int]
+) -> VideoInfo:
+    """With frames, rate, duration, entries and damage filled in."""
+    table = np.array(stamps, dtype=np.int64)
+    count, rate = len(table), info.fps
+    length = float(table[-1] - table[0]) * info.time_base
+    step = float(np.median(np.diff(table))) * info.time_base if count > 1 and length > 0 else 1 / (rate or 1.0)
+    average = count / (length + step)
+    # For a GIF the container's rate is a guess from its first frames; without a duration it may be the time base.
+    if info.container == "gif" or not rate or abs(rate / average - 1) > SAME_RATE:
+        rate = average
+    spoilt = [i for i, stamp in enumerate(stamps) if stamp in lost]
+    return replace(
+        info,
+        num_frames=count,
+        fps=rate,
+        duration=length + step,
+        stamps=pack_table(table),
+        keys=pack_table(entries),
+        plain=info.orientation == 0 and not lost and _simple(packets, stamps),
+        lost=tuple(edge for pair in ranges_of(spoilt) for edge in pair),
+    )
+
+
+def _simple(packets: list[Packet], stamps: list[int]) -> bool:
+    """Whether each packet is a picture and every seek ends where it should: as simple decoders assume."""
+    shown_ = [packet.stamp for packet in packets]
+    if None in shown_ or any(packet.hidden for packet in packets) or sorted(shown_) != list(stamps):  # type: ignore
+        return False
+    keys = [i for i, packet in enumerate(packets) if packet.key]
+    if not keys or keys[0]:
+        return False
+    # Containers are sought by decoding times: the next keyframe may be decoded before this one is shown.
+    for key, later in pairwise(keys):
+        if packets[later].dts is None or packets[later].dts <= packets[key].stamp:  # type: ignore[operator]
+            return False
+    return bool(np.array_equal(np.searchsorted(stamps, [shown_[i] for i in keys]), keys))  # type: ignore[arg-type]
+
+
+def _entries(packets: list[Packet], alone: set[int] | None) -> list[int]:
+    """Stamps of the keyframe packets, shown or not; with `alone`, of those shown only where the frame stands alone."""
+    return sorted(
+        {p.stamp for p in packets if p.key and p.stamp is not None and (alone is None or p.hidden or p.stamp in alone)}
+    )
+
+
+def _doubtful(video: VideoStream, packets: list[Packet], frame: Any) -> bool:
+    """Whether packets may not be pictures."""
+    stamps = [packet.stamp for packet in packets if not packet.hidden]
+    decoding = [packet.dts for packet in packets if packet.dts is not None]
+    return (
+        not stamps
+        or any(later < sooner for sooner, later in pairwise(decoding))  # edits play a part twice, or out of order
+        or None in stamps
+        or len(set(stamps)) < len(stamps)
+        or not any(packet.key for packet in packets)
+        or bool(frame.interlaced_frame)
+        or (video.codec == "h264" and getattr(video.decoder, "field_order", PROGRESSIVE) != PROGRESSIVE)
+        or (video.codec == "mpeg4" and min(packet.size for packet in packets) <= NOT_CODED)
+        or (video.container_name == "avi" and bool(video.decoder.has_b_frames))  # its times are of decoding
+        or video.container_name in ("mpegts", "mpeg")  # packets as the parser cuts them
+    )
+
+
+def _expected(source: Source, index: int, packets: list[Packet]) -> list[int] | None:
+    """The stamps of the pictures by the packets, if samples agree; else None."""
+    stamps: list[Any] = sorted(packet.stamp for packet in packets if not packet.hidden)  # type: ignore[type-var]
+    entries = np.array(_entries(packets, None))
+    first = None
+    with VideoStream(source, index) as video:
+        for start in (None, int(entries[len(entries) // 2]), int(entries[-1])):
+            sample = _Shown()
+            for stamp, frame in video.pictures_from(start, entries):
+                if start is None or (stamp is not None and stamp >= start):
+                    sample.add(stamp, frame)
+                if len(sample.stamps) >= SAMPLED_FRAMES:
+                    break
+            if not sample.stamps or not sample.ordered or sample.lost or sample.interlaced or len(sample.sizes) > 1:
+                return None
+            if first is None:
+                first = sample.stamps[0]
+                stamps = [stamp for stamp in stamps if stamp >= first]  # earlier ones refer to what is not there
+            elif start is not None and start >= first and not (sample.stamps[0] == start and start in sample.keys):
+                return None
+            place = int(np.searchsorted(stamps, sample.stamps[0]))
+            if stamps[place : place + len(sample.stamps)] != sample.stamps:
+                return None
+    return stamps
+
+
+def _decode_all(source: Source, index: int) -> _Shown:
+    found = _Shown()
+    with VideoStream(source, index) as video:
+        for stamp, frame in video.pictures():
+            found.add(stamp, frame)
+    return found
+
+
+def _seeks_agree(source: Source, info: VideoInfo, marks: dict[int, bytes]) -> bool:
+    """Whether pictures found by seeking are those that came in a row: at three entries, and at the end."""
+    stamps, entries = info.timestamps, info.entries
+    if len(entries) < 2:
+        return True
+    places = {len(entries) // 2, 1, len(entries) - 1}
+    behind = [int(np.searchsorted(stamps, entries[place])) for place in places]
+    indices = sorted({min(i + step, len(stamps) - 1) for i in behind for step in (0, 3)} | {len(stamps) - 1})
+    indices = [i for i in indices if int(stamps[i]) in marks]
+    with VideoStream(source, info.stream) as video:
+        for index in indices:
+            for _, frame in video.find([index], stamps, entries, seekable=True):
+                if frame is None or _mark(frame) != marks[int(stamps[index])]:
+                    return False
+    return True
+
+
+def _fallback_times(shown_: _Shown, packets: list[Packet], info: VideoInfo) -> list[int]:
+    """Ascending times for pictures whose own are missing or out of order."""
+    stamps = set(shown_.stamps)
+    if None not in stamps and len(stamps) == len(shown_.stamps):
+        return sorted(stamps)  # type: ignore[type-var]
+    count = len(shown_.stamps)
+    decoding = sorted({packet.dts for packet in packets if packet.dts is not None})
+    if len(decoding) == count:
+        return decoding
+    return np.rint(np.arange(count) / ((info.fps or 1.0) * info.time_base)).astype(int).tolist()
+
+
+def _notes_on_first(frame: Any, video: VideoStream, aspect: float, opaque: bool) -> tuple[str, ...]:
+    notes: list[str] = []
+    if name := HDR.get(int(getattr(video.decoder, "color_trc", 0) or 0)):
+        notes.append(f"HDR: {name}, its colours are not tone-mapped and look flat")
+    if stretched_size((frame.height, frame.width), aspect) != (frame.height, frame.width):
+        notes.append(f"pixel aspect: {aspect:.3g}, the width is scaled by that, as players do")
+    if opaque:
+        notes.append(f"transparency lost: this FFmpeg has no {ALPHA_DECODERS[video.codec]}")
+    elif has_alpha(frame) and not frame.format.has_palette:
+        notes.append("transparent: shown over white")
+    return tuple(notes)
+
+
+def _mark(frame: Any) -> bytes:
+    return frame.to_ndarray(format="gray", width=16, height=16, interpolation="BILINEAR").tobytes()
+
+
+def _probe_webp(source: Source, max_pixels: int) -> VideoInfo:
+    from PIL import Image
+
+    try:
+        with open_source(source) as file, Image.open(file, formats=["WEBP"]) as image:
+            check_pixels(source, image.height, image.width, max_pixels)
+            stamps, now = [], 0
+            for index in range(getattr(image, "n_frames", 1)):
+                image.seek(index)
+                image.load()
+                stamps.append(now)
+                delay = round(image.info.get("duration", 0))
+                now += delay if delay > 10 else BROWSERS_DELAY
+            size = (image.height, image.width)
+    except UsageError:
+        raise
+    except Exception as error:
+        raise unreadable(source, error) from error
+    return VideoInfo(
+        "webp", "webp", len(stamps), 1000 * len(stamps) / now, size, 0, now / 1000, 1e-3,
+        pack_table(stamps), pack_table([0]), trusted=True, plain=False,
+    )  # fmt: skip

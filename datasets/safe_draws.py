@@ -1,0 +1,163 @@
+"""The dataset that workers read: puts batches together, and neighbours in the place of samples that cannot be read."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import pickle
+import shutil
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset, default_collate, get_worker_info
+
+from rin_video.datasets.draws import Draws
+from rin_video.datasets.sources import shown
+from rin_video.errors import DatasetError, UsageError, first_line
+
+log = logging.getLogger("rin_video")
+
+IDLE, STARTING = -1, -2  # what a worker is at where it reads no sample
+
+
+class SafeDraws(Dataset[Any]):
+    """Collated batches of `Draws`, each asked for as a list of (epoch, index).
+
+    Records in shared memory which sample each worker is reading and since when, and substitutes a neighbour for samples
+    that cannot be read. In a worker, an error that is to end the run is returned as a `Failure` in place of the batch.
+    """
+
+    def __init__(self, dataset: Dataset[Any], num_workers: int) -> None:
+        self.draws, self.length = Draws(dataset), len(dataset)  # type: ignore[arg-type]
+        self.bucket_of: Sequence[int] | None = getattr(dataset, "bucket_of", None)
+        slots = max(num_workers, 1)
+        self.bad = torch.zeros(self.length, dtype=torch.uint8)
+        self.at = torch.full((slots,), STARTING, dtype=torch.int64)  # index being read
+        self.since = torch.zeros(slots, dtype=torch.float64)  # seconds of the monotonic clock
+        if num_workers:
+            with enough_shared_memory():
+                for shared in (self.bad, self.at, self.since):
+                    shared.share_memory_()
+
+    def __getitem__(self, places: Sequence[tuple[int, int]]) -> Any:
+        try:
+            found = [self._read(epoch, index) for epoch, index in places]
+            self.note(IDLE)
+            return self._collate(found)
+        except UsageError as error:
+            if get_worker_info() is None:
+                raise
+            return Failure(error)
+
+    def name_of(self, index: int) -> str:
+        """A sample's name on one line: its file, where the dataset has files."""
+        dataset = self.draws.dataset
+        files = getattr(dataset, "files", None)
+        name_of = getattr(dataset, "name_of", files.__getitem__ if files else "sample {}".format)
+        return shown(str(name_of(index)))
+
+    def note(self, at: int) -> None:
+        """Record what this process is at from now on."""
+        worker = get_worker_info()
+        slot = worker.id if worker else 0
+        self.since[slot] = time.monotonic()
+        self.at[slot] = at
+
+    def _read(self, epoch: int, index: int) -> tuple[int, Any]:
+        """The sample, or the neighbour that stands in for it, with its index."""
+        for candidate in self._neighbours(index):
+            if self.bad[candidate]:
+                continue
+            self.note(candidate)  # and left there by what ends the process: signals, SystemExit
+            try:
+                return candidate, self.draws[epoch, candidate]
+            except DatasetError:  # others are of the same make
+                raise
+            except UsageError as error:
+                self.bad[candidate] = 1
+                log.warning("left out from now on: %s", error)
+            except Exception as error:
+                raise UsageError(
+                    f"{self.name_of(candidate)} cannot be read: {_one_line(error)} (to leave a sample out instead, a "
+                    "dataset raises UsageError)"
+                ) from error
+        raise UsageError(f"not one of {self.length} samples can be read any more: look at the warnings above")
+
+    def _neighbours(self, index: int) -> Iterator[int]:
+        """The index itself, then those behind it, of the same bucket."""
+        for step in range(self.length):
+            candidate = (index + step) % self.length
+            if self.bucket_of is None or self.bucket_of[candidate] == self.bucket_of[index]:
+                yield candidate
+
+    def _collate(self, found: Sequence[tuple[int, Any]]) -> Any:
+        samples = [sample for _, sample in found]
+        try:
+            with enough_shared_memory():
+                return default_collate(samples)
+        except UsageError:
+            raise
+        except Exception as error:
+            odd, reason = found[0][0], error
+            for index, sample in found:
+                try:
+                    default_collate([samples[0], sample])
+                except Exception as smaller:  # noqa: PERF203
+                    odd, reason = index, smaller
+                    break
+            raise UsageError(
+                f"{self.name_of(odd)} cannot be put into a batch with {self.name_of(found[0][0])}: {_one_line(reason)}"
+            ) from error
+
+
+class Failure:
+    """A UsageError sent from a worker in place of a batch, with its cause and their traceback as text.
+
+    If it were raised there, DataLoader would raise another error here, which cannot be told from errors of its own.
+    """
+
+    def __init__(self, error: UsageError) -> None:
+        self.message = str(error)
+        self.traceback = "".join(traceback.format_exception(error))
+        try:
+            self.cause = pickle.loads(pickle.dumps(error.__cause__))
+        except Exception:  # not every class of errors can be pickled and unpickled
+            self.cause = RuntimeError(_one_line(error.__cause__ or error))
+
+    def error(self) -> UsageError:
+        error = UsageError(self.message)
+        error.__cause__ = self.cause or RuntimeError("in a worker")
+        error.__cause__.__cause__ = RuntimeError(f"\n{self.traceback}")
+        return error
+
+
+@contextmanager
+def enough_shared_memory() -> Iterator[None]:
+    """Turns an error of torch about shared memory into a UsageError that says what to do."""
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        text = str(error)
+        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+        if not full and "shared memory" not in text and "</torch_" not in text:  # the names of its files there
+            raise
+        raise shared_memory_error() from error
+
+
+def shared_memory_error() -> UsageError:
+    folder = Path("/dev/shm")
+    size = f" ({folder}: {shutil.disk_usage(folder).total / 1e6:,.0f} MB)" if folder.is_dir() else ""
+    return UsageError(
+        f"shared memory{size} is too small for the batches of the workers: give the container more (docker run "
+        "--shm-size=8g), lower data.num_workers or data.prefetch, or set data.num_workers=0 to do without workers"
+    )
+
+
+def _one_line(error: BaseException) -> str:
+    kind, text = type(error).__name__, first_line(error)
+    return shown(kind if text == kind else f"{kind}: {text}")

@@ -1,0 +1,160 @@
+"""YAML without surprises: text, numbers, lists and mappings. Nothing is executed, and nothing is replaced.
+
+The type of an option decides how its value is read, so that text is what is written: a folder called `1e3`, `no` or
+`${x}` keeps its name. There are no interpolations, and no tags.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+import yaml
+from yaml import MappingNode, Node, ScalarNode, SequenceNode
+
+from rin_video.errors import UsageError
+
+STR, NULL, SEQ, MAP = (f"tag:yaml.org,2002:{name}" for name in ("str", "null", "seq", "map"))
+IS_NULL = re.compile(r"(~|null|Null|NULL|)\Z")
+IS_INT = re.compile(r"[-+]?(0|[1-9][0-9_]*)\Z")
+IS_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?\Z")  # of YAML 1.2: 1e3 too
+BOOLS = dict.fromkeys(("true", "yes", "on", "y", "1"), True) | dict.fromkeys(("false", "no", "off", "n", "0"), False)
+WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", NoneType: "null"}
+
+
+class Loader(yaml.SafeLoader):
+    """Tells null from text; what else a text means is a question of the type that is asked for."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 (as the base class has it)
+
+
+Loader.add_implicit_resolver(NULL, IS_NULL, ["~", "n", "N", ""])
+
+
+class Dumper(yaml.SafeDumper):
+    """Quotes text that a reader of YAML 1.1 or 1.2 would take for something else; writes no aliases."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+Dumper.add_implicit_resolver("tag:yaml.org,2002:float", IS_FLOAT, list("-+.0123456789"))
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> ScalarNode:
+    return dumper.represent_scalar(STR, text, style=None if text.isprintable() else '"')
+
+
+Dumper.add_representer(str, _represent_text)
+
+
+def dump(value: Any) -> str:
+    """Dicts, lists, text and numbers as YAML; a text takes one line, whatever it holds."""
+    return yaml.dump(value, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=math.inf)
+
+
+def parse(text: str, origin: str) -> Node:
+    """The nodes of a document. `origin` names it in the `UsageError` where it is no YAML."""
+    try:
+        node = yaml.compose(text, Loader=Loader)
+    except yaml.YAMLError as error:
+        raise UsageError(f"{origin}: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise UsageError(f"{origin}: its lists and mappings are nested too deeply") from None
+    return node or text_node("")
+
+
+def text_node(text: str) -> Node:
+    """The node of a text that is not quoted: null where it says so."""
+    return ScalarNode(NULL if IS_NULL.match(text) else STR, text)
+
+
+def is_text(kind: Any) -> bool:
+    """Whether text is among what a type takes."""
+    members = get_args(kind) if get_origin(kind) in (Union, UnionType) else [kind]
+    return any(member is str or get_origin(member) is Literal for member in members)
+
+
+def mapping_node(key: str, value: Node) -> Node:
+    """A mapping of one key."""
+    return MappingNode(MAP, [(text_node(key), value)])
+
+
+def is_mapping(node: Node) -> bool:
+    return isinstance(node, MappingNode) and node.tag == MAP
+
+
+def read_items(node: Node, origin: str) -> dict[str, Node]:
+    """The keys and values of a mapping. `UsageError` for a key that is not text or is there twice."""
+    items: dict[str, Node] = {}
+    for key, value in node.value:
+        if not isinstance(key, ScalarNode):
+            raise UsageError(f"{origin}: a list or mapping cannot be a key: write key: value")
+        if key.value in items:
+            raise UsageError(f"{origin}: the key {key.value} is there twice (duplicate key): leave one out")
+        items[key.value] = value
+    return items
+
+
+def read_value(node: Node, kind: Any, name: str, origin: str) -> Any:
+    """The value of a node as the type `kind`: bool, int, float, str, Literal, list, dict[str, ...] or a union of these.
+
+    Raises `UsageError` where it is of another type. What names a Literal takes is not checked here.
+    """
+    try:
+        return _read(node, kind, origin)
+    except TypeError:
+        found = "a list" if isinstance(node, SequenceNode) else "a mapping"
+        if isinstance(node, ScalarNode):
+            found = str(node.value)[:80]
+        if node.tag not in (STR, NULL, SEQ, MAP):
+            raise UsageError(f"{origin}: {name} has the tag {node.tag}: tags are not read, leave it out") from None
+        raise UsageError(f"{origin}: {name} is {found}: it must be {_words(kind)}") from None
+
+
+def _read(node: Node, kind: Any, origin: str) -> Any:
+    """Raises `TypeError` where a node is not of the type."""
+    outer, inner = get_origin(kind), get_args(kind)
+    if outer in (Union, UnionType):
+        if node.tag == NULL and NoneType in inner:
+            return None
+        quoted = isinstance(node, ScalarNode) and node.style is not None
+        for member in sorted(inner, key=lambda member: quoted and member is not str):  # what is quoted is rather text
+            with suppress(TypeError):
+                return _read(node, member, origin)
+    elif outer in (list, Sequence) and node.tag == SEQ and isinstance(node, SequenceNode):
+        return [_read(item, inner[0], origin) for item in node.value]
+    elif outer is dict and is_mapping(node):
+        return {key: _read(value, inner[1], origin) for key, value in read_items(node, origin).items()}
+    elif isinstance(node, ScalarNode) and node.tag in (STR, NULL):
+        return _read_scalar(node.value, str if outer is Literal else kind)
+    raise TypeError
+
+
+def _read_scalar(text: str, kind: Any) -> Any:
+    if kind is str:
+        return text
+    if kind is bool and text.lower() in BOOLS:
+        return BOOLS[text.lower()]
+    with suppress(ValueError):
+        if kind is int and IS_INT.match(text):
+            return int(text)
+        if kind is float:
+            return float(re.sub(r"^([-+]?)\.(?=inf|nan)", r"\1", text.lower()))  # .inf and .nan
+    raise TypeError
+
+
+def _words(kind: Any) -> str:
+    """What a type takes, for people."""
+    outer, inner = get_origin(kind), get_args(kind)
+    if outer in (Union, UnionType):
+        return " or ".join(map(_words, inner))
+    if outer in (list, Sequence):
+        return f"a list, each item {_words(inner[0])}"
+    if outer is dict:
+        return f"a mapping, each value {_words(inner[1])}"
+    return WORDS[str if outer is Literal else kind]
