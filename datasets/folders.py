@@ -61,12 +61,15 @@ def split_sources(
     every = all_sources(root, allow_pipe=allow_pipe, cache=cache)
     sources = [source for source in every if _is_of(source, extensions)]
     if sources:
-        taken, keys = set(map(id, sources)), set(map(_key, sources))
-        others = [
-            source for source in every
-            if id(source) not in taken and not (source.suffix.lower() in COMPANIONS and _key(source) in keys)
-        ]  # fmt: skip
-        if extensions == IMAGE_EXTENSIONS and (row := numbered_rows(sources)) and "frame" in row[0].stem.lower():
+        others: list[Source] = []
+        if len(every) > len(sources):  # a folder may hold very many, all of one kind
+            taken, keys = set(map(id, sources)), set(map(_key, sources))
+            others = [
+                source for source in every
+                if id(source) not in taken and not (source.suffix.lower() in COMPANIONS and _key(source) in keys)
+            ]  # fmt: skip
+        named = extensions == IMAGE_EXTENSIONS and "frame" in os.path.basename(str(sources[0])).lower()
+        if named and (row := numbered_rows(sources)):
             _say_once(f"{shown(os.fspath(root))}: {_describe_row(row)}, they are trained on as images. {MAKE_CLIPS}")
         return sources, others
     advice = ""

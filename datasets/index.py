@@ -182,6 +182,17 @@ def load_index(path: Path, root: str | PathLike[str], probe: Probe) -> dict[str,
         return {}
 
 
+def own_index(path: Path, root: str | PathLike[str]) -> Path:
+    """`path`, or another one beside it where that file is the index of other data: it may have taken an hour."""
+    try:
+        with path.open(encoding="ascii") as file:
+            other = json.loads(file.readline())["root"] != os.path.abspath(root)
+    except (OSError, ValueError, LookupError, TypeError):
+        return path
+    digest = hashlib.blake2b(os.path.abspath(root).encode("utf-8", "surrogateescape"), digest_size=4).hexdigest()
+    return path.with_name(f"{path.stem}-{digest}{path.suffix}") if other else path
+
+
 def entry_of(source: Source, row: list[Any], info_of: type) -> Entry:
     """A row of `load_index` as the entry of its file."""
     entry = Entry(source, *row[1:])
@@ -221,6 +232,7 @@ def make_index(
     options = options or DataConfig()
     if kind not in KINDS:
         raise UsageError(f"unknown kind {kind!r}: use one of {', '.join(KINDS)}")
+    path = path and own_index(path, root)
     sources, others = split_sources(
         root, KINDS[kind], allow_pipe=options.allow_pipe, cache=path.parent / "pipes" if path else None
     )

@@ -13,6 +13,7 @@ from typing import Any
 from rin_video.config import Config
 from rin_video.datasets.sources import Member
 from rin_video.errors import UsageError
+from rin_video.provenance import read_json
 
 log = logging.getLogger("rin_video")
 
@@ -31,7 +32,11 @@ def run_folder(data: str | os.PathLike[str]) -> Path:
         return Path("runs") / _safe("-".join(parts))
     path = Path(name).resolve()
     own = Path("runs") / _safe(path.name if path.is_dir() else path.stem)
-    if holds_data(own) in (None, str(path)):
+    held = holds_data(own)
+    if held in (None, str(path)):
+        return own
+    there = Path(held).parent if "{" in held else Path(held)  # of a pattern of shards, the folder
+    if not there.exists():  # perhaps moved, which a run finds out
         return own
     room = max(LONGEST_NAME - len(own.name.encode()), 8)
     return own.with_name(f"{_safe(path.parent.name).encode()[:room].decode('utf-8', 'ignore')}-{own.name}")
@@ -41,6 +46,9 @@ def holds_data(run: Path) -> str | None:
     """The resolved path of the data that a folder of a run is of; None where it does not say."""
     from rin_video.datasets.open import INDEX
 
+    started = read_json(run / "run.json").get("data")
+    if isinstance(started, str):
+        return started if started.startswith((HUB, PIPE)) else str(Path(started).resolve())
     try:
         with (run / INDEX).open(encoding="ascii") as file:
             return str(Path(json.loads(file.readline())["root"]).resolve())

@@ -56,6 +56,20 @@ def test_default_folders_do_not_collide(tmp_path, monkeypatch, one, other):
     assert run_folder(os.path.abspath(one)) == first
 
 
+def test_a_refused_start_does_not_take_the_folder_over(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pictures(tmp_path / "a/clips", "c")
+    pictures(tmp_path / "b/clips", "c", seed=5)
+    run = run_folder("a/clips")
+    run_of("a/clips", run, classes=0).train()
+    with pytest.raises(UsageError, match="was trained on"):
+        run_of("b/clips", run, classes=0)
+    assert run_folder("a/clips") == run
+    assert run_folder("b/clips") != run
+    (tmp_path / "a").rename(tmp_path / "moved")
+    assert run_folder("moved/clips") == run
+
+
 @pytest.mark.parametrize(
     ("data", "folder"),
     [("v1.0", "v1.0"), ("clip.mp4", "clip"), ("hf:user/name:train", "user-name-train"), ("hf:../x", "x")],
@@ -70,9 +84,11 @@ def test_default_folders_are_named_after_the_data(tmp_path, monkeypatch, data, f
 def test_a_run_does_not_go_on_with_other_data(tmp_path, caplog):
     one, other = pictures(tmp_path / "one", "a", "b"), pictures(tmp_path / "other", "a", "b", seed=7)
     run_of(one, tmp_path / "run").save()
+    index = (tmp_path / "run" / INDEX).read_text()
     said = r"was trained on .*one, now the data is .*other: give another folder \(--out\), with --init-from .*run to"
     with pytest.raises(UsageError, match=said):
         run_of(other, tmp_path / "run")
+    assert (tmp_path / "run" / INDEX).read_text() == index
     renamed = pictures(tmp_path / "renamed", "a", "c")
     with pytest.raises(UsageError, match=r"was trained with the classes a, b, now they are a, c: give another folder"):
         run_of(renamed, tmp_path / "run")
