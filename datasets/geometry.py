@@ -48,6 +48,11 @@ def has_alpha(frame: Any) -> bool:
     return frame.format.has_palette or any(part.is_alpha for part in frame.format.components)
 
 
+def is_transparent(frame: Any) -> bool:
+    """Whether a pixel of this frame is."""
+    return has_alpha(frame) and int(frame.to_ndarray(format="rgba")[..., 3].min()) < 255
+
+
 def shown_pixels(frame: Any, size: tuple[int, int], orientation: int = 0) -> np.ndarray:
     """A decoded frame as uint8 (H, W, 3) of `size`, upright, transparency over white."""
     H, W = oriented_size(size, orientation)  # as stored: transposing is its own inverse on sizes

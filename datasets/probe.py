@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rin_video.datasets.geometry import has_alpha, orientation_of, oriented_size, stretched_size
+from rin_video.datasets.geometry import has_alpha, is_transparent, orientation_of, oriented_size, stretched_size
 from rin_video.datasets.probing import beat
 from rin_video.datasets.sources import Source, open_source, shown, size_of
 from rin_video.datasets.video_info import (
@@ -388,7 +388,7 @@ def _notes_on_first(frame: Any, video: VideoStream, aspect: float, opaque: bool)
         notes.append(f"pixel aspect: {aspect:.3g}, the width is scaled by that, as players do")
     if opaque:
         notes.append(f"transparency lost: this FFmpeg has no {ALPHA_DECODERS[video.codec]}")
-    elif has_alpha(frame) and not frame.format.has_palette:
+    elif is_transparent(frame):
         notes.append("transparent: shown over white")
     return tuple(notes)
 
