@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -146,6 +147,7 @@ def _serve(pipe: Connection, other_end: Connection, work: Callable[[T], Any]) ->
     import torch
 
     global _beats
+    gc.freeze()  # what was inherited is not tidied up here: it may wait for threads that a fork does not copy
     other_end.close()
     torch.set_num_threads(1)
     getattr(work, "warm_up", lambda: None)()
