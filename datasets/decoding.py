@@ -134,7 +134,8 @@ def backends_for(info: VideoInfo, decoder: str = "auto", *, strict: bool = True)
         raise UsageError(f"unknown decoder {decoder!r}: use one of auto, {', '.join(DECODERS)}")
     if strict:
         return [decoder]
-    first = [decoder] if suits(decoder, info) else []
+    unproved = decoder == "decord" and info.decoder not in ("", decoder)  # the index has tried it
+    first = [decoder] if suits(decoder, info) and not unproved else []
     return first + [name for name in names if name != decoder]
 
 
