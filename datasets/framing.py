@@ -78,7 +78,8 @@ class Framing:
             c = self.color / 2
             with torch.random.fork_rng(devices=[]):  # v2 draws from torch's generator
                 torch.manual_seed(frame.color_seed)
-                frames = v2.ColorJitter(c, c, c, HUE * self.color)(frames)
+                colours = v2.ColorJitter(c, c, c, HUE * self.color)(frames[..., :3, :, :])
+            frames = torch.cat([colours, frames[..., 3:, :, :]], dim=-3)  # alpha stays
         return frames.contiguous()
 
     def __call__(self, frames: Tensor, chance: np.random.Generator) -> Tensor:

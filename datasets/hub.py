@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from rin_video.config import DataConfig
-from rin_video.datasets.decoding import open_video, probe_video
+from rin_video.datasets.decoding import VideoInfo, open_video, probe_video
 from rin_video.datasets.folders import sort_classes
 from rin_video.datasets.framing import Chance, class_list
 from rin_video.datasets.images import make_framing
@@ -72,8 +73,18 @@ class HubDataset(Dataset[dict[str, Tensor | int]]):
         self.whole_numbers = [n for n, feature in table.features.items() if "int" in str(getattr(feature, "dtype", ""))]
         self.framing = make_framing(shape[-2:], options)
         self.windows = Windows(shape[1], options) if len(shape) == 4 else None
+        self.frames = shape[1]
         self.parts_of_row = options.windows if self.windows else 1
         self.skipped: list[tuple[Any, str]] = []
+        self.infos = self._first_info()  # of one clip, for their rate
+
+    def _first_info(self) -> list[VideoInfo]:
+        if self.windows is None:
+            return []
+        for row in range(min(len(self.table), 8)):
+            with suppress(UsageError):
+                return [probe_video(self._source(row, row * self.parts_of_row), max_pixels=self.config.max_pixels)]
+        return []
 
     def _read_labels(self, table: Any) -> tuple[str | None, list[str], list[int]]:
         """The label column, the names of its classes, and the class of every row (-1: none)."""

@@ -173,10 +173,10 @@ def _reduction(size: tuple[int, int], at_least: tuple[int, int] | None) -> int:
     return factor
 
 
-def _knows_heif() -> bool:
+def _knows(kind: str) -> bool:
     from PIL import Image
 
-    return "HEIF" in Image.OPEN
+    return kind in Image.OPEN
 
 
 def _register_heif() -> None:
@@ -227,9 +227,11 @@ def _to_eight_bits(image: Any, source: Source | str) -> Any:
 
 
 def _unreadable(source: Source, error: Exception) -> UsageError:
-    if source.suffix.lower() in (".heic", ".heif") and not _knows_heif():
+    if source.suffix.lower() in (".heic", ".heif") and not _knows("HEIF"):
         return TransientError(f"{shown(source)} cannot be read as an image here: pip install 'rin-video[heic]'")
     if what := not_media(source):
         return UsageError(f"{shown(source)} {what}")
+    if source.suffix.lower() == ".avif" and not _knows("AVIF"):
+        return TransientError(f"{shown(source)} cannot be read as an image here: AVIF needs Pillow 11.3 or newer")
     cause = "it is of no known format" if type(error).__name__ == "UnidentifiedImageError" else shown(str(error))
     return UsageError(f"{shown(source)} cannot be read as an image ({cause}): re-encode it or leave it out")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from rin_video.datasets.video_info import VideoInfo
@@ -35,3 +37,21 @@ def steady_frames(times: np.ndarray, duration: float, fps: float) -> tuple[list[
 def steady_clip(info: VideoInfo) -> tuple[list[int], float]:
     """`steady_frames` of a video file."""
     return steady_frames(info.times, info.duration, info.fps)
+
+
+def frame_rate(dataset: Any) -> float | None:
+    """Frames a second of the clips that a data set gives: its median; None where it does not tell."""
+    parts = [getattr(dataset, name) for name in ("clips", "dataset") if hasattr(dataset, name)]
+    parts = parts or list(getattr(dataset, "parts", []))[:1]
+    if parts:
+        return frame_rate(parts[0])
+    infos, options = getattr(dataset, "infos", None), getattr(dataset, "config", None)
+    if not infos or options is None or not isinstance(infos[0], VideoInfo):
+        return None
+    if options.fps:
+        return float(options.fps)
+    if options.span == "whole":
+        rates = [dataset.frames / info.duration for info in infos]
+    else:
+        rates = [info.fps / options.stride for info in infos]
+    return round(float(np.median(rates)), 3)

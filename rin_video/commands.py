@@ -111,7 +111,7 @@ def shorten_warmup(config: Config) -> None:
 def sample(options: Namespace) -> None:
     """`rin-video sample`."""
     from rin_video.context import read_given, read_told
-    from rin_video.export import check_target, save_parts, save_samples
+    from rin_video.export import DEFAULT_FPS, MAX_GIF_FPS, check_target, save_parts, save_samples
 
     folder = find_model(options.model)
     names = {name: getattr(options, name) for name in ("sampler", "spacing", "schedule")}  # where null is a choice
@@ -125,6 +125,9 @@ def sample(options: Namespace) -> None:
     wanted.__post_init__()
     if wanted.label == "all":
         wanted.label = None
+    fps = wanted.fps or DEFAULT_FPS
+    if options.fps is None and str(options.out).lower().endswith(".gif"):
+        fps = min(fps, MAX_GIF_FPS)
     check_sampling(config)
     if options.seed < 0:
         raise UsageError(f"--seed is {options.seed}: it must be at least 0")
@@ -143,7 +146,7 @@ def sample(options: Namespace) -> None:
     pass_ = plan_pass(model, options.frames, options.size, options.window)
     given = read_given(options, pass_, config) | read_told(options, config)
     out = Path(options.out or own_folder(options.model) / f"samples{'.mp4' if pass_.frames else '.png'}")
-    check_target(out, rank=len(pass_.shape) + 1, fps=wanted.fps)
+    check_target(out, rank=len(pass_.shape) + 1, fps=fps, channels=pass_.shape[0])
     start = time.perf_counter()
     titles = sample_titles(wanted, config, options.caption)
     common = given | {"seed": options.seed, "max_batch": options.max_batch or 16, "shape": pass_.shape}
@@ -153,13 +156,13 @@ def sample(options: Namespace) -> None:
             for _ in parts:
                 pass
             return
-        paths = save_parts(parts, out, wanted.fps, titles=titles)
+        paths = save_parts(parts, out, fps, titles=titles)
     else:
         refuse_extension(options, pass_)
         samples = sample_together(diffusion, wanted, progress=is_first(), **common)
         if not is_first():
             return
-        paths = save_samples(samples.cpu(), out, fps=wanted.fps, titles=titles)
+        paths = save_samples(samples.cpu(), out, fps=fps, titles=titles)
     seconds = time.perf_counter() - start
     log.info("%d samples in %.1f s: %s", wanted.num_samples, seconds, paths[0] if len(paths) == 1 else out)
 
@@ -249,6 +252,8 @@ def peek(options: Namespace) -> None:
     """`rin-video peek`."""
     from rin_video.datasets.open import INDEX, open_dataset
     from rin_video.datasets.peek import captions, check_sheet, draw_some, statistics, write_sheet
+    from rin_video.datasets.steady import frame_rate
+    from rin_video.export import DEFAULT_FPS
 
     if options.num < 1:
         raise UsageError(f"--num is {options.num}: it must be at least 1")
@@ -268,7 +273,7 @@ def peek(options: Namespace) -> None:
     for line in statistics(dataset, samples, chosen):
         _say(line)
     if options.out:
-        write_sheet(samples, captions(dataset, chosen), options.out, config.data.fps or 8.0)
+        write_sheet(samples, captions(dataset, chosen), options.out, frame_rate(dataset) or DEFAULT_FPS)
         _say(f"sheet: {options.out}")
 
 

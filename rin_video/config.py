@@ -334,7 +334,7 @@ class SampleConfig:
     guidance_rescale: float = 0.0  # 0 to 1: keeps the spread of the guided prediction
     clip_x0: ClippingName | None = None  # null: as in training
     precision: PrecisionName | None = None  # null: that of training, on a CPU float32
-    fps: float = 8.0  # of the clips that are written
+    fps: float | None = None  # of the clips that are written; none: that of the data
 
     def __post_init__(self) -> None:
         for name in ("num_samples", "steps"):
@@ -343,7 +343,8 @@ class SampleConfig:
         _at_least("sample.time_difference", self.time_difference, 0, float)
         _within("sample.guidance_rescale", self.guidance_rescale, 0, 1)
         _at_least("sample.guidance", self.guidance, 0, float)
-        _above("sample", "fps", self.fps, 0)
+        if self.fps is not None:
+            _above("sample", "fps", self.fps, 0)
         interval = list(self.guidance_interval)
         if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
             raise UsageError(f"sample.guidance_interval is {interval}: it takes two gammas, 0 <= low < high <= 1")

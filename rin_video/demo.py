@@ -13,7 +13,7 @@ from rin_video.config import load_config
 from rin_video.datasets.demo import SHAPES, write_demo_set
 from rin_video.datasets.open import open_dataset
 from rin_video.diffusion import GaussianDiffusion
-from rin_video.export import contact_sheet, save_samples
+from rin_video.export import DEFAULT_FPS, contact_sheet, save_samples
 from rin_video.info import describe
 from rin_video.rin import RIN
 from rin_video.trainer import Trainer
@@ -39,7 +39,7 @@ def run_demo(folder: Path, overrides: Sequence[str] = ()) -> None:
     trainer.train()
     log.info("3. sampling new clips, a column for each class")
     samples = trainer.averaged().sample_from_config(config.sample, seed=0, progress=True)
-    save_samples(samples, folder / "sample.mp4", fps=config.sample.fps)
+    save_samples(samples, folder / "sample.mp4", fps=config.sample.fps or DEFAULT_FPS)
     contact_sheet(samples, folder / "contact_sheet.png")
     minutes = (time.perf_counter() - start) / 60
     log.info(

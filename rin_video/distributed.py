@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
@@ -15,10 +16,12 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from rin_video.config import TrainConfig
+from rin_video.config import PrecisionName, TrainConfig
 from rin_video.errors import ReportedError, UsageError
 from rin_video.ranks import num_started, several_processes
 from rin_video.tracking import check_trackers
+
+log = logging.getLogger("rin_video")
 
 # The others wait while the first process samples and writes.
 TIMEOUT = timedelta(hours=2)
@@ -29,6 +32,7 @@ def make_accelerator(options: TrainConfig, folder: Path, *, partial: bool = Fals
 
     With `partial`, a step may leave some parameters without a gradient, the same in all processes.
     """
+    heed_launcher(options)
     if options.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise UsageError("train.mixed_precision=fp16 needs a CUDA GPU: use bf16, or no")
     check_trackers(options.trackers)
@@ -57,6 +61,28 @@ def make_accelerator(options: TrainConfig, folder: Path, *, partial: bool = Fals
     if accelerator.distributed_type == "FSDP" and not accelerator.is_fsdp2:
         raise UsageError("FSDP of the first version is not supported: use train.sharding=fsdp2, or --fsdp_version 2")
     return accelerator
+
+
+def heed_launcher(options: TrainConfig) -> None:
+    """Take the precision that `accelerate launch --mixed_precision` asks for, or say that another one is used.
+
+    Raises `UsageError` for one that is not supported.
+    """
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if asked in ("no", options.mixed_precision):
+        return
+    if options.mixed_precision != "no":
+        log.warning(
+            "train.mixed_precision=%s is used, not %s as accelerate launch asks for: leave one out",
+            options.mixed_precision,
+            asked,
+        )
+        return
+    heeded = next((name for name in get_args(PrecisionName) if name == asked), None)
+    if heeded is None:
+        raise UsageError(f"accelerate launch asks for --mixed_precision {asked}: use bf16 or fp16, or no")
+    log.info("mixed precision %s, as accelerate launch asks for (train.mixed_precision)", asked)
+    options.mixed_precision = heeded
 
 
 def no_accelerator() -> bool:

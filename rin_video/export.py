@@ -46,6 +46,9 @@ TOLERANCE = 1e-3  # how far outside [0, 1] a value may be
 SMPTE_170M, LIMITED_RANGE = 6, 1  # FFmpeg's numbers for BT.601 colours and for luma from 16 to 235
 SHEET_FRAMES = 8  # of a clip on a contact sheet
 BLOCK_PIXELS = 32_000_000  # of a clip that are held in memory while it is converted
+ENCODER = "libx264"
+LONGEST_NAME = 100  # bytes of a title in the name of a file
+LONGEST_TITLE = 300  # characters that are drawn
 MARGIN = 2  # pixels between the pictures of a grid
 TITLE_HEIGHT = 12  # pixels above a picture
 
@@ -79,6 +82,7 @@ class VideoWriter:
     def __enter__(self) -> VideoWriter:
         import av
 
+        require_encoder(self.path)
         temporary = self._stack.enter_context(_replacing(self.path))
         self._container = self._stack.enter_context(av.open(temporary, "w", options={"movflags": "+faststart"}))
         return self
@@ -102,7 +106,7 @@ class VideoWriter:
     def _open_stream(self, height: int, width: int) -> Any:
         # Without cpu-independent x264 reads beyond small frames where it plans bit rates: other bytes every time.
         options = {"crf": str(self.crf), "x264-params": "cpu-independent=1"}
-        stream: Any = self._container.add_stream("libx264", rate=self.rate, options=options)
+        stream: Any = self._container.add_stream(ENCODER, rate=self.rate, options=options)
         stream.height, stream.width = height, width
         stream.pix_fmt = "yuv420p"
         context = stream.codec_context  # say which colours these are, or players guess: BT.601, limited range
@@ -160,7 +164,7 @@ def save_samples(
     `titles`, one for each sample, stand above the pictures and in the names of single files.
     """
     path, samples = Path(path), torch.as_tensor(samples).detach().cpu()
-    check_target(path, samples.ndim, fps)
+    check_target(path, samples.ndim, fps, channels=samples.shape[1] if samples.ndim > 1 else None)
     suffix = path.suffix.lower()
     is_clips = samples.ndim == 5
     if suffix in ARRAY_SUFFIXES:
@@ -205,11 +209,21 @@ def save_parts(
 
 def sample_files(folder: Path, count: int, suffix: str, titles: Sequence[str] | None = None) -> list[Path]:
     """A name for every sample: its number, and its title made safe for any file system."""
-    names = [re.sub(r"[^\w-]+", "_", title) for title in titles or [""] * count]
+    names = [_cut(re.sub(r"[^\w-]+", "_", title), LONGEST_NAME) for title in titles or [""] * count]
     return [folder / f"{index:04d}{'-' if name else ''}{name}{suffix}" for index, name in enumerate(names)]
 
 
-def check_target(path: StrPath, rank: int, fps: float) -> None:
+def _cut(text: str, size: int) -> str:
+    """The beginning of a text that takes at most `size` bytes, no character cut in two."""
+    return text.encode("utf-8", "replace")[:size].decode("utf-8", "ignore")
+
+
+def can_be_picture(shape: Sequence[int]) -> bool:
+    """Whether samples (B, C, H, W) or (B, C, F, H, W) have the channels of pictures."""
+    return len(shape) in (4, 5) and shape[1] in (1, 3, 4)
+
+
+def check_target(path: StrPath, rank: int, fps: float, channels: int | None = None) -> None:
     """Raises `UsageError` where samples of a rank, the batch included, cannot be written to `path`: before the work."""
     suffix = Path(path).suffix.lower()
     _check_folder(Path(path).parent if suffix else Path(path))
@@ -223,8 +237,27 @@ def check_target(path: StrPath, rank: int, fps: float) -> None:
     if suffix and suffix not in known:
         kind = "clips" if rank == 5 else "images"
         raise UsageError(f"{kind} cannot be written as {suffix} ({path}): use {', '.join((*known, *ARRAY_SUFFIXES))}")
+    moving = suffix in VIDEO_SUFFIXES or (not suffix and rank == 5)
+    if channels is not None and channels not in ((1, 3) if moving else (1, 3, 4)):
+        kind = "clips" if moving else "pictures"
+        raise UsageError(f"{path}: {kind} have no {channels} channels: write {' or '.join(ARRAY_SUFFIXES)}")
+    if channels == 4 and suffix in (".jpg", ".jpeg"):
+        raise UsageError(f"cannot write transparency as {path}: use .png or .webp")
+    if suffix == ".mp4" or (not suffix and rank == 5):
+        require_encoder(path)
     if suffix == ".gif" and fps > MAX_GIF_FPS:
         raise UsageError(f"{path}: browsers slow down a GIF of {fps:g} fps: use at most {MAX_GIF_FPS}, or .mp4")
+
+
+def require_encoder(path: StrPath) -> None:
+    """Raises `UsageError` where this PyAV cannot write H.264."""
+    import av
+
+    if ENCODER not in av.codecs_available:
+        raise UsageError(
+            f"{path} cannot be written, this PyAV was built without {ENCODER}: pip install av (from PyPI), or write "
+            ".gif or .png"
+        )
 
 
 def _check_folder(folder: Path) -> None:
@@ -440,7 +473,12 @@ def _title(text: str, channels: int, width: int) -> Tensor:
     from PIL import Image, ImageDraw, ImageFont
 
     strip = Image.new("L", (width, TITLE_HEIGHT))
-    ImageDraw.Draw(strip).text((1, 0), text, fill=255, font=ImageFont.load_default(TITLE_HEIGHT - 2))
+    text = " ".join(text.split())[:LONGEST_TITLE].encode("utf-8", "replace").decode()
+    draw, font = ImageDraw.Draw(strip), ImageFont.load_default(TITLE_HEIGHT - 2)
+    try:
+        draw.text((1, 0), text, fill=255, font=font)
+    except UnicodeEncodeError:  # Pillow without FreeType knows Latin letters only
+        draw.text((1, 0), text.encode("ascii", "replace").decode(), fill=255, font=font)
     pixels = torch.from_numpy(np.array(strip)).expand(channels, -1, -1)
     return torch.cat([pixels[:3], torch.full_like(pixels[:1], 255)]) if channels == 4 else pixels
 

@@ -17,6 +17,7 @@ from rin_video.errors import UsageError
 log = logging.getLogger("rin_video")
 
 HUB, PIPE = "hf:", "pipe:"
+LONGEST_NAME = 240  # bytes of a folder's name
 
 
 def run_folder(data: str | os.PathLike[str]) -> Path:
@@ -30,7 +31,10 @@ def run_folder(data: str | os.PathLike[str]) -> Path:
         return Path("runs") / _safe("-".join(parts))
     path = Path(name).resolve()
     own = Path("runs") / _safe(path.name if path.is_dir() else path.stem)
-    return own if holds_data(own) in (None, str(path)) else own.with_name(f"{_safe(path.parent.name)}-{own.name}")
+    if holds_data(own) in (None, str(path)):
+        return own
+    room = max(LONGEST_NAME - len(own.name.encode()), 8)
+    return own.with_name(f"{_safe(path.parent.name).encode()[:room].decode('utf-8', 'ignore')}-{own.name}")
 
 
 def holds_data(run: Path) -> str | None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,8 +94,28 @@ PANEL_TITLES = {
 }
 
 
+def _import_matplotlib() -> None:
+    """matplotlib refuses to be imported where MPLBACKEND names one that is not there, as in a command on Colab.
+
+    What can be chosen is chosen after that: other plots of the process come out where they would have.
+    """
+    if "matplotlib" in sys.modules:
+        return
+    backend = os.environ.pop("MPLBACKEND", None)
+    try:
+        import matplotlib
+
+        if backend is not None:
+            with suppress(ValueError):
+                matplotlib.rcParams["backend"] = backend
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+
+
 def _axes(rows: int, columns: int) -> tuple[Any, list[Any]]:
     """A figure without a display, and its axes."""
+    _import_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from rin_video.config import SamplerName
 from rin_video.errors import UsageError
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -39,9 +40,10 @@ def model_options(options: dict[str, Any]) -> dict[str, Any]:
     return ours
 
 
-def diffusion_options(options: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
+def diffusion_options(options: dict[str, Any]) -> tuple[dict[str, Any], SamplerName | None]:
     """The port's options of `GaussianDiffusion` as ours, and the sampler that they choose. `UsageError` as above."""
-    ours, sampler = dict(options), None
+    ours = dict(options)
+    sampler: SamplerName | None = None
     if "use_ddim" in ours:
         sampler = "ddim" if ours.pop("use_ddim") else "ddpm"
     if difference := ours.pop("time_difference", 0):

@@ -102,16 +102,16 @@ def sample(
         raise UsageError(f"batch_size is {batch_size}: draw at least 1 sample")
     if clip_x0 not in (None, *CLIPS):
         raise UsageError(f"unknown clip_x0 {clip_x0!r}: known are {', '.join(CLIPS)}")
-    sampler = sampler or diffusion.sampler or SampleConfig.sampler
+    sampler_name: SamplerName = sampler or diffusion.sampler or SampleConfig.sampler
     device = next((p.device for p in diffusion.parameters()), torch.device("cpu"))
     levels = make_levels(
         sampling_schedule(diffusion.config, schedule, schedule_kwargs),
         (diffusion.config.timesteps or SampleConfig.steps) if steps is None else steps,
-        spacing=spacing or suited_spacing(sampler, schedule, schedule_kwargs, time_difference),
+        spacing=spacing or suited_spacing(sampler_name, schedule, schedule_kwargs, time_difference),
         time_difference=time_difference,
         scale=diffusion.config.scale,
     )
-    draw = get_sampler(sampler, sampler_kwargs)
+    draw = get_sampler(sampler_name, sampler_kwargs)
     precision = sampling_precision(precision, diffusion.precision, device)
     given, data = _given(diffusion, batch_size, shape, label, embedding, context, known)
     if guidance:

@@ -15,6 +15,8 @@ from torch import Tensor
 from rin_video.callbacks import Callback
 from rin_video.checkpoint import plain
 from rin_video.errors import UsageError
+from rin_video.export import DEFAULT_FPS
+from rin_video.previews import harmless
 
 if TYPE_CHECKING:
     from rin_video.trainer import Trainer
@@ -52,17 +54,24 @@ class Tracking(Callback):
         clip = next((path for path in paths if path.suffix == ".mp4"), None)
         sheet = next((path for path in paths if path.suffix == ".png"), None)
         for tracker in trainer.accelerator.trackers:
-            if sheet is not None and hasattr(tracker, "log_images"):
-                with Image.open(sheet) as image:
-                    pixels = np.asarray(image.convert("RGB"))[None]
-                form = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                tracker.log_images({"samples": pixels}, step=trainer.step, **form)
-            if clip is not None and tracker.name == "wandb":
-                import wandb
+            with harmless(f"pictures for {tracker.name}"):
+                self._log_pictures(tracker, trainer, samples, clip, sheet)
 
-                tracker.log({"clips": wandb.Video(str(clip), format="mp4")}, step=trainer.step)
-            if clip is not None and tracker.name == "tensorboard":
-                _add_animation(tracker.tracker, "clips", samples, trainer.config.sample.fps, trainer.step)
+    def _log_pictures(
+        self, tracker: Any, trainer: Trainer, samples: Tensor, clip: Path | None, sheet: Path | None
+    ) -> None:
+        if sheet is not None and hasattr(tracker, "log_images"):
+            with Image.open(sheet) as image:
+                pixels = np.asarray(image.convert("RGB"))[None]
+            form = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({"samples": pixels}, step=trainer.step, **form)
+        if clip is not None and tracker.name == "wandb":
+            import wandb
+
+            tracker.log({"clips": wandb.Video(str(clip), format="mp4")}, step=trainer.step)
+        if clip is not None and tracker.name == "tensorboard":
+            fps = trainer.config.sample.fps or DEFAULT_FPS
+            _add_animation(tracker.tracker, "clips", samples, fps, trainer.step)
 
     def on_end(self, trainer: Trainer) -> None:
         trainer.accelerator.end_training()

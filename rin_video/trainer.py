@@ -29,6 +29,7 @@ from rin_video.datasets.images import ImageFolder
 from rin_video.datasets.loading import Batches
 from rin_video.datasets.mixture import Mixture
 from rin_video.datasets.open import INDEX, open_dataset
+from rin_video.datasets.steady import frame_rate
 from rin_video.diffusion import GaussianDiffusion, LossTerms
 from rin_video.distributed import (
     agree,
@@ -41,7 +42,7 @@ from rin_video.distributed import (
     share,
 )
 from rin_video.errors import Stopped, UsageError
-from rin_video.export import contact_sheet, save_samples
+from rin_video.export import DEFAULT_FPS
 from rin_video.files import full_disk
 from rin_video.identity import check_same_data, identify
 from rin_video.known import draw_known
@@ -53,6 +54,7 @@ from rin_video.optimizers import make_lr_schedule, make_optimizer
 from rin_video.plots import plot_metrics
 from rin_video.port import trainer_options
 from rin_video.precision import tf32_products
+from rin_video.previews import harmless, write_previews
 from rin_video.provenance import write_provenance
 from rin_video.signals import StopSignals, ignore_signals
 from rin_video.tensor_files import full_tensor
@@ -136,6 +138,13 @@ class Trainer:
             diffusion.classes = config.data.classes = list(getattr(data, "classes", []))
         self.check_batch = BatchCheck(num_classes)
 
+        config.sample.fps = config.sample.fps or frame_rate(data)
+        if len(data) < self.options.train_batch_size:  # type: ignore[arg-type]
+            log.warning(
+                "the data are %d samples, a batch is %d: every step sees some of them more than once",
+                len(data),  # type: ignore[arg-type]
+                self.options.train_batch_size,
+            )
         if self.options.init_from is not None:
             self.start_from(self.options.init_from, diffusion)
         diffusion.precision = self.options.mixed_precision
@@ -148,7 +157,7 @@ class Trainer:
         self.diffusion, self.optimizer = self.accelerator.prepare(diffusion, self.optimizer)
         for average in (self.ema, *self.tracks):
             shard_module_like(average.ema_model, self.unwrapped.model)
-        self.compiling = self.options.compile
+        self.compiling, self.compiled = self.options.compile, False
         if self.compiling:
             self.unwrapped.model.compile()
         self.callbacks = [*([Tracking()] if self.options.trackers else []), *callbacks]
@@ -287,20 +296,25 @@ class Trainer:
         x, label = self.unpack(batch)
         embedding = batch.get("embedding") if isinstance(batch, dict) else None
         embedding = None if embedding is None else embedding.to(x.device, non_blocking=True)
+        fresh = not self.compiling or all(parameter.grad is None for parameter in self.diffusion.parameters())
+        term: LossTerms | None = None
         try:
             with self.accelerator.autocast():
-                term: LossTerms = self.diffusion(x, label, embedding=embedding, rng=self.rng(micro), per_sample=True)
+                term = self.diffusion(x, label, embedding=embedding, rng=self.rng(micro), per_sample=True)
             self.accelerator.backward(term.loss.mean() / self.options.gradient_accumulate_every)
         except Exception as error:
-            if not self.compiling or isinstance(error, torch.OutOfMemoryError):
+            known = self.compiled and not is_compiler_error(error)  # it has worked: this may fail for another reason
+            begun = term is not None and not fresh  # gradients of earlier batches may hold a part of this one's
+            if not self.compiling or isinstance(error, torch.OutOfMemoryError) or known or begun:
                 raise
             log.warning("torch.compile failed, training goes on without it: %s", str(error).strip().splitlines()[0])
             self.compiling = False
             self.unwrapped.model._compiled_call_impl = None
-            self.optimizer.zero_grad()
-            seed_step(self.options.seed, self.step, self.accelerator.process_index)
+            if fresh:
+                self.optimizer.zero_grad()
+                seed_step(self.options.seed, self.step, self.accelerator.process_index)
             return self.accumulate(batch, micro)
-        self.compiling = False  # it works: what fails from now on fails for another reason
+        self.compiled = self.compiling
         return LossTerms(term.loss.detach(), term.t)
 
     def batches(self) -> Batches:
@@ -355,7 +369,8 @@ class Trainer:
         if not self.accelerator.is_main_process:
             return
         if (self.folder / "metrics.jsonl").exists():
-            plot_metrics(self.folder / "metrics.jsonl", self.folder / "metrics.png")
+            with harmless(self.folder / "metrics.png"):
+                plot_metrics(self.folder / "metrics.jsonl", self.folder / "metrics.png")
         evaluations = self.folder / "evaluations.jsonl"
         trim_lines(evaluations, self.step - 1)
         for callback in self.callbacks:
@@ -363,14 +378,10 @@ class Trainer:
             if scores:
                 append_line(evaluations, {"step": self.step, **scores})
         name = self.folder / "samples" / f"step-{self.step:08d}"
-        name.parent.mkdir(parents=True, exist_ok=True)
+        fps = self.config.sample.fps or DEFAULT_FPS
         if images is not None:
-            save_samples(images, name.with_name(f"{name.name}-images.png"))
-        if samples.ndim == 5:
-            save_samples(samples, name.with_suffix(".mp4"), fps=self.config.sample.fps)
-            contact_sheet(samples, name.with_suffix(".png"))
-        else:
-            save_samples(samples, name.with_suffix(".png" if samples.ndim == 4 else ".safetensors"))
+            write_previews(images, name.with_name(f"{name.name}-images"), fps)
+        write_previews(samples, name, fps)
         self.call("on_sample", samples, self.pictures())
 
     def preview(self, averaged: GaussianDiffusion, data: Any, **options: Any) -> Tensor:
@@ -563,6 +574,15 @@ def check_embeddings(diffusion: GaussianDiffusion, data: Any) -> None:
             f"{getattr(config, 'embedding_tokens', 0) if wanted else 0} of {wanted}: set "
             f"model.embedding_tokens={shape[0]} model.embedding_dim={shape[1]}"
         )
+
+
+def is_compiler_error(error: BaseException | None) -> bool:
+    """Whether an error, or what caused it, is of torch.compile and what it calls."""
+    while error is not None:
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor", "torch._functorch", "triton")):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

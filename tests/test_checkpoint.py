@@ -126,8 +126,8 @@ def test_weights_beside_other_options_are_refused(trained, tmp_path, old, new):
     (tmp_path / "config.yaml").write_text(text.replace(old, new, 1))
     with pytest.raises(UsageError, match=r"config\.yaml says .*but model\.safetensors was trained with"):
         load_model(tmp_path)
-    (tmp_path / "config.yaml").write_text(text.replace("fps: 8.0", "fps: 4.0"))
-    assert load_model(tmp_path)[1].sample.fps == 4  # what is no part of the model may be edited
+    (tmp_path / "config.yaml").write_text(text.replace("guidance_rescale: 0.0", "guidance_rescale: 0.5"))
+    assert load_model(tmp_path)[1].sample.guidance_rescale == 0.5  # what is no part of the model may be edited
 
 
 def test_foreign_weights_load_where_they_fit_and_are_refused_where_not(trained, tmp_path):

@@ -98,6 +98,15 @@ def test_findings_in_words():
         assert words.startswith(start)
 
 
+def test_what_beats_zero_by_far_is_trained_though_a_copy_is_better():
+    """Predicting eps at high t, or x0 at low t, a copy of the input is nearly exact."""
+    found = Diagnosis(t=[0.5, 0.95], log_snr=[0, -6], loss=[0.1, 0.08], loss_first_pass=[0.1, 0.08], loss_raw=None,
+                      loss_zero=[1, 1], loss_copy=[2, 0.01])  # fmt: skip
+    assert found.findings() == []
+    (words,) = dataclasses.replace(found, loss=[0.1, 0.6], loss_first_pass=[0.1, 0.6]).findings()
+    assert words.startswith("untrained noise levels: at t = 0.95")
+
+
 def test_latent_spread_of_known_latents():
     latents = torch.stack([torch.tensor([[1.0, 1.0], [2.0, 0.0]]), torch.tensor([[1.0, 1.0], [-2.0, 0.0]])])
     assert latent_spread(latents) == pytest.approx([0, 1])

@@ -15,7 +15,7 @@ from tiny_run import TINY
 from rin_video import RIN, UsageError, cli
 from rin_video.checkpoint import save_model
 from rin_video.config import Config, load_config, to_yaml
-from rin_video.datasets.hub import _load
+from rin_video.datasets import hub
 from rin_video.hub import model_card
 from rin_video.provenance import read_json
 from rin_video.report import read_lines, write_report
@@ -256,12 +256,13 @@ def test_a_text_encoder_runs_no_code_of_its_own(tmp_path, monkeypatch):
     assert not (tmp_path / "executed").exists()
 
 
-def test_a_hub_data_set_runs_no_code_of_its_own():
+def test_a_hub_data_set_runs_no_code_of_its_own(monkeypatch):
     asked = []
 
     class Hub:
         def load_dataset(self, name, **options):
             asked.append(options)
 
-    _load(Hub(), "hf:mallory/data:train")
+    monkeypatch.setattr(hub, "import_hub", Hub)
+    hub.load_table("hf:mallory/data:train")
     assert asked == [{"split": "train", "trust_remote_code": False}]

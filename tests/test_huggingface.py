@@ -114,7 +114,8 @@ def test_a_set_of_images_is_taken_for_images(tmp_path, hub, capsys, monkeypatch)
 def test_a_configuration_can_be_named(hub, monkeypatch):
     calls = []
 
-    def load(*names, split):
+    def load(*names, split, trust_remote_code):
+        assert not trust_remote_code
         calls.append((*names, split))
         if len(names) == 1 and split is None:
             raise ValueError("Config name is missing.\nPlease pick one among the available configs: ['small', 'large']")

@@ -106,6 +106,40 @@ def test_a_failing_compiler_is_left_out(tmp_path, monkeypatch, caplog):
     assert_close(run.diffusion.model.state_dict(), plain.diffusion.model.state_dict(), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_compiler_that_fails_at_a_later_shape_is_left_out(tmp_path, monkeypatch, caplog, accumulate):
+    from torch._dynamo.exc import TorchRuntimeError
+
+    def compile_clips_only(model):
+        def call(x, *args, **options):
+            if x.ndim == 4:  # an image
+                raise TorchRuntimeError("no compiler for this shape")
+            return model._call_impl(x, *args, **options)
+
+        model._compiled_call_impl = call
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_clips_only)
+    options = {"mixture": True, "train_num_steps": 4, "gradient_accumulate_every": accumulate}
+    run = make_trainer(tmp_path / "compiled", compile=True, **options)
+    run.train()
+    assert "torch.compile failed, training goes on without it" in caplog.text
+    plain = make_trainer(tmp_path / "plain", **options)
+    plain.train()
+    assert_close(run.diffusion.model.state_dict(), plain.diffusion.model.state_dict(), rtol=0, atol=1e-6)
+
+
+def test_other_errors_of_a_compiled_model_are_raised(tmp_path, monkeypatch):
+    run = make_trainer(tmp_path / "run", train_num_steps=3)
+    run.compiling = run.compiled = True  # as after a first step that compiled
+
+    def fails(*args, **options):
+        raise ZeroDivisionError("of another reason")
+
+    monkeypatch.setattr(run.diffusion, "forward", fails)
+    with pytest.raises(ZeroDivisionError):
+        run.train()
+
+
 @pytest.mark.parametrize(
     "options",
     [

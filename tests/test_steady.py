@@ -2,11 +2,14 @@
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch.utils.data import ConcatDataset, Subset
 
-from rin_video import cli
+from rin_video import RIN, GaussianDiffusion, Trainer, cli
 from rin_video.datasets import ClipFolder, open_video
-from rin_video.datasets.steady import is_steady, steady_frames
+from rin_video.datasets.adapters import adapt
+from rin_video.datasets.steady import frame_rate, is_steady, steady_frames
 from rin_video.export import export, load_media
 
 
@@ -88,7 +91,8 @@ def test_prepare_keeps_the_time_of_a_variable_rate(tmp_path, clips, monkeypatch,
     monkeypatch.chdir(tmp_path)
     assert cli.main(["prepare", str(clips / "variable_rate.mp4"), "--size", "32x64", "--out", "shards"]) == 0
     assert "1 of 1 clips vary in frame rate: their nearest frames at a regular rate" in capsys.readouterr().out
-    data = ClipFolder(tmp_path / "shards", (32, 64), 32)
+    (length,) = [info.num_frames for info in ClipFolder(tmp_path / "shards", (32, 64), 1).infos]
+    data = ClipFolder(tmp_path / "shards", (32, 64), length)
     shown = numbers(data.draw(0, 0)["x"].transpose(0, 1))
     assert data.infos[0].fps == pytest.approx(30)
     assert [shown[i] for i in (0, 1, 2, 5, 6, 10, 20, 21, 22, 30)] == list(range(10))
@@ -101,3 +105,32 @@ def test_prepare_takes_short_clips(tmp_path, numbered, monkeypatch, capsys, fram
     numbered(tmp_path / "data/a.mp4", frames=frames)
     assert cli.main(["prepare", str(tmp_path / "data"), "--size", "8", "--out", "shards"]) == 0
     assert f"clips of {4 if frames == 5 else 1} frames a second before" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("options", "rate"), [({}, 8), ({"stride": 2}, 4), ({"fps": 5}, 5), ({"span": "whole"}, 1.6)])
+def test_samples_play_at_the_rate_of_the_data(tmp_path, numbered, options, rate):
+    (tmp_path / "data").mkdir()
+    numbered(tmp_path / "data/a.mp4")
+    data = ClipFolder(tmp_path / "data", 8, 4, **options)
+    assert frame_rate(data) == pytest.approx(rate)
+    assert frame_rate(adapt(ConcatDataset([Subset(data, [0])]))) == pytest.approx(rate)
+    assert frame_rate(adapt([torch.rand(3, 4, 8, 8)])) is None
+
+
+def test_a_run_samples_at_the_rate_of_its_data(tmp_path, numbered):
+    (tmp_path / "data").mkdir()
+    numbered(tmp_path / "data/a.mp4", times=range(8))  # 30 fps
+    heads = {"num_heads": 2, "latent_num_heads": 2}
+    model = RIN(dim=32, num_latents=6, depth=1, image_size=8, frames=4, patch_size=(2, 4, 4), **heads)
+    run = Trainer(
+        GaussianDiffusion(model), tmp_path / "data", results_folder=tmp_path / "run", num_samples=1, num_workers=0,
+        train_num_steps=1, train_batch_size=1, progress=False,
+    )  # fmt: skip
+    assert run.config.sample.fps == pytest.approx(30)
+    run.config.sample.steps = 1
+    run.train()
+    assert levels_of(tmp_path / "run/samples/step-00000001.mp4")[1] == pytest.approx(30)
+    out = tmp_path / "sample.mp4"
+    for more, rate in ((), 30), (("--fps", "5"), 5), (("sample.fps=6",), 6):
+        assert cli.main(["sample", str(tmp_path / "run"), "--num", "1", "--steps", "1", "--out", str(out), *more]) == 0
+        assert levels_of(out)[1] == pytest.approx(rate)

@@ -248,6 +248,26 @@ def test_bf16_trains(tmp_path):
     assert not torch.equal(before["core.latents.table"], weights(run)["core.latents.table"])
 
 
+def test_the_precision_that_accelerate_launch_asks_for(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO", logger="rin_video")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    run = trainer(tmp_path, 1)
+    assert run.accelerator.mixed_precision == run.config.train.mixed_precision == run.diffusion.precision == "bf16"
+    assert "mixed precision bf16, as accelerate launch asks for" in caplog.text
+    assert trainer(tmp_path, 1, mixed_precision="tf32").accelerator.mixed_precision == "no"
+    assert "train.mixed_precision=tf32 is used, not bf16 as accelerate launch asks for" in caplog.text
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    with pytest.raises(UsageError, match="--mixed_precision fp8: use bf16 or fp16, or no"):
+        trainer(tmp_path, 1)
+
+
+def test_a_set_smaller_than_a_batch_is_said(tmp_path, caplog):
+    trainer(tmp_path, 1, train_batch_size=13)
+    assert "a batch is" not in caplog.text
+    trainer(tmp_path, 1, train_batch_size=14)
+    assert "the data are 13 samples, a batch is 14" in caplog.text
+
+
 def test_metrics_of_an_unfinished_stretch_are_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps({"step": step}) + "\n" for step in (1, 2, 3)))
@@ -321,7 +341,6 @@ def test_after_a_resume_what_the_configuration_says_is_what_runs(tmp_path, monke
     value, in_force = ANOTHER[name]
     steps, more = (value, {}) if name == "train_num_steps" else (3, {name: value})
     run = trainer(tmp_path, steps, **base | more)
-    run.compiled = run.compiling
     clip = run.accelerator.clip_grad_norm_
     run.accelerator.clip_grad_norm_ = lambda weights, limit: setattr(run, "clipped_to", limit) or clip(weights, limit)
     run.train()
