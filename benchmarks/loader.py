@@ -8,8 +8,8 @@ that this makes (96 frames of 180x240, H.264 as x264 writes it by default: one k
 `loader` is what training uses, from index to batches in the process that trains. `bare` is the decoder's library alone,
 in as many processes: each is told the files and frames of the very batches that a worker of the loader gets, keeps as
 many files open, last used first (PyAV: seeks to the keyframe before the window, decodes to its end, scales in FFmpeg;
-decord: `get_batch`; torchcodec: `get_frames_at`; both resized by torchvision), cuts the middle out and stacks the
-batch. It makes no plan, checks nothing and hands nothing over.
+decord: `get_batch`, and a seek back; torchcodec: `get_frames_at`; both resized by torchvision), cuts the middle out and
+stacks the batch. It makes no plan, checks nothing and hands nothing over.
 
 Both sides take turns, `--rounds` times on other batches each time; the figures are medians, the ratios those of the
 pairs: of clips a second, and of clips a second of processor time, all processes together, which other users of the
@@ -93,7 +93,9 @@ def open_decord(path: str) -> Any:
 
 
 def read_decord(reader: Any, indices: list[int], size: tuple[int, int]) -> torch.Tensor:
-    return torch.from_numpy(reader.get_batch(indices).asnumpy()).permute(0, 3, 1, 2)
+    frames = torch.from_numpy(reader.get_batch(indices).asnumpy()).permute(0, 3, 1, 2)
+    reader.seek(0)  # or it decodes the rest of every open film into memory, which is fast and takes gigabytes
+    return frames
 
 
 def open_torchcodec(path: str) -> Any:

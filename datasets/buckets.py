@@ -72,7 +72,8 @@ class BucketSampler(Sampler[list[tuple[int, int]]]):
             if batch // self.batches_per_epoch != epoch:
                 epoch = batch // self.batches_per_epoch
                 batches = self.epoch(epoch)
-            mine = batches[batch % self.batches_per_epoch][self.rank :: self.num_ranks]
+            start = self.rank * self.batch_size  # consecutive rows, as their noise and their names have it
+            mine = batches[batch % self.batches_per_epoch][start : start + self.batch_size]
             yield [(epoch, index) for index in mine]
 
     def epoch(self, epoch: int) -> list[list[int]]:

@@ -137,7 +137,8 @@ def backends_for(info: VideoInfo, decoder: DecoderOption = "auto", *, strict: bo
         raise UsageError(f"unknown decoder {decoder!r}: use one of auto, {', '.join(DECODERS)}")
     if strict:
         return [decoder]
-    first = [decoder] if suits(decoder, info) else []
+    unproved = decoder == "decord" and info.decoder not in ("", decoder)  # the index has tried it
+    first = [decoder] if suits(decoder, info) and not unproved else []
     return first + [name for name in names if name != decoder]
 
 

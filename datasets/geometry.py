@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -48,21 +49,50 @@ def has_alpha(frame: Any) -> bool:
     return frame.format.has_palette or any(part.is_alpha for part in frame.format.components)
 
 
+def is_transparent(frame: Any) -> bool:
+    """Whether a pixel of this frame is."""
+    return has_alpha(frame) and int(converted(frame, "rgba")[..., 3].min()) < 255
+
+
 def shown_pixels(frame: Any, size: tuple[int, int], orientation: int = 0) -> np.ndarray:
     """A decoded frame as uint8 (H, W, 3) of `size`, upright, transparency over white."""
     H, W = oriented_size(size, orientation)  # as stored: transposing is its own inverse on sizes
     if has_alpha(frame):
         frame = _over_white(frame)
-    if (frame.height, frame.width) == (H, W):
-        return orient(frame.to_ndarray(format="rgb24"), orientation)
-    # To RGB and to size in one pass of FFmpeg's scaler.
-    return orient(frame.to_ndarray(format="rgb24", width=W, height=H, interpolation="BILINEAR"), orientation)
+    return orient(converted(frame, "rgb24", (H, W)), orientation)
+
+
+def converted(frame: Any, pixel_format: str, size: tuple[int, int] | None = None) -> np.ndarray:
+    """A frame's pixels in another format and of another size (H, W), in one pass of FFmpeg's scaler."""
+    how = _one_thread()
+    if size is not None and size != (frame.height, frame.width):
+        how |= {"height": size[0], "width": size[1], "interpolation": "BILINEAR"}
+    return frame.reformat(format=pixel_format, **how).to_ndarray()
+
+
+def _one_thread() -> dict[str, Any]:
+    """Arguments by which a conversion starts no threads.
+
+    The processes that read are many; and a process that is forked from one with such threads hangs when it tidies up.
+    """
+    return {"threads": 1} if _knows_threads() else {}
+
+
+@lru_cache(maxsize=1)
+def _knows_threads() -> bool:
+    import av
+
+    try:
+        av.VideoFrame(2, 2, "gray").reformat(format="rgb24", threads=1)
+    except TypeError:  # PyAV before 17
+        return False
+    return True
 
 
 def _over_white(frame: Any) -> Any:
     import av
 
-    pixels = frame.to_ndarray(format="rgba")
+    pixels = converted(frame, "rgba")
     alpha = pixels[..., 3:].astype(np.uint16)
     if alpha.min() == 255:
         return frame

@@ -19,10 +19,10 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from rin_video.config import DataConfig, DataKind
+from rin_video.config import DataConfig, DataKind, DecoderOption
 from rin_video.datasets.arrays import ArrayInfo, probe_array
 from rin_video.datasets.backends import torchcodec_problem
-from rin_video.datasets.decoding import LostFramesError, open_video
+from rin_video.datasets.decoding import LostFramesError, Video, backends_for
 from rin_video.datasets.folders import KINDS, first_folder, number_classes, refuse_splits, split_sources
 from rin_video.datasets.probe import probe_video
 from rin_video.datasets.probing import beat, run_apart
@@ -64,6 +64,7 @@ class Probe:
     kind: DataKind
     cuts: bool = False
     max_pixels: int = MAX_PIXELS
+    decoder: DecoderOption = "auto"  # or decord, which has to be tried on each file
 
     def __call__(self, source: Source) -> tuple[Any, str]:
         if self.kind == "image":
@@ -86,11 +87,11 @@ class Probe:
             PIL.Image.init()
 
     def _video(self, source: Source) -> VideoInfo:
-        """`probe_video`, and the fastest decoder that really reads its last frame here."""
+        """`probe_video`, and the first decoder that really reads it here."""
         from dataclasses import replace
 
         info = probe_video(source, cuts=self.cuts, max_pixels=self.max_pixels)
-        with open_video(source, "auto", info) as video:
+        with Video(source, info, backends_for(info, self.decoder, strict=False)) as video:
             for index in (0, info.num_frames // 2, info.num_frames - 1):
                 with suppress(LostFramesError):  # it costs the windows that touch it
                     video.read([index])
@@ -236,7 +237,8 @@ def make_index(
     sources, others = split_sources(
         root, KINDS[kind], allow_pipe=options.allow_pipe, cache=path.parent / "pipes" if path else None
     )
-    probe = Probe(kind, options.avoid_cuts and kind == "video", options.max_pixels)
+    decoder = "decord" if kind == "video" and options.decoder == "decord" else "auto"
+    probe = Probe(kind, options.avoid_cuts and kind == "video", options.max_pixels, decoder)
     entries, changed = [], []
     modified: dict[Path, tuple[int, int]] = {}
     with keeping_all():

@@ -77,6 +77,7 @@ class Batches:
         self.crashes = 0
         self.workers: list[Any] = []
         self._reported = 0.0
+        self.indices: list[int] = []  # of the last batch's samples, stand-ins as they are
         self._quiet: _Quiet | None = None
         # If nobody closes this: at exit, multiprocessing sends workers a SIGTERM, which they ignore, and joins them.
         self._kill = weakref.finalize(self, _kill, self.workers, os.getpid())
@@ -103,6 +104,7 @@ class Batches:
                 self._look_after_workers(error, start)
         if isinstance(batch, Failure):
             raise batch.error()
+        self.indices, batch = batch
         if self.num_bad > self.options.max_failures:
             raise UsageError(
                 f"{self.num_bad} samples could not be read, data.max_failures is {self.options.max_failures}: "

@@ -14,7 +14,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rin_video.datasets.geometry import has_alpha, orientation_of, oriented_size, stretched_size
+from rin_video.datasets.geometry import (
+    converted,
+    has_alpha,
+    is_transparent,
+    orientation_of,
+    oriented_size,
+    stretched_size,
+)
 from rin_video.datasets.probing import beat
 from rin_video.datasets.sources import Source, open_source, shown, size_of
 from rin_video.datasets.video_info import (
@@ -69,12 +76,12 @@ def scene_cuts(source: Source, info: VideoInfo) -> tuple[int, ...]:
             beat()
             if frame is None:
                 continue
-            small = frame.reformat(width=64, height=64, format="yuv420p")
+            small = av.VideoFrame.from_ndarray(converted(frame, "rgb24", (64, 64)), format="rgb24")
             small.pts = count
             if graph is None:
                 graph = av.filter.Graph()
                 nodes = [
-                    graph.add_buffer(width=64, height=64, format="yuv420p", time_base=video.stream.time_base),
+                    graph.add_buffer(width=64, height=64, format="rgb24", time_base=video.stream.time_base),
                     graph.add("select", f"gt(scene\\,{SCENE_CHANGE})"),
                     graph.add("buffersink"),
                 ]
@@ -388,13 +395,13 @@ def _notes_on_first(frame: Any, video: VideoStream, aspect: float, opaque: bool)
         notes.append(f"pixel aspect: {aspect:.3g}, the width is scaled by that, as players do")
     if opaque:
         notes.append(f"transparency lost: this FFmpeg has no {ALPHA_DECODERS[video.codec]}")
-    elif has_alpha(frame) and not frame.format.has_palette:
+    elif is_transparent(frame):
         notes.append("transparent: shown over white")
     return tuple(notes)
 
 
 def _mark(frame: Any) -> bytes:
-    return frame.to_ndarray(format="gray", width=16, height=16, interpolation="BILINEAR").tobytes()
+    return converted(frame, "gray", (16, 16)).tobytes()
 
 
 def _probe_webp(source: Source, max_pixels: int) -> VideoInfo:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import signal
 import threading
@@ -182,6 +183,7 @@ def _serve(pipe: Connection, other_end: Connection, work: Callable[[T], Any]) ->
 
     global _beats
     end_with_parent()
+    gc.freeze()  # what was inherited is not tidied up here: it may wait for threads that a fork does not copy
     other_end.close()
     torch.set_num_threads(1)
     getattr(work, "warm_up", lambda: None)()

@@ -26,7 +26,7 @@ IDLE, STARTING = -1, -2  # what a worker is at where it reads no sample
 
 
 class SafeDraws(Dataset[Any]):
-    """Collated batches of `Draws`, each asked for as a list of (epoch, index).
+    """(indices, collated batch) of `Draws`, each asked for as a list of (epoch, index).
 
     Records in shared memory which sample each worker is reading and since when, and substitutes a neighbour for samples
     that cannot be read. In a worker, an error that is to end the run is returned as a `Failure` in place of the batch.
@@ -48,7 +48,7 @@ class SafeDraws(Dataset[Any]):
         try:
             found = [self._read(epoch, index) for epoch, index in places]
             self.note(IDLE)
-            return self._collate(found)
+            return [index for index, _ in found], self._collate(found)
         except UsageError as error:
             if get_worker_info() is None:
                 raise

@@ -16,14 +16,13 @@ from typing import Any
 import torch
 from ema_pytorch import EMA
 from ema_pytorch.post_hoc_ema import KarrasEMA, p_dot_p, sigma_rel_to_gamma, solve_weights
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rin_video.checkpoint import CONFIG, newest_state, read_metadata, read_tensors, save_weights
 from rin_video.config import TrainConfig, check_sigma_rel, load_config
-from rin_video.distributed import whole
 from rin_video.errors import UsageError
 from rin_video.files import replacing
+from rin_video.tensor_files import write_tensors
 
 log = logging.getLogger("rin_video")
 
@@ -81,18 +80,24 @@ def make_tracks(model: nn.Module, options: TrainConfig, device: torch.device) ->
     return tracks
 
 
-def save_snapshot(run: Path, step: int, sigma_rels: Sequence[float], states: Sequence[dict[str, Tensor]]) -> None:
-    """Write the averages of all lengths at a step, in half precision."""
+def save_snapshot(
+    run: Path, step: int, sigma_rels: Sequence[float], tracks: Sequence[KarrasEMA], *, write: bool = True
+) -> None:
+    """Write the averages of all lengths at a step, in half precision. Called by all processes; one does `write`."""
     tensors = {
-        f"{index}.{name}": value.detach().cpu().half().contiguous()
-        for index, state in enumerate(states)
-        for name, value in state.items()
+        f"{index}.{name}": value
+        for index, track in enumerate(tracks)
+        for name, value in track.ema_model.state_dict().items()
         if value.is_floating_point()
     }
+    if not write:
+        write_tensors(None, tensors)
+        return
     path = run / SNAPSHOTS / f"step-{step:08d}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {"step": str(step), "sigma_rel": json.dumps(list(sigma_rels))}
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={"step": str(step), "sigma_rel": json.dumps(list(sigma_rels))})
+        write_tensors(temporary, tensors, metadata, dtype=torch.float16)
 
 
 def averaged_weights(run: Path, sigma_rels: Sequence[float]) -> list[tuple[dict[str, Tensor], float]]:
@@ -158,11 +163,6 @@ def write_averages(run: Path, sigma_rels: Sequence[float], out: Path | None = No
         save_weights(folder, weights, config)
         written.append((folder, error))
     return written
-
-
-def track_state(track: KarrasEMA) -> dict[str, Tensor]:
-    """The averaged tensors of a track by the model's names, whole. To be called by all processes."""
-    return whole(track.ema_model.state_dict())
 
 
 def _numbers_of(source: Any) -> dict[str, Tensor]:

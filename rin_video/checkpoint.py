@@ -7,18 +7,20 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rin_video.config import Config, load_config, to_yaml
 from rin_video.errors import UsageError
 from rin_video.files import full_disk, replacing, sync, write_text
+from rin_video.tensor_files import tensors_digest, write_tensors
 
 log = logging.getLogger("rin_video")
 
@@ -35,14 +37,21 @@ def save_model(folder: str | os.PathLike[str], model: nn.Module, config: Config)
     save_weights(folder, model.state_dict(), config)
 
 
-def save_weights(folder: str | os.PathLike[str], weights: dict[str, Tensor], config: Config) -> None:
-    """`save_model` for a state dict. The file says what made it: options of model and diffusion, and a checksum."""
+def save_weights(
+    folder: str | os.PathLike[str], weights: Mapping[str, Tensor], config: Config, *, write: bool = True
+) -> None:
+    """`save_model` for a state dict. The file says what made it: options of model and diffusion, and a checksum.
+
+    Of sharded weights all processes call this; those that do not `write` only contribute their parts.
+    """
+    if not write:
+        write_tensors(None, weights)
+        return
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     origin = {section: json.dumps(plain(getattr(config, section))) for section in ("model", "diffusion")}
     with replacing(folder / WEIGHTS) as path:
-        save_file(tensors, path, metadata={"format": "pt", "sha256": tensors_digest(tensors), **origin})
+        write_tensors(path, weights, {"format": "pt", **origin}, digest=True)
     write_text(folder / CONFIG, to_yaml(config))
 
 
@@ -111,19 +120,23 @@ def find_model(source: str | os.PathLike[str]) -> Path:
 # ---- the state to resume from: nested dicts and lists of tensors and plain values
 
 
-def save_state(folder: Path, state: dict[str, Any]) -> None:
+def save_state(folder: Path, state: dict[str, Any], *, write: bool = True) -> None:
     """Write a nested state as a new folder that appears whole or not at all, with checksums of its files.
 
-    Raises `UsageError` where the disk is full; what was there before is untouched.
+    Of sharded tensors all processes call this; those that do not `write` only contribute their parts. Raises
+    `UsageError` where the disk is full; what was there before is untouched.
     """
+    tensors: dict[str, Tensor] = {}
+    tree = _take_tensors(state, tensors)
+    if not write:
+        write_tensors(None, tensors)
+        return
     temporary = folder.with_name(folder.name + ".tmp")
     with full_disk(folder):
         remove_state(temporary)
         temporary.mkdir(parents=True)
         try:
-            tensors: dict[str, Tensor] = {}
-            tree = _take_tensors(state, tensors, set())
-            save_file(tensors, temporary / STATE_FILES[0])
+            write_tensors(temporary / STATE_FILES[0], tensors)
             (temporary / STATE_FILES[1]).write_text(json.dumps(tree), encoding="utf-8")
             digests = {name: file_digest(temporary / name) for name in STATE_FILES}
             (temporary / MANIFEST).write_text(json.dumps(digests), encoding="utf-8")
@@ -214,16 +227,6 @@ def read_metadata(path: Path) -> dict[str, str]:
         raise UsageError(f"{path} cannot be read as safetensors: {error}") from None
 
 
-def tensors_digest(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 of names, types, shapes and bytes of tensors on the CPU."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def file_digest(path: Path) -> str:
     """SHA-256 of a file."""
     digest = hashlib.sha256()
@@ -238,19 +241,15 @@ def plain(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def _take_tensors(value: Any, tensors: dict[str, Tensor], seen: set[int]) -> Any:
+def _take_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
         name = str(len(tensors))
-        tensor = value.detach().cpu().contiguous()
-        # safetensors refuses tensors that share memory: views, and weights that are tied.
-        alone = tensor.untyped_storage().nbytes() == tensor.nbytes and tensor.data_ptr() not in seen
-        seen.add(tensor.data_ptr())
-        tensors[name] = tensor if alone else tensor.clone()
+        tensors[name] = value
         return {"tensor": name}
-    if isinstance(value, dict):
-        return {"dict": [[key, _take_tensors(item, tensors, seen)] for key, item in value.items()]}
+    if isinstance(value, Mapping):
+        return {"dict": [[key, _take_tensors(item, tensors)] for key, item in value.items()]}
     if isinstance(value, list | tuple):
-        return [_take_tensors(item, tensors, seen) for item in value]
+        return [_take_tensors(item, tensors) for item in value]
     return value
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import re
 import sys
 from collections.abc import Sequence
@@ -20,7 +19,8 @@ from rin_video.config import (
     ScheduleName,
     SpacingName,
 )
-from rin_video.errors import Stopped, UsageError, first_line, one_line
+from rin_video.errors import ReportedError, Stopped, UsageError, first_line, one_line
+from rin_video.ranks import is_first
 
 FLAGS = (  # without a value
     "--json", "--strict", "--embeddings", "--carry-latents", "--key-frames", "--interpolate-positions", "--private",
@@ -37,13 +37,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"rin-video: error: {options.command} takes no key=value: {overrides[0]}", file=sys.stderr)
         return 2
     options.overrides = overrides
-    first = os.environ.get("RANK", "0") == "0"  # of several processes, one talks
-    logging.basicConfig(level=logging.INFO if first else logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.INFO if is_first() else logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
         from rin_video import commands
 
         getattr(commands, options.command)(options)
+    except ReportedError:
+        return 2
     except UsageError as error:
         print(f"rin-video: error: {one_line(error)}", file=sys.stderr)
         return 2

@@ -33,8 +33,10 @@ from rin_video.info import describe, model_info, training_memory
 from rin_video.memory import largest_batch
 from rin_video.passes import extend_parts, parse_size, plan_pass, refuse_extension
 from rin_video.provenance import device_name
+from rin_video.ranks import is_first, several_processes
 from rin_video.samplers import get_sampler, make_levels
 from rin_video.sampling import sampling_schedule, suited_spacing
+from rin_video.together import sample_together
 
 log = logging.getLogger("rin_video")
 
@@ -43,10 +45,11 @@ def train(options: Namespace) -> None:
     """`rin-video train`."""
     from rin_video.datasets.embeddings import embedding_shape
     from rin_video.datasets.open import INDEX, open_dataset
+    from rin_video.distributed import first_then_others
     from rin_video.rin import RIN
     from rin_video.trainer import Trainer
 
-    preset = chosen_preset(options)
+    preset = first_then_others(lambda: chosen_preset(options))
     config = read_config(options, preset)
     if options.steps is not None:
         config.train.train_num_steps = options.steps
@@ -64,7 +67,8 @@ def train(options: Namespace) -> None:
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--out {folder} is a file: give a folder")
     shape = model_info(config.model).shape
-    dataset = open_dataset(options.data, shape, config.data, seed=config.train.seed, index=folder / INDEX)
+    seed, index = config.train.seed, folder / INDEX
+    dataset = first_then_others(lambda: open_dataset(options.data, shape, config.data, seed=seed, index=index))
     if not is_set("model.num_classes", preset, options.overrides):
         config.model.num_classes = len(dataset.classes)
     told = embedding_shape(dataset)
@@ -130,7 +134,12 @@ def sample(options: Namespace) -> None:
     if options.max_batch is not None and options.max_batch < 1:
         raise UsageError(f"--max-batch is {options.max_batch}: it must be at least 1")
     allow_only(options.overrides, "sample.")
-    diffusion = GaussianDiffusion.from_pretrained(folder, device=best_device())
+    device = best_device()
+    if several_processes():
+        from rin_video.distributed import meet
+
+        device = meet().device
+    diffusion = GaussianDiffusion.from_pretrained(folder, device=device)
     model: Any = diffusion.model
     if options.interpolate_positions:
         model.interpolate_positions()
@@ -142,10 +151,17 @@ def sample(options: Namespace) -> None:
     titles = sample_titles(wanted, config, options.caption)
     common = given | {"seed": options.seed, "max_batch": options.max_batch or 16, "shape": pass_.shape}
     if pass_.extends:
-        paths = save_parts(extend_parts(diffusion, wanted, options, pass_, common), out, fps, titles=titles)
+        parts = extend_parts(diffusion, wanted, options, pass_, common)
+        if not is_first():  # each draws a part of the samples, the first writes
+            for _ in parts:
+                pass
+            return
+        paths = save_parts(parts, out, fps, titles=titles)
     else:
         refuse_extension(options, pass_)
-        samples = diffusion.sample_from_config(wanted, progress=True, **common)
+        samples = sample_together(diffusion, wanted, progress=is_first(), **common)
+        if not is_first():
+            return
         paths = save_samples(samples.cpu(), out, fps=fps, titles=titles)
     seconds = time.perf_counter() - start
     log.info("%d samples in %.1f s: %s", wanted.num_samples, seconds, paths[0] if len(paths) == 1 else out)
@@ -434,15 +450,20 @@ def allow_only(overrides: list[str], *sections: str) -> None:
 
 
 def choose_batch(config: Config, folder: Path, num_samples: int) -> int:
-    """The largest batch that fits, or that of the run which goes on: the order of the data depends on it."""
-    from accelerate import PartialState
+    """The largest batch that fits, or that of the run which goes on: the order of the data depends on it.
 
-    from rin_video.distributed import no_accelerator
+    Of several processes, the largest that fits into all of them.
+    """
+    from rin_video.distributed import in_all, meet
 
-    if newest := newest_state(folder):
-        return newest[1]["config"]["train"]["train_batch_size"]
-    state = PartialState(cpu=no_accelerator())
-    size = largest_batch(config, state.device, num_processes=state.num_processes, limit=num_samples)
+    state = meet()
+
+    def choose() -> int:
+        if newest := newest_state(folder):
+            return newest[1]["config"]["train"]["train_batch_size"]
+        return largest_batch(config, state.device, num_processes=state.num_processes, limit=num_samples)
+
+    size = min(in_all(choose))
     log.info("batch size %d, the largest that fits into %s", size, device_name(state.device))
     return size
 

@@ -211,7 +211,7 @@ class DataConfig:
     augment_reverse: bool = False  # half of the clips backwards
     augment_speed: list[float] = field(default_factory=lambda: [1.0, 1.0])  # range of the speed, 2: twice as fast
     buckets: list[str] = field(default_factory=list)  # shapes in one run: 48x80, or 16x48x80 with frames; none: one
-    decoder: DecoderOption = "auto"  # auto: the fastest that reads a file right
+    decoder: DecoderOption = "auto"  # auto: torchcodec where it works, else pyav
     num_workers: int = 2  # processes that read; 0: the training process, which a crash or a hang then ends
     prefetch: int = 2  # batches that each of these has ready
     strict: bool = False  # refuse to start where a file cannot be used

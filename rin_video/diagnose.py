@@ -25,7 +25,7 @@ from rin_video.export import can_be_picture, contact_sheet
 from rin_video.files import write_text
 from rin_video.given import Given
 from rin_video.known import draw_known
-from rin_video.noise import spread_seed
+from rin_video.noise import seeded_generators, spread_seed
 from rin_video.objectives import target
 from rin_video.plots import plot_losses
 from rin_video.previews import harmless
@@ -226,9 +226,8 @@ def _told(batch: Any, diffusion: GaussianDiffusion) -> tuple[Tensor, Given]:
     x, label = unpack(batch)
     options, known = diffusion.config, None
     if options.known:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            known = draw_known(options.known, options.known_frames, len(x), x.shape[2:])
+        generators = seeded_generators(0, range(len(x)))
+        known = draw_known(options.known, options.known_frames, len(x), x.shape[2:], generators)
     label = label if getattr(diffusion.model, "num_classes", 0) else None
     embedding = batch.get("embedding") if isinstance(batch, dict) else None
     device = next(diffusion.parameters()).device

@@ -32,6 +32,7 @@ from rin_video.errors import UsageError
 from rin_video.extend import extend
 from rin_video.given import Given, Labels, check_labels
 from rin_video.known import ANY_GRID, draw_known
+from rin_video.noise import RNG
 from rin_video.objectives import CLIPS, TIME_SAMPLINGS, eps_from_x0, make_loss_weight, target, to_x0_eps
 from rin_video.port import diffusion_options
 from rin_video.samplers import Denoise
@@ -174,13 +175,15 @@ class GaussianDiffusion(nn.Module):
         *,
         embedding: Tensor | np.ndarray | None = None,
         known: Tensor | np.ndarray | None = None,
+        rng: RNG | None = None,
         per_sample: bool = False,
     ) -> Tensor | LossTerms:
         """The loss of data `x` (B, C, *grid) in [0, 1] or uint8, at a random time for each sample.
 
         `label` is (B,) whole numbers, -1 for none, or names, or (B, num_classes) weights. `embedding` (B, L, D) is a
         condition beside or instead of it. `known` (B, 1, *grid) says what is given of each sample; without it, it is
-        drawn. Arrays serve as tensors do. A scalar; or, `per_sample`, the loss of each with its time. Raises
+        drawn. Arrays serve as tensors do. Random numbers come from `rng`, or torch's global generators. A scalar; or,
+        `per_sample`, the loss of each with its time. Raises
         `UsageError` for labels that the model does not have; those on a GPU, which has to be waited for, are looked at
         in the first calls only.
         """
@@ -190,8 +193,8 @@ class GaussianDiffusion(nn.Module):
             self.unchecked -= bool(self.unchecked)
             label = check_labels(label, len(x), getattr(self.model, "num_classes", 0), self.classes)
             label = None if label is None else label.to(x.device)
-        t = self.draw_times(len(x), x.device)
-        terms = self.loss_at(x, t, label, embedding=embedding, known=known)
+        rng = rng or RNG(len(x), x.device)
+        terms = self.loss_at(x, self.draw_times(rng), label, embedding=embedding, known=known, rng=rng)
         return terms if per_sample else terms.loss.mean()
 
     def loss_at(
@@ -202,34 +205,37 @@ class GaussianDiffusion(nn.Module):
         *,
         embedding: Tensor | None = None,
         known: Tensor | None = None,
+        rng: RNG | None = None,
     ) -> LossTerms:
         """The loss of every sample at given times `t` (B,) in [0, 1]."""
+        rng = rng or RNG(len(x), x.device)
         x0 = self.config.scale * to_diffusion_range(x)
-        eps = torch.randn_like(x0)
+        eps = rng.noise(x0.shape[1:], x0.dtype)
         level = self.level(t, x0)
         x_t = level.alpha * x0 + level.sigma * eps
         if known is None and self.config.known:
-            known = draw_known(self.config.known, self.config.known_frames, len(x), x.shape[2:]).to(x.device)
-        given = Given(label, embedding, known, x0).drop(self.config.label_dropout)
+            kinds, frames = self.config.known, self.config.known_frames
+            known = draw_known(kinds, frames, len(x), x.shape[2:], rng.generators()).to(x.device)
+        given = Given(label, embedding, known, x0).drop(self.config.label_dropout, rng)
         carries = self.config.train_prob_self_cond and getattr(self.model, "self_conditioning", True)
-        hidden = self.first_pass(x0, eps, t, given) if carries else None
+        hidden = self.first_pass(x0, eps, t, given, rng) if carries else None
         prediction, _ = self.predict(x_t, level, given, hidden)
         error = (prediction - target(self.config.objective, x0, eps, level)) ** 2
         return LossTerms(given.mean_unknown(self.loss_weight(level) * error), t)
 
     @torch.no_grad()
-    def first_pass(self, x0: Tensor, eps: Tensor, t: Tensor, given: Given) -> Any:
+    def first_pass(self, x0: Tensor, eps: Tensor, t: Tensor, given: Given, rng: RNG) -> Any:
         """What a pass without memory hands on, zeroed for a share 1 - train_prob_self_cond of the samples.
 
         It sees the same noise, later by up to `self_cond_gap`: a sampler's memory, too, comes from a noisier step.
         """
         gap = self.config.self_cond_gap
-        level = self.level((t + gap * torch.rand_like(t)).clamp(max=1) if gap else t, x0)
+        level = self.level((t + gap * rng.uniform()).clamp(max=1) if gap else t, x0)
         x_t = level.alpha * x0 + level.sigma * eps
         prediction, latents = self.predict(x_t, level, given, None)
         torch.clear_autocast_cache()  # its weight casts carry no gradient: the main pass must make its own
         hidden = self.carry(latents, self.estimate(prediction, x_t, level, given))
-        keep = torch.rand(len(t), device=t.device) < self.config.train_prob_self_cond
+        keep = rng.uniform() < self.config.train_prob_self_cond
         return map_tensors(lambda h: h * append_dims(keep, h), hidden)
 
     def _check_known(self) -> None:

@@ -1,27 +1,24 @@
-"""Several processes: the accelerator, random numbers that do not depend on their number, sharded tensors made whole."""
+"""Several processes: the accelerator, what they decide and do together, sharded tensors read from full ones."""
 
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import torch
-from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, gather_object
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.overrides import TorchFunctionMode
 
 from rin_video.config import PrecisionName, TrainConfig
-from rin_video.errors import UsageError
-from rin_video.noise import PART, spread_seed
-from rin_video.tensors import map_tensors
+from rin_video.errors import ReportedError, UsageError
+from rin_video.ranks import num_started, several_processes
 from rin_video.tracking import check_trackers
 
 log = logging.getLogger("rin_video")
@@ -40,7 +37,7 @@ def make_accelerator(options: TrainConfig, folder: Path, *, partial: bool = Fals
         raise UsageError("train.mixed_precision=fp16 needs a CUDA GPU: use bf16, or no")
     check_trackers(options.trackers)
     plugin = None
-    if options.sharding == "fsdp2" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if options.sharding == "fsdp2" and several_processes():
         plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2,
             auto_wrap_policy="transformer_based_wrap",
@@ -60,12 +57,7 @@ def make_accelerator(options: TrainConfig, folder: Path, *, partial: bool = Fals
             DistributedDataParallelKwargs(find_unused_parameters=partial),
         ],
     )
-    expected = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != expected:
-        raise UsageError(
-            f"WORLD_SIZE is {expected}, but this process found {accelerator.num_processes} of them: start all with one "
-            "launcher (torchrun, accelerate launch, srun), or unset WORLD_SIZE"
-        )
+    check_met(accelerator.num_processes)
     if accelerator.distributed_type == "FSDP" and not accelerator.is_fsdp2:
         raise UsageError("FSDP of the first version is not supported: use train.sharding=fsdp2, or --fsdp_version 2")
     return accelerator
@@ -109,67 +101,6 @@ def share(batch_size: int, num_processes: int) -> int:
     return batch_size // num_processes
 
 
-class SharedDraws(TorchFunctionMode):
-    """Random numbers of a batch that are the same whatever the number of processes.
-
-    Every process draws those of the whole batch, from one seed, and keeps the rows of its own samples; draws of other
-    shapes are the same everywhere. Dropout draws elsewhere, from the process's own generator.
-    """
-
-    def __init__(self, seed: int, batch_size: int, rank: int, num_ranks: int) -> None:
-        super().__init__()
-        self.seed, self.batch_size, self.rank, self.num_ranks = seed, batch_size, rank, num_ranks
-        self.generators: dict[torch.device, torch.Generator] = {}
-
-    def __enter__(self) -> Any:
-        self.part = PART.set((self.rank, self.num_ranks))
-        return super().__enter__()
-
-    def __exit__(self, *reason: Any) -> None:
-        super().__exit__(*reason)
-        PART.reset(self.part)
-
-    def __torch_function__(
-        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        options = dict(kwargs or {})
-        if function not in DRAWS or options.get("generator") is not None:
-            return function(*args, **options)
-        draw, like = DRAWS[function]
-        if like:
-            shape, given = args[0].shape, {"dtype": args[0].dtype, "device": args[0].device}
-            options = given | {name: value for name, value in options.items() if name != "memory_format"}
-        else:
-            shape = options.pop("size", args[0] if args and not isinstance(args[0], int) else args)
-        device = torch.empty(0, device=options.get("device")).device
-        if device not in self.generators:
-            self.generators[device] = torch.Generator(device).manual_seed(self.seed)
-        options["generator"] = self.generators[device]
-        if len(shape) == 0 or shape[0] != self.batch_size:
-            return draw(tuple(shape), **options)
-        whole = draw((self.batch_size * self.num_ranks, *shape[1:]), **options)
-        return whole[self.rank * self.batch_size :][: self.batch_size].contiguous()
-
-
-DRAWS: dict[Callable[..., Any], tuple[Callable[..., Tensor], bool]] = {
-    torch.rand: (torch.rand, False),
-    torch.randn: (torch.randn, False),
-    torch.rand_like: (torch.rand, True),
-    torch.randn_like: (torch.randn, True),
-}
-
-
-def shared_draws(
-    seed: int, step: int, batch_size: int, accelerator: Accelerator
-) -> AbstractContextManager[TorchFunctionMode | None]:
-    """Within the block, a step's noise and times are those that one process would draw. `batch_size` is per process."""
-    if accelerator.num_processes == 1:
-        return nullcontext()
-    return SharedDraws(
-        spread_seed(seed, step, 0), batch_size, accelerator.process_index, num_ranks=accelerator.num_processes
-    )
-
-
 def agree(flag: bool, accelerator: Accelerator) -> bool:
     """Whether the flag is set in any process."""
     if accelerator.num_processes == 1:
@@ -177,12 +108,71 @@ def agree(flag: bool, accelerator: Accelerator) -> bool:
     return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device)).item())
 
 
+T = TypeVar("T")
+
+
+def meet() -> PartialState:
+    """This process among the others, which it meets here for the first time."""
+    state = PartialState(cpu=no_accelerator(), timeout=TIMEOUT)
+    check_met(state.num_processes)
+    return state
+
+
+def check_met(num_processes: int) -> None:
+    """Raises `UsageError` where this process found fewer others than were started: each would train for itself."""
+    expected = num_started()
+    if num_processes != expected:
+        raise UsageError(
+            f"WORLD_SIZE is {expected}, but this process found {num_processes} of them: start all with one launcher "
+            "(torchrun, accelerate launch, srun), or unset WORLD_SIZE"
+        )
+
+
+def in_all(work: Callable[[], T]) -> list[T]:
+    """The results of `work` in every process, in their order; called by all. What fails in one ends all of them.
+
+    Raises its `UsageError` in the process where it failed, and `ReportedError` in the others.
+    """
+    result, failed = None, None
+    try:
+        result = work()
+    except UsageError as error:
+        failed = error
+    outcomes = gather_object([(result, None if failed is None else str(failed))])
+    if failed is not None:
+        raise failed
+    for _, message in outcomes:
+        if message is not None:
+            raise ReportedError(message)
+    return [one for one, _ in outcomes]
+
+
+def first_then_others(work: Callable[[], T]) -> T:
+    """`work` in the first process, and then in the others, which find on the disk what it left there."""
+    if not several_processes():
+        return work()
+    first, results = meet().is_main_process, []
+
+    def once() -> None:
+        results.append(work())
+
+    in_all(once if first else lambda: None)
+    in_all((lambda: None) if first else once)
+    return results[0]
+
+
+def rows_of(count: int, rank: int, num_ranks: int) -> range:
+    """Which of `count` samples a process draws: the first ones of the batch in the first process, and so on."""
+    each = -(-count // num_ranks)
+    return range(min(rank * each, count), min((rank + 1) * each, count))
+
+
+def gather_rows(samples: Tensor, rows: range) -> Tensor:
+    """The samples (B, ...) of all processes on the CPU, in order; those beyond a process's `rows` are left out."""
+    return torch.cat(gather_object([samples[: len(rows)].cpu()]))
+
+
 # ---- sharded tensors
-
-
-def whole(state: Any) -> Any:
-    """A nested state with every sharded tensor put together. To be called by all processes."""
-    return map_tensors(lambda tensor: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor, state)
 
 
 def shard_like(full: Tensor, like: Tensor) -> Tensor:
@@ -198,17 +188,41 @@ def load_whole(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     module.load_state_dict({name: shard_like(value, now.get(name, value)) for name, value in state.items()})
 
 
-def load_whole_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
-    """The same for an optimizer: a moment is sharded as its parameter is."""
+def optimizer_state(optimizer: Any, module: nn.Module) -> dict[str, Any]:
+    """Moments by the names of parameters, and what a group counts (the steps of LAMB).
+
+    Hyperparameters are not among them: they are the configuration's.
+    """
+    known = {*optimizer.defaults, "params", "initial_lr"}
+    return {
+        "moments": {name: dict(optimizer.state[p]) for name, p in module.named_parameters() if optimizer.state.get(p)},
+        "counters": {name: value for name, value in optimizer.param_groups[0].items() if name not in known},
+    }
+
+
+def load_optimizer_state(optimizer: Any, module: nn.Module, state: dict[str, Any]) -> None:
+    """Take up what `optimizer_state` gave, of full tensors; a moment is sharded as its parameter is.
+
+    Hyperparameters stay those that the optimizer was made with.
+    """
+    groups = [group | deepcopy(state.get("counters", {})) for group in optimizer.state_dict()["param_groups"]]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    if "moments" in state:
+        found = state["moments"]
+    else:  # of an earlier version: by the places of the parameters
+        found = {names[id(parameters[index])]: values for index, values in state["state"].items()}
+        groups = [{"step": one["step"]} | group if "step" in one else group
+                  for one, group in zip(state["param_groups"], groups, strict=True)]  # fmt: skip
     moments = {
         index: {
-            name: shard_like(value, parameters[index]) if isinstance(value, Tensor) else value
-            for name, value in values.items()
+            name: shard_like(value, parameter) if isinstance(value, Tensor) else value
+            for name, value in found[names[id(parameter)]].items()
         }
-        for index, values in state["state"].items()
+        for index, parameter in enumerate(parameters)
+        if names[id(parameter)] in found
     }
-    optimizer.load_state_dict({**state, "state": moments})
+    optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
 
 def shard_module_like(module: nn.Module, like: nn.Module) -> None:

@@ -15,6 +15,10 @@ def one_line(text: object) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
+class ReportedError(UsageError):
+    """The error of another process, which says it: this one ends with it."""
+
+
 class TransientError(UsageError):
     """What a file is not to blame for (rights, a missing package, a killed child): it is tried again the next time."""
 

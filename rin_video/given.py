@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rin_video.config import GuidanceDropName, class_index
 from rin_video.errors import UsageError
+from rin_video.noise import RNG
 from rin_video.tensors import append_dims
 
 
@@ -46,12 +47,12 @@ class Given(NamedTuple):
             known = torch.zeros_like(known)
         return Given(label, embedding, known, values)
 
-    def drop(self, probability: float) -> Given:
+    def drop(self, probability: float, rng: RNG) -> Given:
         """Label and embedding replaced by nothing, for each sample with the given probability."""
         told = next((part for part in (self.label, self.embedding) if part is not None), None)
         if told is None or not probability:
             return self
-        dropped = torch.rand(len(told), device=told.device) < probability
+        dropped = rng.uniform().to(told.device) < probability
 
         def choose(nothing: Tensor | None, part: Tensor | None) -> Tensor | None:
             if nothing is None or part is None:

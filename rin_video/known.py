@@ -7,6 +7,7 @@ and end anywhere.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,46 +16,60 @@ from rin_video.config import KnownKind
 from rin_video.errors import UsageError
 
 Grid = Sequence[int]
-Count = Callable[[], int]
 
 
-def first(grid: Grid, count: Count) -> Tensor:
+class Draw(NamedTuple):
+    """What a mask is drawn with: how many frames it may take, and a generator on the CPU (None: torch's global one)."""
+
+    least: int
+    most: int
+    generator: torch.Generator | None = None
+
+    def num_frames(self) -> int:
+        return self.whole(self.least, self.most)
+
+    def whole(self, low: int, high: int) -> int:
+        """A whole number from `low` to `high`, both included."""
+        return int(torch.randint(low, high + 1, (), generator=self.generator))
+
+
+def first(grid: Grid, draw: Draw) -> Tensor:
     """The first frames: prediction."""
-    return _along_frames(grid, torch.arange(grid[0]) < count())
+    return _along_frames(grid, torch.arange(grid[0]) < draw.num_frames())
 
 
-def last(grid: Grid, count: Count) -> Tensor:
+def last(grid: Grid, draw: Draw) -> Tensor:
     """The last frames: what came before."""
-    return _along_frames(grid, torch.arange(grid[0]) >= grid[0] - count())
+    return _along_frames(grid, torch.arange(grid[0]) >= grid[0] - draw.num_frames())
 
 
-def ends(grid: Grid, count: Count) -> Tensor:
+def ends(grid: Grid, draw: Draw) -> Tensor:
     """Frames at both ends: filling in."""
-    frames, before, after = torch.arange(grid[0]), count(), count()
+    frames, before, after = torch.arange(grid[0]), draw.num_frames(), draw.num_frames()
     between = (frames >= min(before, grid[0] - 2)) & (frames < grid[0] - after)
     return _along_frames(grid, ~between if between.any() else frames != grid[0] // 2)
 
 
-def frames(grid: Grid, count: Count) -> Tensor:
-    """Frames anywhere, as many as `count` says."""
+def frames(grid: Grid, draw: Draw) -> Tensor:
+    """Frames anywhere, as many as are drawn."""
     known = torch.zeros(grid[0], dtype=torch.bool)
-    known[torch.randperm(grid[0])[: count()]] = True
+    known[torch.randperm(grid[0], generator=draw.generator)[: draw.num_frames()]] = True
     return _along_frames(grid, known)
 
 
-def boxes(grid: Grid, count: Count) -> Tensor:
+def boxes(grid: Grid, draw: Draw) -> Tensor:
     """A box in space and time, known itself or all around it: painting out and in."""
     box = torch.ones(*grid, dtype=torch.bool)
     for axis, size in enumerate(grid):
-        extent = _whole(1, size)
-        start = _whole(0, size - extent)
+        extent = draw.whole(1, size)
+        start = draw.whole(0, size - extent)
         inside = torch.arange(size)
         box &= ((inside >= start) & (inside < start + extent)).view(-1, *[1] * (len(grid) - axis - 1))
-    return box if torch.rand(()) < 0.5 and not box.all() else ~box
+    return box if draw.whole(0, 1) and not box.all() else ~box
 
 
-KNOWN_MASKS: dict[KnownKind, Callable[[Grid, Count], Tensor]] = {
-    "none": lambda grid, count: torch.zeros(*grid, dtype=torch.bool),
+KNOWN_MASKS: dict[KnownKind, Callable[[Grid, Draw], Tensor]] = {
+    "none": lambda grid, draw: torch.zeros(*grid, dtype=torch.bool),
     "first": first,
     "last": last,
     "ends": ends,
@@ -64,24 +79,29 @@ KNOWN_MASKS: dict[KnownKind, Callable[[Grid, Count], Tensor]] = {
 ANY_GRID: tuple[KnownKind, ...] = ("none", "boxes")  # the others need an axis of frames (or of a sequence)
 
 
-def draw_known(kinds: Mapping[KnownKind, float], known_frames: Sequence[int], batch: int, grid: Grid) -> Tensor:
+def draw_known(
+    kinds: Mapping[KnownKind, float],
+    known_frames: Sequence[int],
+    batch: int,
+    grid: Grid,
+    generators: Sequence[torch.Generator | None] | None = None,
+) -> Tensor:
     """A mask for each sample, (batch, 1, *grid), of a kind drawn by the weights `kinds`; always something to invent.
 
     `known_frames` is how many frames the kinds that count them take, [least, most]; empty: 1 to half. On the CPU, from
-    torch's generator. Images only take the kinds that need no frames.
+    a generator for each sample, or torch's global one. Images only take the kinds that need no frames.
     """
     weights = {kind: weight for kind, weight in kinds.items() if len(grid) != 2 or kind in ANY_GRID}
     if not sum(weights.values()):
         return torch.zeros(batch, 1, *grid, dtype=torch.bool)
     low, high = known_frames or (1, max(grid[0] // 2, 1))
     most = max(grid[0] - 1, 0)
-
-    def count() -> int:
-        return _whole(min(low, most), min(high, most))
-
-    names = list(weights)
-    drawn = torch.multinomial(torch.tensor(list(weights.values()), dtype=torch.float64), batch, replacement=True)
-    return torch.stack([KNOWN_MASKS[names[i]](grid, count) for i in drawn.tolist()]).unsqueeze(1)
+    names, shares = list(weights), torch.tensor(list(weights.values()), dtype=torch.float64)
+    masks = []
+    for generator in generators or [None] * batch:
+        kind = names[int(torch.multinomial(shares, 1, generator=generator))]
+        masks.append(KNOWN_MASKS[kind](grid, Draw(min(low, most), min(high, most), generator)))
+    return torch.stack(masks).unsqueeze(1)
 
 
 def known_frames_mask(grid: Grid, invented: range) -> Tensor:
@@ -131,11 +151,6 @@ def place_context(context: Tensor, known: Tensor | None, shape: tuple[int, ...],
 
 def _along_frames(grid: Grid, known: Tensor) -> Tensor:
     return known.view(-1, *[1] * (len(grid) - 1)).expand(*grid)
-
-
-def _whole(low: int, high: int) -> int:
-    """A whole number from `low` to `high`, both included."""
-    return int(torch.randint(low, high + 1, ()))
 
 
 def _by(sizes: Sequence[int]) -> str:

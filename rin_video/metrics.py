@@ -19,10 +19,14 @@ NOISE_BINS = 10
 
 
 class Failure(NamedTuple):
-    """A step whose loss or gradient is not a number, and which of its samples were to blame (places in the batch)."""
+    """A step whose loss or gradient is not a number; the samples, by index in the dataset, whose loss is none, or all.
+
+    `of_loss` says which of the two it is.
+    """
 
     step: int
-    places: list[int]
+    samples: list[int]
+    of_loss: bool
 
 
 class Metrics:
@@ -52,6 +56,7 @@ class Metrics:
         # From before the last stop.
         self.before = {name: torch.empty(0) for name in ("loss", "t", "grad_norm")}
         self.terms: list[LossTerms] = []
+        self.indices: list[Tensor] = []
         self.grad_norms: list[Tensor] = []
         self.waited = 0.0
         self.restart_clock()
@@ -60,8 +65,11 @@ class Metrics:
         """Leave what came before (sampling, saving) out of the rates."""
         self.clock, self.counted, self.waited = time.perf_counter(), len(self.terms), 0.0
 
-    def add(self, terms: list[LossTerms], grad_norm: Tensor, waited: float = 0.0) -> None:
-        """One step: the terms of its forward passes, and the seconds it waited for data."""
+    def add(
+        self, terms: list[LossTerms], grad_norm: Tensor, waited: float = 0.0, indices: list[list[int]] | None = None
+    ) -> None:
+        """One step: the terms of its forward passes, the seconds it waited for data, and which samples they were of."""
+        self.indices.append(torch.tensor(indices or [[-1] * len(term.loss) for term in terms]))
         self.terms.append(LossTerms(*(torch.stack(column) for column in zip(*terms, strict=True))))
         self.grad_norms.append(torch.as_tensor(grad_norm))
         self.waited += waited
@@ -94,10 +102,11 @@ class Metrics:
         if not steps.any():
             return None
         index = int(steps.nonzero()[0])
-        places = (
-            bad[:, index].transpose(0, 1).flatten().nonzero().flatten()
-        )  # pass, process, sample: as they were drawn
-        return Failure(self.step + index + 1, places.tolist())
+        # (processes, passes, samples), as the losses are
+        samples = self.gather(self.indices[index][None].to(self.terms[0].loss.device)).cpu()
+        of_loss = bool(bad[:, index].any())
+        chosen = samples[bad[:, index]] if of_loss else samples
+        return Failure(self.step + index + 1, sorted(set(chosen.flatten().tolist())), of_loss)
 
     def write(self, step: int, lr: float) -> dict[str, Any]:
         """A line for the steps since the last one; all processes get it, the one with a path writes it."""

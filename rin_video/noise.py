@@ -2,15 +2,80 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextvars import ContextVar
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-# Which part of a batch this process draws for, and of how many: set where several processes share one.
-PART: ContextVar[tuple[int, int]] = ContextVar("PART", default=(0, 1))
+
+class RNG:
+    """Random numbers for a batch of samples in training, from torch's global generators."""
+
+    def __init__(self, batch_size: int, device: torch.device) -> None:
+        self.rows, self.total, self.device = range(batch_size), batch_size, device
+
+    def uniform(self) -> Tensor:
+        """(B,) in [0, 1)."""
+        return torch.rand(len(self.rows), device=self.device)
+
+    def normal(self) -> Tensor:
+        """(B,) standard normal."""
+        return torch.randn(len(self.rows), device=self.device)
+
+    def common_uniform(self) -> Tensor:
+        """A scalar in [0, 1), the same for the whole batch of all processes."""
+        return torch.rand((), device=self.device)
+
+    def places(self) -> Tensor:
+        """(B,) in [0, 1): where each sample stands in the batch of all processes."""
+        return torch.arange(self.rows.start, self.rows.stop, device=self.device) / self.total
+
+    def noise(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+        """(B, *shape) standard normal."""
+        return torch.randn(len(self.rows), *shape, dtype=dtype, device=self.device)
+
+    def generators(self) -> Sequence[torch.Generator | None]:
+        """A generator on the CPU for each sample; None: torch's global one."""
+        return [None] * len(self.rows)
+
+
+class BatchRNG(RNG):
+    """Random numbers that a sample draws by itself: row i of a batch gets the same ones whoever draws them.
+
+    So a step is the same whatever the number of processes, and none draws for the others. `seeds` name the batch (seed,
+    step, forward pass), `rows` are those of this process in a batch of `total`. Single numbers come from a CPU
+    generator for each row, `noise` from one on the device.
+    """
+
+    def __init__(self, seeds: Sequence[int], rows: range, total: int, device: torch.device) -> None:
+        self.rows, self.total, self.device = rows, total, device
+        numbers = np.random.SeedSequence(seeds).generate_state(1 + 2 * total, np.uint64) >> 1
+        common, *each = numbers.tolist()
+        self._common = torch.Generator().manual_seed(common)
+        self._rows = [torch.Generator().manual_seed(each[2 * row]) for row in rows]
+        self._noise = [torch.Generator(device).manual_seed(each[2 * row + 1]) for row in rows]
+
+    def uniform(self) -> Tensor:
+        return self._stacked(torch.rand)
+
+    def normal(self) -> Tensor:
+        return self._stacked(torch.randn)
+
+    def common_uniform(self) -> Tensor:
+        return torch.rand((), generator=self._common).to(self.device)
+
+    def noise(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+        result = torch.empty(len(self.rows), *shape, dtype=dtype, device=self.device)
+        for row, generator in zip(result, self._noise, strict=True):
+            torch.randn(tuple(shape), generator=generator, out=row)
+        return result
+
+    def generators(self) -> Sequence[torch.Generator | None]:
+        return self._rows
+
+    def _stacked(self, draw: Callable[..., Tensor]) -> Tensor:
+        return torch.stack([draw((), generator=generator) for generator in self._rows]).to(self.device)
 
 
 class NoiseSource:
@@ -21,10 +86,15 @@ class NoiseSource:
 
     def __init__(self, seed: int, indices: Sequence[int], shape: tuple[int, ...], device: torch.device) -> None:
         self.shape, self.device = shape, device
-        self.generators = [torch.Generator().manual_seed(spread_seed(seed, index)) for index in indices]
+        self.generators = seeded_generators(seed, indices)
 
     def __call__(self) -> Tensor:
         return torch.stack([torch.randn(self.shape, generator=g) for g in self.generators]).to(self.device)
+
+
+def seeded_generators(seed: int, indices: Iterable[int]) -> list[torch.Generator]:
+    """A generator on the CPU for each index."""
+    return [torch.Generator().manual_seed(spread_seed(seed, index)) for index in indices]
 
 
 def spread_seed(*numbers: int) -> int:

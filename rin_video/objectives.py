@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rin_video.config import ClippingName, LossWeightName, ObjectiveName, TimeSamplingName
 from rin_video.errors import UsageError
-from rin_video.noise import PART
+from rin_video.noise import RNG
 from rin_video.schedules import GAMMA_MIN, NoiseLevel
 
 OBJECTIVES: tuple[ObjectiveName, ...] = get_args(ObjectiveName)
@@ -134,24 +134,22 @@ def make_loss_weight(
 # ---- which times training draws
 
 
-def uniform_time(count: int, device: torch.device) -> Tensor:
+def uniform_time(rng: RNG) -> Tensor:
     """t uniform in [0, 1]."""
-    return torch.rand(count, device=device)
+    return rng.uniform()
 
 
-def low_discrepancy_time(count: int, device: torch.device) -> Tensor:
+def low_discrepancy_time(rng: RNG) -> Tensor:
     """t uniform in [0, 1], those of a batch equally far apart from a random start, so that its loss varies less.
 
     Of several processes, those of all together. Kingma et al. 2021 (arXiv 2107.00630), app. I.1.
     """
-    rank, num_ranks = PART.get()
-    place = (rank * count + torch.arange(count, device=device)) / (count * num_ranks)
-    return (torch.rand((), device=device) + place) % 1
+    return (rng.common_uniform() + rng.places()) % 1
 
 
-def logit_normal_time(count: int, device: torch.device, mean: float = 0.0, std: float = 1.0) -> Tensor:
+def logit_normal_time(rng: RNG, mean: float = 0.0, std: float = 1.0) -> Tensor:
     """t = sigmoid(mean + std * n), n standard normal. Esser et al. 2024 (arXiv 2403.03206), sec. 3.1."""
-    return torch.sigmoid(mean + std * torch.randn(count, device=device))
+    return torch.sigmoid(mean + std * rng.normal())
 
 
 TIME_SAMPLINGS: dict[TimeSamplingName, Callable[..., Tensor]] = {

@@ -12,7 +12,9 @@ from tqdm.auto import tqdm
 
 from rin_video.config import SampleConfig
 from rin_video.errors import UsageError
+from rin_video.ranks import is_first
 from rin_video.sampling import sample_options
+from rin_video.together import part_of_batch
 
 if TYPE_CHECKING:
     from rin_video.diffusion import GaussianDiffusion
@@ -74,17 +76,18 @@ def extend_parts(
     diffusion: GaussianDiffusion, wanted: SampleConfig, options: Namespace, pass_: Pass, common: dict[str, Any]
 ) -> Iterator[Tensor]:
     """The samples in parts (B, C, f, H, W), with a progress bar. `common` are arguments of `sample`."""
+    merged, gather = part_of_batch(diffusion, sample_options(diffusion, wanted) | common)
     parts = diffusion.extend(
         pass_.frames,
         overlap=options.overlap,
         carry_latents=options.carry_latents,
         key_frames=options.key_frames,
-        **(sample_options(diffusion, wanted) | common),
+        **merged,
     )
-    with tqdm(total=pass_.frames, desc="sampling", unit="frame") as bar:
+    with tqdm(total=pass_.frames, desc="sampling", unit="frame", disable=not is_first()) as bar:
         for part in parts:
             bar.update(part.shape[2])
-            yield part
+            yield gather(part)
 
 
 def parse_size(text: str) -> int | list[int]:

@@ -60,6 +60,7 @@ def sample(
     clip_x0: ClippingName | None = None,
     precision: PrecisionName | None = None,
     seed: int | None = None,
+    first_index: int = 0,
     max_batch: int | None = None,
     hidden: Any = None,
     progress: bool = False,
@@ -83,7 +84,8 @@ def sample(
     diffusion knows it (from a run or a `Trainer`), and on a CPU float32.
 
     With a `seed`, sample i is the same whatever the batch, the chunks and the device: each has its own generator,
-    on the CPU. `callback(i, x0)` sees the estimate (B', C, *grid) in [0, 1] after every step of every chunk.
+    on the CPU. The first one drawn is number `first_index`, so that parts of a batch can be drawn apart.
+    `callback(i, x0)` sees the estimate (B', C, *grid) in [0, 1] after every step of every chunk.
     `return_trajectory` returns them all too, (B, steps, C, *grid) on the CPU; `return_hidden` what the model would
     hand on, for another call's `hidden`. Raises `UsageError` for what does not fit.
     """
@@ -122,7 +124,7 @@ def sample(
     diffusion.eval()
     try:
         for chunk in chunks:
-            noise = NoiseSource(seed, chunk.tolist(), shape, device)
+            noise = NoiseSource(seed, (chunk + first_index).tolist(), shape, device)
             denoise = diffusion.denoiser(
                 given.at(chunk, device),
                 guidance,
@@ -189,11 +191,16 @@ def sample_from_config(diffusion: GaussianDiffusion, config: SampleConfig, **opt
     Without one, each class in turn where the model has classes. `options` are further arguments of `sample`
     (seed, progress, ...), and go before the configuration's; another sampler or schedule leaves its parameters out.
     """
+    return diffusion.sample(**merged_options(diffusion, config, **options))
+
+
+def merged_options(diffusion: GaussianDiffusion, config: SampleConfig, **options: Any) -> dict[str, Any]:
+    """The arguments that `sample_from_config` gives to `sample`."""
     chosen = sample_options(diffusion, config)
     for name, parameters in PARAMETERS["sample"].items():
         if options.get(name, chosen[name]) != chosen[name]:
             chosen[parameters] = None
-    return diffusion.sample(**(chosen | options))
+    return chosen | options
 
 
 def sample_options(diffusion: GaussianDiffusion, config: SampleConfig) -> dict[str, Any]:

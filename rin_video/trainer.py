@@ -6,7 +6,7 @@ import logging
 import os
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 from tqdm.auto import tqdm
 
-from rin_video.averages import make_ema, make_tracks, save_snapshot, track_state
+from rin_video.averages import make_ema, make_tracks, save_snapshot
 from rin_video.callbacks import Callback, append_line
 from rin_video.checkpoint import load_state, newest_state, plain, remove_state, save_state, save_weights, saved_states
 from rin_video.config import Config, ModelConfig, SampleConfig, trainer_config
@@ -27,19 +27,19 @@ from rin_video.datasets.draws import Draws, unpack
 from rin_video.datasets.embeddings import embedding_shape
 from rin_video.datasets.images import ImageFolder
 from rin_video.datasets.loading import Batches
-from rin_video.datasets.mixture import Mixture, make_sampler
+from rin_video.datasets.mixture import Mixture
 from rin_video.datasets.open import INDEX, open_dataset
 from rin_video.datasets.steady import frame_rate
 from rin_video.diffusion import GaussianDiffusion, LossTerms
 from rin_video.distributed import (
     agree,
+    first_then_others,
+    load_optimizer_state,
     load_whole,
-    load_whole_optimizer,
     make_accelerator,
+    optimizer_state,
     shard_module_like,
     share,
-    shared_draws,
-    whole,
 )
 from rin_video.errors import Stopped, UsageError
 from rin_video.export import DEFAULT_FPS
@@ -49,7 +49,7 @@ from rin_video.known import draw_known
 from rin_video.locking import lock_run
 from rin_video.memory import checkpoint_blocks, out_of_memory
 from rin_video.metrics import Metrics, trim_lines
-from rin_video.noise import spread_seed
+from rin_video.noise import BatchRNG, seeded_generators, spread_seed
 from rin_video.optimizers import make_lr_schedule, make_optimizer
 from rin_video.plots import plot_metrics
 from rin_video.port import trainer_options
@@ -57,13 +57,15 @@ from rin_video.precision import tf32_products
 from rin_video.previews import harmless, write_previews
 from rin_video.provenance import write_provenance
 from rin_video.signals import StopSignals, ignore_signals
+from rin_video.tensor_files import full_tensor
+from rin_video.together import sample_together
 from rin_video.tracking import Tracking
 from rin_video.transfer import transfer_weights
 
 log = logging.getLogger("rin_video")
 
-# What a run keeps when it goes on; none: all keys of the section.
-KEPT: dict[str, tuple[str, ...]] = {"model": (), "diffusion": (), "train": ("optimizer", "ema_sigma_rel")}
+# What a run keeps when it goes on; none: all keys of the section. Everything else holds as it is given.
+KEPT: dict[str, tuple[str, ...]] = {"model": (), "diffusion": (), "train": ("optimizer", "ema_sigma_rel", "seed")}
 
 
 class Trainer:
@@ -121,7 +123,10 @@ class Trainer:
         self.batch_size = share(self.options.train_batch_size, self.accelerator.num_processes)
         if isinstance(data, str | os.PathLike):
             config.data.path = config.data.path or os.fspath(data)
-            data = open_dataset(data, diffusion.shape, config.data, seed=self.options.seed, index=self.folder / INDEX)
+            root, shape, index = data, diffusion.shape, self.folder / INDEX
+            data = first_then_others(
+                lambda: open_dataset(root, shape, config.data, seed=self.options.seed, index=index)
+            )
         else:
             data = adapt_for(diffusion, data)
         self.dataset = data
@@ -177,12 +182,13 @@ class Trainer:
         """`train`, for a process that has the folder to itself."""
         if not self.loaded:
             self.resume()
-        if self.is_due(self.options.save_and_sample_every) and not self.is_sampled():
+        main = self.accelerator.is_main_process
+        sampled = not self.is_due(self.options.save_and_sample_every) or self.is_sampled()
+        if agree(main and not sampled, self.accelerator):
             self.sample()  # it was stopped between the checkpoint and its pictures
         if self.step >= self.options.train_num_steps:
             log.info("%s is trained to step %d already", self.folder, self.step)
             return
-        main = self.accelerator.is_main_process
         if main:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_provenance(self.folder, self.config, self.accelerator)
@@ -201,16 +207,24 @@ class Trainer:
         )
         self.call("on_start")
         try:
-            precise, batches = tf32_products(self.options.mixed_precision), self.batches()
-            with StopSignals() as signals, bar, precise, full_disk(self.folder), out_of_memory(self), batches:
+            with (
+                StopSignals() as signals,
+                bar,
+                tf32_products(self.options.mixed_precision),
+                full_disk(self.folder),
+                out_of_memory(self),
+                self.batches() as batches,
+            ):
                 while self.step < self.options.train_num_steps:
-                    terms, grad_norm, waited = self.train_step(batches)
-                    metrics.add(terms, grad_norm, waited)
+                    metrics.add(*self.train_step(batches))
+                    loss = metrics.terms[-1].loss[-1]
                     bar.update()
-                    self.call("on_step", terms[-1].loss.mean())
-                    stopping = agree(signals.received is not None, self.accelerator)
+                    self.call("on_step", loss.mean())
                     saving = self.is_due(self.options.save_and_sample_every)
                     logging_ = self.is_due(self.options.log_every)
+                    stopping = signals.received is not None
+                    if self.accelerator.num_processes > 1:  # which have to wait for each other to decide it
+                        stopping = (logging_ or saving) and agree(stopping, self.accelerator)
                     if logging_ or saving or stopping:
                         self.check(metrics)
                     if logging_:
@@ -244,21 +258,23 @@ class Trainer:
             for callback in self.callbacks:
                 getattr(callback, name)(self, *arguments)
 
-    def train_step(self, batches: Iterator[Any]) -> tuple[list[LossTerms], Tensor, float]:
-        """One optimizer step over `gradient_accumulate_every` batches; the last number is the seconds without data."""
-        several = self.accelerator.num_processes > 1
-        seed_step(self.options.seed, self.step, self.accelerator.process_index + several)
+    def train_step(self, batches: Batches) -> tuple[list[LossTerms], Tensor, float, list[list[int]]]:
+        """One optimizer step over `gradient_accumulate_every` batches.
+
+        Returns the loss of each, the norm of the gradient, the seconds without data, and the indices of the samples.
+        """
+        seed_step(self.options.seed, self.step, self.accelerator.process_index)  # of dropout: each process has its own
         self.diffusion.train()
-        terms, waited = [], 0.0
+        terms, indices, waited = [], [], 0.0
         count = self.options.gradient_accumulate_every
-        with shared_draws(self.options.seed, self.step, self.batch_size, self.accelerator):
-            for micro in range(count):
-                start = time.perf_counter()
-                batch = next(batches)
-                waited += time.perf_counter() - start
-                last = micro == count - 1
-                with nullcontext() if last else self.accelerator.no_sync(self.diffusion):
-                    terms.append(self.accumulate(batch, count))
+        for micro in range(count):
+            start = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - start
+            indices.append(batches.indices)
+            last = micro == count - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.diffusion):
+                terms.append(self.accumulate(batch, micro))
         limit = self.options.max_grad_norm or float("inf")
         grad_norm = self.accelerator.clip_grad_norm_(self.diffusion.parameters(), limit)
         self.step += 1
@@ -267,9 +283,15 @@ class Trainer:
         self.optimizer.zero_grad()
         for average in (self.ema, *self.tracks):
             average.update()
-        return terms, grad_norm, waited
+        return terms, grad_norm, waited, indices
 
-    def accumulate(self, batch: Any, count: int) -> LossTerms:
+    def rng(self, micro: int) -> BatchRNG:
+        """The random numbers of this process's samples in a forward pass of the present step."""
+        rank, size = self.accelerator.process_index, self.batch_size
+        rows, total = range(rank * size, (rank + 1) * size), self.options.train_batch_size
+        return BatchRNG((self.options.seed, self.step, micro), rows, total, self.accelerator.device)
+
+    def accumulate(self, batch: Any, micro: int) -> LossTerms:
         """The loss of one batch, and its gradient, which is added to what is there."""
         x, label = self.unpack(batch)
         embedding = batch.get("embedding") if isinstance(batch, dict) else None
@@ -278,8 +300,8 @@ class Trainer:
         term: LossTerms | None = None
         try:
             with self.accelerator.autocast():
-                term = self.diffusion(x, label, embedding=embedding, per_sample=True)
-            self.accelerator.backward(term.loss.mean() / count)
+                term = self.diffusion(x, label, embedding=embedding, rng=self.rng(micro), per_sample=True)
+            self.accelerator.backward(term.loss.mean() / self.options.gradient_accumulate_every)
         except Exception as error:
             known = self.compiled and not is_compiler_error(error)  # it has worked: this may fail for another reason
             begun = term is not None and not fresh  # gradients of earlier batches may hold a part of this one's
@@ -291,7 +313,7 @@ class Trainer:
             if fresh:
                 self.optimizer.zero_grad()
                 seed_step(self.options.seed, self.step, self.accelerator.process_index)
-            return self.accumulate(batch, count)
+            return self.accumulate(batch, micro)
         self.compiled = self.compiling
         return LossTerms(term.loss.detach(), term.t)
 
@@ -325,32 +347,30 @@ class Trainer:
         failure = metrics.failure(check_gradient=self.accelerator.scaler is None)
         if failure is None:
             return
-        count = self.options.gradient_accumulate_every
-        size = self.options.train_batch_size
-        first = (failure.step - 1) * count
-        order = iter(make_sampler(self.dataset, size, seed=self.options.seed, first_batch=first, group=count))
-        drawn = [index for _ in range(count) for _, index in next(order)]
-        guilty = sorted({drawn[place] for place in failure.places} or set(drawn))
         files = getattr(self.dataset, "files", None)
         name_of = getattr(self.dataset, "name_of", files.__getitem__ if files else "sample {}".format)
-        names = [str(name_of(index)) for index in guilty]
+        names = [str(name_of(index)) for index in failure.samples]
         last = self.checkpoints[-1] if self.checkpoints else "none"
         named = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
         raise UsageError(
-            f"the {'loss' if failure.places else 'gradient'} of step {failure.step} is not a number. It came with "
+            f"the {'loss' if failure.of_loss else 'gradient'} of step {failure.step} is not a number. It came with "
             f"{named}. The last good checkpoint is {last}: look at these files; if they are sound, "
             " lower train.train_lr, raise train.warmup_steps, or use train.mixed_precision=bf16 instead of fp16"
         )
 
     def sample(self) -> None:
         """Write samples of the averaged weights: the same seed and classes every time, so that pictures compare."""
-        averaged = self.averaged()
+        averaged, images = self.averaged(), None
+        mixed = isinstance(self.dataset, Mixture)
+        samples = self.preview(averaged, self.dataset.clips if mixed else self.dataset)
+        if mixed:
+            channels, _, *size = averaged.shape or ()
+            images = self.preview(averaged, self.dataset.images, shape=(channels, *size))
         if not self.accelerator.is_main_process:
             return
         if (self.folder / "metrics.jsonl").exists():
             with harmless(self.folder / "metrics.png"):
                 plot_metrics(self.folder / "metrics.jsonl", self.folder / "metrics.png")
-        samples = self.preview(averaged, self.dataset.clips if isinstance(self.dataset, Mixture) else self.dataset)
         evaluations = self.folder / "evaluations.jsonl"
         trim_lines(evaluations, self.step - 1)
         for callback in self.callbacks:
@@ -359,20 +379,19 @@ class Trainer:
                 append_line(evaluations, {"step": self.step, **scores})
         name = self.folder / "samples" / f"step-{self.step:08d}"
         fps = self.config.sample.fps or DEFAULT_FPS
-        if isinstance(self.dataset, Mixture):
-            channels, _, *size = averaged.shape or ()
-            images = self.preview(averaged, self.dataset.images, shape=(channels, *size))
+        if images is not None:
             write_previews(images, name.with_name(f"{name.name}-images"), fps)
         write_previews(samples, name, fps)
         self.call("on_sample", samples, self.pictures())
 
     def preview(self, averaged: GaussianDiffusion, data: Any, **options: Any) -> Tensor:
-        """Samples as the configuration says, of the kind of `data`."""
-        return averaged.sample_from_config(
+        """Samples as the configuration says, of the kind of `data`: each process draws a part of them."""
+        return sample_together(
+            averaged,
             self.config.sample,
             seed=self.options.seed,
             max_batch=self.batch_size,
-            progress=self.progress,
+            progress=self.progress and self.accelerator.is_main_process,
             **self.given(data),
             **options,
         )
@@ -392,9 +411,9 @@ class Trainer:
             given["embedding"] = batch["embedding"]
         if always:
             context, _ = unpack(batch)
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(self.options.seed)
-                known = draw_known(kinds, self.config.diffusion.known_frames, count, context.shape[2:])
+            generators = seeded_generators(self.options.seed, range(count))
+            frames = self.config.diffusion.known_frames
+            known = draw_known(kinds, frames, count, context.shape[2:], generators)
             if known.any():  # images take fewer kinds than clips
                 given |= {"context": context, "known": known}
         return given
@@ -411,9 +430,10 @@ class Trainer:
         """The diffusion with the averaged weights. To be called by all processes."""
         if not self.accelerator.is_fsdp2:
             return self.unwrapped.with_model(self.ema.ema_model)
-        weights = whole(self.ema.ema_model.state_dict())
         model = type(self.unwrapped.model)(self.config.model).to(self.accelerator.device)
-        model.load_state_dict(weights)
+        own = model.state_dict()
+        for name, value in self.ema.ema_model.state_dict().items():  # one at a time: all of them are a second model
+            own[name].copy_(full_tensor(value))
         return self.unwrapped.with_model(model)
 
     # ---- stopping and going on
@@ -428,25 +448,23 @@ class Trainer:
 
         A `milestone` is a state of its own, which stays until it is saved again, and which `load(milestone)` reads.
         """
-        scaler = self.accelerator.scaler
+        scaler, write = self.accelerator.scaler, self.accelerator.is_main_process
         state = {
             "step": self.step,
             "config": plain(self.config),
-            "model": whole(self.unwrapped.model.state_dict()),
-            "ema": whole(self.ema.state_dict()),
-            "tracks": [whole(track.state_dict()) for track in self.tracks],
-            "optimizer": whole(self.optimizer.state_dict()),
+            "model": self.unwrapped.model.state_dict(),
+            "ema": self.ema.state_dict(),
+            "tracks": [track.state_dict() for track in self.tracks],
+            "optimizer": optimizer_state(self.optimizer, self.unwrapped.model),
             "scaler": scaler.state_dict() if scaler is not None else None,
             "metrics": self.pending,
             "data": identify(self.dataset, self.config),
         }
-        if not self.accelerator.is_main_process:
-            return
-        prefix = "ema_model."
-        weights = {n.removeprefix(prefix): value for n, value in state["ema"].items() if n.startswith(prefix)}
-        save_weights(self.folder, weights, self.config)
+        save_weights(self.folder, self.ema.ema_model.state_dict(), self.config, write=write)
         folder = self.milestone(f"step-{self.step:08d}" if milestone is None else f"milestone-{milestone}")
-        save_state(folder, state)
+        save_state(folder, state, write=write)
+        if not write:
+            return
         every = self.options.keep_every
         for old in self.checkpoints[: -self.options.keep_checkpoints]:
             if not every or int(old.name.removeprefix("step-")) % every:
@@ -471,9 +489,9 @@ class Trainer:
 
     def snapshot(self) -> None:
         """Write down the averages of all lengths, for `rin-video ema`."""
-        states = [track_state(track) for track in self.tracks]
-        if states and self.accelerator.is_main_process:
-            save_snapshot(self.folder, self.step, self.options.ema_sigma_rel, states)
+        if self.tracks:
+            lengths, write = self.options.ema_sigma_rel, self.accelerator.is_main_process
+            save_snapshot(self.folder, self.step, lengths, self.tracks, write=write)
 
     def start_from(self, source: str, diffusion: GaussianDiffusion) -> None:
         """Bring the weights of another model, and say which; a run that goes on has its own."""
@@ -500,11 +518,18 @@ class Trainer:
                         f"{self.folder} was trained with {section}.{key}={then[key]}, now it is {now[key]}: "
                         "use the same, or another folder (--out)"
                     )
+        begun_with = state["config"]["train"].get("init_from")
+        if self.options.init_from not in (None, begun_with):
+            raise UsageError(
+                f"{self.folder} began with train.init_from={begun_with}, now it is {self.options.init_from}: leave it "
+                "out, or use another folder (--out)"
+            )
+        self.options.init_from = begun_with
         load_whole(self.unwrapped.model, state["model"])
         load_whole(self.ema, state["ema"])
         for track, values in zip(self.tracks, state["tracks"], strict=True):
             load_whole(track, values)
-        load_whole_optimizer(self.optimizer, state["optimizer"])
+        load_optimizer_state(self.optimizer, self.unwrapped.model, state["optimizer"])
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step, self.pending = state["step"], state["metrics"]

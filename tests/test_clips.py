@@ -81,6 +81,16 @@ def test_labels_skips_and_decoders_are_reported(folder):
     assert "one_frame.mp4 has 1 frames, 6 are needed" in said
 
 
+def test_decord_by_name_reads_what_it_reads_right_and_pyav_the_rest(folder, clips, numbers):
+    pytest.importorskip("decord")
+    data = ClipFolder(folder, (32, 64), 6, decoder="decord")
+    assert "read by decord for 3, pyav for 1" in data.describe()
+    assert {info.decoder for info in data.infos} == {"decord", "pyav"}
+    for index in range(4):
+        assert numbers(data[index]["x"].transpose(0, 1)) == data.frames_of(index, 0)
+    assert "read by pyav for 4" in ClipFolder(folder, 16, 6, decoder="pyav").describe()
+
+
 def test_too_short_names_file_numbers_and_remedy(clips):
     with pytest.raises(UsageError, match=r"plain\.mp4 has 20 frames, 25 are needed .*: use --frames 10, or a smaller"):
         ClipFolder(clips / "plain.mp4", 16, 13, stride=2)

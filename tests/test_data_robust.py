@@ -1,6 +1,7 @@
 """Files that break things break no run: probing apart, the index, workers that die or hang."""
 
 import errno
+import gc
 import json
 import os
 import re
@@ -13,6 +14,7 @@ from multiprocessing import active_children, get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import av
 import pytest
 import torch
 from torch.utils.data import Dataset, get_worker_info
@@ -87,6 +89,25 @@ def test_work_that_goes_on_and_what_it_imports_are_not_counted(monkeypatch):
     assert dict(run_apart(["a"], Prepared(), seconds=0.3)) == {0: "a"}
     found = dict(run_apart(["hang"], misbehave, seconds=0.3))
     assert "hang takes more than 0.3 s to read: raise data.read_timeout, or leave it out" in str(found[0])
+
+
+class Tidying:
+    def warm_up(self):
+        gc.collect()
+
+    def __call__(self, task):
+        return task
+
+
+def test_a_child_does_not_tidy_up_what_it_inherits(monkeypatch):
+    """FFmpeg's scaler waits for its threads when it is freed, and a fork has none of them."""
+    monkeypatch.setattr(probing, "SECONDS_TO_START", 20.0)
+    frame = av.VideoFrame(640, 480, "yuv420p")
+    frame.reformat(format="rgb24", width=320, height=240)
+    garbage = [frame]
+    garbage.append(garbage)
+    del frame, garbage
+    assert dict(run_apart(["a"], Tidying(), seconds=5.0)) == {0: "a"}
 
 
 def test_hashing_and_cuts_say_that_they_go_on(tmp_path, clips, monkeypatch):

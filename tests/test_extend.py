@@ -197,14 +197,15 @@ def test_embeddings_condition_the_model_and_zeros_are_none(place):
 
 def test_dropped_labels_and_embeddings_go_together():
     from rin_video.given import Given
+    from rin_video.noise import RNG
 
     torch.manual_seed(0)
-    given = Given(torch.ones(2000, dtype=torch.long), torch.ones(2000, 2, 3)).drop(0.3)
+    given = Given(torch.ones(2000, dtype=torch.long), torch.ones(2000, 2, 3)).drop(0.3, RNG(2000, torch.device("cpu")))
     gone = given.label == -1
     assert gone.float().mean().item() == pytest.approx(0.3, abs=0.03)
     assert (given.embedding[gone] == 0).all()
     assert (given.embedding[~gone] == 1).all()
-    soft = Given(torch.rand(2000, 4)).drop(0.3).label
+    soft = Given(torch.rand(2000, 4)).drop(0.3, RNG(2000, torch.device("cpu"))).label
     assert (soft == 0).all(1).float().mean().item() == pytest.approx(0.3, abs=0.03)
     assert (Given(torch.rand(2, 4)).without("label").label == 0).all()
 

@@ -20,8 +20,9 @@ from rin_video import GaussianDiffusion, UsageError
 from rin_video.callbacks import Callback
 from rin_video.checkpoint import newest_state
 from rin_video.datasets.shards import write_shard
-from rin_video.distributed import SharedDraws, share
-from rin_video.noise import PART
+from rin_video.distributed import share
+from rin_video.known import draw_known
+from rin_video.noise import BatchRNG
 from rin_video.objectives import low_discrepancy_time
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="no gloo")
@@ -187,22 +188,29 @@ def test_accumulation_sends_gradients_once_a_step(tmp_path, monkeypatch):
     assert len(calls) == 2
 
 
-def test_draws_of_two_are_those_of_one():
-    def draw(batch):
-        x = torch.zeros(batch, 2, 3)
-        times = low_discrepancy_time(batch, x.device)
-        return [torch.rand(batch), torch.randn(batch, 4), torch.randn_like(x), torch.rand_like(x), times, torch.rand(7)]
+def test_rows_draw_the_same_whoever_draws_them():
+    """And no process draws for the others: six rows of one process, or two of each of three."""
 
-    torch.manual_seed(5)
-    alone = draw(6)
-    parts = []
-    for rank in range(3):
-        with SharedDraws(5, 2, rank, 3):
-            parts.append(draw(2))
-    for one, rows in zip(alone[:5], zip(*parts, strict=True), strict=False):
+    def draw(rows):
+        rng = BatchRNG((5, 7, 0), rows, 6, torch.device("cpu"))
+        masks = draw_known({"boxes": 1, "frames": 1}, [], len(rows), (4, 6, 6), rng.generators())
+        return [rng.uniform(), rng.noise((2, 3)), rng.normal(), masks, low_discrepancy_time(rng), rng.uniform()]
+
+    alone, parts = draw(range(6)), [draw(range(2 * rank, 2 * rank + 2)) for rank in range(3)]
+    for one, rows in zip(alone, zip(*parts, strict=True), strict=True):
         assert torch.equal(torch.cat(rows), one)
-    assert all(torch.equal(part[5], alone[5]) for part in parts)
-    assert PART.get() == (0, 1)
+    assert len(alone[0].unique()) == 6  # each its own
+    assert not torch.equal(alone[0], alone[5])
+
+
+def test_noise_of_a_batch_is_standard_normal():
+    rng = BatchRNG((0, 1, 2), range(64), 64, torch.device("cpu"))
+    noise = rng.noise((1000,))
+    assert noise.mean().item() == pytest.approx(0, abs=0.02)
+    assert noise.std().item() == pytest.approx(1, abs=0.02)
+    assert noise.corrcoef().fill_diagonal_(0).abs().max() < 0.2  # rows have nothing in common
+    uniform = torch.cat([BatchRNG((0, step, 0), range(64), 64, torch.device("cpu")).uniform() for step in range(40)])
+    assert ((uniform.histc(10, 0, 1) - 256).abs() < 80).all()
 
 
 def test_a_batch_that_cannot_be_shared_out_is_said():

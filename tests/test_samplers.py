@@ -12,6 +12,7 @@ from torch.testing import assert_close
 from rin_video import GaussianDiffusion, UsageError
 from rin_video.config import SampleConfig
 from rin_video.given import Given
+from rin_video.noise import RNG
 from rin_video.objectives import (
     LOSS_WEIGHTS,
     OBJECTIVES,
@@ -342,7 +343,7 @@ def test_power_weight_lies_between_x0_and_v():
 
 def test_logit_normal_times():
     torch.manual_seed(0)
-    t = logit_normal_time(100_000, torch.device("cpu"), mean=-0.5, std=0.7)
+    t = logit_normal_time(RNG(100_000, torch.device("cpu")), mean=-0.5, std=0.7)
     n = torch.logit(t)
     assert n.mean().item() == pytest.approx(-0.5, abs=0.01)
     assert n.std().item() == pytest.approx(0.7, abs=0.01)
@@ -364,7 +365,7 @@ def test_parameters_of_loss_weights_are_checked(name, options, words):
 
 def test_low_discrepancy_times_are_uniform_and_equally_far_apart():
     torch.manual_seed(0)
-    batches = torch.stack([low_discrepancy_time(8, torch.device("cpu")) for _ in range(4000)])
+    batches = torch.stack([low_discrepancy_time(RNG(8, torch.device("cpu"))) for _ in range(4000)])
     assert_close(batches.sort(dim=1).values.diff(dim=1), torch.full((4000, 7), 1 / 8), rtol=0, atol=1e-6)
     for column in batches.T:  # each sample's own time is uniform
         counts = column.histc(10, 0, 1)

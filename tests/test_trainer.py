@@ -1,11 +1,14 @@
 """The training loop: exact resume, averaged weights, accumulation, what is written."""
 
 import json
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
 from torch.testing import assert_close
@@ -13,9 +16,9 @@ from torch.utils.data import Dataset, TensorDataset
 
 from rin_video import RIN, GaussianDiffusion, Trainer, UsageError
 from rin_video.checkpoint import load_state, save_state
-from rin_video.config import Config, TrainConfig, load_config
+from rin_video.config import Config, DataConfig, TrainConfig, load_config
 from rin_video.datasets.draws import Draws, DrawSampler
-from rin_video.trainer import Metrics, make_lr_schedule, make_optimizer, seed_step
+from rin_video.trainer import Metrics, make_lr_schedule, make_optimizer
 
 TINY = {
     "dim": 32,
@@ -52,6 +55,7 @@ def trainer(folder: Path, steps: int, *, model: dict | None = None, data: Datase
     config = Config(
         model=diffusion.model.config,
         diffusion=diffusion.config,
+        data=DataConfig(num_workers=0),
         train=TrainConfig(
             **{
                 "train_num_steps": steps,
@@ -136,9 +140,8 @@ def test_accumulation_is_the_big_batch(tmp_path):
     run.train_step(run.batches())
     run = trainer(tmp_path, 1, gradient_accumulate_every=2)
     batches = run.batches()
-    seed_step(0, 0, 0)
     run.diffusion.train()
-    loss = sum(run.diffusion(next(batches)["x"]) for _ in range(2)) / 2
+    loss = sum(run.diffusion(next(batches)["x"], rng=run.rng(micro)) for micro in range(2)) / 2
     loss.backward()
     assert_close(torch.cat([p.grad.flatten() for p in run.diffusion.parameters()]), seen[0])
 
@@ -286,3 +289,75 @@ def test_state_survives_the_disk(tmp_path):
     (tmp_path / "state/state.safetensors").write_bytes(b"12")
     with pytest.raises(UsageError, match=r"state is damaged \(state\.safetensors is not what was written\)"):
         load_state(tmp_path / "state")
+
+
+# For each option of training another value than the run was made with, and where to read what is in force.
+ANOTHER = {
+    "train_num_steps": (4, lambda run: run.step),
+    "train_batch_size": (2, lambda run: run.batch_size),
+    "gradient_accumulate_every": (2, lambda run: len(run.train_step(run.batches())[0])),
+    "train_lr": (2e-3, lambda run: run.optimizer.param_groups[0]["lr"]),
+    "weight_decay": (0.2, lambda run: max(group["weight_decay"] for group in run.optimizer.param_groups)),
+    "betas": ([0.5, 0.6], lambda run: list(run.optimizer.param_groups[0]["betas"])),
+    "lr_schedule": ("cosine", lambda run: "cosine" if run.schedule.lr_min == 0 else "constant"),
+    "lr_cosine_portion": (0.5, lambda run: 3 / run.schedule.t_initial),
+    "warmup_steps": (1, lambda run: run.schedule.warmup_t),
+    "max_grad_norm": (0.5, lambda run: run.clipped_to),
+    "ema_decay": (0.5, lambda run: run.ema.beta),
+    "ema_warmup": (0.2, lambda run: 1 / run.ema.inv_gamma),
+    "ema_update_every": (2, lambda run: run.ema.update_every),
+    "ema_snapshot_every": (3, lambda run: 3 if (run.folder / "averages/step-00000003.safetensors").exists() else 0),
+    "mixed_precision": ("bf16", lambda run: run.accelerator.mixed_precision),
+    "gradient_checkpointing": (True, lambda run: run.unwrapped.model.core.gradient_checkpointing),
+    "compile": (True, lambda run: run.compiled),
+    "sharding": ("fsdp2", lambda run: run.options.sharding),  # of a single process there is nothing to shard
+    "save_and_sample_every": (3, lambda run: 3 if run.pictures() else 0),
+    "keep_checkpoints": (1, lambda run: len(run.checkpoints)),
+    "keep_every": (2, lambda run: 2 if run.milestone("step-00000002").exists() else 0),
+    "log_every": (3, lambda run: 3 if [line["step"] for line in lines(run.folder)][-1] == 3 else 0),
+    "trackers": (["jsonl"], lambda run: [*run.options.trackers]),
+}
+REFUSED = {"optimizer": "lamb", "ema_sigma_rel": [0.1, 0.2], "seed": 1, "init_from": "elsewhere"}
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(TrainConfig)])
+def test_after_a_resume_what_the_configuration_says_is_what_runs(tmp_path, monkeypatch, name):
+    """Every option of training that is given another value than before holds, or is refused."""
+    base = {"train_batch_size": 4, "lr_schedule": "constant" if name != "lr_cosine_portion" else "cosine",
+            "ema_sigma_rel": [0.05, 0.1] if name in ("ema_sigma_rel", "ema_snapshot_every") else [],
+            "save_and_sample_every": 1 if name == "keep_checkpoints" else 100}  # fmt: skip
+    if name != "save_and_sample_every":
+        monkeypatch.setattr(Trainer, "sample", lambda run: None)
+    if name == "compile":  # what it does is tested elsewhere
+        monkeypatch.setattr(RIN, "compile", lambda model: None)
+    if name == "trackers":
+        monkeypatch.setattr("rin_video.distributed.check_trackers", lambda names: None)
+        monkeypatch.setattr("rin_video.distributed.Accelerator", partial(NoTrackers, Accelerator))
+    trainer(tmp_path, 2, **base).train()
+    if name in REFUSED:
+        with pytest.raises(UsageError, match=rf"train\.{name}=.*now it is"):
+            trainer(tmp_path, 3, **base | {name: REFUSED[name]}).train()
+        return
+    value, in_force = ANOTHER[name]
+    steps, more = (value, {}) if name == "train_num_steps" else (3, {name: value})
+    run = trainer(tmp_path, steps, **base | more)
+    clip = run.accelerator.clip_grad_norm_
+    run.accelerator.clip_grad_norm_ = lambda weights, limit: setattr(run, "clipped_to", limit) or clip(weights, limit)
+    run.train()
+    assert in_force(run) == pytest.approx(value) if isinstance(value, float) else in_force(run) == value
+    written = getattr(load_config(tmp_path / "config.yaml").train, name)
+    assert written == value
+
+
+def NoTrackers(kind, log_with=None, **options):  # noqa: N802
+    return kind(**options)
+
+
+def test_a_group_of_parameters_that_is_new_takes_up_its_moments_by_name(tmp_path):
+    """Without weight decay the optimizer has one group, and its parameters come in another order."""
+    trainer(tmp_path / "a", 3, weight_decay=0.0).train()
+    run = trainer(tmp_path / "a", 4, weight_decay=0.1)
+    run.resume()
+    state = load_state(run.checkpoints[-1])["optimizer"]["moments"]
+    for name, parameter in run.unwrapped.model.named_parameters():
+        assert torch.equal(run.optimizer.state[parameter]["exp_avg"], state[name]["exp_avg"]), name

@@ -1,0 +1,47 @@
+"""Sampling in several processes: each draws a part of the batch, all get the whole of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rin_video.config import SampleConfig
+from rin_video.ranks import several_processes
+from rin_video.sampling import merged_options
+
+if TYPE_CHECKING:
+    from rin_video.diffusion import GaussianDiffusion
+
+
+def sample_together(diffusion: GaussianDiffusion, config: SampleConfig, **options: Any) -> Tensor:
+    """`sample_from_config` (with a seed), for all processes to call: the same samples as one would draw."""
+    merged, gather = part_of_batch(diffusion, merged_options(diffusion, config, **options))
+    return gather(diffusion.sample(**merged))
+
+
+def part_of_batch(
+    diffusion: GaussianDiffusion, options: dict[str, Any]
+) -> tuple[dict[str, Any], Callable[[Tensor], Tensor]]:
+    """The arguments of `sample` for this process's part, and what puts the parts (B', ...) of all processes together.
+
+    One that gets none draws the first sample too, so that all of them meet as often as the others do.
+    """
+    if not several_processes():
+        return options, lambda samples: samples
+    from rin_video.distributed import gather_rows, meet, rows_of  # with accelerate, which takes a second to import
+
+    state, count = meet(), options["batch_size"]
+    rows = rows_of(count, state.process_index, state.num_processes)
+    part, rank = rows or range(1), len(options.get("shape") or diffusion.shape or ())
+    # What each has for a single sample, or for all: with more axes, one part for each.
+    axes = {"label": 0, "embedding": 2, "context": rank, "known": rank - 1}
+    chosen = {
+        name: value[part.start : part.stop]
+        for name, single in axes.items()
+        if (value := options.get(name)) is not None and torch.as_tensor(value).ndim > single
+    }
+    more = {"batch_size": len(part), "first_index": part.start}
+    return options | chosen | more, lambda samples: gather_rows(samples, rows)
