@@ -129,7 +129,7 @@ class Trainer:
             )
         else:
             data = adapt_for(diffusion, data)
-        self.dataset = data
+        self.dataset: Any = data
         check_kinds(diffusion, data)
         check_classes(diffusion, data)
         check_embeddings(diffusion, data)
