@@ -188,7 +188,7 @@ def own_index(path: Path, root: str | PathLike[str]) -> Path:
     try:
         with path.open(encoding="ascii") as file:
             other = json.loads(file.readline())["root"] != os.path.abspath(root)
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return path
     digest = hashlib.blake2b(os.path.abspath(root).encode("utf-8", "surrogateescape"), digest_size=4).hexdigest()
     return path.with_name(f"{path.stem}-{digest}{path.suffix}") if other else path

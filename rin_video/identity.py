@@ -52,7 +52,7 @@ def holds_data(run: Path) -> str | None:
     try:
         with (run / INDEX).open(encoding="ascii") as file:
             return str(Path(json.loads(file.readline())["root"]).resolve())
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
 
 
