@@ -65,6 +65,7 @@ def write_tensors(
             tensor = tensor if dtype is None else tensor.to(dtype)
             _update(total, name, tensor)
             file.write(_bytes(tensor))
+            del tensor  # before the next one is gathered
         if digest:
             file.seek(8 + text.index(b"0" * 64))
             file.write(total.hexdigest().encode())

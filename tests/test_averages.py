@@ -31,7 +31,7 @@ class Direct(Callback):
 def run(tmp_path_factory) -> tuple[Path, dict[float, KarrasEMA], dict[str, torch.Tensor]]:
     folder, direct = tmp_path_factory.mktemp("run"), Direct()
     trainer = make_trainer(
-        folder, callbacks=[direct], train_num_steps=60, ema_snapshot_every=3, save_and_sample_every=100, log_every=100,
+        folder, callbacks=[direct], train_num_steps=60, ema_snapshot_every=2, save_and_sample_every=100, log_every=100,
         train_lr=1e-2, lr_schedule="constant",
     )  # fmt: skip
     trainer.train()

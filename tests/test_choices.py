@@ -4,11 +4,11 @@ import argparse
 from itertools import combinations
 from types import SimpleNamespace
 from typing import get_args
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from accelerate.utils import PrecisionType
 from tiny_run import TINY
 from torch.testing import assert_close
 
@@ -23,6 +23,7 @@ from rin_video.given import Given, check_guidance
 from rin_video.known import ANY_GRID, KNOWN_MASKS
 from rin_video.objectives import CLIPS, LOSS_WEIGHTS, OBJECTIVES, TIME_SAMPLINGS, target, to_x0_eps
 from rin_video.optimizers import OPTIMIZERS, make_lr_schedule
+from rin_video.precision import running_in
 from rin_video.samplers import KARRAS, SAMPLERS, SPACINGS, make_levels
 from rin_video.schedules import SCHEDULES, NoiseLevel, make_schedule
 from rin_video.tokenizers.positions import POSITIONS
@@ -65,7 +66,7 @@ def predict(name):
 
 
 def window(**options):
-    clips, info = Windows(2, DataConfig(**options)), SimpleNamespace(num_frames=8)
+    clips, info = Windows(2, DataConfig(**options)), SimpleNamespace(num_frames=8, lost=())
     return clips.count(info), clips.indices(info, 0)
 
 
@@ -80,6 +81,12 @@ def learning_rate(name):
     return optimizer.param_groups[0]["lr"]
 
 
+def precision(name):
+    with mock.patch("torch.cuda.is_available", return_value=True), running_in(name, torch.device("cpu")):
+        autocast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu")
+        return autocast, torch.get_float32_matmul_precision()
+
+
 # Names that branches of the code take: each does something else than the others.
 BRANCHES = {
     "model.time_conditioning": lambda name: shapes(time_conditioning=name),
@@ -90,7 +97,8 @@ BRANCHES = {
     "data.sampling": lambda name: window(sampling=name),
     "data.crop": crop,
     "train.lr_schedule": learning_rate,
-    "train.mixed_precision": PrecisionType,
+    "train.mixed_precision": precision,
+    "sample.precision": precision,
     "train.sharding": str,  # with processes: tests/test_processes.py
     "sample.spacing": lambda name: make_levels(make_schedule("cosine"), 3, spacing=name),
 }

@@ -14,13 +14,15 @@ import tiny_run
 import torch
 from accelerate import Accelerator
 from tiny_run import make_trainer
+from together import draw
 from torch.testing import assert_close
 
 from rin_video import GaussianDiffusion, UsageError
 from rin_video.callbacks import Callback
 from rin_video.checkpoint import newest_state
+from rin_video.datasets.buckets import BucketSampler
 from rin_video.datasets.shards import write_shard
-from rin_video.distributed import share
+from rin_video.distributed import rows_of, share
 from rin_video.known import draw_known
 from rin_video.noise import BatchRNG
 from rin_video.objectives import low_discrepancy_time
@@ -67,10 +69,13 @@ def runs(tmp_path_factory) -> Path:
     make_trainer(folder / "one-mixture", train_batch_size=4, gradient_accumulate_every=2, mixture=True).train()
     muon = {"train_batch_size": 4, "gradient_accumulate_every": 2, "optimizer": "muon", "convolutions": True}
     make_trainer(folder / "one-muon", **muon).train()
+    make_trainer(folder / "one-conditions", train_batch_size=4, gradient_accumulate_every=2, conditions=True).train()
     mixed = [str(folder / "mixture"), *common, "mixture=true"]
     sharded = [*common, "sharding=fsdp2"]
     muon = [str(folder / "muon"), *sharded, "optimizer=muon", "convolutions=true"]
-    launch(str(folder / "ddp"), *common, "--", str(folder / "fsdp2"), *sharded, "--", *mixed, "--", *muon)
+    conditions = [str(folder / "conditions"), *common, "conditions=true"]
+    first, second = [str(folder / "ddp"), *common], [str(folder / "fsdp2"), *sharded, "counted=true"]
+    launch(*first, "--", *second, "--", *mixed, "--", *muon, "--", *conditions, "--", "together", str(folder))
     return folder
 
 
@@ -87,6 +92,55 @@ def test_clips_mixed_with_images_too(runs):
     one, two = losses(runs / "one-mixture"), losses(runs / "mixture")
     assert len(one) == len(two) == 20
     assert_close(torch.tensor(two), torch.tensor(one), rtol=2e-6, atol=0)
+
+
+def test_what_is_drawn_for_each_sample_too(runs):
+    """Known frames and boxes, label dropout, evenly spread times and the gap; in batches of buckets."""
+    one, two = losses(runs / "one-conditions"), losses(runs / "conditions")
+    assert len(one) == len(two) == 20
+    assert_close(torch.tensor(two), torch.tensor(one), rtol=2e-6, atol=0)
+
+
+def test_a_checkpoint_of_shards_gathers_one_tensor_at_a_time(runs):
+    """In each process: what a save takes for a moment, beside what is there."""
+    for rank in range(2):
+        found = json.loads((runs / f"fsdp2/save-{rank}.json").read_text())
+        assert found["in_all"] > 1.8 * found["shard"]  # everything is gathered
+        assert found["peak"] <= found["largest"]  # it was all of that
+        assert found["shard"] + found["peak"] < 2 * found["shard"] + found["largest"]
+
+
+def test_processes_decide_together(runs):
+    """One batch size, the smallest that fits into all; one that indexes; one error ends all."""
+    first, second = json.loads((runs / "together.json").read_text())
+    assert first["batch"] == second["batch"] == 250
+    assert (first["was_there"], second["was_there"]) == (False, True)
+    assert first["error"] == "ReportedError: the disk of the second machine is full"
+    assert second["error"] == "UsageError: the disk of the second machine is full"
+
+
+def test_processes_share_the_samples_out(runs):
+    """The same ones as one process draws, contexts and longer clips too, also where there are fewer than processes."""
+    together, alone = torch.load(runs / "samples.pt", weights_only=True), draw()
+    assert together.keys() == alone.keys()
+    for name, samples in alone.items():
+        assert_close(together[name], samples, rtol=0, atol=1e-5)
+    assert (together["known 5"][:, :, :2] == together["longer 5"][:, :, :2]).all()
+    assert rows_of(5, 0, 4), [rows_of(5, rank, 4) for rank in range(4)] == [
+        range(0, 2),
+        range(2, 4),
+        range(4, 5),
+        range(5, 5),
+    ]
+
+
+def test_ranks_take_consecutive_rows_of_a_batch_of_buckets():
+    """As their noise is drawn, and as their files are named."""
+    bucket_of, options = [index % 3 for index in range(20)], {"seed": 1}
+    alone = iter(BucketSampler(bucket_of, 6, **options))
+    shares = [iter(BucketSampler(bucket_of, 2, **options, rank=rank, num_ranks=3)) for rank in range(3)]
+    for _ in range(10):
+        assert [draw for share in shares for draw in next(share)] == next(alone)
 
 
 def test_muon_sees_whole_matrices_where_they_are_sharded(runs):

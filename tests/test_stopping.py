@@ -196,12 +196,12 @@ def test_the_first_bad_step_is_found_among_many():
     metrics = Metrics(None, step=100)
     for step in range(4):
         loss = [torch.ones(3), torch.tensor([1.0, torch.nan if step >= 2 else 1.0, 1.0])]
-        metrics.add([LossTerms(one, torch.rand(3)) for one in loss], torch.tensor(1.0))
-    failure = metrics.failure()
-    assert (failure.step, failure.places) == (103, [4])
+        read = [[10 * step, 1, 2], [3, 10 * step + 4, 5]]  # a stand-in among them
+        metrics.add([LossTerms(one, torch.rand(3)) for one in loss], torch.tensor(1.0), 0.0, read)
+    assert metrics.failure() == (103, [24], True)
     metrics.restart(104)
-    metrics.add([LossTerms(torch.ones(3), torch.rand(3))], torch.tensor(torch.inf))
-    assert metrics.failure().places == []
+    metrics.add([LossTerms(torch.ones(3), torch.rand(3))], torch.tensor(torch.inf), 0.0, [[7, 8, 6]])
+    assert metrics.failure() == (105, [6, 7, 8], False)
     assert metrics.failure(check_gradient=False) is None
 
 

@@ -7,16 +7,21 @@ import json
 import os
 import sys
 import time
+import weakref
 from itertools import groupby
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import torch
 from torch.utils.data import Dataset
 
-from rin_video import RIN, GaussianDiffusion, Trainer
+from rin_video import RIN, GaussianDiffusion, Trainer, tensor_files
 from rin_video.callbacks import Callback
 from rin_video.config import Config, train_config
+from rin_video.datasets.adapters import Adapted
 from rin_video.datasets.mixture import Mixture
+from rin_video.tensor_files import full_tensor
 
 TINY = {"dim": 32, "num_latents": 6, "dim_latent": 32, "depth": 2, "num_heads": 2, "latent_num_heads": 2,
         "image_size": 8, "patch_size": 4}  # fmt: skip
@@ -40,6 +45,59 @@ class Still(Noise):
         return {"x": self.x[index][:, None].expand(-1, 4, -1, -1)}
 
 
+class TwoShapes(Adapted):
+    """Clips of two shapes in two classes, of which every batch holds one shape, as buckets make them."""
+
+    buckets = SimpleNamespace(shapes=((4, 8, 8), (4, 8, 16)))
+
+    def __init__(self) -> None:
+        self.x = torch.rand(29, 3, 4, 8, 16, generator=torch.Generator().manual_seed(4))
+        super().__init__(self.x)
+        self.classes, self.bucket_of = ["left", "right"], [index % 2 for index in range(29)]
+
+    def draw(self, index, epoch):
+        return {"x": self.x[index][..., : 16 if index % 2 else 8], "label": index // 2 % 2}
+
+
+class Gathered:
+    """Puts sharded tensors together, and counts the bytes of those that are alive at once."""
+
+    def __init__(self) -> None:
+        self.now = self.peak = self.total = 0
+
+    def __call__(self, tensor):
+        full = full_tensor(tensor)
+        if full is not tensor:
+            self.now, self.total = self.now + full.nbytes, self.total + full.nbytes
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(full.untyped_storage(), self.free, full.nbytes)
+        return full
+
+    def free(self, size: int) -> None:
+        self.now -= size
+
+
+class CountedSaves(Trainer):
+    """Writes the bytes that a checkpoint takes for a moment in each process, of its shard and the largest tensor."""
+
+    def save(self, milestone=None):
+        states = [self.unwrapped.model, self.ema, *self.tracks]
+        held = [value for state in states for value in state.state_dict().values()]
+        held += [value for values in self.optimizer.state.values() for value in values.values()]
+        local = [value.to_local() if hasattr(value, "to_local") else value for value in held]
+        gathered = Gathered()
+        with mock.patch.object(tensor_files, "full_tensor", gathered):
+            super().save(milestone)
+        found = {
+            "peak": gathered.peak,
+            "in_all": gathered.total,
+            "shard": sum(x.nbytes for x in local),
+            "largest": max(x.nbytes for x in held),
+        }
+        path = self.folder / f"save-{self.accelerator.process_index}.json"
+        path.write_text(json.dumps(found))
+
+
 class Slow(Callback):
     def on_step(self, trainer, loss):
         time.sleep(float(os.environ.get("STEP_SECONDS", 0)))
@@ -54,15 +112,20 @@ def make_trainer(
         data = Mixture(Still(), Noise(), 0.4)
     if options.pop("convolutions", False):
         model = {"conv_width": 4}
+    diffusing: dict = {}
+    if options.pop("conditions", False):  # all that is drawn for each sample
+        model = {"frames": 4, "patch_size": (2, 4, 4), "position": "sincos", "known_mask": True, "num_classes": 2}
+        diffusing = {"known": {"none": 1, "first": 1, "frames": 1, "boxes": 1}, "label_dropout": 0.5,
+                     "time_sampling": "low_discrepancy", "self_cond_gap": 0.1}  # fmt: skip
+        data = TwoShapes()
+    kind = CountedSaves if options.pop("counted", False) else Trainer
     defaults = {"train_num_steps": 20, "train_batch_size": 8, "train_lr": 1e-3, "log_every": 1,
                 "save_and_sample_every": 10, "ema_snapshot_every": 5}  # fmt: skip
-    diffusion = GaussianDiffusion(RIN(**TINY | (model or {})), timesteps=3)
+    diffusion = GaussianDiffusion(RIN(**TINY | (model or {})), timesteps=3, **diffusing)
     config = Config(diffusion.model.config, diffusion.config, train=train_config(**defaults | options))
     config.data.num_workers = num_workers
     config.sample.num_samples, config.sample.steps = 2, 2
-    return Trainer(
-        diffusion, data or Noise(), results_folder=folder, config=config, progress=False, callbacks=callbacks
-    )
+    return kind(diffusion, data or Noise(), results_folder=folder, config=config, progress=False, callbacks=callbacks)
 
 
 def main(folder: str, *overrides: str) -> None:
@@ -80,4 +143,9 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for _, words in groupby(sys.argv[1:], "--".__eq__):
         if (run := list(words)) != ["--"]:
-            main(*run)
+            if run[0] == "together":
+                import together
+
+                together.main(*run[1:])
+            else:
+                main(*run)
