@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from datetime import timedelta
 from pathlib import Path
@@ -13,8 +15,9 @@ from typing import Any, TypeVar, get_args
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, gather_object
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs, gather_object
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from rin_video.config import PrecisionName, TrainConfig
@@ -24,6 +27,8 @@ from rin_video.tracking import check_trackers
 
 log = logging.getLogger("rin_video")
 
+USE_FSDP = "ACCELERATE_USE_FSDP"
+LAUNCHED_WITH_FSDP = os.environ.get(USE_FSDP, "false").lower() == "true"  # by accelerate launch
 # The others wait while the first process samples and writes.
 TIMEOUT = timedelta(hours=2)
 
@@ -47,6 +52,8 @@ def make_accelerator(options: TrainConfig, folder: Path, *, partial: bool = Fals
             cpu_ram_efficient_loading=False,
         )
     AcceleratorState._reset_state()  # accelerate keeps the precision of the first Trainer of a process otherwise
+    if not LAUNCHED_WITH_FSDP:
+        os.environ.pop(USE_FSDP, None)  # left by accelerate for an earlier Trainer that shards
     accelerator = Accelerator(
         cpu=no_accelerator(),
         mixed_precision="no" if options.mixed_precision == "tf32" else options.mixed_precision,
@@ -59,6 +66,13 @@ def make_accelerator(options: TrainConfig, folder: Path, *, partial: bool = Fals
         ],
     )
     check_met(accelerator.num_processes)
+    if (plugin or LAUNCHED_WITH_FSDP) and accelerator.distributed_type == DistributedType.MULTI_CPU:
+        # accelerate shards on GPUs and their like alone, and drops the plug-in on CPUs in silence. gloo can do it too.
+        accelerator.state.fsdp_plugin = plugin = plugin or FullyShardedDataParallelPlugin()
+        if accelerator.mixed_precision != "no":
+            plugin.set_mixed_precision(accelerator.mixed_precision)
+        accelerator.state.distributed_type = DistributedType.FSDP
+        atexit.register(leave)
     if accelerator.distributed_type == "FSDP" and not accelerator.is_fsdp2:
         raise UsageError("FSDP of the first version is not supported: use train.sharding=fsdp2, or --fsdp_version 2")
     return accelerator
@@ -119,6 +133,12 @@ def meet() -> PartialState:
     return state
 
 
+def leave() -> None:
+    """Leave the other processes. gloo's threads, where they have sharded, abort a process that ends without it."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def check_met(num_processes: int) -> None:
     """Raises `UsageError` where this process found fewer others than were started: each would train for itself."""
     expected = num_started()
@@ -174,6 +194,25 @@ def gather_rows(samples: Tensor, rows: range) -> Tensor:
 
 
 # ---- sharded tensors
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether this process holds parts of the parameters. (accelerate forgets it when it makes an optimizer.)"""
+    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
+
+
+@contextmanager
+def no_sync(module: Any, accelerator: Accelerator) -> Iterator[None]:
+    """Within the block gradients stay in this process: they are added up, and sent with those of the last batch."""
+    if not isinstance(module, FSDPModule):
+        with accelerator.no_sync(module):
+            yield
+        return
+    module.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        module.set_requires_gradient_sync(True)
 
 
 def shard_like(full: Tensor, like: Tensor) -> Tensor:

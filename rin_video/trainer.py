@@ -34,9 +34,11 @@ from rin_video.diffusion import GaussianDiffusion, LossTerms
 from rin_video.distributed import (
     agree,
     first_then_others,
+    is_sharded,
     load_optimizer_state,
     load_whole,
     make_accelerator,
+    no_sync,
     optimizer_state,
     shard_module_like,
     share,
@@ -273,10 +275,10 @@ class Trainer:
             waited += time.perf_counter() - start
             indices.append(batches.indices)
             last = micro == count - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.diffusion):
+            with nullcontext() if last else no_sync(self.diffusion, self.accelerator):
                 terms.append(self.accumulate(batch, micro))
         limit = self.options.max_grad_norm or float("inf")
-        grad_norm = self.accelerator.clip_grad_norm_(self.diffusion.parameters(), limit)
+        grad_norm = full_tensor(self.accelerator.clip_grad_norm_(self.diffusion.parameters(), limit))
         self.step += 1
         self.schedule.step_update(self.step)
         self.optimizer.step()
@@ -428,7 +430,7 @@ class Trainer:
 
     def averaged(self) -> GaussianDiffusion:
         """The diffusion with the averaged weights. To be called by all processes."""
-        if not self.accelerator.is_fsdp2:
+        if not is_sharded(self.unwrapped):
             return self.unwrapped.with_model(self.ema.ema_model)
         model = type(self.unwrapped.model)(self.config.model).to(self.accelerator.device)
         own = model.state_dict()

@@ -105,8 +105,9 @@ def test_a_checkpoint_of_shards_gathers_one_tensor_at_a_time(runs):
     """In each process: what a save takes for a moment, beside what is there."""
     for rank in range(2):
         found = json.loads((runs / f"fsdp2/save-{rank}.json").read_text())
+        assert found["is_sharded"]
         assert found["in_all"] > 1.8 * found["shard"]  # everything is gathered
-        assert found["peak"] <= found["largest"]  # it was all of that
+        assert found["peak"] < 2 * found["largest"]  # it was all of that
         assert found["shard"] + found["peak"] < 2 * found["shard"] + found["largest"]
 
 
@@ -126,12 +127,8 @@ def test_processes_share_the_samples_out(runs):
     for name, samples in alone.items():
         assert_close(together[name], samples, rtol=0, atol=1e-5)
     assert (together["known 5"][:, :, :2] == together["longer 5"][:, :, :2]).all()
-    assert rows_of(5, 0, 4), [rows_of(5, rank, 4) for rank in range(4)] == [
-        range(0, 2),
-        range(2, 4),
-        range(4, 5),
-        range(5, 5),
-    ]
+    shares = [rows_of(5, rank, 4) for rank in range(4)]
+    assert shares == [range(2), range(2, 4), range(4, 5), range(5, 5)]
 
 
 def test_ranks_take_consecutive_rows_of_a_batch_of_buckets():

@@ -21,6 +21,7 @@ from rin_video.callbacks import Callback
 from rin_video.config import Config, train_config
 from rin_video.datasets.adapters import Adapted
 from rin_video.datasets.mixture import Mixture
+from rin_video.distributed import is_sharded
 from rin_video.tensor_files import full_tensor
 
 TINY = {"dim": 32, "num_latents": 6, "dim_latent": 32, "depth": 2, "num_heads": 2, "latent_num_heads": 2,
@@ -91,6 +92,7 @@ class CountedSaves(Trainer):
         found = {
             "peak": gathered.peak,
             "in_all": gathered.total,
+            "is_sharded": is_sharded(self.unwrapped),
             "shard": sum(x.nbytes for x in local),
             "largest": max(x.nbytes for x in held),
         }

@@ -1,0 +1,66 @@
+"""What several processes decide and draw together: `torchrun tiny_run.py together FOLDER` writes what each found."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from accelerate.utils import gather_object
+
+from rin_video import RIN, GaussianDiffusion, UsageError, commands
+from rin_video.config import Config, SampleConfig
+from rin_video.distributed import first_then_others, in_all, meet
+from rin_video.passes import Pass, extend_parts
+from rin_video.together import sample_together
+
+CLIP = {"dim": 32, "num_latents": 6, "dim_latent": 32, "depth": 1, "num_heads": 2, "latent_num_heads": 2,
+        "image_size": 8, "frames": 4, "patch_size": (2, 4, 4), "known_mask": True, "num_classes": 2}  # fmt: skip
+COUNTS = (5, 1)  # samples: neither can be shared out evenly by two
+
+
+def draw() -> dict[str, torch.Tensor]:
+    """Samples of a model that depends on nothing but its seed: without and with a context each, and longer clips."""
+    torch.manual_seed(0)
+    diffusion = GaussianDiffusion(RIN(**CLIP)).eval()
+    with torch.no_grad():
+        for parameter in diffusion.model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    found = {}
+    for count in COUNTS:
+        config = SampleConfig(num_samples=count, steps=2, sampler="ddpm")
+        context = torch.rand(count, 3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+        known = torch.zeros(count, 4, 8, 8, dtype=torch.bool)
+        known[:, :2] = True
+        found[f"plain {count}"] = sample_together(diffusion, config, seed=3)
+        found[f"known {count}"] = sample_together(diffusion, config, seed=3, context=context, known=known)
+        options = SimpleNamespace(overlap=None, carry_latents=False, key_frames=False)
+        pass_ = Pass((3, 4, 8, 8), 7)
+        parts = extend_parts(diffusion, config, options, pass_, {"seed": 3, "context": context[:, :, :2]})
+        found[f"longer {count}"] = torch.cat(list(parts), dim=2)
+    return found
+
+
+def main(folder: str) -> None:
+    state = meet()
+    rank = state.process_index
+    # Memory for 284 samples in the first process, for 250 in the second.
+    commands.largest_batch = lambda *args, **options: (284, 250)[rank]
+    batch = commands.choose_batch(Config(), Path(folder), 10_000)
+    order = Path(folder, "order.txt")
+    was_there = first_then_others(lambda: order.exists() or order.write_text("indexed") < 0)
+
+    def fail_in_one() -> None:
+        if rank == 1:
+            raise UsageError("the disk of the second machine is full")
+
+    try:
+        in_all(fail_in_one)
+        error = "none"
+    except UsageError as caught:
+        error = f"{type(caught).__name__}: {caught}"
+    report = {"batch": batch, "was_there": was_there, "error": error}
+    samples = draw()
+    reports = gather_object([report])
+    if rank == 0:
+        Path(folder, "together.json").write_text(json.dumps(reports))
+        torch.save(samples, Path(folder, "samples.pt"))
