@@ -111,6 +111,7 @@ class Packet(NamedTuple):
 def _walk(source: Source) -> tuple[list[Packet], int]:
     """The packets of the film of a file, and the number of its stream."""
     with VideoStream(source) as video:
+        assert video.index is not None
         first, indices = video.index, [stream.index for stream in video_streams(video.container)]
         packets = _notes(video)
     for other in indices if len(packets) < 2 else ():  # a picture that does not say that it is one
@@ -344,7 +345,7 @@ def _expected(source: Source, index: int, packets: list[Packet]) -> list[int] | 
                 stamps = [stamp for stamp in stamps if stamp >= first]  # earlier ones refer to what is not there
             elif start is not None and start >= first and not (sample.stamps[0] == start and start in sample.keys):
                 return None
-            place = int(np.searchsorted(stamps, sample.stamps[0]))
+            place = int(np.searchsorted(stamps, sample.stamps[0]))  # type: ignore[arg-type]
             if stamps[place : place + len(sample.stamps)] != sample.stamps:
                 return None
     return stamps
@@ -377,10 +378,10 @@ def _seeks_agree(source: Source, info: VideoInfo, marks: dict[int, bytes]) -> bo
 
 def _fallback_times(shown_: _Shown, packets: list[Packet], info: VideoInfo) -> list[int]:
     """Ascending times for pictures whose own are missing or out of order."""
-    stamps = set(shown_.stamps)
-    if None not in stamps and len(stamps) == len(shown_.stamps):
-        return sorted(stamps)  # type: ignore[type-var]
     count = len(shown_.stamps)
+    stamps = {stamp for stamp in shown_.stamps if stamp is not None}
+    if len(stamps) == count:
+        return sorted(stamps)
     decoding = sorted({packet.dts for packet in packets if packet.dts is not None})
     if len(decoding) == count:
         return decoding

@@ -12,11 +12,13 @@ import torch
 from mp4_boxes import with_edits, with_matrix, without
 from PIL import Image
 
+from rin_video.config import DataConfig
 from rin_video.datasets import ClipFolder, probe
 from rin_video.datasets.backends import suits
 from rin_video.datasets.decoding import LostFramesError, open_video, probe_video
 from rin_video.datasets.index import Probe, make_index
 from rin_video.datasets.loading import Batches
+from rin_video.datasets.prepare import prepare
 from rin_video.errors import UsageError
 
 CASES = Path(__file__).parent / "cases"
@@ -266,6 +268,15 @@ def test_damage_costs_the_windows_that_touch_it(tmp_path, numbered, numbers, cap
         ClipFolder(path, 16, 12)
     whole = ClipFolder(path, 16, 12, span="whole")
     assert not {7, 8, 9}.intersection(whole.frames_of(0, 0))
+
+
+def test_prepare_keeps_what_damage_has_left(tmp_path, numbered, numbers):
+    (tmp_path / "data").mkdir()
+    damaged(numbered(tmp_path / "data" / "a.mp4", options={"g": "5", "bf": "0", "sc_threshold": "0"}), 7)
+    said = prepare(tmp_path / "data", "video", tmp_path / "shards", (32, 64), DataConfig(), workers=1)
+    assert any("only frames 10 to 19 of" in line for line in said)
+    data = ClipFolder(tmp_path / "shards", (32, 64), 10)
+    assert numbers(data[0]["x"].transpose(0, 1)) == list(range(10, 20))
 
 
 def test_damage_that_is_met_while_training_costs_no_file(tmp_path, numbered, monkeypatch):
