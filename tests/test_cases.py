@@ -270,6 +270,26 @@ def test_damage_costs_the_windows_that_touch_it(tmp_path, numbered, numbers, cap
     assert not {7, 8, 9}.intersection(whole.frames_of(0, 0))
 
 
+def test_no_window_goes_over_what_is_missing_where_frames_are_counted(tmp_path, numbered, numbers):
+    """As in an AVI with B frames, whose times find no frame."""
+    coding = {"g": "5", "bf": "2", "b": "4M", "sc_threshold": "0"}
+    path = numbered(tmp_path / "a.avi", size=(64, 96), options=coding)
+    whole = probe_video(path)
+    assert not whole.trusted
+    assert not whole.lost
+    info = probe_video(damaged(path, 11))
+    left = list(range(info.num_frames))
+    with open_video(path) as video:
+        found = numbers(video.read(left))
+    breaks = [i for i in left[1:] if found[i] != found[i - 1] + 1]
+    assert breaks
+    assert set(breaks) <= set(info.lost)
+    data = ClipFolder(path, (64, 96), 4)
+    for epoch in range(60):
+        clip = numbers(data.draw(0, epoch)["x"].transpose(0, 1))
+        assert clip == list(range(clip[0], clip[0] + 4))
+
+
 def test_prepare_keeps_what_damage_has_left(tmp_path, numbered, numbers):
     (tmp_path / "data").mkdir()
     damaged(numbered(tmp_path / "data" / "a.mp4", options={"g": "5", "bf": "0", "sc_threshold": "0"}), 7)
