@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rin_video.config import DecoderName
 from rin_video.datasets.geometry import shown_pixels
-from rin_video.datasets.sources import Source, as_location, open_source, shown
+from rin_video.datasets.sources import Buffer, Source, as_location, open_source, shown
 from rin_video.datasets.video_info import LostFramesError, VideoInfo
 from rin_video.datasets.video_stream import VideoStream, unreadable
 from rin_video.errors import UsageError
@@ -252,7 +252,8 @@ def _prove(reader: FrameReader, name: str, source: Source, info: VideoInfo) -> N
         raise unreadable(source, error) from error
     finally:
         right.close()
-    _proved.add((source, name))
+    if not isinstance(source, Buffer):  # which would be kept in memory
+        _proved.add((source, name))
 
 
 _proved: set[tuple[Source, str]] = set()

@@ -23,7 +23,7 @@ from rin_video.config import DecoderName, DecoderOption
 from rin_video.datasets.backends import DECODERS, FrameReader, suitable_backends, suits
 from rin_video.datasets.framing import resize
 from rin_video.datasets.probe import probe_video
-from rin_video.datasets.sources import Source, shown
+from rin_video.datasets.sources import Buffer, Source, shown
 from rin_video.datasets.video_info import LostFramesError, VideoInfo
 from rin_video.datasets.video_stream import unreadable
 from rin_video.errors import UsageError
@@ -121,7 +121,10 @@ def open_video(
     """
     source = Path(source) if isinstance(source, str | PathLike) else source
     info = info or probe_video(source)
-    return Video(source, info, backends_for(info, decoder))
+    names = backends_for(info, decoder)
+    if isinstance(source, Buffer) and decoder == "auto":  # read once: a proof costs more than torchcodec saves
+        names = [name for name in names if name != "torchcodec"]
+    return Video(source, info, names)
 
 
 def backends_for(info: VideoInfo, decoder: DecoderOption = "auto", *, strict: bool = True) -> list[DecoderName]:

@@ -111,6 +111,7 @@ class Packet(NamedTuple):
 def _walk(source: Source) -> tuple[list[Packet], int]:
     """The packets of the film of a file, and the number of its stream."""
     with VideoStream(source) as video:
+        assert video.index is not None
         first, indices = video.index, [stream.index for stream in video_streams(video.container)]
         packets = _notes(video)
     for other in indices if len(packets) < 2 else ():  # a picture that does not say that it is one
@@ -148,12 +149,14 @@ class _Shown:
     stamps: list[int | None] = field(default_factory=list)
     keys: set[int] = field(default_factory=set)  # stamps of frames that stand alone
     lost: set[int] = field(default_factory=set)
+    gaps: set[int] = field(default_factory=set)  # numbers of the pictures before which some are lost
     marks: list[bytes] = field(default_factory=list)  # the pictures in small
     sizes: set[tuple[int, int]] = field(default_factory=set)
     interlaced: bool = False
 
     def add(self, stamp: int | None, frame: Any) -> None:
         if frame is None:
+            self.gaps.add(len(self.stamps))
             if stamp is not None:
                 self.lost.add(stamp)
             return
@@ -232,22 +235,23 @@ def _from_decoded(
         raise UsageError(f"{shown(source)} cannot be read: not one frame can be decoded; leave it out")
     count = len(shown_.stamps)
     decoding = [packet.dts for packet in packets if packet.dts is not None]
-    if not shown_.ordered or any(b < a for a, b in pairwise(decoding)):  # edits play a part twice, or out of order
-        info = _with_table(info, packets, _fallback_times(shown_, packets, info), set(), [])
-        info = replace(info, trusted=False, plain=False)
-    else:
+    in_turn = all(sooner <= later for sooner, later in pairwise(decoding))  # no edit plays a part twice, or too late
+    if shown_.ordered and in_turn:
         stamps: list[Any] = shown_.stamps
         lost = {stamp for stamp in shown_.lost if stamps[0] < stamp < stamps[-1]}
         info = _with_table(info, packets, sorted({*stamps, *lost}), lost, _entries(packets, shown_.keys))
-        if not _seeks_agree(source, info, dict(zip(stamps, shown_.marks, strict=True))):
-            info = replace(info, trusted=False, plain=False)
-            if lost:
-                info = _with_table(info, packets, stamps, set(), [])
-                info = replace(info, trusted=False, plain=False)
-        tail = max(missing, sum(stamp > stamps[-1] for stamp in shown_.lost))
+    if not (shown_.ordered and in_turn and _seeks_agree(source, info, dict(zip(stamps, shown_.marks, strict=True)))):
+        info = _with_table(info, packets, _fallback_times(shown_, packets, info), set(), [])
+        gaps = sorted(gap for gap in shown_.gaps if 0 < gap < count)
+        info = replace(info, trusted=False, plain=False, lost=tuple(edge for gap in gaps for edge in (gap, gap)))
+        if gaps:
+            notes += ("damaged: some of its pictures cannot be decoded, windows are taken from between them",)
+    if shown_.ordered:
+        last: Any = shown_.stamps[-1]
+        tail = max(missing, sum(stamp > last for stamp in shown_.lost))
         if tail:
             notes += (f"cut short: its first {info.num_frames} of {info.num_frames + tail} frames",)
-    if info.lost:
+    if info.lost and info.trusted:
         notes += (f"damaged: {frames_text(info.lost_ranges)} cannot be decoded, other windows are used",)
     if shown_.interlaced:
         notes += ("interlaced: moving edges show combs",)
@@ -344,7 +348,7 @@ def _expected(source: Source, index: int, packets: list[Packet]) -> list[int] | 
                 stamps = [stamp for stamp in stamps if stamp >= first]  # earlier ones refer to what is not there
             elif start is not None and start >= first and not (sample.stamps[0] == start and start in sample.keys):
                 return None
-            place = int(np.searchsorted(stamps, sample.stamps[0]))
+            place = int(np.searchsorted(stamps, sample.stamps[0]))  # type: ignore[arg-type]
             if stamps[place : place + len(sample.stamps)] != sample.stamps:
                 return None
     return stamps
@@ -377,10 +381,10 @@ def _seeks_agree(source: Source, info: VideoInfo, marks: dict[int, bytes]) -> bo
 
 def _fallback_times(shown_: _Shown, packets: list[Packet], info: VideoInfo) -> list[int]:
     """Ascending times for pictures whose own are missing or out of order."""
-    stamps = set(shown_.stamps)
-    if None not in stamps and len(stamps) == len(shown_.stamps):
-        return sorted(stamps)  # type: ignore[type-var]
     count = len(shown_.stamps)
+    stamps = {stamp for stamp in shown_.stamps if stamp is not None}
+    if len(stamps) == count:
+        return sorted(stamps)
     decoding = sorted({packet.dts for packet in packets if packet.dts is not None})
     if len(decoding) == count:
         return decoding

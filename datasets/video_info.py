@@ -38,7 +38,7 @@ class VideoInfo:
     stream: int = 0  # the number of the stream in its file
     tracks: int = 1  # video streams of the file
     stored: tuple[int, int] = (0, 0)  # (H, W) as stored; (0, 0): as shown
-    lost: tuple[int, ...] = ()  # first, end, first, end, ...: frames that damage spoils
+    lost: tuple[int, ...] = ()  # first, end, first, end, ...: frames that damage spoils; equal: some before first
     notes: tuple[str, ...] = ()  # what a user should know
 
     @property

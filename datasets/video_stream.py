@@ -133,7 +133,7 @@ class VideoStream:
         """(index, frame) of the pictures `indices`, ascending; None for one that cannot be decoded.
 
         `stamps` are those of all pictures, `entries` where decoding can start; both ascending. Without `seekable`,
-        pictures are counted from the beginning.
+        the pictures that damage has left are counted from the beginning.
         """
         wanted = sorted(set(indices))
         needed = set(stamps[wanted].tolist()) if skip else None
@@ -143,7 +143,7 @@ class VideoStream:
             if seekable:
                 found = self._indexed(self.pictures_from(entry, entries, needed), stamps)
             else:
-                found = enumerate(frame for _, frame in self.pictures_from(None, entries))
+                found = enumerate(frame for _, frame in self.pictures_from(None, entries) if frame is not None)
             spoilt = set()
             for index, frame in found:
                 if frame is None and seekable:  # perhaps told before earlier ones are shown

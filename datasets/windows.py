@@ -89,7 +89,7 @@ class Windows:
         """(first, end) of the source frames between damage and, where these are avoided, cuts."""
         cuts = (info.cuts or ()) if self.options.avoid_cuts else ()
         edges = sorted({0, *cuts, *info.lost, info.num_frames})
-        damaged = {first for first, _ in info.lost_ranges}
+        damaged = {first for first, end in info.lost_ranges if end > first}
         inside = [any(first < edge < end for first, end in info.lost_ranges) for edge in edges]
         return [
             (a, b)

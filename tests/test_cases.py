@@ -12,11 +12,13 @@ import torch
 from mp4_boxes import with_edits, with_matrix, without
 from PIL import Image
 
+from rin_video.config import DataConfig
 from rin_video.datasets import ClipFolder, probe
 from rin_video.datasets.backends import suits
 from rin_video.datasets.decoding import LostFramesError, open_video, probe_video
 from rin_video.datasets.index import Probe, make_index
 from rin_video.datasets.loading import Batches
+from rin_video.datasets.prepare import prepare
 from rin_video.errors import UsageError
 
 CASES = Path(__file__).parent / "cases"
@@ -266,6 +268,35 @@ def test_damage_costs_the_windows_that_touch_it(tmp_path, numbered, numbers, cap
         ClipFolder(path, 16, 12)
     whole = ClipFolder(path, 16, 12, span="whole")
     assert not {7, 8, 9}.intersection(whole.frames_of(0, 0))
+
+
+def test_no_window_goes_over_what_is_missing_where_frames_are_counted(tmp_path, numbered, numbers):
+    """As in an AVI with B frames, whose times find no frame."""
+    coding = {"g": "5", "bf": "2", "b": "4M", "sc_threshold": "0"}
+    path = numbered(tmp_path / "a.avi", size=(64, 96), options=coding)
+    whole = probe_video(path)
+    assert not whole.trusted
+    assert not whole.lost
+    info = probe_video(damaged(path, 11))
+    left = list(range(info.num_frames))
+    with open_video(path) as video:
+        found = numbers(video.read(left))
+    breaks = [i for i in left[1:] if found[i] != found[i - 1] + 1]
+    assert breaks
+    assert set(breaks) <= set(info.lost)
+    data = ClipFolder(path, (64, 96), 4)
+    for epoch in range(60):
+        clip = numbers(data.draw(0, epoch)["x"].transpose(0, 1))
+        assert clip == list(range(clip[0], clip[0] + 4))
+
+
+def test_prepare_keeps_what_damage_has_left(tmp_path, numbered, numbers):
+    (tmp_path / "data").mkdir()
+    damaged(numbered(tmp_path / "data" / "a.mp4", options={"g": "5", "bf": "0", "sc_threshold": "0"}), 7)
+    said = prepare(tmp_path / "data", "video", tmp_path / "shards", (32, 64), DataConfig(), workers=1)
+    assert any("only frames 10 to 19 of" in line for line in said)
+    data = ClipFolder(tmp_path / "shards", (32, 64), 10)
+    assert numbers(data[0]["x"].transpose(0, 1)) == list(range(10, 20))
 
 
 def test_damage_that_is_met_while_training_costs_no_file(tmp_path, numbered, monkeypatch):
