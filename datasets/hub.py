@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from rin_video.config import DataConfig
 from rin_video.datasets.decoding import VideoInfo, open_video, probe_video
 from rin_video.datasets.folders import sort_classes
-from rin_video.datasets.framing import Chance, class_list
+from rin_video.datasets.framing import Chance, class_list, smaller
 from rin_video.datasets.images import make_framing
 from rin_video.datasets.reading import read_image
 from rin_video.datasets.sources import Buffer, shown
@@ -130,7 +130,7 @@ class HubDataset(Dataset[dict[str, Tensor | int]]):
         indices = self.windows.draw(info, part, self.parts_of_row, chance)
         frame = self.framing.plan(info.size, chance)
         with open_video(source, self.config.decoder, info) as video:
-            frames = self.framing.cut(video.read(indices, frame.size), frame)
+            frames = self.framing.cut(video.read(indices, smaller(frame.size, info.size)), frame)
         if self.shape[0] == 1:
             frames = transforms.rgb_to_grayscale(frames)
         return {"x": frames.transpose(0, 1).contiguous(), "label": label}

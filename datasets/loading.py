@@ -7,6 +7,7 @@ names it, a neighbour takes its place, and the run continues. Any other error en
 from __future__ import annotations
 
 import atexit
+import gc
 import logging
 import os
 import signal
@@ -269,6 +270,7 @@ class _Quiet:
 
 def _begin(also: Callable[[int], None] | None, worker: int) -> None:
     """What a worker does first."""
+    gc.freeze()  # what was inherited is not tidied up here: it may wait for threads that a fork does not copy
     end_with_parent()
     if also:
         also(worker)

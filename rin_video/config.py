@@ -391,11 +391,10 @@ def load_config(name_or_file: str | os.PathLike[str] | None = None, overrides: S
     """
     values = dataclasses.asdict(Config())
     if name_or_file is not None:
-        _merge(values, _read_file(name_or_file))
+        values = _merge(values, _read_file(name_or_file))
     layers = [_read_override(override) for override in overrides]
     _forget_parameters(values, layers)
-    for layer in layers:
-        _merge(values, layer)
+    values = _merge(values, *layers)
     return Config(**{name: section(**values[name]) for name, section in types_of(Config).items()})
 
 
@@ -431,12 +430,35 @@ def _forget_parameters(values: Layer, overrides: Sequence[Layer]) -> None:
                 values[section][parameters] = {}
 
 
-def _merge(values: Layer, layer: Layer) -> None:
-    """Options replace those before; a mapping adds to the one before, unless it is empty."""
-    for section, options in layer.items():
-        for name, value in options.items():
-            adds = isinstance(value, dict) and value
-            values[section][name] = values[section][name] | value if adds else value
+def _merge(*layers: Layer) -> Layer:
+    """Options replace those of earlier layers; a mapping adds to the one before, unless it is empty."""
+    from omegaconf import OmegaConf
+
+    merged = OmegaConf.create(flags={"allow_objects": True})
+    for layer in layers:
+        for section, options in layer.items():
+            for name in [name for name, value in options.items() if value == {} and section in merged]:
+                merged[section][name] = {}
+        merged.merge_with(_map_text(_Text, layer))
+    return _map_text(None, OmegaConf.to_container(merged))
+
+
+class _Text:
+    """Text that is opaque to OmegaConf, which would replace `${...}` and take `???` for a missing value."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+
+def _map_text(wrap: type[_Text] | None, value: Any) -> Any:
+    """Nested values with every text wrapped, or taken out again."""
+    if isinstance(value, dict):
+        return {key: _map_text(wrap, item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_map_text(wrap, item) for item in value]
+    if wrap is not None and isinstance(value, str):
+        return wrap(value)
+    return value.text if isinstance(value, _Text) else value
 
 
 def _read_file(name_or_file: str | os.PathLike[str]) -> Layer:
