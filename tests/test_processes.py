@@ -43,6 +43,9 @@ def launch(*words: str, processes: int = 2, script: str = tiny_run.__file__) -> 
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+SHORT = 8  # steps
+
+
 def losses(folder: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
@@ -66,15 +69,15 @@ def runs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     common = ["train_batch_size=4", "gradient_accumulate_every=2"]
     make_trainer(folder / "one", train_batch_size=4, gradient_accumulate_every=2).train()
-    make_trainer(folder / "one-mixture", train_batch_size=4, gradient_accumulate_every=2, mixture=True).train()
-    muon = {"train_batch_size": 4, "gradient_accumulate_every": 2, "optimizer": "muon", "convolutions": True}
-    make_trainer(folder / "one-muon", **muon).train()
-    make_trainer(folder / "one-conditions", train_batch_size=4, gradient_accumulate_every=2, conditions=True).train()
-    mixed = [str(folder / "mixture"), *common, "mixture=true"]
-    sharded = [*common, "sharding=fsdp2"]
-    muon = [str(folder / "muon"), *sharded, "optimizer=muon", "convolutions=true"]
-    conditions = [str(folder / "conditions"), *common, "conditions=true"]
-    first, second = [str(folder / "ddp"), *common], [str(folder / "fsdp2"), *sharded, "counted=true"]
+    some = {"train_batch_size": 4, "gradient_accumulate_every": 2, "train_num_steps": SHORT}
+    make_trainer(folder / "one-mixture", **some, mixture=True).train()
+    make_trainer(folder / "one-muon", **some, optimizer="muon", convolutions=True).train()
+    make_trainer(folder / "one-conditions", **some, conditions=True).train()
+    short, sharded = [*common, f"train_num_steps={SHORT}"], "sharding=fsdp2"
+    mixed = [str(folder / "mixture"), *short, "mixture=true"]
+    muon = [str(folder / "muon"), *short, sharded, "optimizer=muon", "convolutions=true"]
+    conditions = [str(folder / "conditions"), *short, "conditions=true"]
+    first, second = [str(folder / "ddp"), *common], [str(folder / "fsdp2"), *common, sharded, "counted=true"]
     launch(*first, "--", *second, "--", *mixed, "--", *muon, "--", *conditions, "--", "together", str(folder))
     return folder
 
@@ -90,14 +93,14 @@ def test_the_loss_curve_is_that_of_one_process(runs, name):
 def test_clips_mixed_with_images_too(runs):
     """Each step leaves one tokenizer without a gradient, in both processes the same one."""
     one, two = losses(runs / "one-mixture"), losses(runs / "mixture")
-    assert len(one) == len(two) == 20
+    assert len(one) == len(two) == SHORT
     assert_close(torch.tensor(two), torch.tensor(one), rtol=2e-6, atol=0)
 
 
 def test_what_is_drawn_for_each_sample_too(runs):
     """Known frames and boxes, label dropout, evenly spread times and the gap; in batches of buckets."""
     one, two = losses(runs / "one-conditions"), losses(runs / "conditions")
-    assert len(one) == len(two) == 20
+    assert len(one) == len(two) == SHORT
     assert_close(torch.tensor(two), torch.tensor(one), rtol=2e-6, atol=0)
 
 
@@ -143,7 +146,7 @@ def test_ranks_take_consecutive_rows_of_a_batch_of_buckets():
 def test_muon_sees_whole_matrices_where_they_are_sharded(runs):
     """Its update is that of a matrix, not of rows; and of convolutions."""
     one, two = losses(runs / "one-muon"), losses(runs / "muon")
-    assert len(one) == len(two) == 20
+    assert len(one) == len(two) == SHORT
     assert_close(torch.tensor(two), torch.tensor(one), rtol=1e-4, atol=0)
 
 
