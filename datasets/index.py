@@ -237,7 +237,7 @@ def make_index(
     sources, others = split_sources(
         root, KINDS[kind], allow_pipe=options.allow_pipe, cache=path.parent / "pipes" if path else None
     )
-    decoder = "decord" if kind == "video" and options.decoder == "decord" else "auto"
+    decoder: DecoderOption = "decord" if kind == "video" and options.decoder == "decord" else "auto"
     probe = Probe(kind, options.avoid_cuts and kind == "video", options.max_pixels, decoder)
     entries, changed = [], []
     modified: dict[Path, tuple[int, int]] = {}
