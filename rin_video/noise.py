@@ -54,7 +54,9 @@ class BatchRNG(RNG):
         common, *each = numbers.tolist()
         self._common = torch.Generator().manual_seed(common)
         self._rows = [torch.Generator().manual_seed(each[2 * row]) for row in rows]
-        self._noise = [torch.Generator(device).manual_seed(each[2 * row + 1]) for row in rows]
+        # One on the device, seeded anew for each row: to make them takes a GPU's driver longer than to draw.
+        self._noise, self._seeds = torch.Generator(device), [each[2 * row + 1] for row in rows]
+        self._calls = 0
 
     def uniform(self) -> Tensor:
         return self._stacked(torch.rand)
@@ -67,8 +69,9 @@ class BatchRNG(RNG):
 
     def noise(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
         result = torch.empty(len(self.rows), *shape, dtype=dtype, device=self.device)
-        for row, generator in zip(result, self._noise, strict=True):
-            torch.randn(tuple(shape), generator=generator, out=row)
+        for row, seed in zip(result, self._seeds, strict=True):
+            torch.randn(tuple(shape), generator=self._noise.manual_seed(seed ^ self._calls), out=row)
+        self._calls += 1
         return result
 
     def generators(self) -> Sequence[torch.Generator | None]:

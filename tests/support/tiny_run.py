@@ -21,7 +21,7 @@ from rin_video.callbacks import Callback
 from rin_video.config import Config, train_config
 from rin_video.datasets.adapters import Adapted
 from rin_video.datasets.mixture import Mixture
-from rin_video.distributed import is_sharded
+from rin_video.distributed import is_sharded, leave
 from rin_video.tensor_files import full_tensor
 
 TINY = {"dim": 32, "num_latents": 6, "dim_latent": 32, "depth": 2, "num_heads": 2, "latent_num_heads": 2,
@@ -151,3 +151,6 @@ if __name__ == "__main__":
                 together.main(*run[1:])
             else:
                 main(*run)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()  # none leaves while another still needs it
+        leave()
