@@ -22,7 +22,7 @@ from rin_video.checkpoint import CONFIG, newest_state, read_metadata, read_tenso
 from rin_video.config import TrainConfig, check_sigma_rel, load_config
 from rin_video.errors import UsageError
 from rin_video.files import replacing
-from rin_video.tensor_files import write_tensors
+from rin_video.tensor_files import contributing, write_tensors
 
 log = logging.getLogger("rin_video")
 
@@ -94,7 +94,8 @@ def save_snapshot(
         write_tensors(None, tensors)
         return
     path = run / SNAPSHOTS / f"step-{step:08d}.safetensors"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with contributing(tensors):
+        path.parent.mkdir(parents=True, exist_ok=True)
     metadata = {"step": str(step), "sigma_rel": json.dumps(list(sigma_rels))}
     with replacing(path) as temporary:
         write_tensors(temporary, tensors, metadata, dtype=torch.float16)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from rin_video.config import Config, load_config, to_yaml
 from rin_video.errors import UsageError
 from rin_video.files import full_disk, replacing, sync, write_text
-from rin_video.tensor_files import tensors_digest, write_tensors
+from rin_video.tensor_files import contributing, tensors_digest, write_tensors
 
 log = logging.getLogger("rin_video")
 
@@ -48,7 +48,8 @@ def save_weights(
         write_tensors(None, weights)
         return
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    with contributing(weights):
+        folder.mkdir(parents=True, exist_ok=True)
     origin = {section: json.dumps(plain(getattr(config, section))) for section in ("model", "diffusion")}
     with replacing(folder / WEIGHTS) as path:
         write_tensors(path, weights, {"format": "pt", **origin}, digest=True)
@@ -133,8 +134,9 @@ def save_state(folder: Path, state: dict[str, Any], *, write: bool = True) -> No
         return
     temporary = folder.with_name(folder.name + ".tmp")
     with full_disk(folder):
-        remove_state(temporary)
-        temporary.mkdir(parents=True)
+        with contributing(tensors):
+            remove_state(temporary)
+            temporary.mkdir(parents=True)
         try:
             write_tensors(temporary / STATE_FILES[0], tensors)
             (temporary / STATE_FILES[1]).write_text(json.dumps(tree), encoding="utf-8")

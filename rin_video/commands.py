@@ -45,7 +45,7 @@ def train(options: Namespace) -> None:
     """`rin-video train`."""
     from rin_video.datasets.embeddings import embedding_shape
     from rin_video.datasets.open import INDEX, open_dataset
-    from rin_video.distributed import first_then_others
+    from rin_video.distributed import first_then_others, heed_launcher
     from rin_video.rin import RIN
     from rin_video.trainer import Trainer
 
@@ -78,6 +78,7 @@ def train(options: Namespace) -> None:
 
     log.info("data\n%s", _indent(dataset.describe()))
     log.info("model\n%s", describe(config.model))
+    heed_launcher(config.train)
     if options.batch_size == "auto":
         config.train.train_batch_size = choose_batch(config, folder, len(dataset))
     torch.manual_seed(config.train.seed)
@@ -96,7 +97,7 @@ def train(options: Namespace) -> None:
 
 
 def shorten_warmup(config: Config) -> None:
-    """A preset's warm-up is at most half of the steps; one that is shortened is said."""
+    """Limits a preset's warm-up to half of the steps, and logs it."""
     wanted, most = config.train.warmup_steps, config.train.train_num_steps // 2
     if wanted > most:
         log.info(

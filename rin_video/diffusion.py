@@ -40,7 +40,7 @@ from rin_video.sampling import sample, sample_from_config
 from rin_video.schedules import NoiseLevel, make_schedule
 from rin_video.tensors import append_dims, as_data, map_tensors, to_diffusion_range
 
-LOOKED_AT = 8  # calls whose labels are looked at wherever they are
+CHECKED_CALLS = 8  # the first ones, whose labels are checked on a GPU too
 
 
 class LossTerms(NamedTuple):
@@ -118,7 +118,7 @@ class GaussianDiffusion(nn.Module):
         self.draw_times = partial(TIME_SAMPLINGS[time_sampling], **config.time_sampling_kwargs)
         self.shape: tuple[int, ...] | None = shape or getattr(model, "shape", None)
         self.classes: list[str] = []  # names, where training or a run's configuration says them
-        self.unchecked = LOOKED_AT
+        self.unchecked = CHECKED_CALLS
         self.precision: PrecisionName = "no"  # in which it was trained, and is sampled where nothing else is said
         self._check_known()
 
@@ -215,7 +215,8 @@ class GaussianDiffusion(nn.Module):
         x_t = level.alpha * x0 + level.sigma * eps
         if known is None and self.config.known:
             kinds, frames = self.config.known, self.config.known_frames
-            known = draw_known(kinds, frames, len(x), x.shape[2:], rng.generators()).to(x.device)
+            known = draw_known(kinds, frames, len(x), x.shape[2:], rng.generators())
+            known = (known.pin_memory() if x.is_cuda else known).to(x.device, non_blocking=True)
         given = Given(label, embedding, known, x0).drop(self.config.label_dropout, rng)
         carries = self.config.train_prob_self_cond and getattr(self.model, "self_conditioning", True)
         hidden = self.first_pass(x0, eps, t, given, rng) if carries else None

@@ -29,8 +29,8 @@ log = logging.getLogger("rin_video")
 
 USE_FSDP = "ACCELERATE_USE_FSDP"
 LAUNCHED_WITH_FSDP = os.environ.get(USE_FSDP, "false").lower() == "true"  # by accelerate launch
-# The others wait while the first process samples and writes.
-TIMEOUT = timedelta(hours=2)
+# The others wait while the first process looks into the files, which may be very many, encodes captions and writes.
+TIMEOUT = timedelta(days=2)
 
 
 def make_accelerator(options: TrainConfig, folder: Path, *, partial: bool = False) -> Accelerator:
@@ -152,14 +152,16 @@ def check_met(num_processes: int) -> None:
 def in_all(work: Callable[[], T]) -> list[T]:
     """The results of `work` in every process, in their order; called by all. What fails in one ends all of them.
 
-    Raises its `UsageError` in the process where it failed, and `ReportedError` in the others.
+    Raises its error in the process where it failed, and `ReportedError` in the others.
     """
-    result, failed = None, None
+    result: Any = None
+    failed: Exception | None = None
     try:
         result = work()
-    except UsageError as error:
+    except Exception as error:
         failed = error
-    outcomes = gather_object([(result, None if failed is None else str(failed))])
+    said = None if failed is None else str(failed) if isinstance(failed, UsageError) else repr(failed)
+    outcomes = gather_object([(result, said)])
     if failed is not None:
         raise failed
     for _, message in outcomes:

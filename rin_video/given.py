@@ -110,12 +110,9 @@ def check_labels(label: Labels | None, batch_size: int, num_classes: int, classe
         return labels
     if labels.ndim != 1 or len(labels) != batch_size:
         raise UsageError(f"labels of shape {tuple(labels.shape)} do not suit {batch_size} samples: {wanted}")
-    if labels.is_floating_point():
-        if (labels != labels.round()).any():
-            raise UsageError(f"the labels are {labels.dtype}, and not whole: {wanted}")
-        labels = labels.long()
-    if labels.dtype == torch.bool:
-        labels = labels.long()
+    if labels.is_floating_point() and (labels != labels.round()).any():
+        raise UsageError(f"the labels are {labels.dtype}, and not whole: {wanted}")
+    labels = labels.long()
     low, high = int(labels.min()), int(labels.max())
     if low < -1 or high >= num_classes:
         counted = ". Labels count from 0: subtract 1" if (low, high) == (1, num_classes) else ""

@@ -19,9 +19,9 @@ NOISE_BINS = 10
 
 
 class Failure(NamedTuple):
-    """A step whose loss or gradient is not a number; the samples, by index in the dataset, whose loss is none, or all.
+    """A step whose loss or gradient is not finite, and its samples by index in the dataset.
 
-    `of_loss` says which of the two it is.
+    `of_loss`: those whose loss is not finite; else, if only the gradient is not, all of the step.
     """
 
     step: int

@@ -41,7 +41,7 @@ class RNG:
 
 
 class BatchRNG(RNG):
-    """Random numbers that a sample draws by itself: row i of a batch gets the same ones whoever draws them.
+    """Random numbers drawn separately for each sample: row i of a batch gets the same ones in whatever process.
 
     So a step is the same whatever the number of processes, and none draws for the others. `seeds` name the batch (seed,
     step, forward pass), `rows` are those of this process in a batch of `total`. Single numbers come from a CPU
@@ -50,7 +50,8 @@ class BatchRNG(RNG):
 
     def __init__(self, seeds: Sequence[int], rows: range, total: int, device: torch.device) -> None:
         self.rows, self.total, self.device = rows, total, device
-        numbers = np.random.SeedSequence(seeds).generate_state(1 + 2 * total, np.uint64) >> 1
+        sequence = np.random.SeedSequence(seeds, spawn_key=(1,))  # not that of `spread_seed`
+        numbers = sequence.generate_state(1 + 2 * total, np.uint64) >> 1
         common, *each = numbers.tolist()
         self._common = torch.Generator().manual_seed(common)
         self._rows = [torch.Generator().manual_seed(each[2 * row]) for row in rows]
@@ -65,7 +66,7 @@ class BatchRNG(RNG):
         return self._stacked(torch.randn)
 
     def common_uniform(self) -> Tensor:
-        return torch.rand((), generator=self._common).to(self.device)
+        return self._there(torch.rand((), generator=self._common))
 
     def noise(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
         result = torch.empty(len(self.rows), *shape, dtype=dtype, device=self.device)
@@ -78,7 +79,13 @@ class BatchRNG(RNG):
         return self._rows
 
     def _stacked(self, draw: Callable[..., Tensor]) -> Tensor:
-        return torch.stack([draw((), generator=generator) for generator in self._rows]).to(self.device)
+        return self._there(torch.stack([draw((), generator=generator) for generator in self._rows]))
+
+    def _there(self, value: Tensor) -> Tensor:
+        """The value on the device. A GPU gets it from pinned memory, so that nothing waits for what it is at."""
+        if self.device.type == "cuda":
+            return value.pin_memory().to(self.device, non_blocking=True)
+        return value.to(self.device)
 
 
 class NoiseSource:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -41,7 +42,8 @@ def write_tensors(
 ) -> None:
     """Write a safetensors file; of sharded tensors all processes call this, and those without a `path` only contribute.
 
-    Besides what is there, no more than one full tensor is held. `dtype` converts on the way; `digest` adds the
+    Besides what is there, no more than one full tensor is held. Raises what opening and writing raise, after all parts
+    have been contributed. `dtype` converts on the way; `digest` adds the
     `tensors_digest` to the metadata. Not atomic. The library's own writer takes all tensors at once.
     """
     names = sorted(tensors, key=lambda name: _order(name, dtype or tensors[name].dtype))
@@ -53,22 +55,38 @@ def write_tensors(
         header[name] = {"dtype": DTYPES[kind], "shape": list(tensors[name].shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    if path is None:
-        for name in names:
-            full_tensor(tensors[name])
-        return
-    total = hashlib.sha256()
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in names:
-            tensor = full_tensor(tensors[name].detach()).cpu()
-            tensor = tensor if dtype is None else tensor.to(dtype)
-            _update(total, name, tensor)
-            file.write(_bytes(tensor))
+    total, failed = hashlib.sha256(), None
+    with ExitStack() as stack:
+        file: BinaryIO | None = None
+        for name in (None, *names):
+            tensor = None if name is None else full_tensor(tensors[name].detach())
+            if path is not None and failed is None:  # else the other processes still need this one's parts
+                try:
+                    if file is None:
+                        file = stack.enter_context(path.open("wb"))
+                        file.write(len(text).to_bytes(8, "little") + text)
+                    if tensor is not None and name is not None:
+                        tensor = tensor.cpu() if dtype is None else tensor.cpu().to(dtype)
+                        _update(total, name, tensor)
+                        file.write(_bytes(tensor))
+                except OSError as error:
+                    failed = error
             del tensor  # before the next one is gathered
-        if digest:
+        if failed is not None:
+            raise failed
+        if digest and file is not None:
             file.seek(8 + text.index(b"0" * 64))
             file.write(total.hexdigest().encode())
+
+
+@contextmanager
+def contributing(tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """What is done before `write_tensors`: where it fails, the other processes get this one's parts all the same."""
+    try:
+        yield
+    except OSError:
+        write_tensors(None, tensors)
+        raise
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:

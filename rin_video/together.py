@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from rin_video.config import SampleConfig
@@ -41,7 +41,7 @@ def part_of_batch(
     chosen = {
         name: value[part.start : part.stop]
         for name, single in axes.items()
-        if (value := options.get(name)) is not None and torch.as_tensor(value).ndim > single
+        if (value := options.get(name)) is not None and np.ndim(value) > single
     }
     more = {"batch_size": len(part), "first_index": part.start}
     return options | chosen | more, lambda samples: gather_rows(samples, rows)

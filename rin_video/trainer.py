@@ -7,7 +7,7 @@ import os
 import random
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from rin_video.diffusion import GaussianDiffusion, LossTerms
 from rin_video.distributed import (
     agree,
     first_then_others,
+    in_all,
     is_sharded,
     load_optimizer_state,
     load_whole,
@@ -163,6 +164,7 @@ class Trainer:
         if self.compiling:
             self.unwrapped.model.compile()
         self.callbacks = [*([Tracking()] if self.options.trackers else []), *callbacks]
+        self.identity = identify(data, config)
         self.step, self.loaded = 0, False
         self.pending: dict[str, Tensor] | None = None
 
@@ -177,7 +179,13 @@ class Trainer:
         Raises `Stopped` after SIGTERM, SIGINT or SIGUSR1, and `UsageError` where a loss is not a number, memory runs
         out, the disk is full, or another process trains in the same folder.
         """
-        with lock_run(self.folder) if self.accelerator.is_main_process else nullcontext():
+        with ExitStack() as locked:
+
+            def lock() -> None:
+                if self.accelerator.is_main_process:
+                    locked.enter_context(lock_run(self.folder))
+
+            in_all(lock)
             self._train()
 
     def _train(self) -> None:
@@ -212,13 +220,13 @@ class Trainer:
             with (
                 StopSignals() as signals,
                 bar,
-                tf32_products(self.options.mixed_precision),
                 full_disk(self.folder),
                 out_of_memory(self),
                 self.batches() as batches,
             ):
                 while self.step < self.options.train_num_steps:
-                    metrics.add(*self.train_step(batches))
+                    with tf32_products(self.options.mixed_precision):
+                        metrics.add(*self.train_step(batches))
                     loss = metrics.terms[-1].loss[-1]
                     bar.update()
                     self.call("on_step", loss.mean())
@@ -357,7 +365,7 @@ class Trainer:
         raise UsageError(
             f"the {'loss' if failure.of_loss else 'gradient'} of step {failure.step} is not a number. It came with "
             f"{named}. The last good checkpoint is {last}: look at these files; if they are sound, "
-            " lower train.train_lr, raise train.warmup_steps, or use train.mixed_precision=bf16 instead of fp16"
+            "lower train.train_lr, raise train.warmup_steps, or use train.mixed_precision=bf16 instead of fp16"
         )
 
     def sample(self) -> None:
@@ -449,7 +457,11 @@ class Trainer:
         """Write the averaged weights for use, then the state to resume from; old states are dropped.
 
         A `milestone` is a state of its own, which stays until it is saved again, and which `load(milestone)` reads.
+        No process leaves before the first one has written, and all of them end where it fails.
         """
+        in_all(lambda: self._save(milestone))
+
+    def _save(self, milestone: int | str | None) -> None:
         scaler, write = self.accelerator.scaler, self.accelerator.is_main_process
         state = {
             "step": self.step,
@@ -460,17 +472,18 @@ class Trainer:
             "optimizer": optimizer_state(self.optimizer, self.unwrapped.model),
             "scaler": scaler.state_dict() if scaler is not None else None,
             "metrics": self.pending,
-            "data": identify(self.dataset, self.config),
+            "data": self.identity,
         }
         save_weights(self.folder, self.ema.ema_model.state_dict(), self.config, write=write)
         folder = self.milestone(f"step-{self.step:08d}" if milestone is None else f"milestone-{milestone}")
         save_state(folder, state, write=write)
         if not write:
             return
-        every = self.options.keep_every
-        for old in self.checkpoints[: -self.options.keep_checkpoints]:
-            if not every or int(old.name.removeprefix("step-")) % every:
-                remove_state(old)
+        every, steps = self.options.keep_every, {old: int(old.name.removeprefix("step-")) for old in self.checkpoints}
+        ahead = [old for old, step in steps.items() if step > self.step]  # of what `load` went back from
+        behind = [old for old in steps if old not in ahead][: -self.options.keep_checkpoints]
+        for old in ahead + [old for old in behind if not every or steps[old] % every]:
+            remove_state(old)
         self.call("on_checkpoint", folder)
 
     def load(self, milestone: int | str) -> None:
@@ -493,7 +506,7 @@ class Trainer:
         """Write down the averages of all lengths, for `rin-video ema`."""
         if self.tracks:
             lengths, write = self.options.ema_sigma_rel, self.accelerator.is_main_process
-            save_snapshot(self.folder, self.step, lengths, self.tracks, write=write)
+            in_all(lambda: save_snapshot(self.folder, self.step, lengths, self.tracks, write=write))
 
     def start_from(self, source: str, diffusion: GaussianDiffusion) -> None:
         """Bring the weights of another model, and say which; a run that goes on has its own."""
@@ -511,7 +524,7 @@ class Trainer:
 
     def restore(self, folder: Path, state: dict[str, Any]) -> None:
         """Take up a state. Raises `UsageError` where it is of another model, or of other data."""
-        check_same_data(self.folder, state.get("data"), identify(self.dataset, self.config))
+        check_same_data(self.folder, state.get("data"), self.identity)
         for section, keys in KEPT.items():
             then, now = state["config"][section], plain(getattr(self.config, section))
             for key in keys or now:

@@ -10,10 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_run import make_trainer
+from torch.testing import assert_close
 
 from rin_video import RIN, UsageError
-from rin_video.checkpoint import load_model, load_state, newest_state, save_state, saved_states
+from rin_video.checkpoint import load_model, load_state, newest_state, read_metadata, save_state, saved_states
 from rin_video.config import load_config
+from rin_video.tensor_files import contributing, tensors_digest, write_tensors
 
 STATES = [{"step": step, "numbers": torch.full((50,), float(step))} for step in (1, 2, 3)]
 
@@ -145,3 +147,47 @@ def test_old_states_go_and_every_mth_stays(tmp_path):
     assert [int(folder.name[5:]) for folder in saved_states(tmp_path)] == [4, 8, 10, 12]
     assert load_config(tmp_path / "config.yaml").train.keep_every == 4
     assert json.loads((tmp_path / "run.json").read_text())["processes"] == 1
+
+
+class Part:
+    """A sharded tensor that counts how often it was put together."""
+
+    def __init__(self) -> None:
+        self.value, self.gathered = torch.arange(4.0), 0
+        self.dtype, self.shape, self.numel = self.value.dtype, self.value.shape, self.value.numel
+
+    def detach(self) -> "Part":
+        return self
+
+    def full_tensor(self) -> torch.Tensor:
+        self.gathered += 1
+        return self.value
+
+
+def test_a_process_that_cannot_write_still_contributes_its_parts(tmp_path, monkeypatch):
+    """Or the others would wait for them: every part is gathered once, written or not."""
+    written = {"a": Part(), "b": Part()}
+    write_tensors(tmp_path / "x.safetensors", written, {"k": "v"}, digest=True)
+    assert_close(load_file(tmp_path / "x.safetensors"), {"a": torch.arange(4.0), "b": torch.arange(4.0)})
+    assert read_metadata(tmp_path / "x.safetensors")["sha256"] == tensors_digest(load_file(tmp_path / "x.safetensors"))
+    lost = {"a": Part(), "b": Part()}
+    with pytest.raises(FileNotFoundError):
+        write_tensors(tmp_path / "nowhere/x.safetensors", lost)
+    contributed = {"a": Part(), "b": Part()}
+    write_tensors(None, contributed)
+    before = {"a": Part()}
+    with pytest.raises(PermissionError), contributing(before):
+        raise PermissionError
+    assert [part.gathered for parts in (written, lost, contributed, before) for part in parts.values()] == [1] * 7
+
+
+def test_a_run_that_goes_back_forgets_what_it_went_back_from(tmp_path):
+    """The next resume takes the newest state, which has to be of this run."""
+    run = make_trainer(tmp_path, train_num_steps=4, save_and_sample_every=100)
+    run.train()
+    run.save("a")
+    make_trainer(tmp_path, train_num_steps=12, save_and_sample_every=100).train()
+    back = make_trainer(tmp_path, train_num_steps=8, save_and_sample_every=100, keep_checkpoints=1)
+    back.load("a")
+    back.train()
+    assert [path.name for path in back.checkpoints] == ["step-00000008"]

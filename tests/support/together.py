@@ -51,12 +51,12 @@ def main(folder: str) -> None:
 
     def fail_in_one() -> None:
         if rank == 1:
-            raise UsageError("the disk of the second machine is full")
+            raise PermissionError("the disk of the second machine is write-protected")
 
     try:
         in_all(fail_in_one)
         error = "none"
-    except UsageError as caught:
+    except (UsageError, OSError) as caught:
         error = f"{type(caught).__name__}: {caught}"
     report = {"batch": batch, "was_there": was_there, "error": error}
     samples = draw()
