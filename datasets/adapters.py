@@ -281,6 +281,8 @@ class BatchCheck:
         """Raises `UsageError` for labels that the model does not have, and for values far outside [0, 1]."""
         if self.num_classes:
             check_labels(label, len(x), self.num_classes, self.classes)
+        elif self.left == FIRST_BATCHES and label is not None and (label >= 0).any():
+            log.warning("the data has labels, and the model no classes: labels are left out (RIN(num_classes=N) has)")
         if not self.left:
             return
         self.left -= 1
@@ -289,7 +291,8 @@ class BatchCheck:
         self.labelled = self.labelled or (label is not None and bool((label >= 0).any()))
         found = f"the values of the first batches go from {self.low:.3g} to {self.high:.3g}"
         if self.low < -OVERSHOOT or self.high > 1 + OVERSHOOT:
-            advice = "divide by 255, or give uint8" if self.high > 2 else "leave out Normalize, or give (x + 1) / 2"
+            normalized = self.low < -OVERSHOOT or self.high <= 2
+            advice = "leave out Normalize, or give (x + 1) / 2" if normalized else "divide by 255, or give uint8"
             raise UsageError(f"{found}, training takes [0, 1]: {advice}")
         if self.left:
             return

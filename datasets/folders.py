@@ -86,7 +86,8 @@ def detect_kind(root: str | PathLike[str], *, allow_pipe: bool = False, cache: P
     """ "image", "video" or "array", whichever files `root` holds (a GIF is a clip). UsageError for several or none."""
     every = all_sources(root, allow_pipe=allow_pipe, cache=cache)
     counts = {kind: _count(every, extensions) for kind, extensions in KINDS.items()}
-    animated = counts["video"] <= FEW * counts["image"] and all(
+    stray = max(FEW * counts["image"], 1) if counts["image"] > 1 else 0  # one among two pictures or more
+    animated = counts["video"] <= stray and all(
         source.suffix.lower() == ".gif" for source in every if _is_of(source, CLIP_EXTENSIONS)
     )
     if counts["image"] and counts["video"] and not animated:

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from rin_video.config import DataConfig
 from rin_video.datasets.decoding import VideoInfo, open_video, probe_video
-from rin_video.datasets.folders import sort_classes
+from rin_video.datasets.folders import CLIP_EXTENSIONS, sort_classes
 from rin_video.datasets.framing import Chance, class_list, smaller
 from rin_video.datasets.images import make_framing
 from rin_video.datasets.reading import read_image
@@ -165,14 +165,17 @@ def kind_of_hub(path: str | os.PathLike[str], options: DataConfig) -> str:
     table = load_table(os.fspath(path))
     if options.image_column is not None:
         feature = table.features[_existing(table, options.image_column, path)]
-        return "image" if type(feature).__name__ == "Image" else "video"
+        if type(feature).__name__ in ("Image", "Video"):
+            return "image" if type(feature).__name__ == "Image" else "video"
+        paths = (value for value in table[options.image_column] if isinstance(value, str))
+        return "video" if next(paths, "").lower().endswith(CLIP_EXTENSIONS) else "image"
     images, videos = columns_of(table, "Image"), columns_of(table, "Video")
     if images and videos:
         raise UsageError(
             f"{os.fspath(path)} has images ({images[0]}) and clips ({videos[0]}): say which to use, --frames 16 or "
             "--frames 0"
         )
-    return "image" if images else "video"
+    return "video" if videos else "image"
 
 
 def columns_of(table: Any, kind: str) -> list[str]:

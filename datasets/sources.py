@@ -130,10 +130,16 @@ def not_media(source: Source) -> str:
             head = file.read(512).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     except (UsageError, OSError):
         return ""
+    if not head:
+        return "is empty: download the file again"
+    if b"/annex/objects/" in head:
+        return "is a git-annex pointer, not the file itself: run `git annex get`"
     if head.startswith(b"version https://git-lfs.github.com/spec"):
         return "is a Git LFS pointer, not the file itself: run `git lfs pull`"
     if head.startswith((b"<!doctype html", b"<html", b"<head", b"<?xml")) and b"html" in head:
         return "is a web page (HTML), not media: download the file again"
+    if head.startswith((b"<?xml", b"{", b"[")):
+        return "is text (XML or JSON), not media, such as a server's error: download the file again"
     return ""
 
 

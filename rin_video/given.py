@@ -96,6 +96,8 @@ def check_labels(label: Labels | None, batch_size: int, num_classes: int, classe
     """
     if label is None:
         return None
+    if isinstance(label, np.ndarray) and label.dtype.kind in "UO":  # names
+        label = label.tolist()
     if isinstance(label, str) or (isinstance(label, Sequence) and any(isinstance(one, str) for one in label)):
         label = class_index(label, classes, num_classes) if isinstance(label, str) else [
             class_index(one, classes, num_classes) if isinstance(one, str) else one for one in label

@@ -58,10 +58,10 @@ def holds_data(run: Path) -> str | None:
 
 def identify(dataset: Any, config: Config) -> dict[str, Any]:
     """What tells the data of a run from other data, as a checkpoint keeps it."""
-    path = config.data.path
     return {
-        "path": None if path is None else path if path.startswith((HUB, PIPE)) else str(Path(path).resolve()),
-        "images": config.data.images,
+        "path": _resolved(config.data.path),
+        "images": _resolved(config.data.images),
+        "columns": [getattr(dataset, "column", None), getattr(dataset, "label", None)],
         "classes": list(getattr(dataset, "classes", [])),
         "content": _digest(dataset),
     }
@@ -78,13 +78,22 @@ def check_same_data(run: Path, then: dict[str, Any] | None, now: dict[str, Any])
     if then["classes"] and now["classes"] and then["classes"] != now["classes"]:
         before, after = _list(then["classes"]), _list(now["classes"])
         raise UsageError(f"{run} was trained with the classes {before}, now they are {after}: {other}")
+    if then.get("columns", now["columns"]) != now["columns"]:
+        before, after = (" and ".join(map(str, columns)) for columns in (then["columns"], now["columns"]))
+        raise UsageError(f"{run} was trained on the columns {before}, now they are {after}: {other}")
     same = then["content"] is not None and then["content"] == now["content"]
     if same or None in (then["path"], now["path"]):
         return
+    if _resolved(then.get("images")) != now["images"]:
+        raise UsageError(f"{run} was trained with the images {then['images']}, now they are {now['images']}: {other}")
     if then["path"] != now["path"]:
         raise UsageError(f"{run} was trained on {then['path']}, now the data is {now['path']}: {other}")
     if then["content"] != now["content"]:
         log.warning("the files of %s have changed since the last checkpoint: the run goes on with them", now["path"])
+
+
+def _resolved(path: str | None) -> str | None:
+    return None if path is None else path if path.startswith((HUB, PIPE)) else str(Path(path).resolve())
 
 
 def _digest(dataset: Any) -> str | None:

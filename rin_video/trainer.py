@@ -99,6 +99,8 @@ class Trainer:
     ) -> None:
         diffusion = options.pop("diffusion_model", None) if diffusion is None else diffusion
         given = [data, *(options.pop(name, None) for name in ("dataset", "folder"))]  # the port takes these two
+        if sum(one is not None for one in given) > 1:
+            raise UsageError("the data is given twice: give one of data, dataset and folder")
         data = next((one for one in given if one is not None), None)
         if diffusion is None or data is None:
             missing = "a GaussianDiffusion" if diffusion is None else "data: a folder, or a Dataset"

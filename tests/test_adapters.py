@@ -164,7 +164,7 @@ def test_a_loader_s_data_set_is_taken_and_this_is_said(tmp_path, caplog):
     [
         (-1, 1, torch.float32, r"from -1 to 1, training takes \[0, 1\]: leave out Normalize"),
         (0, 255, torch.float32, r"from 0 to 255, training takes \[0, 1\]: divide by 255"),
-        (-2.1, 2.6, torch.float64, r"from -2\.1 to 2\.6"),
+        (-2.1, 2.6, torch.float64, r"from -2\.1 to 2\.6, training takes \[0, 1\]: leave out Normalize"),
     ],
 )
 def test_values_outside_the_range_are_refused(tmp_path, low, high, dtype, said):

@@ -15,7 +15,7 @@ from rin_video.datasets.embeddings import EmbeddingFiles
 from rin_video.datasets.index import make_index
 from rin_video.datasets.reading import probe_image, read_image
 from rin_video.datasets.shards import is_shards, write_shard
-from rin_video.datasets.sources import decode_text
+from rin_video.datasets.sources import decode_text, not_media
 
 
 @pytest.fixture(autouse=True)
@@ -229,3 +229,29 @@ def test_sixteen_bits_keep_their_transparency_and_twelve_are_said(tmp_path):
     assert "1 of 2: 16-bit values up to 3916" in data.describe()
     again = ImageFolder(tmp_path, 6, index=tmp_path / "index.jsonl")
     assert "b.png: 16-bit values up to 3916" in again.index.describe()
+
+
+def test_one_animation_among_few_pictures_is_a_stray(tmp_path):
+    pictures(tmp_path, *(f"{i}.png" for i in range(3)))
+    frames = [Image.new("L", (4, 4), level) for level in (0, 90, 200)]
+    frames[0].save(tmp_path / "x.gif", save_all=True, append_images=frames[1:])
+    assert detect_kind(tmp_path) == "image"
+    (tmp_path / "0.png").unlink()
+    (tmp_path / "1.png").unlink()
+    with pytest.raises(UsageError, match="holds 1 images and 1 clips"):
+        detect_kind(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "is empty"),
+        (b"../.git/annex/objects/a/b/c.mp4", "is a git-annex pointer"),
+        (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "is text (XML or JSON), not media"),
+        (b'{"error": "expired"}', "is text (XML or JSON), not media"),
+    ],
+)
+def test_what_is_no_media_is_said(tmp_path, content, said):
+    for name in ("x.mp4", "x.png"):
+        (tmp_path / name).write_bytes(content)
+        assert said in not_media(tmp_path / name)

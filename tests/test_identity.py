@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from rin_video.datasets.index import make_index
 from rin_video.datasets.open import INDEX
 from rin_video.datasets.probing import _died
 from rin_video.errors import TimeLimitError, TransientError
-from rin_video.identity import run_folder
+from rin_video.identity import check_same_data, run_folder
 
 TINY = {"dim": 32, "num_latents": 6, "dim_latent": 32, "depth": 1, "num_heads": 2, "latent_num_heads": 2,
         "image_size": 8, "patch_size": 4}  # fmt: skip
@@ -194,3 +195,19 @@ def test_a_long_search_says_what_is_kept(tmp_path, monkeypatch, caplog):
     assert "looking into 3 files, once; nothing is kept: `rin-video index" in caplog.text
     make_index(tmp_path / "data", "image", path=tmp_path / INDEX, progress=True)
     assert "looking into 3 files, once; what is found is kept" in caplog.text
+
+
+def test_other_images_beside_the_same_clips_are_refused():
+    then = {"path": "/clips", "images": "/a", "classes": [], "content": "1-2", "columns": [None, None]}
+    check_same_data(Path("run"), then, then)
+    check_same_data(Path("run"), then, {**then, "images": "/moved"})  # the same content
+    with pytest.raises(UsageError, match=r"was trained with the images /a, now they are /b"):
+        check_same_data(Path("run"), then, {**then, "images": "/b", "content": "1-3"})
+
+
+def test_other_columns_of_a_data_set_are_refused():
+    then = {"path": "hf:x", "images": None, "classes": [], "content": None, "columns": ["pic", "fine"]}
+    check_same_data(Path("run"), then, then)
+    check_same_data(Path("run"), {name: then[name] for name in then if name != "columns"}, then)  # of before
+    with pytest.raises(UsageError, match=r"was trained on the columns pic and fine, now they are pic2 and fine"):
+        check_same_data(Path("run"), then, {**then, "columns": ["pic2", "fine"]})

@@ -195,6 +195,7 @@ def conditional():
 @pytest.mark.parametrize(
     "label",
     [[2, 0], (2, 0), np.array([2, 0]), np.array([2, 0], np.uint16), torch.tensor([2, 0], dtype=torch.int32), ["owl", 0],
+     np.array(["owl", "cat"]),
      np.array([2.0, 0.0]), torch.eye(3)[[2, 0]], np.eye(3)[[2, 0]]],
 )  # fmt: skip
 def test_labels_in_any_form_are_the_same(label):
