@@ -58,16 +58,17 @@ def write_tensors(
     total, failed = hashlib.sha256(), None
     with ExitStack() as stack:
         file: BinaryIO | None = None
-        for name in (None, *names):
-            tensor = None if name is None else full_tensor(tensors[name].detach())
+        parts: list[str | None] = [None, *names]  # the header first
+        for part in parts:
+            tensor = None if part is None else full_tensor(tensors[part].detach())
             if path is not None and failed is None:  # else the other processes still need this one's parts
                 try:
                     if file is None:
                         file = stack.enter_context(path.open("wb"))
                         file.write(len(text).to_bytes(8, "little") + text)
-                    if tensor is not None and name is not None:
+                    if tensor is not None and part is not None:
                         tensor = tensor.cpu() if dtype is None else tensor.cpu().to(dtype)
-                        _update(total, name, tensor)
+                        _update(total, part, tensor)
                         file.write(_bytes(tensor))
                 except OSError as error:
                     failed = error
