@@ -71,7 +71,9 @@ def split_sources(
         named = extensions == IMAGE_EXTENSIONS and "frame" in os.path.basename(str(sources[0])).lower()
         if named and (row := numbered_rows(sources)):
             _say_once(f"{shown(os.fspath(root))}: {_describe_row(row)}, they are trained on as images. {MAKE_CLIPS}")
-        return sources, others
+        if is_shards(root) and Path(root).is_dir():  # a list or a table beside the shards
+            others += [path for path in sorted(Path(root).iterdir()) if path.is_file() and path.suffix != ".tar"]
+        return sources, [other for other in others if not os.path.basename(str(other)).startswith(".")]
     advice = ""
     if extensions == CLIP_EXTENSIONS and (images := [one for one in every if _is_of(one, IMAGE_EXTENSIONS)]):
         advice = f"; it holds {len(images)} images: leave out --frames to train on images"

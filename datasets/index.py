@@ -257,7 +257,8 @@ def make_index(
     refuse_splits(root, {entry.class_name for entry in entries})
     bar = tqdm(total=len(changed), desc="looking into files", unit="file", disable=not progress, delay=2)
     if progress and len(changed) >= MANY:
-        kept = "what is found is kept" if path else f"nothing is kept: `rin-video index {os.fspath(root)}` keeps it"
+        alone = f"`rin-video index {os.fspath(root)}`"
+        kept = f"what is found is kept ({alone} does this alone)" if path else f"nothing is kept: {alone} keeps it"
         log.info("looking into %d files, once; %s", len(changed), kept)
     passing: set[int] = set()  # entries that are not the files' fault, and are not kept
     saved = time.monotonic()

@@ -35,6 +35,7 @@ from rin_video.errors import UsageError
 
 StrPath = str | PathLike[str]
 
+CHANNELS = (1, 3)
 VIDEO_SUFFIXES = (".mp4", ".gif")
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 ARRAY_SUFFIXES = (".npy", ".safetensors")
@@ -274,8 +275,8 @@ def load_media(path: StrPath) -> tuple[Tensor, float | None]:
 
     Clips, and pictures that move (WebP, APNG, AVIF), are (C, F, H, W), images (C, H, W), uint8. One whose rate varies
     comes at a regular rate, the nearest frames taken. Arrays (.npy, .safetensors) keep their type and are (C, H, W),
-    (C, F, H, W), (B, C, H, W) or (B, C, F, H, W); of rank 4, a second axis of 1 or 3 means a batch of images. Channels
-    last is understood where no other axis could be the channels.
+    (C, F, H, W), (B, C, H, W) or (B, C, F, H, W); of rank 4, a second axis of 1 or 3 means a batch of images, unless
+    a clip is to be written. Channels last is understood where no other axis could be the channels.
     """
     path = Path(path)
     suffix = path.suffix.lower()
@@ -316,7 +317,10 @@ def export(input: StrPath, output: StrPath, fps: float | None = None) -> str:
     if source.is_file() and _is_clip(source):
         return _export_clip(source, target, fps)
     media, source_fps = load_media(source)
-    is_batch = media.ndim == 5 or (source.suffix.lower() in ARRAY_SUFFIXES and _is_image_batch(media))
+    is_array, moves = source.suffix.lower() in ARRAY_SUFFIXES, target.suffix.lower() in VIDEO_SUFFIXES
+    if is_array and moves and media.ndim == 4 and media.shape[0] not in CHANNELS and media.shape[1] in CHANNELS:
+        media = media.transpose(0, 1)  # what is written plays, so these are the frames of a clip
+    is_batch = media.ndim == 5 or (is_array and not moves and _is_image_batch(media))
     batch = media if is_batch else media[None]
     rate = fps if fps is not None else source_fps or DEFAULT_FPS
     read = f"read {source}: {_summary(batch)}" + (f", {source_fps:g} fps" if source_fps else "")
@@ -515,7 +519,7 @@ def _is_clip(path: Path) -> bool:
 
 
 def _is_image_batch(media: Tensor) -> bool:
-    return media.ndim == 4 and media.shape[1] in (1, 3)
+    return media.ndim == 4 and media.shape[1] in CHANNELS
 
 
 def _read_frames(folder: Path) -> Tensor:

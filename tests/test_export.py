@@ -228,3 +228,12 @@ def test_a_context_is_measured_before_it_is_read_and_read_small(tmp_path, number
     assert reads == []
     assert read_context(path, (3, 16, 16, 16), DataConfig(stride=2), 2, 5, limit=15).shape == (2, 3, 5, 16, 16)
     assert reads == [(5, (16, 32))]
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 16, 16), (3, 1, 16, 16), (1, 3, 16, 16), (1, 1, 16, 16), (5, 3, 16, 16)])
+def test_an_array_of_rank_four_is_a_clip_where_a_clip_is_written(tmp_path, shape):
+    """Channels first; where the first axis cannot be channels, frames first. A PNG of it is a grid of images."""
+    np.save(tmp_path / "x.npy", np.zeros(shape, np.uint8))
+    export(tmp_path / "x.npy", tmp_path / "x.mp4")
+    with open_video(tmp_path / "x.mp4") as video:
+        assert video.num_frames == (shape[1] if shape[0] in (1, 3) else shape[0])

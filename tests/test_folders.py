@@ -255,3 +255,11 @@ def test_what_is_no_media_is_said(tmp_path, content, said):
     for name in ("x.mp4", "x.png"):
         (tmp_path / name).write_bytes(content)
         assert said in not_media(tmp_path / name)
+
+
+def test_files_beside_shards_are_named(tmp_path):
+    write_shard(tmp_path / "0.tar", {"a.pgm": b"P5 4 4 255\n" + bytes(16)})
+    for name in ("_SUCCESS", "rows.parquet"):
+        (tmp_path / name).write_bytes(b"x")
+    said = "passed over: 2 files of other kinds (no extension 1, .parquet 1): _SUCCESS, rows.parquet"
+    assert said in make_index(tmp_path, "image").describe()
