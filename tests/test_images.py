@@ -111,7 +111,7 @@ def test_folders_say_what_they_hold(tmp_path):
     (tmp_path / "b.JPG").touch()
     with pytest.raises(UsageError, match="1 images and 1 clips"):
         detect_kind(tmp_path)
-    with pytest.raises(UsageError, match=r"b\.JPG cannot be read as an image"):
+    with pytest.raises(UsageError, match=r"b\.JPG is empty: download the file again"):
         ImageFolder(tmp_path, 8)
     (tmp_path / "a.gif").unlink()
     assert detect_kind(tmp_path) == "image"

@@ -34,7 +34,7 @@ def here(tmp_path, monkeypatch, clips) -> Path:
         ("index nowhere", "there is no file or folder nowhere"),
         ("index notes", "notes holds no .png"),
         ("index links", "links to folders are not followed"),
-        ("index zero", "a.png cannot be read as an image (it is of no known format)"),
+        ("index zero", "a.png is empty: download the file again"),
         ("index both", "holds 1 images and 1 clips: say which to use, the clips (--frames 16, or --kind video)"),
         ("index images --kind audio", "unknown kind 'audio': use one of image, video, array"),
         ("index images --kind video", "it holds 1 images"),
