@@ -22,6 +22,7 @@ from rin_video.errors import TimeLimitError, TransientError, UsageError
 T = TypeVar("T")
 FILES_PER_CHILD = 8  # fewer files do not pay for another process
 SECONDS_TO_START = 120.0  # of a child, before its first task: it imports torch, where processes are spawned
+TRIES = 8  # to start a child that is forked, within this time
 BEAT_EVERY = 0.5  # seconds between signs of life
 
 
@@ -32,6 +33,7 @@ class _Child:
     started: bool = False  # has said so
     task: int | None = None  # what it is at
     since: float = 0.0  # in the future until it has started
+    tries: int = 1  # to start
 
 
 def run_apart(
@@ -59,8 +61,8 @@ def run_apart(
     try:
         busy = [child for child in children if _give(child, tasks, waiting)]
         while busy:
-            oldest = min(child.since for child in busy)
-            ready = wait([child.pipe for child in busy], timeout=max(0.0, oldest + seconds - time.monotonic()))
+            due = min(child.since + (seconds if child.started else 0) for child in busy)
+            ready = wait([child.pipe for child in busy], timeout=max(0.0, due - time.monotonic()))
             for child in list(busy):
                 assert child.task is not None
                 if child.pipe in ready:
@@ -78,7 +80,10 @@ def run_apart(
                         _must_have_started(child)
                         yield child.task, _died(tasks[child.task], child.process.exitcode)
                         _replace(child, work, daemon)
-                elif time.monotonic() - child.since > seconds and not child.pipe.poll():
+                elif time.monotonic() - child.since > (seconds if child.started else 0) and not child.pipe.poll():
+                    if _start_again(child, work, daemon):
+                        child.pipe.send(tasks[child.task])
+                        continue
                     _must_have_started(child)
                     yield (
                         child.task,
@@ -170,7 +175,7 @@ def _replace(child: _Child, work: Callable[[T], Any], daemon: bool) -> None:
 
 def _give(child: _Child, tasks: Sequence[T], waiting: Iterator[int]) -> bool:
     child.task = next(waiting, None)
-    child.since = time.monotonic() + (0.0 if child.started else SECONDS_TO_START)
+    child.since = time.monotonic() + (0.0 if child.started else _seconds_to_start())
     if child.task is not None:
         with suppress(OSError):  # of a child that is dead: the answer will be missing
             child.pipe.send(tasks[child.task])
@@ -204,6 +209,28 @@ def _serve(pipe: Connection, other_end: Connection, work: Callable[[T], Any]) ->
             return
         except Exception as error:  # of a library; a file must not end the search
             pipe.send(UsageError(f"{shown(str(task))} cannot be read: {shown(repr(error))}"))
+
+
+def _start_again(child: _Child, work: Callable[[T], Any], daemon: bool) -> bool:
+    """Replace a forked child that hangs at its start, where there are tries left.
+
+    A fork copies the locks that other threads hold, but not the threads: a child now and then waits for one for ever.
+    """
+    if child.started or child.tries >= _tries() or not child.process.is_alive():
+        return False
+    child.tries += 1
+    _replace(child, work, daemon)
+    child.since = time.monotonic() + _seconds_to_start()
+    return True
+
+
+def _tries() -> int:
+    return TRIES if get_context().get_start_method() == "fork" else 1
+
+
+def _seconds_to_start() -> float:
+    """Of one try."""
+    return SECONDS_TO_START / _tries()
 
 
 def _must_have_started(child: _Child) -> None:

@@ -490,3 +490,24 @@ def test_names_of_any_bytes_are_indexed_and_shown_on_one_line(tmp_path, clips):
     for entry in index.entries:
         assert "\n" not in shown(entry.source)
         shown(entry.source).encode()
+
+
+class HangsOnce:
+    """Hangs at the start of the first child, as a fork may that copied a lock which another thread held."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def warm_up(self) -> None:
+        if not self.marker.exists():
+            self.marker.touch()
+            time.sleep(60)
+
+    def __call__(self, task):
+        return 2 * task
+
+
+@pytest.mark.skipif(get_context().get_start_method() != "fork", reason="children are not forked here")
+def test_a_forked_child_that_hangs_at_its_start_is_started_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(probing, "SECONDS_TO_START", 8.0)
+    assert dict(run_apart([1, 2], HangsOnce(tmp_path / "hung"), seconds=30, processes=1)) == {0: 2, 1: 4}
