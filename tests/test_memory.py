@@ -144,7 +144,16 @@ def test_other_errors_of_a_compiled_model_are_raised(tmp_path, monkeypatch):
     "options",
     [
         {"image_size": 8, "num_classes": 3, "conv_width": 4},
-        {"image_size": 8, "frames": 4, "patch_size": [2, 4, 4], "known_mask": True, "self_conditioning": "latent+x0"},
+        pytest.param(
+            {
+                "image_size": 8,
+                "frames": 4,
+                "patch_size": [2, 4, 4],
+                "known_mask": True,
+                "self_conditioning": "latent+x0",
+            },
+            marks=pytest.mark.slow,  # to trace takes seconds, and all but the mask and the estimate is in the other
+        ),
     ],
     ids=["image", "video"],
 )

@@ -1,6 +1,7 @@
 """The training loop: exact resume, averaged weights, accumulation, what is written."""
 
 import json
+import shutil
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -320,8 +321,27 @@ ANOTHER = {
 REFUSED = {"optimizer": "lamb", "ema_sigma_rel": [0.1, 0.2], "seed": 1, "init_from": "elsewhere"}
 
 
+SPECIAL = (
+    "lr_cosine_portion",
+    "ema_sigma_rel",
+    "ema_snapshot_every",
+    "keep_checkpoints",
+    "trackers",
+)  # begin otherwise
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """Two steps of what most of them go on from."""
+    folder = tmp_path_factory.mktemp("begun")
+    run = trainer(folder, 2, train_batch_size=4, ema_sigma_rel=[], save_and_sample_every=100)
+    run.sample = lambda: None
+    run.train()
+    return folder
+
+
 @pytest.mark.parametrize("name", [field.name for field in fields(TrainConfig)])
-def test_after_a_resume_what_the_configuration_says_is_what_runs(tmp_path, monkeypatch, name):
+def test_after_a_resume_what_the_configuration_says_is_what_runs(begun, tmp_path, monkeypatch, name):
     """Every option of training that is given another value than before holds, or is refused."""
     base = {"train_batch_size": 4, "lr_schedule": "constant" if name != "lr_cosine_portion" else "cosine",
             "ema_sigma_rel": [0.05, 0.1] if name in ("ema_sigma_rel", "ema_snapshot_every") else [],
@@ -333,7 +353,10 @@ def test_after_a_resume_what_the_configuration_says_is_what_runs(tmp_path, monke
     if name == "trackers":
         monkeypatch.setattr("rin_video.distributed.check_trackers", lambda names: None)
         monkeypatch.setattr("rin_video.distributed.Accelerator", partial(NoTrackers, Accelerator))
-    trainer(tmp_path, 2, **base).train()
+    if name in SPECIAL:
+        trainer(tmp_path, 2, **base).train()
+    else:
+        shutil.copytree(begun, tmp_path, dirs_exist_ok=True)
     if name in REFUSED:
         with pytest.raises(UsageError, match=rf"train\.{name}=.*now it is"):
             trainer(tmp_path, 3, **base | {name: REFUSED[name]}).train()
