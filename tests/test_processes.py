@@ -111,7 +111,7 @@ def test_a_checkpoint_of_shards_gathers_one_tensor_at_a_time(runs):
         found = json.loads((runs / f"fsdp2/save-{rank}.json").read_text())
         assert found["is_sharded"]
         assert found["in_all"] > 1.8 * found["shard"]  # everything is gathered
-        assert found["peak"] < 2 * found["largest"]  # it was all of that
+        assert found["peak"] <= 2 * found["largest"]  # gloo lets go of one late; before it was all of them
         assert found["shard"] + found["peak"] < 2 * found["shard"] + found["largest"]
 
 
