@@ -42,18 +42,19 @@ class Track(KarrasEMA):
 
 
 class WarmedEMA(EMA):
-    """`EMA` whose decay is that of one step: an update after `update_every` steps decays by as many of them."""
+    """`EMA` whose decay is per step: an update after `update_every` steps applies the decay that many times."""
 
     def get_current_decay(self) -> float:
-        """Of one update. After `n` steps that of a step is min(beta, 1 - 1 / (1 + n / inv_gamma))."""
+        """The decay of one update. After n steps the decay per step is min(beta, 1 - 1 / (1 + n / inv_gamma))."""
         return super().get_current_decay() ** self.update_every
 
 
 def make_ema(model: nn.Module, options: TrainConfig, device: torch.device) -> WarmedEMA:
     """The average that is sampled from. Its counters stay on the CPU: reading them must not wait for a GPU.
 
-    A decay d averages over about 1 / (1 - d) steps. During the warm-up that is at most the share `ema_warmup` of the
-    steps done, so that the first weights are forgotten; without one d is constant, as in the authors' release.
+    A decay d averages over about 1 / (1 - d) steps. During the warm-up this span is limited to the fraction
+    `ema_warmup` of the steps so far, so that early weights are forgotten; without a warm-up d is constant, as in the
+    authors' release.
     """
     if options.ema_warmup is None:
         warmup = {"min_value": options.ema_decay}

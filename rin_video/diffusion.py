@@ -180,12 +180,13 @@ class GaussianDiffusion(nn.Module):
     ) -> Tensor | LossTerms:
         """The loss of data `x` (B, C, *grid) in [0, 1] or uint8, at a random time for each sample.
 
-        `label` is (B,) whole numbers, -1 for none, or names, or (B, num_classes) weights. `embedding` (B, L, D) is a
-        condition beside or instead of it. `known` (B, 1, *grid) says what is given of each sample; without it, it is
-        drawn. Arrays serve as tensors do. Random numbers come from `rng`, or torch's global generators. A scalar; or,
-        `per_sample`, the loss of each with its time. Raises
-        `UsageError` for labels that the model does not have; those on a GPU, which has to be waited for, are looked at
-        in the first calls only.
+        `label` is (B,) whole numbers with -1 for none, (B,) names, or (B, num_classes) weights. `embedding` (B, L, D)
+        is a condition beside or instead of it. `known` (B, 1, *grid) is the mask of what is given; by default it is
+        drawn. Arrays are accepted in place of tensors. Random numbers come from `rng`, by default torch's global
+        generators. Returns a scalar, or with `per_sample` the loss and time of each sample.
+
+        Raises `UsageError` for labels that the model does not have. Labels on a GPU are checked in the first calls only,
+        because reading them waits for the GPU.
         """
         x = as_data(x, next(self.parameters(), None))
         embedding, known = (None if part is None else torch.as_tensor(part).to(x.device) for part in (embedding, known))

@@ -127,14 +127,14 @@ T = TypeVar("T")
 
 
 def meet() -> PartialState:
-    """This process among the others, which it meets here for the first time."""
+    """Join the process group, if that has not happened yet."""
     state = PartialState(cpu=no_accelerator(), timeout=TIMEOUT)
     check_met(state.num_processes)
     return state
 
 
 def leave() -> None:
-    """Leave the other processes. gloo's threads, where they have sharded, abort a process that ends without it."""
+    """Destroy the process group. After sharding with gloo, a process that exits without doing so is aborted."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -150,7 +150,7 @@ def check_met(num_processes: int) -> None:
 
 
 def in_all(work: Callable[[], T]) -> list[T]:
-    """The results of `work` in every process, in their order; called by all. What fails in one ends all of them.
+    """The results of `work` in all processes, by rank. Must be called by every process; a failure in one ends all.
 
     Raises its error in the process where it failed, and `ReportedError` in the others.
     """
@@ -171,7 +171,7 @@ def in_all(work: Callable[[], T]) -> list[T]:
 
 
 def first_then_others(work: Callable[[], T]) -> T:
-    """`work` in the first process, and then in the others, which find on the disk what it left there."""
+    """Run `work` in the first process, then in the others, which can read what the first one wrote to disk."""
     if not several_processes():
         return work()
     first, results = meet().is_main_process, []
@@ -185,7 +185,7 @@ def first_then_others(work: Callable[[], T]) -> T:
 
 
 def rows_of(count: int, rank: int, num_ranks: int) -> range:
-    """Which of `count` samples a process draws: the first ones of the batch in the first process, and so on."""
+    """The rows of a batch of `count` samples that a process draws: consecutive ones, in the order of ranks."""
     each = -(-count // num_ranks)
     return range(min(rank * each, count), min((rank + 1) * each, count))
 
@@ -199,7 +199,7 @@ def gather_rows(samples: Tensor, rows: range) -> Tensor:
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether this process holds parts of the parameters. (accelerate forgets it when it makes an optimizer.)"""
+    """Whether the parameters are sharded. (accelerate's own flag is lost when it prepares an optimizer.)"""
     return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
@@ -231,9 +231,9 @@ def load_whole(module: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def optimizer_state(optimizer: Any, module: nn.Module) -> dict[str, Any]:
-    """Moments by the names of parameters, and what a group counts (the steps of LAMB).
+    """Moments by parameter name, and the counters of groups (LAMB counts steps there).
 
-    Hyperparameters are not among them: they are the configuration's.
+    Hyperparameters are not included: they come from the configuration.
     """
     known = {*optimizer.defaults, "params", "initial_lr"}
     return {

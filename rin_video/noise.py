@@ -24,11 +24,11 @@ class RNG:
         return torch.randn(len(self.rows), device=self.device)
 
     def common_uniform(self) -> Tensor:
-        """A scalar in [0, 1), the same for the whole batch of all processes."""
+        """A scalar in [0, 1), the same for the global batch."""
         return torch.rand((), device=self.device)
 
     def places(self) -> Tensor:
-        """(B,) in [0, 1): where each sample stands in the batch of all processes."""
+        """(B,) in [0, 1): the position of each sample in the global batch."""
         return torch.arange(self.rows.start, self.rows.stop, device=self.device) / self.total
 
     def noise(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
@@ -41,11 +41,11 @@ class RNG:
 
 
 class BatchRNG(RNG):
-    """Random numbers drawn separately for each sample: row i of a batch gets the same ones in whatever process.
+    """Random numbers drawn separately for each sample, so that row i gets the same ones in any process.
 
-    So a step is the same whatever the number of processes, and none draws for the others. `seeds` name the batch (seed,
-    step, forward pass), `rows` are those of this process in a batch of `total`. Single numbers come from a CPU
-    generator for each row, `noise` from one on the device.
+    A step therefore does not depend on the number of processes, and no process draws for the others. `seeds` identify
+    the batch (seed, step, forward pass); `rows` are the rows of this process in a batch of `total`. Scalars come from a
+    CPU generator for each row, `noise` from a generator on the device.
     """
 
     def __init__(self, seeds: Sequence[int], rows: range, total: int, device: torch.device) -> None:
@@ -55,7 +55,7 @@ class BatchRNG(RNG):
         common, *each = numbers.tolist()
         self._common = torch.Generator().manual_seed(common)
         self._rows = [torch.Generator().manual_seed(each[2 * row]) for row in rows]
-        # One on the device, seeded anew for each row: to make them takes a GPU's driver longer than to draw.
+        # A single generator on the device, reseeded for each row: creating one takes longer than drawing from it.
         self._noise, self._seeds = torch.Generator(device), [each[2 * row + 1] for row in rows]
         self._calls = 0
 
@@ -82,7 +82,7 @@ class BatchRNG(RNG):
         return self._there(torch.stack([draw((), generator=generator) for generator in self._rows]))
 
     def _there(self, value: Tensor) -> Tensor:
-        """The value on the device. A GPU gets it from pinned memory, so that nothing waits for what it is at."""
+        """The value on the device, copied from pinned memory to a GPU so that the host does not wait for it."""
         if self.device.type == "cuda":
             return value.pin_memory().to(self.device, non_blocking=True)
         return value.to(self.device)

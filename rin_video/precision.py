@@ -1,4 +1,4 @@
-"""In which precision networks run: float32, float32 with TF32 products, or mixed with a half precision."""
+"""The precision in which networks run: float32, float32 with TF32 matrix products, or mixed precision."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HALF: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 @contextmanager
 def tf32_products(precision: PrecisionName) -> Iterator[None]:
-    """For `tf32`, within the block matrix products of float32 on a CUDA GPU may use TF32 (10 bits of mantissa)."""
+    """With `tf32`, float32 matrix products on a CUDA GPU may use TF32 (10 mantissa bits) within the block."""
     before = torch.get_float32_matmul_precision()
     if precision == "tf32" and torch.cuda.is_available():  # on a CPU "high" may mean bfloat16
         torch.set_float32_matmul_precision("high")
@@ -25,7 +25,7 @@ def tf32_products(precision: PrecisionName) -> Iterator[None]:
 
 
 def running_in(precision: PrecisionName, device: torch.device) -> AbstractContextManager[None]:
-    """Within the block a network on `device` runs in `precision`: no (as it is set), tf32, bf16 or fp16 (autocast)."""
+    """Run a network on `device` in `precision` within the block; "no" leaves torch's settings as they are."""
     if precision in HALF:
         return torch.autocast(device.type, HALF[precision])
     return tf32_products(precision)

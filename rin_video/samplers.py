@@ -195,7 +195,7 @@ def get_sampler(name: SamplerName, sampler_kwargs: Mapping[str, float] | None = 
 
 
 def initial_state(levels: Levels, noise: Noise) -> Tensor:
-    """What a run begins with, of its first level: that is not always pure noise, of standard deviation 1."""
+    """Noise scaled to the first level, whose sigma may be below 1."""
     return levels[0][0].sigma * noise()
 
 

@@ -70,21 +70,21 @@ def sample(
 ) -> Any:
     """Draw `batch_size` samples (B, C, *grid) in [0, 1], at most `max_batch` of them at a time.
 
-    `shape` (C, *grid) is the model's where it is not given; `steps` is `timesteps`, or 50; `sampler` is
-    `dpmpp_2m_sde`, or that of the diffusion's `use_ddim`; `schedule`
-    and clipping are those of training; `spacing` is "karras" for DPM-Solver++ and Heun, "uniform" for the others and
-    with a `schedule`, its parameters or a `time_difference`. The samplers, their options and the spacings are those of
-    `rin_video.samplers`, guidance is that of `denoiser`. `label` is one class for all or one for each, by number or
-    name; `embedding` is (L, D) or (B, L, D). Arrays serve as tensors do.
+    By default `shape` (C, *grid) is the model's, `steps` is `timesteps` or 50, `sampler` is `dpmpp_2m_sde` (or that of
+    the diffusion's `use_ddim`), and `schedule` and clipping are those of training. `spacing` defaults to "karras" for
+    DPM-Solver++ and Heun, and to "uniform" for the others and with a `schedule`, its parameters or a `time_difference`.
+    See `rin_video.samplers` for the samplers, their options and the spacings, and `denoiser` for guidance. `label` is
+    one class for all samples or one for each, by number or name; `embedding` is (L, D) or (B, L, D). Arrays are
+    accepted in place of tensors.
 
     `context` (C, *grid) or (B, C, *grid), in [0, 1] or uint8, is kept bit for bit where `known`, booleans over the
     grid or (B, *grid), is true. A context of fewer frames needs no mask: it is the start.
 
-    `precision` is no (float32, or whatever autocast is on), tf32, bf16 or fp16; by default that of training, where the
-    diffusion knows it (from a run or a `Trainer`), and on a CPU float32.
+    `precision` is "no" (float32, or the caller's autocast), "tf32", "bf16" or "fp16". The default is the precision of
+    training if the diffusion comes from a run or a `Trainer`, and float32 on a CPU.
 
     With a `seed`, sample i is the same whatever the batch, the chunks and the device: each has its own generator,
-    on the CPU. The first one drawn is number `first_index`, so that parts of a batch can be drawn apart.
+    on the CPU. The first sample has the number `first_index`, so that a batch can be drawn in parts.
     `callback(i, x0)` sees the estimate (B', C, *grid) in [0, 1] after every step of every chunk.
     `return_trajectory` returns them all too, (B, steps, C, *grid) on the CPU; `return_hidden` what the model would
     hand on, for another call's `hidden`. Raises `UsageError` for what does not fit.
@@ -237,7 +237,7 @@ def suited_spacing(sampler: SamplerName, *in_time: Any) -> SpacingName:
 
 
 def sampling_precision(asked: PrecisionName | None, trained: PrecisionName, device: torch.device) -> PrecisionName:
-    """The precision that was asked for; else that of training, but float32 on a CPU, which gains nothing by others."""
+    """The requested precision; by default that of training, or float32 on a CPU, where others gain nothing."""
     if asked is None:
         return "no" if device.type == "cpu" else trained
     if asked not in (known := get_args(PrecisionName)):

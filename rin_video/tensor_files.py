@@ -40,9 +40,9 @@ def write_tensors(
     dtype: torch.dtype | None = None,
     digest: bool = False,
 ) -> None:
-    """Write a safetensors file; of sharded tensors all processes call this, and those without a `path` only contribute.
+    """Write a safetensors file. If tensors are sharded, every process calls this; without a `path` it only contributes.
 
-    Besides what is there, no more than one full tensor is held. Raises what opening and writing raise, after all parts
+    No more than one full tensor is held at a time. Raises what opening and writing raise, after all parts
     have been contributed. `dtype` converts on the way; `digest` adds the
     `tensors_digest` to the metadata. Not atomic. The library's own writer takes all tensors at once.
     """
@@ -82,7 +82,7 @@ def write_tensors(
 
 @contextmanager
 def contributing(tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """What is done before `write_tensors`: where it fails, the other processes get this one's parts all the same."""
+    """For preparations before `write_tensors`: if they fail, this process still contributes its parts."""
     try:
         yield
     except OSError:

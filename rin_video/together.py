@@ -1,4 +1,4 @@
-"""Sampling in several processes: each draws a part of the batch, all get the whole of it."""
+"""Sampling with several processes: each draws a part of the batch, and the parts are gathered."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def sample_together(diffusion: GaussianDiffusion, config: SampleConfig, **options: Any) -> Tensor:
-    """`sample_from_config` (with a seed), for all processes to call: the same samples as one would draw."""
+    """`sample_from_config` with a seed, to be called by every process: the same samples as a single process draws."""
     merged, gather = part_of_batch(diffusion, merged_options(diffusion, config, **options))
     return gather(diffusion.sample(**merged))
 
@@ -25,9 +25,9 @@ def sample_together(diffusion: GaussianDiffusion, config: SampleConfig, **option
 def part_of_batch(
     diffusion: GaussianDiffusion, options: dict[str, Any]
 ) -> tuple[dict[str, Any], Callable[[Tensor], Tensor]]:
-    """The arguments of `sample` for this process's part, and what puts the parts (B', ...) of all processes together.
+    """The arguments of `sample` for the part of this process, and a function that gathers the parts (B', ...).
 
-    One that gets none draws the first sample too, so that all of them meet as often as the others do.
+    A process without samples of its own draws the first one, so that all processes take part in every gather.
     """
     if not several_processes():
         return options, lambda samples: samples
@@ -36,7 +36,7 @@ def part_of_batch(
     state, count = meet(), options["batch_size"]
     rows = rows_of(count, state.process_index, state.num_processes)
     part, rank = rows or range(1), len(options.get("shape") or diffusion.shape or ())
-    # What each has for a single sample, or for all: with more axes, one part for each.
+    # The number of axes that an argument has if it is the same for all samples.
     axes = {"label": 0, "embedding": 2, "context": rank, "known": rank - 1}
     chosen = {
         name: value[part.start : part.stop]

@@ -67,7 +67,7 @@ from rin_video.transfer import transfer_weights
 
 log = logging.getLogger("rin_video")
 
-# What a run keeps when it goes on; none: all keys of the section. Everything else holds as it is given.
+# What must not change when a run is resumed (empty: the whole section). All other options take effect as given.
 KEPT: dict[str, tuple[str, ...]] = {"model": (), "diffusion": (), "train": ("optimizer", "ema_sigma_rel", "seed")}
 
 
@@ -76,9 +76,9 @@ class Trainer:
 
     `data` is a folder of images or clips (which of the two follows from the model's shape), or any `Dataset` of
     tensors (C, *grid), of (tensor, label) pairs, or of dicts with "x", "label" and "embedding"; values in [0, 1] or
-    uint8. The other options are the fields of `TrainConfig` and `DataConfig`,
-    and those of the PyTorch port (`rin_video.port`). `callbacks` look on and measure. `train()` goes on from
-    the last whole checkpoint in `results_folder`; a signal ends it with `Stopped`, after a checkpoint.
+    uint8. The other options are the fields of `TrainConfig` and `DataConfig`, and those of the PyTorch port
+    (`rin_video.port`). `callbacks` observe and measure. `train()` resumes from the last complete checkpoint in
+    `results_folder`; a signal ends it with `Stopped`, after a checkpoint.
 
     Written there: `metrics.jsonl` and its curves, `metrics.png`; `samples/` (PNG grids, or MP4 and contact sheets);
     `model.safetensors` and `config.yaml` (averaged weights, for use); `averages/` (snapshots for other averages);
@@ -459,7 +459,7 @@ class Trainer:
         """Write the averaged weights for use, then the state to resume from; old states are dropped.
 
         A `milestone` is a state of its own, which stays until it is saved again, and which `load(milestone)` reads.
-        No process leaves before the first one has written, and all of them end where it fails.
+        No process leaves before the first one has finished writing; if that fails, all of them end.
         """
         in_all(lambda: self._save(milestone))
 

@@ -314,3 +314,13 @@ def test_callbacks_see_steps_lines_samples_checkpoints_and_measure(tmp_path):
     assert all(0 < score["mean"] < 1 for score in scores)
     make_trainer(tmp_path / "alone", train_num_steps=6, log_every=2, save_and_sample_every=3).train()
     assert losses(tmp_path / "seen") == losses(tmp_path / "alone")
+
+
+def test_processes_agree_on_a_stop_no_oftener_than_they_log(tmp_path, monkeypatch):
+    """To agree they wait for each other: it was every step."""
+    run = make_trainer(tmp_path, train_num_steps=12, log_every=5, save_and_sample_every=6)
+    asked = []
+    monkeypatch.setattr(type(run.accelerator), "num_processes", 2)
+    monkeypatch.setattr("rin_video.trainer.agree", lambda flag, accelerator: asked.append(run.step) or False)
+    run.train()
+    assert asked == [0, 5, 6, 10, 12]  # the first: whether there are pictures to be drawn

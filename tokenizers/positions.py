@@ -87,8 +87,8 @@ class LearnedPosition(nn.Module):
 class SinCosPosition(nn.Module):
     """`grid_sincos`; with `learned`, plus a table that starts at zero (and ties it to one grid).
 
-    Which axes have a share of the width is decided by the grid it is made for. Another grid keeps that layout, also
-    where it has a single token along one of them; one that is longer along an axis without a share is refused.
+    The grid at construction decides which axes get a share of the width. Other grids keep that layout, even with a
+    single token along such an axis. A grid with more than one token along an axis without a share is refused.
     """
 
     code: Tensor
