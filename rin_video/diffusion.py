@@ -185,8 +185,8 @@ class GaussianDiffusion(nn.Module):
         drawn. Arrays are accepted in place of tensors. Random numbers come from `rng`, by default torch's global
         generators. Returns a scalar, or with `per_sample` the loss and time of each sample.
 
-        Raises `UsageError` for labels that the model does not have. Labels on a GPU are checked in the first calls only,
-        because reading them waits for the GPU.
+        Raises `UsageError` for labels that the model does not have. Labels on a GPU are only checked in the
+        first calls, because reading them waits for the GPU.
         """
         x = as_data(x, next(self.parameters(), None))
         embedding, known = (None if part is None else torch.as_tensor(part).to(x.device) for part in (embedding, known))
