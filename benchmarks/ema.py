@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from rin_video import RIN, GaussianDiffusion, Trainer
 from rin_video.averages import make_ema
 from rin_video.callbacks import Callback
-from rin_video.config import TrainConfig, load_config
+from rin_video.config import TrainConfig
+from rin_video.config_files import load_config
 from rin_video.datasets.demo import write_demo_set
 from rin_video.datasets.open import open_dataset
 from rin_video.files import write_text

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from rin_video.checkpoint import load_model
+from rin_video.cli.demo import run_demo
 from rin_video.datasets.open import open_dataset
-from rin_video.demo import run_demo
 from rin_video.diffusion import GaussianDiffusion
 from rin_video.files import write_text
 

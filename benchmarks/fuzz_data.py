@@ -48,8 +48,8 @@ from rin_video.datasets.images import ImageFolder
 from rin_video.datasets.probing import run_apart
 from rin_video.datasets.sources import Source, open_source, shown
 from rin_video.errors import UsageError
-from rin_video.export import write_video
 from rin_video.files import write_text
+from rin_video.media import write_video
 
 RESULTS = Path(__file__).parent / "results"
 SECONDS, MEMORY = 30.0, 1e9

@@ -24,8 +24,8 @@ import torch
 from rin_video.datasets.index import Entry, Index, Probe, entry_of, keeping_all, load_index
 from rin_video.datasets.probe import probe_video
 from rin_video.datasets.video_info import VideoInfo
-from rin_video.export import write_video
 from rin_video.files import write_text
+from rin_video.media import write_video
 
 OUT = Path(__file__).parent / "results" / "index.json"
 

@@ -39,7 +39,8 @@ from torch import Tensor, nn
 from rin_video import RIN, GaussianDiffusion
 from rin_video.averages import make_ema
 from rin_video.checkpoint import write_text
-from rin_video.config import TrainConfig, load_config
+from rin_video.config import TrainConfig
+from rin_video.config_files import load_config
 from rin_video.optimizers import make_optimizer
 
 HERE = Path(__file__).parent

@@ -48,8 +48,8 @@ from rin_video.datasets.decoding import OPEN_FILES
 from rin_video.datasets.draws import DrawSampler
 from rin_video.datasets.loading import Batches
 from rin_video.errors import UsageError
-from rin_video.export import write_video
 from rin_video.files import write_text
+from rin_video.media import write_video
 
 RESULTS = Path(__file__).parent / "results"
 FRAMES, SIZE, BATCH = 16, 64, 4

@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 
 from rin_video import RIN, GaussianDiffusion
-from rin_video.config import PrecisionName, load_config
+from rin_video.config import PrecisionName
+from rin_video.config_files import load_config
 from rin_video.files import write_text
 
 CASES = (("video64", 8), ("kinetics600_predict", 8), ("image64", 16))

@@ -23,8 +23,8 @@ from torch import Tensor
 from rin_video import RIN, GaussianDiffusion, Trainer, load_config
 from rin_video.datasets.demo import SHAPES, write_demo_set
 from rin_video.datasets.open import open_dataset
-from rin_video.export import contact_sheet
 from rin_video.files import write_text
+from rin_video.media import contact_sheet
 
 RESULTS = Path(__file__).parent / "results"
 GIVEN, FRAMES, SAMPLES = 5, 16, 4

@@ -23,7 +23,7 @@ from rin_video.datasets.hub import HubDataset
 from rin_video.datasets.images import ImageFolder
 from rin_video.datasets.reading import to_pixels
 from rin_video.errors import DatasetError, UsageError
-from rin_video.given import check_labels
+from rin_video.labels import check_labels
 
 log = logging.getLogger("rin_video")
 

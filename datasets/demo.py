@@ -78,7 +78,7 @@ def write_demo_set(
 
     The same seed gives the same clips. Returns the paths.
     """
-    from rin_video.export import write_video
+    from rin_video.media import write_video
 
     paths = []
     for label, shape in enumerate(SHAPES):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rin_video.config import DataConfig
-from rin_video.datasets.arrays import ARRAY_SUFFIXES, ArrayInfo, probe_array, read_array
+from rin_video.datasets.array_files import ARRAY_SUFFIXES, ArrayInfo, probe_array, read_array
 from rin_video.datasets.index import Entry
 from rin_video.datasets.shards import companion, companions, members_of
 from rin_video.datasets.sources import Member, Source, shown
@@ -99,7 +99,7 @@ class CaptionEmbeddings:
     """Captions (`clip.txt` beside `clip.mp4`) through a text encoder, once for each that differs."""
 
     def __init__(self, captions: Sequence[str | None], source: str, num_tokens: int, index: Path | None = None) -> None:
-        from rin_video.text import TextEncoder, fingerprint
+        from rin_video.datasets.captions import TextEncoder, fingerprint
 
         unique = sorted({caption for caption in captions if caption})
         if not unique:

@@ -20,7 +20,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from rin_video.config import DataConfig, DataKind, DecoderOption
-from rin_video.datasets.arrays import ArrayInfo, probe_array
+from rin_video.datasets.array_files import ArrayInfo, probe_array
 from rin_video.datasets.backends import torchcodec_problem
 from rin_video.datasets.decoding import LostFramesError, Video, backends_for
 from rin_video.datasets.folders import KINDS, first_folder, number_classes, refuse_splits, split_sources

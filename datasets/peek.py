@@ -54,7 +54,7 @@ def captions(dataset: Any, chosen: list[int]) -> list[str]:
 
 def write_sheet(samples: list[Tensor], texts: list[str], path: str | PathLike[str], fps: float = 8.0) -> None:
     """Samples with a line of text above each: clips as rows of frames, or, as .mp4 or .gif, playing side by side."""
-    from rin_video.export import write_image_grid, write_video
+    from rin_video.media import write_image_grid, write_video
 
     path = Path(path)
     check_sheet(path)

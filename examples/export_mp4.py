@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from rin_video.export import export, save_samples
+from rin_video.cli.convert import export
+from rin_video.media import save_samples
 
 
 def moving_squares(num_clips: int = 4, frames: int = 16, size: int = 32) -> torch.Tensor:

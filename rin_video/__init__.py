@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rin_video.callbacks import Callback
-    from rin_video.config import Config, ModelConfig, load_config
+    from rin_video.config import Config, ModelConfig
+    from rin_video.config_files import load_config
     from rin_video.diffusion import GaussianDiffusion
     from rin_video.errors import UsageError
-    from rin_video.export import save_samples, write_video
+    from rin_video.media import save_samples, write_video
     from rin_video.rin import RIN
     from rin_video.trainer import Trainer
 
@@ -36,9 +37,9 @@ _HOME = {
     "ModelConfig": "config",
     "Trainer": "trainer",
     "UsageError": "errors",
-    "load_config": "config",
-    "save_samples": "export",
-    "write_video": "export",
+    "load_config": "config_files",
+    "save_samples": "media",
+    "write_video": "media",
 }
 
 

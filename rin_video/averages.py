@@ -18,10 +18,11 @@ from ema_pytorch import EMA
 from ema_pytorch.post_hoc_ema import KarrasEMA, p_dot_p, sigma_rel_to_gamma, solve_weights
 from torch import Tensor, nn
 
-from rin_video.checkpoint import CONFIG, newest_state, read_metadata, read_tensors, save_weights
-from rin_video.config import TrainConfig, check_sigma_rel, load_config
+from rin_video.checkpoint import newest_state, read_metadata, read_tensors, save_weights
+from rin_video.config import TrainConfig, check_sigma_rel
+from rin_video.config_files import load_config
 from rin_video.errors import UsageError
-from rin_video.files import replacing
+from rin_video.files import CONFIG, replacing
 from rin_video.tensor_files import contributing, write_tensors
 
 log = logging.getLogger("rin_video")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import logging
@@ -17,14 +16,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from rin_video.config import Config, load_config, to_yaml
+from rin_video.config import Config
+from rin_video.config_files import load_config, plain, to_yaml
 from rin_video.errors import UsageError
-from rin_video.files import full_disk, replacing, sync, write_text
+from rin_video.files import CONFIG, WEIGHTS, full_disk, replacing, sync, write_text
 from rin_video.tensor_files import contributing, tensors_digest, write_tensors
 
 log = logging.getLogger("rin_video")
 
-WEIGHTS, CONFIG = "model.safetensors", "config.yaml"
 STATE_FILES = ("state.safetensors", "state.json")
 MANIFEST = "manifest.json"
 
@@ -236,11 +235,6 @@ def file_digest(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def plain(config: Any) -> dict[str, Any]:
-    """A configuration as JSON has it: tuples are lists."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def _take_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:

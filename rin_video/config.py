@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
-import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
-from importlib import resources
-from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeAlias, get_args
 
+from rin_video.config_checks import (
+    check_above,
+    check_at_least,
+    check_choice,
+    check_choices,
+    check_range,
+    check_within,
+    is_whole,
+    read_numbers,
+    types_of,
+)
 from rin_video.errors import UsageError
-
-Layer: TypeAlias = dict[str, dict[str, Any]]  # sections of options
 
 # The names that options take, each list here and nowhere else. The checks below and the command line's help use it, and
 # it is the type of the keys of the table that implements the names: tests/test_choices.py compares the two.
@@ -94,22 +97,22 @@ class ModelConfig:
     norm_context: bool = False  # LayerNorm on what read and write attend to
 
     def __post_init__(self) -> None:
-        _check_choices("model", self)
+        check_choices("model", self)
         for name, kind in (("self_conditioning", SelfConditioningName), ("interface_mixing", MixingName)):
             if getattr(self, name) != "none":
                 for part in str(getattr(self, name)).split("+"):
-                    _choice(f"model.{name}", part, get_args(kind))
+                    check_choice(f"model.{name}", part, get_args(kind))
         for name in ("dim", "channels", "depth", "num_latents", "num_heads", "latent_num_heads", "embedding_tokens"):
-            _at_least(f"model.{name}", getattr(self, name), 1, int)
+            check_at_least(f"model.{name}", getattr(self, name), 1, int)
         for name in ("frames", "sequence_length", "dim_latent"):
             if getattr(self, name) is not None:
-                _at_least(f"model.{name}", getattr(self, name), 1, int)
+                check_at_least(f"model.{name}", getattr(self, name), 1, int)
         for name in ("num_classes", "embedding_dim", "conv_width"):
-            _at_least(f"model.{name}", getattr(self, name), 0, int)
+            check_at_least(f"model.{name}", getattr(self, name), 0, int)
         for name in ("mlp_ratio", "latent_mlp_ratio", "time_scaling"):
-            _above("model", name, getattr(self, name), 0)
+            check_above("model", name, getattr(self, name), 0)
         for name in ("dropout", "drop_path"):
-            _within(f"model.{name}", getattr(self, name), 0, 1)
+            check_within(f"model.{name}", getattr(self, name), 0, 1)
         for name in ("dual_patchnorm", "qk_norm", "norm_context", "known_mask"):
             if not isinstance(getattr(self, name), bool):
                 raise UsageError(f"model.{name} is {getattr(self, name)!r}: it is true or false")
@@ -117,7 +120,7 @@ class ModelConfig:
     @property
     def height_width(self) -> tuple[int, int]:
         """`image_size` as (height, width)."""
-        return _numbers("model.image_size", self.image_size, 2, "height, width")  # type: ignore[return-value]
+        return read_numbers("model.image_size", self.image_size, 2, "height, width")  # type: ignore[return-value]
 
     def patch_sizes(self, num_axes: int, names: str) -> tuple[int, ...]:
         """`patch_size` as one number for each axis. A single number serves images and sequences only.
@@ -125,18 +128,18 @@ class ModelConfig:
         Where a model has several tokenizers, one of fewer axes takes the last numbers: an image the height and width.
         """
         if "+" in self.tokenizer and isinstance(self.patch_size, list | tuple) and len(self.patch_size) > num_axes:
-            return _numbers("model.patch_size", self.patch_size[-num_axes:], num_axes, names)
+            return read_numbers("model.patch_size", self.patch_size[-num_axes:], num_axes, names)
         if isinstance(self.patch_size, int) and num_axes == 3:
             p = self.patch_size
             raise UsageError(f"model.patch_size is {p}, tubes need three numbers ({names}): for example [2,{p},{p}]")
-        return _numbers("model.patch_size", self.patch_size, num_axes, names)
+        return read_numbers("model.patch_size", self.patch_size, num_axes, names)
 
     @property
     def compute_layers(self) -> tuple[int, ...]:
         """Compute layers of each block, one number a block."""
         layers = self.latent_self_attn_depth
         layers = [layers] * self.depth if isinstance(layers, int) else layers
-        if not isinstance(layers, list | tuple) or len(layers) != self.depth or any(not _whole(n, 0) for n in layers):
+        if not isinstance(layers, list | tuple) or len(layers) != self.depth or any(not is_whole(n, 0) for n in layers):
             raise UsageError(
                 f"model.latent_self_attn_depth {layers} must be one number or {self.depth} (model.depth), all whole"
             )
@@ -164,26 +167,26 @@ class DiffusionConfig:
     clip_x0: ClippingName = "static"  # of x0 estimates while sampling
 
     def __post_init__(self) -> None:
-        _check_choices("diffusion", self)
+        check_choices("diffusion", self)
         if self.timesteps is not None:
-            _at_least("timesteps", self.timesteps, 1, int)
+            check_at_least("timesteps", self.timesteps, 1, int)
         for name in ("train_prob_self_cond", "self_cond_gap", "label_dropout"):
-            _within(name, getattr(self, name), 0, 1)
-        _above("diffusion", "scale", self.scale, 0)
+            check_within(name, getattr(self, name), 0, 1)
+        check_above("diffusion", "scale", self.scale, 0)
         if unknown := set(self.time_sampling_kwargs) - (
             {"mean", "std"} if self.time_sampling == "logit_normal" else set()
         ):
             raise UsageError(f"time_sampling {self.time_sampling} has no parameter {', '.join(sorted(unknown))}")
-        _above("diffusion.time_sampling_kwargs", "std", self.time_sampling_kwargs.get("std", 1.0), 0)
+        check_above("diffusion.time_sampling_kwargs", "std", self.time_sampling_kwargs.get("std", 1.0), 0)
         for kind, weight in self.known.items():
-            _choice("diffusion.known", kind, get_args(KnownKind))
-            _at_least(f"diffusion.known.{kind}", weight, 0, float)
+            check_choice("diffusion.known", kind, get_args(KnownKind))
+            check_at_least(f"diffusion.known.{kind}", weight, 0, float)
         if self.known and not sum(self.known.values()):
             raise UsageError(f"diffusion.known is {self.known}: some weight must be above 0")
         if self.known_frames:
-            if len(self.known_frames) != 2 or any(not _whole(n, 1) for n in self.known_frames):
+            if len(self.known_frames) != 2 or any(not is_whole(n, 1) for n in self.known_frames):
                 raise UsageError(f"diffusion.known_frames is {list(self.known_frames)}: it takes two numbers from 1 on")
-            _at_least("the second of diffusion.known_frames", self.known_frames[1], self.known_frames[0], int)
+            check_at_least("the second of diffusion.known_frames", self.known_frames[1], self.known_frames[0], int)
 
 
 @dataclass
@@ -222,27 +225,27 @@ class DataConfig:
     classes: list[str] = field(default_factory=list)  # names of the sub-folders, as training found them
 
     def __post_init__(self) -> None:
-        _check_choices("data", self)
+        check_choices("data", self)
         for name in ("stride", "windows", "prefetch", "max_pixels", "caption_tokens"):
-            _at_least(f"data.{name}", getattr(self, name), 1, int)
+            check_at_least(f"data.{name}", getattr(self, name), 1, int)
         for name in ("num_workers", "max_failures"):
-            _at_least(f"data.{name}", getattr(self, name), 0, int)
+            check_at_least(f"data.{name}", getattr(self, name), 0, int)
         if self.embeddings and self.text_encoder is not None:
             raise UsageError("data.embeddings and data.text_encoder both say what comes with a sample: leave one out")
         if not 0 < self.image_ratio < 1:
             raise UsageError(f"data.image_ratio is {self.image_ratio:g}: it must be above 0 and below 1")
         if self.fps is not None:
-            _above("data", "fps", self.fps, 0)
+            check_above("data", "fps", self.fps, 0)
             if self.stride != 1:
                 raise UsageError(
                     f"data.fps={self.fps:g} and data.stride={self.stride} both choose frames: leave one out"
                 )
         if self.span == "whole" and (self.fps is not None or self.stride != 1 or self.avoid_cuts):
             raise UsageError("data.span=whole takes frames from all over a file: leave out stride, fps and avoid_cuts")
-        _above("data", "read_timeout", self.read_timeout, 0)
-        _within("data.augment_color", self.augment_color, 0, 1)
-        _range("data.crop_scale", self.crop_scale, 0.05, 1)
-        _range("data.augment_speed", self.augment_speed, 0.1, 10)
+        check_above("data", "read_timeout", self.read_timeout, 0)
+        check_within("data.augment_color", self.augment_color, 0, 1)
+        check_range("data.crop_scale", self.crop_scale, 0.05, 1)
+        check_range("data.augment_speed", self.augment_speed, 0.1, 10)
 
 
 @dataclass
@@ -278,7 +281,7 @@ class TrainConfig:
     trackers: list[str] = field(default_factory=list)  # tensorboard, wandb or another one that accelerate knows
 
     def __post_init__(self) -> None:
-        _check_choices("train", self)
+        check_choices("train", self)
         for name in (
             "train_num_steps",
             "train_batch_size",
@@ -289,16 +292,16 @@ class TrainConfig:
             "keep_checkpoints",
             "log_every",
         ):
-            _at_least(f"train.{name}", getattr(self, name), 1, int)
+            check_at_least(f"train.{name}", getattr(self, name), 1, int)
         for name in ("warmup_steps", "seed", "keep_every"):
-            _at_least(f"train.{name}", getattr(self, name), 0, int)
-        _above("train", "train_lr", self.train_lr, 0)
-        _above("train", "lr_cosine_portion", self.lr_cosine_portion, 0)
+            check_at_least(f"train.{name}", getattr(self, name), 0, int)
+        check_above("train", "train_lr", self.train_lr, 0)
+        check_above("train", "lr_cosine_portion", self.lr_cosine_portion, 0)
         for name in ("weight_decay", "max_grad_norm"):
-            _at_least(f"train.{name}", getattr(self, name), 0, float)
-        _within("train.ema_decay", self.ema_decay, 0, 1)
+            check_at_least(f"train.{name}", getattr(self, name), 0, float)
+        check_within("train.ema_decay", self.ema_decay, 0, 1)
         if self.ema_warmup is not None:
-            _above("train", "ema_warmup", self.ema_warmup, 0)
+            check_above("train", "ema_warmup", self.ema_warmup, 0)
         for sigma_rel in self.ema_sigma_rel:
             check_sigma_rel("train.ema_sigma_rel", sigma_rel)
         if len(self.ema_sigma_rel) == 1 or len(set(self.ema_sigma_rel)) != len(self.ema_sigma_rel):
@@ -311,7 +314,7 @@ class TrainConfig:
 
 def check_sigma_rel(name: str, value: Any) -> None:
     """The length of an average, as a share of the training (Karras et al. 2024): 0.28 is nearly all of it."""
-    _within(name, value, 0.01, 0.28)
+    check_within(name, value, 0.01, 0.28)
 
 
 @dataclass
@@ -338,13 +341,13 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         for name in ("num_samples", "steps"):
-            _at_least(f"sample.{name}", getattr(self, name), 1, int)
-        _check_choices("sample", self)
-        _at_least("sample.time_difference", self.time_difference, 0, float)
-        _within("sample.guidance_rescale", self.guidance_rescale, 0, 1)
-        _at_least("sample.guidance", self.guidance, 0, float)
+            check_at_least(f"sample.{name}", getattr(self, name), 1, int)
+        check_choices("sample", self)
+        check_at_least("sample.time_difference", self.time_difference, 0, float)
+        check_within("sample.guidance_rescale", self.guidance_rescale, 0, 1)
+        check_at_least("sample.guidance", self.guidance, 0, float)
         if self.fps is not None:
-            _above("sample", "fps", self.fps, 0)
+            check_above("sample", "fps", self.fps, 0)
         interval = list(self.guidance_interval)
         if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
             raise UsageError(f"sample.guidance_interval is {interval}: it takes two gammas, 0 <= low < high <= 1")
@@ -361,180 +364,21 @@ class Config:
     sample: SampleConfig = field(default_factory=SampleConfig)
 
 
-def class_index(label: Any, classes: Sequence[str], num_classes: int) -> int:
-    """A class by name or number as its number. Raises `UsageError` for one that the model does not have."""
-    if not num_classes:
-        raise UsageError(f"class {label} is asked for, but the model has no classes")
-    names = [str(name) for name in classes]
-    if str(label) in names:  # a class called 2 is class 2, be it written as a number or as a name
-        return names.index(str(label))
-    numbered = bool(names) and all(name.isdecimal() for name in names)
-    if str(label).isdecimal() and numbered and int(label) in map(int, names):
-        return [int(name) for name in names].index(int(label))
-    if str(label).isdecimal() and not numbered and int(label) < num_classes:
-        return int(label)
-    there = f"0 to {num_classes - 1}" + (f" ({', '.join(names)})" if names else "")
-    raise UsageError(f"the model has no class {label}: it has {', '.join(names) if numbered else there}")
-
-
-def presets() -> list[str]:
-    """Names of the presets that ship with the package."""
-    folder = resources.files("rin_video.configs")
-    return sorted(file.name[:-5] for file in folder.iterdir() if file.name.endswith(".yaml"))
-
-
-def load_config(name_or_file: str | os.PathLike[str] | None = None, overrides: Sequence[str] = ()) -> Config:
-    """The defaults, then a preset by name or a YAML file, then `section.key=value` overrides.
-
-    Text is taken as it is written: nothing replaces `${...}`, in files and overrides alike. A file cannot set
-    `data.allow_pipe`. Raises `UsageError` for an unknown preset, key or value; an unknown key names the nearest one.
-    """
-    values = dataclasses.asdict(Config())
-    if name_or_file is not None:
-        values = _merge(values, _read_file(name_or_file))
-    layers = [_read_override(override) for override in overrides]
-    _forget_parameters(values, layers)
-    values = _merge(values, *layers)
-    return Config(**{name: section(**values[name]) for name, section in types_of(Config).items()})
-
-
-def is_set(key: str, name_or_file: str | os.PathLike[str] | None = None, overrides: Sequence[str] = ()) -> bool:
-    """Whether the file or the overrides set `section.key`, even to its default."""
-    section, name = key.split(".")
-    layers = [*([] if name_or_file is None else [_read_file(name_or_file)]), *map(_read_override, overrides)]
-    return any(name in layer.get(section, {}) for layer in layers)
-
-
-@cache
-def types_of(kind: type) -> dict[str, Any]:
-    """The types of the fields of a dataclass."""
-    return get_type_hints(kind)
-
-
-PARAMETERS = {  # of what is chosen by name
-    "diffusion": {
-        "noise_schedule": "schedule_kwargs",
-        "loss_weight": "loss_weight_kwargs",
-        "time_sampling": "time_sampling_kwargs",
-    },
-    "sample": {"sampler": "sampler_kwargs", "schedule": "schedule_kwargs"},
-}
-
-
-def _forget_parameters(values: Layer, overrides: Sequence[Layer]) -> None:
-    """The parameters of what a file chose are dropped where the overrides choose something else."""
-    for section, choices in PARAMETERS.items():
-        for name, parameters in choices.items():
-            chosen = [layer[section][name] for layer in overrides if name in layer.get(section, {})]
-            if chosen and chosen[-1] != values[section][name]:
-                values[section][parameters] = {}
-
-
-def _merge(*layers: Layer) -> Layer:
-    """Options replace those of earlier layers; a mapping adds to the one before, unless it is empty."""
-    from omegaconf import OmegaConf
-
-    merged = OmegaConf.create(flags={"allow_objects": True})
-    for layer in layers:
-        for section, options in layer.items():
-            for name in [name for name, value in options.items() if value == {} and section in merged]:
-                merged[section][name] = {}
-        merged.merge_with(_map_text(_Text, layer))
-    return _map_text(None, OmegaConf.to_container(merged))
-
-
-class _Text:
-    """Text that is opaque to OmegaConf, which would replace `${...}` and take `???` for a missing value."""
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-
-
-def _map_text(wrap: type[_Text] | None, value: Any) -> Any:
-    """Nested values with every text wrapped, or taken out again."""
-    if isinstance(value, dict):
-        return {key: _map_text(wrap, item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_map_text(wrap, item) for item in value]
-    if wrap is not None and isinstance(value, str):
-        return wrap(value)
-    return value.text if isinstance(value, _Text) else value
-
-
-def _read_file(name_or_file: str | os.PathLike[str]) -> Layer:
-    """What a preset or a file sets. Commands are allowed by people, not by files, which may be somebody else's."""
-    from rin_video import plain_yaml
-
-    text, origin = _read_text(name_or_file)
-    node = plain_yaml.parse(text, origin)
-    if not plain_yaml.is_mapping(node):
-        raise UsageError(
-            f"{origin} is no mapping of sections: it starts with model:, diffusion:, data:, train:, sample:"
-        )
-    layer = _read_layer(plain_yaml.read_items(node, origin), origin)
-    layer.get("data", {}).pop("allow_pipe", None)
-    return layer
-
-
-def _read_override(override: str) -> Layer:
-    """What `section.key=value` sets. Text needs no quotes there, whatever it holds; quotes around it are YAML's."""
-    from rin_video import plain_yaml
-
-    key, equals, text = override.partition("=")
-    if not equals:
-        raise UsageError(f"cannot read {override!r}: overrides are written section.key=value")
-    section, *path = key.split(".")
-    kind = types_of(types_of(Config)[section]).get(path[0]) if section in types_of(Config) and path else None
-    verbatim = plain_yaml.is_text(kind) and not re.fullmatch(r"'.*'|\".*\"", text, flags=re.DOTALL)
-    node = plain_yaml.text_node(text) if verbatim else plain_yaml.parse(text, override)
-    for part in reversed(path):
-        node = plain_yaml.mapping_node(part, node)
-    return _read_layer({section: node}, override)
-
-
-def _read_layer(sections: dict[str, Any], origin: str) -> Layer:
-    """YAML nodes as values of the types of their options."""
-    from rin_video import plain_yaml
-
-    _check_names(sections, Config, origin, prefix="")
-    layer: Layer = {}
-    for section, node in sections.items():
-        if not plain_yaml.is_mapping(node):
-            raise UsageError(f"{origin}: {section} is a section: write {section}.key=value, or keys below {section}:")
-        kind = types_of(Config)[section]
-        options = plain_yaml.read_items(node, origin)
-        _check_names(options, kind, origin, prefix=f"{section}.")
-        layer[section] = {
-            name: plain_yaml.read_value(value, types_of(kind)[name], f"{section}.{name}", origin)
-            for name, value in options.items()
-        }
-    return layer
-
-
-def to_yaml(config: Config | ModelConfig) -> str:
-    """The configuration as YAML that `load_config` reads back, without `data.allow_pipe`, which no file can set."""
-    from rin_video import plain_yaml
-
-    values = dataclasses.asdict(config)
-    values.get("data", {}).pop("allow_pipe", None)
-    return plain_yaml.dump(values)
-
-
 def model_config(**options: Any) -> ModelConfig:
     """A `ModelConfig`; an unknown option is a `UsageError` that names the nearest one."""
-    _check_names(options, ModelConfig, "RIN", prefix="")
+    check_names(options, ModelConfig, "RIN", prefix="")
     return ModelConfig(**options)
 
 
 def data_config(**options: Any) -> DataConfig:
     """A `DataConfig`; an unknown option is a `UsageError` that names the nearest one."""
-    _check_names(options, DataConfig, "data", prefix="")
+    check_names(options, DataConfig, "data", prefix="")
     return DataConfig(**options)
 
 
 def check_diffusion_names(options: Any) -> None:
     """Raises a `UsageError` that names the nearest option of `GaussianDiffusion` for one that is none."""
-    _check_names(options, DiffusionConfig, "GaussianDiffusion", prefix="")
+    check_names(options, DiffusionConfig, "GaussianDiffusion", prefix="")
 
 
 def trainer_config(**options: Any) -> tuple[TrainConfig, DataConfig]:
@@ -546,25 +390,11 @@ def trainer_config(**options: Any) -> tuple[TrainConfig, DataConfig]:
 
 def train_config(**options: Any) -> TrainConfig:
     """A `TrainConfig`; an unknown option is a `UsageError` that names the nearest one."""
-    _check_names(options, TrainConfig, "Trainer", prefix="")
+    check_names(options, TrainConfig, "Trainer", prefix="")
     return TrainConfig(**options)
 
 
-def _read_text(name_or_file: str | os.PathLike[str]) -> tuple[str, str]:
-    """The text of a preset or a file, and its name for errors."""
-    name = os.fspath(name_or_file)
-    if name in presets():
-        return (resources.files("rin_video.configs") / f"{name}.yaml").read_text(encoding="utf-8"), f"preset {name}"
-    path = Path(name)
-    if not path.is_file():
-        raise UsageError(f"no preset and no file is called {name}: the presets are {', '.join(presets())}")
-    try:
-        return path.read_text(encoding="utf-8"), str(path)
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not a text file: {error.reason}") from None
-
-
-def _check_names(given: Any, kind: Any, origin: str, prefix: str) -> None:
+def check_names(given: Any, kind: Any, origin: str, prefix: str) -> None:
     known = [f.name for f in dataclasses.fields(kind)]
     for name in given:
         if name not in known:
@@ -575,61 +405,3 @@ def _check_names(given: Any, kind: Any, origin: str, prefix: str) -> None:
 
 def _elsewhere(name: str) -> list[str]:
     return [f"{section}.{name}" for section, kind in types_of(Config).items() if name in types_of(kind)]
-
-
-def names_of(kind: Any) -> tuple[str, ...]:
-    """The names that an option of a type takes, in order; none where it is free."""
-    if get_origin(kind) is Literal:
-        return get_args(kind)
-    optional = type(None) in get_args(kind)
-    return tuple(name for member in get_args(kind) for name in names_of(member)) if optional else ()
-
-
-def _check_choices(section: str, config: Any) -> None:
-    """Raises `UsageError` where a field is none of the names that its type lists."""
-    for name, kind in types_of(config.__class__).items():
-        value, names = getattr(config, name), names_of(kind)
-        if names and not (value is None and type(None) in get_args(kind)):
-            _choice(f"{section}.{name}", value, names)
-
-
-def _choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise UsageError(f"{name}={value} is unknown: choose {', '.join(choices)}")
-
-
-def _at_least(name: str, value: Any, least: int, kind: type) -> None:
-    if kind is int and not _whole(value, -(10**18)):
-        raise UsageError(f"{name} is {value!r}: it must be a whole number")
-    if not _number(value) or value < least:
-        raise UsageError(f"{name} is {value!r}: it must be at least {least}")
-
-
-def _above(section: str, name: str, value: Any, bound: float) -> None:
-    if not (_number(value) and value > bound):
-        raise UsageError(f"{section}.{name} is {value!r}: it must be above {bound}")
-
-
-def _within(name: str, value: Any, low: float, high: float) -> None:
-    if not (_number(value) and low <= value <= high):
-        raise UsageError(f"{name} is {value!r}: it lies in [{low}, {high}]")
-
-
-def _range(name: str, value: Any, low: float, high: float) -> None:
-    if len(value) != 2 or not all(_number(n) for n in value) or not low <= value[0] <= value[1] <= high:
-        raise UsageError(f"{name} is {list(value)}: it takes two numbers, the smaller one first, in [{low}, {high}]")
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _whole(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _numbers(name: str, value: Any, count: int, names: str) -> tuple[int, ...]:
-    numbers = tuple(value) if isinstance(value, list | tuple) else (value,) * count
-    if len(numbers) != count or any(not _whole(n, 1) for n in numbers):
-        raise UsageError(f"{name} is {value}: it takes one number, or {count} ({names}), each at least 1")
-    return numbers

@@ -30,8 +30,9 @@ from rin_video.config import (
 )
 from rin_video.errors import UsageError
 from rin_video.extend import extend
-from rin_video.given import Given, Labels, check_labels
+from rin_video.given import Given
 from rin_video.known import ANY_GRID, draw_known
+from rin_video.labels import Labels, check_labels
 from rin_video.noise import RNG
 from rin_video.objectives import CLIPS, TIME_SAMPLINGS, eps_from_x0, make_loss_weight, target, to_x0_eps
 from rin_video.port import diffusion_options

@@ -13,6 +13,8 @@ from safetensors import SafetensorError
 
 from rin_video.errors import UsageError
 
+WEIGHTS, CONFIG = "model.safetensors", "config.yaml"
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from rin_video.config import GuidanceDropName, class_index
+from rin_video.config import GuidanceDropName
 from rin_video.errors import UsageError
 from rin_video.noise import RNG
 from rin_video.tensors import append_dims
@@ -83,43 +81,6 @@ class Given(NamedTuple):
         offset = x.flatten(1) - ((x.flatten(1) * unknown).sum(1) / count.clamp(min=1))[:, None]
         variance = (offset.square() * unknown).sum(1) / (count - 1).clamp(min=1)
         return torch.where(count > 1, variance.sqrt(), 1)
-
-
-Labels: TypeAlias = "Tensor | np.ndarray | Sequence[int | str] | int | str"
-
-
-def check_labels(label: Labels | None, batch_size: int, num_classes: int, classes: Sequence[str] = ()) -> Tensor | None:
-    """Labels for a batch: (B,) whole numbers from -1 (none), or (B, num_classes) weights.
-
-    `label` is one class for all, or a list, an array or a tensor with one for each; names are looked up in `classes`.
-    Raises `UsageError` for a class that the model does not have.
-    """
-    if label is None:
-        return None
-    if isinstance(label, np.ndarray) and label.dtype.kind in "UO":  # names
-        label = label.tolist()
-    if isinstance(label, str) or (isinstance(label, Sequence) and any(isinstance(one, str) for one in label)):
-        label = class_index(label, classes, num_classes) if isinstance(label, str) else [
-            class_index(one, classes, num_classes) if isinstance(one, str) else one for one in label
-        ]  # fmt: skip
-    labels = torch.as_tensor(label)
-    if labels.ndim == 0:
-        labels = labels.expand(batch_size)
-    if not num_classes:
-        return labels
-    wanted = f"give one for each sample, from 0 to {num_classes - 1}, or -1 for none"
-    if labels.ndim == 2 and labels.shape == (batch_size, num_classes):
-        return labels
-    if labels.ndim != 1 or len(labels) != batch_size:
-        raise UsageError(f"labels of shape {tuple(labels.shape)} do not suit {batch_size} samples: {wanted}")
-    if labels.is_floating_point() and (labels != labels.round()).any():
-        raise UsageError(f"the labels are {labels.dtype}, and not whole: {wanted}")
-    labels = labels.long()
-    low, high = int(labels.min()), int(labels.max())
-    if low < -1 or high >= num_classes:
-        counted = ". Labels count from 0: subtract 1" if (low, high) == (1, num_classes) else ""
-        raise UsageError(f"the labels go from {low} to {high}, the model has {num_classes} classes: {wanted}{counted}")
-    return labels
 
 
 def check_guidance(guidance: float, drop: str, given: Given) -> None:

@@ -11,9 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rin_video.checkpoint import CONFIG, WEIGHTS, load_model
-from rin_video.config import Config, load_config, to_yaml
+from rin_video.checkpoint import load_model
+from rin_video.config import Config
+from rin_video.config_files import load_config, to_yaml
 from rin_video.errors import UsageError, first_line, one_line
+from rin_video.files import CONFIG, WEIGHTS
 from rin_video.plain_yaml import dump
 from rin_video.provenance import read_json
 from rin_video.report import read_lines

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from rin_video.errors import first_line
-from rin_video.export import can_be_picture, contact_sheet, save_samples
+from rin_video.media import can_be_picture, contact_sheet, save_samples
 
 log = logging.getLogger("rin_video")
 

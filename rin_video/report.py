@@ -11,9 +11,8 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from rin_video.checkpoint import CONFIG
 from rin_video.errors import UsageError, one_line
-from rin_video.files import write_text
+from rin_video.files import CONFIG, write_text
 from rin_video.metrics import NOISE_BINS
 from rin_video.plots import metrics_svg
 from rin_video.provenance import read_json

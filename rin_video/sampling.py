@@ -12,7 +12,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from rin_video.config import (
-    PARAMETERS,
     ClippingName,
     DiffusionConfig,
     PrecisionName,
@@ -21,9 +20,11 @@ from rin_video.config import (
     ScheduleName,
     SpacingName,
 )
+from rin_video.config_files import PARAMETERS
 from rin_video.errors import UsageError
-from rin_video.given import Given, Labels, check_guidance, check_labels
+from rin_video.given import Given, check_guidance
 from rin_video.known import place_context
+from rin_video.labels import Labels, check_labels
 from rin_video.noise import NoiseSource
 from rin_video.objectives import CLIPS
 from rin_video.precision import running_in

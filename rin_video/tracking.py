@@ -13,9 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from rin_video.callbacks import Callback
-from rin_video.checkpoint import plain
+from rin_video.config_files import plain
 from rin_video.errors import UsageError
-from rin_video.export import DEFAULT_FPS
+from rin_video.media import DEFAULT_FPS
 from rin_video.previews import harmless
 
 if TYPE_CHECKING:

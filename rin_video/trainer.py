@@ -19,8 +19,9 @@ from tqdm.auto import tqdm
 
 from rin_video.averages import make_ema, make_tracks, save_snapshot
 from rin_video.callbacks import Callback, append_line
-from rin_video.checkpoint import load_state, newest_state, plain, remove_state, save_state, save_weights, saved_states
+from rin_video.checkpoint import load_state, newest_state, remove_state, save_state, save_weights, saved_states
 from rin_video.config import Config, ModelConfig, SampleConfig, trainer_config
+from rin_video.config_files import plain
 from rin_video.datasets.adapters import ADAPTED, BatchCheck, adapt_for
 from rin_video.datasets.clips import ClipFolder
 from rin_video.datasets.draws import Draws, unpack
@@ -45,11 +46,11 @@ from rin_video.distributed import (
     share,
 )
 from rin_video.errors import Stopped, UsageError
-from rin_video.export import DEFAULT_FPS
 from rin_video.files import full_disk
 from rin_video.identity import check_same_data, identify
 from rin_video.known import draw_known
 from rin_video.locking import lock_run
+from rin_video.media import DEFAULT_FPS
 from rin_video.memory import checkpoint_blocks, out_of_memory
 from rin_video.metrics import Metrics, trim_lines
 from rin_video.noise import BatchRNG, seeded_generators, spread_seed

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 from rin_video import RIN, UsageError
 from rin_video.checkpoint import load_model, load_state, newest_state, read_metadata, save_state, saved_states
-from rin_video.config import load_config
+from rin_video.config_files import load_config
 from rin_video.tensor_files import contributing, tensors_digest, write_tensors
 
 STATES = [{"step": step, "numbers": torch.full((50,), float(step))} for step in (1, 2, 3)]

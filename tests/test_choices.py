@@ -12,8 +12,11 @@ import torch
 from tiny_run import TINY
 from torch.testing import assert_close
 
-from rin_video import RIN, UsageError, cli, config
-from rin_video.config import Config, DataConfig, TrainConfig, load_config, names_of, types_of
+from rin_video import RIN, UsageError, config
+from rin_video.cli.parser import make_parser
+from rin_video.config import Config, DataConfig, TrainConfig
+from rin_video.config_checks import names_of, types_of
+from rin_video.config_files import load_config
 from rin_video.datasets.backends import DECODERS
 from rin_video.datasets.folders import KINDS
 from rin_video.datasets.framing import Framing
@@ -146,7 +149,7 @@ def test_names_that_are_joined(option, names):
 
 
 def test_the_help_says_the_same():
-    (commands,) = (a for a in cli.make_parser()._actions if isinstance(a, argparse._SubParsersAction))
+    (commands,) = (a for a in make_parser()._actions if isinstance(a, argparse._SubParsersAction))
     said = {
         (command, action.dest): action.help
         for command, parser in commands.choices.items()

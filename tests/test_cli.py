@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 
 from rin_video import cli
-from rin_video.config import load_config, to_yaml
-from rin_video.export import write_video
+from rin_video.cli.parser import make_parser, split_overrides
+from rin_video.config_files import load_config, to_yaml
+from rin_video.media import write_video
 
 TINY = [
     "model.dim=32",
@@ -151,19 +152,19 @@ def test_overrides_may_stand_anywhere_but_for_an_option_s_value():
         ["train", "--data", "x", "a.b=1", "c.d=[1,2]"],
         ["train", "--data=x", "a.b=1", "c.d=[1,2]"],
     ):
-        arguments, overrides = cli.split_overrides(argv)
+        arguments, overrides = split_overrides(argv)
         assert overrides == ["a.b=1", "c.d=[1,2]"]
-        assert cli.make_parser().parse_args(arguments).data == "x"
-    arguments, overrides = cli.split_overrides(["train", "--data", "a.b=1", "--out", "c.d=2"])
+        assert make_parser().parse_args(arguments).data == "x"
+    arguments, overrides = split_overrides(["train", "--data", "a.b=1", "--out", "c.d=2"])
     assert overrides == []
-    options = cli.make_parser().parse_args(arguments)
+    options = make_parser().parse_args(arguments)
     assert (options.data, options.out) == ("a.b=1", "c.d=2")
-    assert cli.split_overrides(["sample", "./a=b", "x=1"])[1] == []
+    assert split_overrides(["sample", "./a=b", "x=1"])[1] == []
 
 
 @pytest.mark.parametrize(("text", "size"), [("64", 64), ("48x64", [48, 64])])
 def test_size(text, size):
-    from rin_video.commands import parse_size
+    from rin_video.cli.commands import parse_size
 
     assert parse_size(text) == size
 
@@ -400,7 +401,7 @@ def test_export_turns_clips_and_arrays_into_each_other(clips, tmp_path):
 def test_info_lists_the_presets(capsys, monkeypatch):
     """Of three: to count all of them takes seconds."""
     some = ["cifar10", "demo", "image64"]
-    monkeypatch.setattr("rin_video.commands.presets", lambda: some)
+    monkeypatch.setattr("rin_video.cli.commands.presets", lambda: some)
     assert cli.main(["info"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[1:-1]] == some

@@ -3,6 +3,7 @@
 import dataclasses
 import subprocess
 import sys
+from importlib import resources
 
 import pytest
 from hypothesis import given, settings
@@ -16,13 +17,10 @@ from rin_video.config import (
     ModelConfig,
     SampleConfig,
     TrainConfig,
-    load_config,
     model_config,
-    presets,
-    resources,
-    to_yaml,
     train_config,
 )
+from rin_video.config_files import load_config, presets, to_yaml
 
 SECTIONS = {
     "model": ModelConfig,
@@ -332,7 +330,7 @@ def test_options_given_in_python_are_checked_alike():
 
 def test_importing_the_configuration_imports_no_torch(tmp_path):
     code = (
-        "import sys, rin_video.config as c; c.load_config('cifar10', ['model.dim=8']);"
+        "import sys, rin_video.config_files as c; c.load_config('cifar10', ['model.dim=8']);"
         "print(*{name.split('.')[0] for name in sys.modules} & {'torch', 'numpy', 'timm', 'accelerate', 'PIL', 'av'})"
     )
     done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)

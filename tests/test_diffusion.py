@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from rin_video import RIN, GaussianDiffusion, UsageError
-from rin_video.config import load_config
+from rin_video.config_files import load_config
 from rin_video.noise import NoiseSource
 from rin_video.objectives import OBJECTIVES, target, to_x0_eps
 from rin_video.schedules import NoiseLevel

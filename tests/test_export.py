@@ -6,11 +6,12 @@ import pytest
 import torch
 from PIL import Image
 
+from rin_video.cli.context import read_context
+from rin_video.cli.convert import export, load_media
 from rin_video.config import DataConfig
-from rin_video.context import read_context
 from rin_video.datasets.decoding import Video, open_video
 from rin_video.errors import UsageError
-from rin_video.export import contact_sheet, export, load_media, save_samples, video_grid, write_image_grid, write_video
+from rin_video.media import contact_sheet, save_samples, video_grid, write_image_grid, write_video
 
 
 def psnr(pixels, clip):
@@ -209,7 +210,7 @@ def test_no_more_of_a_film_is_read_than_is_written(tmp_path, numbered, numbers, 
     export(path, tmp_path / "sheet.png")
     assert [count for count, _ in reads] == [8]
     reads.clear()
-    monkeypatch.setattr("rin_video.export.BLOCK_PIXELS", 6 * 32 * 64)
+    monkeypatch.setattr("rin_video.cli.convert.BLOCK_PIXELS", 6 * 32 * 64)
     said = export(path, tmp_path / "copy.mp4")
     assert [count for count, _ in reads] == [6, 6, 6, 2]
     assert "20 frames of 32x64, 8 fps" in said

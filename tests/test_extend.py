@@ -10,8 +10,8 @@ from rin_video.callbacks import Callback
 from rin_video.checkpoint import save_model
 from rin_video.config import Config, DataConfig, DiffusionConfig
 from rin_video.datasets.decoding import open_video
-from rin_video.export import VideoWriter, write_video
 from rin_video.info import PeakMemory
+from rin_video.media import VideoWriter, write_video
 from rin_video.tokenizers.positions import LearnedPosition
 
 TINY = {"dim": 32, "num_latents": 8, "dim_latent": 32, "depth": 1, "num_heads": 2, "latent_num_heads": 2}

@@ -8,7 +8,6 @@ import torch
 from PIL import Image, ImageOps
 
 from rin_video import UsageError, cli
-from rin_video.config import class_index
 from rin_video.datasets import ClipFolder, ImageFolder, detect_kind
 from rin_video.datasets import folders as finding
 from rin_video.datasets.embeddings import EmbeddingFiles
@@ -16,6 +15,7 @@ from rin_video.datasets.index import make_index
 from rin_video.datasets.reading import probe_image, read_image
 from rin_video.datasets.shards import is_shards, write_shard
 from rin_video.datasets.sources import decode_text, not_media
+from rin_video.labels import class_index
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,8 @@ import torch
 from golden_files import GOLDEN
 
 from rin_video import RIN, GaussianDiffusion, UsageError
-from rin_video.config import Config, ModelConfig, load_config
+from rin_video.config import Config, ModelConfig
+from rin_video.config_files import load_config
 from rin_video.info import LIBRARIES, MALLOC, PeakMemory, describe, model_info, training_memory
 
 COUNTS = GOLDEN / "paper_models.json"

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from rin_video import RIN, GaussianDiffusion, UsageError
-from rin_video.commands import check_sampling
-from rin_video.config import load_config
+from rin_video.cli.commands import check_sampling
+from rin_video.config_files import load_config
 from rin_video.given import Given
 from rin_video.known import KNOWN_MASKS, draw_known, place_context
 from rin_video.noise import NoiseSource

@@ -8,9 +8,9 @@ from tiny_run import TINY, make_trainer
 from torch.testing import assert_close
 
 from rin_video import RIN, GaussianDiffusion, UsageError, cli
-from rin_video.config import load_config
-from rin_video.export import write_video
+from rin_video.config_files import load_config
 from rin_video.info import PeakMemory, training_memory
+from rin_video.media import write_video
 from rin_video.memory import checkpoint_blocks, largest_batch, with_batch
 
 

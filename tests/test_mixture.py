@@ -10,7 +10,8 @@ from torch.testing import assert_close
 
 from rin_video import RIN, GaussianDiffusion, Trainer, UsageError, cli
 from rin_video.checkpoint import load_model, save_model
-from rin_video.config import Config, load_config
+from rin_video.config import Config
+from rin_video.config_files import load_config
 from rin_video.datasets.loading import Batches
 from rin_video.datasets.mixture import Mixture, MixtureSampler
 from rin_video.transfer import transfer_weights

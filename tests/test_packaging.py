@@ -50,9 +50,9 @@ def test_the_only_top_level_package_is_ours(names):
 
 def test_every_source_file_is_in_it_once_and_no_test(names):
     expected = {
-        f"{home}/{path.name}"
+        f"{home}/{path.relative_to(CHECKOUT / folder).as_posix()}"
         for folder, home in FOLDERS.items()
-        for path in (CHECKOUT / folder).iterdir()
+        for path in (CHECKOUT / folder).rglob("*")
         if path.suffix in (".py", ".yaml") or path.name == "py.typed"
     }
     assert {name for name in names if ".dist-info/" not in name} == expected
@@ -69,7 +69,7 @@ def test_it_brings_the_command_and_the_licence(wheel, names):
 
 
 def test_every_extra_that_is_spoken_of_exists(wheel):
-    places = [CHECKOUT / "README.md", *CHECKOUT.glob("rin_video/*.py"), *CHECKOUT.glob("datasets/*.py")]
+    places = [CHECKOUT / "README.md", *CHECKOUT.glob("rin_video/**/*.py"), *CHECKOUT.glob("datasets/*.py")]
     named = {extra for path in places for extra in re.findall(r"rin-video\[([a-z]+)\]", path.read_text("utf-8"))}
     with zipfile.ZipFile(wheel) as file:
         (metadata,) = (name for name in file.namelist() if name.endswith("/METADATA"))
@@ -82,8 +82,8 @@ def test_it_runs_from_the_wheel_alone(wheel, tmp_path):
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]);"
         "sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f)];"
-        "from rin_video import config, cli; assert config.__file__.startswith(sys.argv[1]), config.__file__;"
-        "print(*config.presets()); [config.load_config(name) for name in config.presets()]"
+        "from rin_video import config_files, cli; assert config_files.__file__.startswith(sys.argv[1]), config_files.__file__;"
+        "print(*config_files.presets()); [config_files.load_config(name) for name in config_files.presets()]"
     )
     done = subprocess.run(
         [sys.executable, "-I", "-c", code, str(wheel)], cwd=tmp_path, capture_output=True, text=True, check=True

@@ -15,7 +15,7 @@ from safetensors.torch import save, save_file
 from rin_video.cli import main
 from rin_video.config import DataConfig
 from rin_video.datasets import ArrayFolder, ClipFolder, ImageFolder, open_video
-from rin_video.datasets.arrays import probe_array
+from rin_video.datasets.array_files import probe_array
 from rin_video.datasets.folders import detect_kind
 from rin_video.datasets.hub import HubDataset, import_hub
 from rin_video.datasets.open import open_dataset

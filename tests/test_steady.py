@@ -7,10 +7,10 @@ from PIL import Image
 from torch.utils.data import ConcatDataset, Subset
 
 from rin_video import RIN, GaussianDiffusion, Trainer, cli
+from rin_video.cli.convert import export, load_media
 from rin_video.datasets import ClipFolder, open_video
 from rin_video.datasets.adapters import adapt
 from rin_video.datasets.steady import frame_rate, is_steady, steady_frames
-from rin_video.export import export, load_media
 
 
 def animation(path, levels, durations):

@@ -17,7 +17,8 @@ from torch.utils.data import Dataset, TensorDataset
 
 from rin_video import RIN, GaussianDiffusion, Trainer, UsageError
 from rin_video.checkpoint import load_state, save_state
-from rin_video.config import Config, DataConfig, TrainConfig, load_config
+from rin_video.config import Config, DataConfig, TrainConfig
+from rin_video.config_files import load_config
 from rin_video.datasets.draws import Draws, DrawSampler
 from rin_video.trainer import Metrics, make_lr_schedule, make_optimizer
 

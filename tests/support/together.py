@@ -7,10 +7,11 @@ from types import SimpleNamespace
 import torch
 from accelerate.utils import gather_object
 
-from rin_video import RIN, GaussianDiffusion, UsageError, commands
+from rin_video import RIN, GaussianDiffusion, UsageError
+from rin_video.cli import commands
+from rin_video.cli.passes import Pass, extend_parts
 from rin_video.config import Config, SampleConfig
 from rin_video.distributed import first_then_others, in_all, meet
-from rin_video.passes import Pass, extend_parts
 from rin_video.together import sample_together
 
 CLIP = {"dim": 32, "num_latents": 6, "dim_latent": 32, "depth": 1, "num_heads": 2, "latent_num_heads": 2,

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 
-from rin_video.config import load_config
+from rin_video.config_files import load_config
 from rin_video.datasets.demo import SHAPES, write_demo_set
 from rin_video.datasets.open import open_dataset
 from rin_video.diffusion import GaussianDiffusion
-from rin_video.export import DEFAULT_FPS, contact_sheet, save_samples
 from rin_video.info import describe
+from rin_video.media import DEFAULT_FPS, contact_sheet, save_samples
 from rin_video.rin import RIN
 from rin_video.trainer import Trainer
 

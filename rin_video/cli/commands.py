@@ -14,24 +14,17 @@ from typing import Any, get_args
 import numpy as np
 import torch
 
-from rin_video.checkpoint import CONFIG, find_model, newest_state
-from rin_video.config import (
-    Config,
-    DataConfig,
-    DataKind,
-    FrameKind,
-    SampleConfig,
-    class_index,
-    is_set,
-    load_config,
-    presets,
-)
+from rin_video.checkpoint import find_model, newest_state
+from rin_video.cli.passes import extend_parts, parse_size, plan_pass, refuse_extension
+from rin_video.config import Config, DataConfig, DataKind, FrameKind, SampleConfig
+from rin_video.config_files import is_set, load_config, presets
 from rin_video.diffusion import GaussianDiffusion
 from rin_video.errors import UsageError
+from rin_video.files import CONFIG
 from rin_video.identity import run_folder
 from rin_video.info import describe, model_info, training_memory
+from rin_video.labels import class_index
 from rin_video.memory import largest_batch
-from rin_video.passes import extend_parts, parse_size, plan_pass, refuse_extension
 from rin_video.provenance import device_name
 from rin_video.ranks import is_first, several_processes
 from rin_video.samplers import get_sampler, make_levels
@@ -111,8 +104,8 @@ def shorten_warmup(config: Config) -> None:
 
 def sample(options: Namespace) -> None:
     """`rin-video sample`."""
-    from rin_video.context import read_given, read_told
-    from rin_video.export import DEFAULT_FPS, MAX_GIF_FPS, check_target, save_parts, save_samples
+    from rin_video.cli.context import read_given, read_told
+    from rin_video.media import DEFAULT_FPS, MAX_GIF_FPS, check_target, save_parts, save_samples
 
     folder = find_model(options.model)
     names = {name: getattr(options, name) for name in ("sampler", "spacing", "schedule")}  # where null is a choice
@@ -254,7 +247,7 @@ def peek(options: Namespace) -> None:
     from rin_video.datasets.open import INDEX, open_dataset
     from rin_video.datasets.peek import captions, check_sheet, draw_some, statistics, write_sheet
     from rin_video.datasets.steady import frame_rate
-    from rin_video.export import DEFAULT_FPS
+    from rin_video.media import DEFAULT_FPS
 
     if options.num < 1:
         raise UsageError(f"--num is {options.num}: it must be at least 1")
@@ -337,7 +330,7 @@ def prepare(options: Namespace) -> None:
 
 def export(options: Namespace) -> None:
     """`rin-video export`."""
-    from rin_video.export import export as convert
+    from rin_video.cli.convert import export as convert
 
     log.info(convert(options.input, options.output, fps=options.fps))
 
@@ -371,7 +364,7 @@ def info(options: Namespace) -> None:
 
 def demo(options: Namespace) -> None:
     """`rin-video demo`."""
-    from rin_video.demo import run_demo
+    from rin_video.cli.demo import run_demo
 
     run_demo(Path(options.out), options.overrides)
 

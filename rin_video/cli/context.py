@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rin_video.cli.passes import Pass
 from rin_video.config import Config, DataConfig
 from rin_video.datasets.decoding import open_video
 from rin_video.datasets.folders import CLIP_EXTENSIONS, find_files
@@ -23,7 +24,6 @@ from rin_video.datasets.video_info import VideoInfo
 from rin_video.datasets.windows import nearest_in_time
 from rin_video.errors import UsageError
 from rin_video.known import known_frames_mask
-from rin_video.passes import Pass
 
 log = logging.getLogger("rin_video")
 
@@ -67,8 +67,8 @@ def read_told(options: Namespace, config: Config) -> dict[str, Any]:
 
     Several go round: sample i gets the i-th, and they start again behind the last.
     """
+    from rin_video.datasets.captions import TextEncoder
     from rin_video.datasets.embeddings import read_embedding
-    from rin_video.text import TextEncoder
 
     captions, files = options.caption, options.embedding
     if not captions and not files:

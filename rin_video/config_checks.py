@@ -1,0 +1,74 @@
+"""Checks of the values of options: each raises a `UsageError` that names the option and the value."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from rin_video.errors import UsageError
+
+
+@cache
+def types_of(kind: type) -> dict[str, Any]:
+    """The types of the fields of a dataclass."""
+    return get_type_hints(kind)
+
+
+def names_of(kind: Any) -> tuple[str, ...]:
+    """The names that an option of a type takes, in order; none where it is free."""
+    if get_origin(kind) is Literal:
+        return get_args(kind)
+    optional = type(None) in get_args(kind)
+    return tuple(name for member in get_args(kind) for name in names_of(member)) if optional else ()
+
+
+def check_choices(section: str, config: Any) -> None:
+    """Raises `UsageError` where a field is none of the names that its type lists."""
+    for name, kind in types_of(config.__class__).items():
+        value, names = getattr(config, name), names_of(kind)
+        if names and not (value is None and type(None) in get_args(kind)):
+            check_choice(f"{section}.{name}", value, names)
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise UsageError(f"{name}={value} is unknown: choose {', '.join(choices)}")
+
+
+def check_at_least(name: str, value: Any, least: int, kind: type) -> None:
+    if kind is int and not is_whole(value, -(10**18)):
+        raise UsageError(f"{name} is {value!r}: it must be a whole number")
+    if not is_number(value) or value < least:
+        raise UsageError(f"{name} is {value!r}: it must be at least {least}")
+
+
+def check_above(section: str, name: str, value: Any, bound: float) -> None:
+    if not (is_number(value) and value > bound):
+        raise UsageError(f"{section}.{name} is {value!r}: it must be above {bound}")
+
+
+def check_within(name: str, value: Any, low: float, high: float) -> None:
+    if not (is_number(value) and low <= value <= high):
+        raise UsageError(f"{name} is {value!r}: it lies in [{low}, {high}]")
+
+
+def check_range(name: str, value: Any, low: float, high: float) -> None:
+    if len(value) != 2 or not all(is_number(n) for n in value) or not low <= value[0] <= value[1] <= high:
+        raise UsageError(f"{name} is {list(value)}: it takes two numbers, the smaller one first, in [{low}, {high}]")
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def read_numbers(name: str, value: Any, count: int, names: str) -> tuple[int, ...]:
+    numbers = tuple(value) if isinstance(value, list | tuple) else (value,) * count
+    if len(numbers) != count or any(not is_whole(n, 1) for n in numbers):
+        raise UsageError(f"{name} is {value}: it takes one number, or {count} ({names}), each at least 1")
+    return numbers

@@ -1,0 +1,172 @@
+"""Options from presets, YAML files and the command line, and back to YAML."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from rin_video.config import Config, ModelConfig, check_names
+from rin_video.config_checks import types_of
+from rin_video.errors import UsageError
+
+Layer: TypeAlias = dict[str, dict[str, Any]]  # sections of options
+PARAMETERS = {  # of what is chosen by name
+    "diffusion": {
+        "noise_schedule": "schedule_kwargs",
+        "loss_weight": "loss_weight_kwargs",
+        "time_sampling": "time_sampling_kwargs",
+    },
+    "sample": {"sampler": "sampler_kwargs", "schedule": "schedule_kwargs"},
+}
+
+
+def presets() -> list[str]:
+    """Names of the presets that ship with the package."""
+    folder = resources.files("rin_video.configs")
+    return sorted(file.name[:-5] for file in folder.iterdir() if file.name.endswith(".yaml"))
+
+
+def load_config(name_or_file: str | os.PathLike[str] | None = None, overrides: Sequence[str] = ()) -> Config:
+    """The defaults, then a preset by name or a YAML file, then `section.key=value` overrides.
+
+    Text is taken as it is written: nothing replaces `${...}`, in files and overrides alike. A file cannot set
+    `data.allow_pipe`. Raises `UsageError` for an unknown preset, key or value; an unknown key names the nearest one.
+    """
+    values = dataclasses.asdict(Config())
+    if name_or_file is not None:
+        values = _merge(values, _read_file(name_or_file))
+    layers = [_read_override(override) for override in overrides]
+    _forget_parameters(values, layers)
+    values = _merge(values, *layers)
+    return Config(**{name: section(**values[name]) for name, section in types_of(Config).items()})
+
+
+def is_set(key: str, name_or_file: str | os.PathLike[str] | None = None, overrides: Sequence[str] = ()) -> bool:
+    """Whether the file or the overrides set `section.key`, even to its default."""
+    section, name = key.split(".")
+    layers = [*([] if name_or_file is None else [_read_file(name_or_file)]), *map(_read_override, overrides)]
+    return any(name in layer.get(section, {}) for layer in layers)
+
+
+def _forget_parameters(values: Layer, overrides: Sequence[Layer]) -> None:
+    """The parameters of what a file chose are dropped where the overrides choose something else."""
+    for section, choices in PARAMETERS.items():
+        for name, parameters in choices.items():
+            chosen = [layer[section][name] for layer in overrides if name in layer.get(section, {})]
+            if chosen and chosen[-1] != values[section][name]:
+                values[section][parameters] = {}
+
+
+def _merge(*layers: Layer) -> Layer:
+    """Options replace those of earlier layers; a mapping adds to the one before, unless it is empty."""
+    from omegaconf import OmegaConf
+
+    merged = OmegaConf.create(flags={"allow_objects": True})
+    for layer in layers:
+        for section, options in layer.items():
+            for name in [name for name, value in options.items() if value == {} and section in merged]:
+                merged[section][name] = {}
+        merged.merge_with(_map_text(_Text, layer))
+    return _map_text(None, OmegaConf.to_container(merged))
+
+
+class _Text:
+    """Text that is opaque to OmegaConf, which would replace `${...}` and take `???` for a missing value."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+
+def _map_text(wrap: type[_Text] | None, value: Any) -> Any:
+    """Nested values with every text wrapped, or taken out again."""
+    if isinstance(value, dict):
+        return {key: _map_text(wrap, item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_map_text(wrap, item) for item in value]
+    if wrap is not None and isinstance(value, str):
+        return wrap(value)
+    return value.text if isinstance(value, _Text) else value
+
+
+def _read_file(name_or_file: str | os.PathLike[str]) -> Layer:
+    """What a preset or a file sets. Commands are allowed by people, not by files, which may be somebody else's."""
+    from rin_video import plain_yaml
+
+    text, origin = _read_text(name_or_file)
+    node = plain_yaml.parse(text, origin)
+    if not plain_yaml.is_mapping(node):
+        raise UsageError(
+            f"{origin} is no mapping of sections: it starts with model:, diffusion:, data:, train:, sample:"
+        )
+    layer = _read_layer(plain_yaml.read_items(node, origin), origin)
+    layer.get("data", {}).pop("allow_pipe", None)
+    return layer
+
+
+def _read_override(override: str) -> Layer:
+    """What `section.key=value` sets. Text needs no quotes there, whatever it holds; quotes around it are YAML's."""
+    from rin_video import plain_yaml
+
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise UsageError(f"cannot read {override!r}: overrides are written section.key=value")
+    section, *path = key.split(".")
+    kind = types_of(types_of(Config)[section]).get(path[0]) if section in types_of(Config) and path else None
+    verbatim = plain_yaml.is_text(kind) and not re.fullmatch(r"'.*'|\".*\"", text, flags=re.DOTALL)
+    node = plain_yaml.text_node(text) if verbatim else plain_yaml.parse(text, override)
+    for part in reversed(path):
+        node = plain_yaml.mapping_node(part, node)
+    return _read_layer({section: node}, override)
+
+
+def _read_layer(sections: dict[str, Any], origin: str) -> Layer:
+    """YAML nodes as values of the types of their options."""
+    from rin_video import plain_yaml
+
+    check_names(sections, Config, origin, prefix="")
+    layer: Layer = {}
+    for section, node in sections.items():
+        if not plain_yaml.is_mapping(node):
+            raise UsageError(f"{origin}: {section} is a section: write {section}.key=value, or keys below {section}:")
+        kind = types_of(Config)[section]
+        options = plain_yaml.read_items(node, origin)
+        check_names(options, kind, origin, prefix=f"{section}.")
+        layer[section] = {
+            name: plain_yaml.read_value(value, types_of(kind)[name], f"{section}.{name}", origin)
+            for name, value in options.items()
+        }
+    return layer
+
+
+def to_yaml(config: Config | ModelConfig) -> str:
+    """The configuration as YAML that `load_config` reads back, without `data.allow_pipe`, which no file can set."""
+    from rin_video import plain_yaml
+
+    values = dataclasses.asdict(config)
+    values.get("data", {}).pop("allow_pipe", None)
+    return plain_yaml.dump(values)
+
+
+def _read_text(name_or_file: str | os.PathLike[str]) -> tuple[str, str]:
+    """The text of a preset or a file, and its name for errors."""
+    name = os.fspath(name_or_file)
+    if name in presets():
+        return (resources.files("rin_video.configs") / f"{name}.yaml").read_text(encoding="utf-8"), f"preset {name}"
+    path = Path(name)
+    if not path.is_file():
+        raise UsageError(f"no preset and no file is called {name}: the presets are {', '.join(presets())}")
+    try:
+        return path.read_text(encoding="utf-8"), str(path)
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not a text file: {error.reason}") from None
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """A configuration as JSON has it: tuples are lists."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
