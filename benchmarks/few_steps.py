@@ -23,11 +23,11 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from rin_video.checkpoint import load_model
 from rin_video.cli.demo import run_demo
 from rin_video.datasets.open import open_dataset
 from rin_video.diffusion import GaussianDiffusion
 from rin_video.files import write_text
+from rin_video.model.rin import load_model
 
 RESULTS = Path(__file__).parent / "results"
 STEPS = (5, 10, 20, 50, 100, 250)

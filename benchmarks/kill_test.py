@@ -74,7 +74,7 @@ def compare(one: Path, other: Path) -> dict[str, bool]:
     import torch
     from safetensors.torch import load_file
 
-    from rin_video.checkpoint import newest_state
+    from rin_video.training.state import newest_state
 
     def equal(a: object, b: object) -> bool:
         if isinstance(a, torch.Tensor):

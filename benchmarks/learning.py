@@ -38,10 +38,10 @@ from torch import Tensor, nn
 
 from rin_video import RIN, GaussianDiffusion
 from rin_video.averages import make_ema
-from rin_video.checkpoint import write_text
 from rin_video.config import TrainConfig
 from rin_video.config_files import load_config
 from rin_video.optimizers import make_optimizer
+from rin_video.weights import write_text
 
 HERE = Path(__file__).parent
 MINUTES = (2, 5, 15)

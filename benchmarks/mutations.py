@@ -24,8 +24,9 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import TensorDataset
 
 from rin_video import RIN, GaussianDiffusion, Trainer, UsageError
-from rin_video.checkpoint import load_model, load_state
 from rin_video.config_files import plain
+from rin_video.model.rin import load_model
+from rin_video.training.state import load_state
 
 TINY = {"dim": 32, "num_latents": 6, "dim_latent": 32, "depth": 1, "num_heads": 2, "latent_num_heads": 2,
         "image_size": 8, "patch_size": 4}  # fmt: skip

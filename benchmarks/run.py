@@ -42,12 +42,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from rin_video.checkpoint import write_text
 from rin_video.config_files import load_config
 from rin_video.diffusion import GaussianDiffusion
+from rin_video.model.rin import RIN
 from rin_video.optimizers import make_optimizer
 from rin_video.provenance import device_name
-from rin_video.rin import RIN
+from rin_video.weights import write_text
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("rin-video", "torch", "rin-pytorch", "denoising-diffusion-pytorch", "diffusers")

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from rin_video.diffusion import GaussianDiffusion
     from rin_video.errors import UsageError
     from rin_video.media import save_samples, write_video
-    from rin_video.rin import RIN
+    from rin_video.model.rin import RIN
+    from rin_video.reports.card import push_to_hub
     from rin_video.trainer import Trainer
 
 __all__ = [
@@ -24,13 +25,14 @@ __all__ = [
     "Trainer",
     "UsageError",
     "load_config",
+    "push_to_hub",
     "save_samples",
     "write_video",
 ]
 
 # Imported when first asked for, so that `rin-video --help` costs no torch.
 _HOME = {
-    "RIN": "rin",
+    "RIN": "model.rin",
     "Callback": "callbacks",
     "Config": "config",
     "GaussianDiffusion": "diffusion",
@@ -38,6 +40,7 @@ _HOME = {
     "Trainer": "trainer",
     "UsageError": "errors",
     "load_config": "config_files",
+    "push_to_hub": "reports.card",
     "save_samples": "media",
     "write_video": "media",
 }

@@ -18,12 +18,13 @@ from ema_pytorch import EMA
 from ema_pytorch.post_hoc_ema import KarrasEMA, p_dot_p, sigma_rel_to_gamma, solve_weights
 from torch import Tensor, nn
 
-from rin_video.checkpoint import newest_state, read_metadata, read_tensors, save_weights
 from rin_video.config import TrainConfig, check_sigma_rel
 from rin_video.config_files import load_config
 from rin_video.errors import UsageError
 from rin_video.files import CONFIG, replacing
 from rin_video.tensor_files import contributing, write_tensors
+from rin_video.training.state import newest_state
+from rin_video.weights import read_metadata, read_tensors, save_weights
 
 log = logging.getLogger("rin_video")
 

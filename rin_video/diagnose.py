@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 from tqdm.auto import tqdm
 
-from rin_video.checkpoint import load_state, saved_states
 from rin_video.config import Config
 from rin_video.datasets.adapters import adapt_for
 from rin_video.datasets.draws import unpack
@@ -30,6 +29,7 @@ from rin_video.objectives import target
 from rin_video.plots import plot_losses
 from rin_video.previews import harmless
 from rin_video.tensors import to_diffusion_range
+from rin_video.training.state import load_state, saved_states
 
 log = logging.getLogger("rin_video")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from functools import partial
-from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,6 +32,7 @@ from rin_video.extend import extend
 from rin_video.given import Given
 from rin_video.known import ANY_GRID, draw_known
 from rin_video.labels import Labels, check_labels
+from rin_video.model.rin import load_model
 from rin_video.noise import RNG
 from rin_video.objectives import CLIPS, TIME_SAMPLINGS, eps_from_x0, make_loss_weight, target, to_x0_eps
 from rin_video.port import diffusion_options
@@ -40,6 +40,7 @@ from rin_video.samplers import Denoise
 from rin_video.sampling import sample, sample_from_config
 from rin_video.schedules import NoiseLevel, make_schedule
 from rin_video.tensors import append_dims, as_data, map_tensors, to_diffusion_range
+from rin_video.weights import save_model
 
 CHECKED_CALLS = 8  # the first ones, whose labels are checked on a GPU too
 
@@ -133,8 +134,6 @@ class GaussianDiffusion(nn.Module):
         cls, source: str | os.PathLike[str], *, device: str | torch.device = "cpu"
     ) -> GaussianDiffusion:
         """Model and diffusion of a run: its folder (`config.yaml`, `model.safetensors`), or a hub id `user/name`."""
-        from rin_video.checkpoint import load_model
-
         model, config = load_model(source, device=device)
         diffusion = cls.from_config(model, config.diffusion).to(device)
         diffusion.classes = list(config.data.classes)
@@ -143,8 +142,6 @@ class GaussianDiffusion(nn.Module):
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write a RIN and this diffusion as `config.yaml` and `model.safetensors`, which `from_pretrained` reads."""
-        from rin_video.checkpoint import save_model
-
         config = getattr(self.model, "config", None)
         if not isinstance(config, ModelConfig):
             raise UsageError(f"only a RIN can be saved like this, not {type(self.model).__name__}")
@@ -152,14 +149,6 @@ class GaussianDiffusion(nn.Module):
         steps = SampleConfig(steps=self.config.timesteps or SampleConfig.steps)
         data = DataConfig(classes=list(self.classes))
         save_model(folder, self.model, Config(config, self.config, data, train, steps))
-
-    def push_to_hub(self, repo: str, *, private: bool = False, license: str | None = None) -> str:
-        """Put model and diffusion on the Hugging Face hub as `user/name`; returns the address. See `hub.push`."""
-        from rin_video.hub import push
-
-        with TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            return push(folder, repo, private=private, license=license)
 
     def with_model(self, model: nn.Module) -> GaussianDiffusion:
         """The same diffusion around another model."""

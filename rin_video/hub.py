@@ -1,28 +1,19 @@
-"""Sharing on the Hugging Face hub: the two files of a model, and a card that says how it was made. No pickle."""
+"""Fetching models from the Hugging Face hub: the two files of a model, and nothing else of a repository."""
 
 from __future__ import annotations
 
-import dataclasses
-import html
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from rin_video.checkpoint import load_model
-from rin_video.config import Config
-from rin_video.config_files import load_config, to_yaml
-from rin_video.errors import UsageError, first_line, one_line
+from rin_video.config_files import load_config
+from rin_video.errors import UsageError, first_line
 from rin_video.files import CONFIG, WEIGHTS
-from rin_video.plain_yaml import dump
-from rin_video.provenance import read_json
-from rin_video.report import read_lines
 
 PREFIX = "hf:"
 HUB_ID = re.compile(r"^(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>[\w./-]+))?$")
-PICTURE, CLIP = "samples.png", "samples.mp4"
 
 
 def fetch(source: str | os.PathLike[str]) -> Path:
@@ -50,149 +41,6 @@ def fetch(source: str | os.PathLike[str]) -> Path:
         # Of the same commit, whatever was pushed in between: the folder is called by it.
         weights = Path(HfApi().hf_hub_download(repo, WEIGHTS, revision=config.parent.name))
     return weights.parent
-
-
-def push(
-    folder: str | os.PathLike[str],
-    repo: str,
-    *,
-    private: bool = False,
-    license: str | None = None,
-    new_card: bool = False,
-) -> str:
-    """Put the model in `folder` (of a run, or from `save_pretrained`) on the hub as `repo`; returns its address.
-
-    Uploaded in one commit: weights, configuration without paths of this machine, the last samples, and a card made from
-    the run. A card that is there already is its readers' and stays, unless `new_card`. `license` (mit, cc-by-4.0, ...)
-    goes into the card. The token is that of `hf auth login`, or `HF_TOKEN`. Raises `UsageError` where `folder` holds no
-    whole model, or the hub refuses.
-    """
-    from huggingface_hub import CommitOperationAdd, HfApi
-
-    folder = Path(folder)
-    match = HUB_ID.match(repo.removeprefix(PREFIX))
-    if match is None or match["revision"]:
-        raise UsageError(f"{repo} is no name on the hub: give user/name")
-    repo = match["repo"]
-    if not folder.is_dir():
-        raise UsageError(f"no folder is called {folder}: give the folder of a run")
-    _, config = load_model(folder)  # whole, and readable
-    files: dict[str, Any] = {WEIGHTS: folder / WEIGHTS, CONFIG: to_yaml(without_paths(config)).encode()}
-    files |= last_samples(folder)
-    api = HfApi(library_name="rin-video")
-    with plain_errors(repo, None, "pushed to"):
-        url = api.create_repo(repo, private=private or None, exist_ok=True)
-        if new_card or not api.file_exists(repo, "README.md"):
-            files["README.md"] = model_card(folder, repo, license).encode()
-        operations = [CommitOperationAdd(name, os.fspath(f) if isinstance(f, Path) else f) for name, f in files.items()]
-        api.create_commit(repo, operations, commit_message="Model of rin-video")
-    return str(url)
-
-
-def model_card(folder: Path, repo: str, license: str | None = None) -> str:
-    """A model card in Markdown with its metadata, from what a run left in its folder; without a run, from its model."""
-    from rin_video.info import describe, model_info
-
-    config = load_config(folder / CONFIG)
-    made, lines = read_json(folder / "run.json"), read_lines(folder / "metrics.jsonl")
-    info, samples = model_info(config.model), last_samples(folder)
-    clips = len(info.shape) == 4
-    kind = "clips" if clips else "images" if len(info.shape) == 3 else "sequences"
-    tags = ["rin-video", "recurrent-interface-network", "diffusion", *(["video-generation"] if clips else [])]
-    meta: dict[str, Any] = {"library_name": "rin-video", "tags": tags}
-    if license:
-        meta["license"] = license
-    if kind == "images":
-        meta["pipeline_tag"] = "unconditional-image-generation"
-    versions = made["versions"] if isinstance(made.get("versions"), dict) else {}
-    facts = {
-        "data": data_name(config),
-        "classes": ", ".join(config.data.classes),
-        "steps": f"{lines[-1]['step']:,}" if lines else None,
-        "batch": config.train.train_batch_size * config.train.gradient_accumulate_every if lines else None,
-        "learning rate": f"{config.train.train_lr:g}, {config.train.optimizer}" if lines else None,
-        "last loss": f"{lines[-1]['loss']:.4f} ({config.diffusion.objective})" if lines else None,
-        "trained on": made.get("device"),
-        "versions": ", ".join(f"{name} {number}" for name, number in versions.items()),
-    }
-    suffix = "mp4" if clips else "png" if kind == "images" else "npy"
-    paragraphs = [
-        f"---\n{dump(meta)}---",
-        f"# {plain_text(repo.split('/')[1])}",
-        f"A Recurrent Interface Network ([RIN](https://arxiv.org/abs/2212.11972)) that draws {kind} of "
-        f"{'x'.join(map(str, info.shape[1:]))}, with {info.params / 1e6:.1f} million parameters.",
-        f"![Samples]({PICTURE})" if PICTURE in samples else "",
-        f"The same as a clip: [{CLIP}]({CLIP})." if CLIP in samples else "",
-        "## Use",
-        code_block(f"pip install rin-video\nrin-video sample {repo} --num 4 --out samples.{suffix}"),
-        code_block(
-            "from rin_video import GaussianDiffusion\n\n"
-            f'diffusion = GaussianDiffusion.from_pretrained("{repo}")\nsamples = diffusion.sample(batch_size=4)',
-            "python",
-        ),
-        "The files are safetensors and YAML: nothing in them is executed.",
-        "## Training\n\n| | |\n|---|---|\n"
-        + "\n".join(f"| {name} | {plain_text(value)} |" for name, value in facts.items() if value)
-        if any(facts.values())
-        else "",
-        "## Model",
-        code_block(describe(config.model)),
-        "## Configuration",
-        code_block(to_yaml(without_paths(config)).strip(), "yaml"),
-        "" if license else "## License\n\nNot chosen yet: `license:` at the top of this card says it.",
-    ]
-    return "\n\n".join(paragraph for paragraph in paragraphs if paragraph) + "\n"
-
-
-def plain_text(text: object) -> str:
-    """Text as Markdown that shows it as it is, in one line: no markup, link, HTML, formula or cell comes of it."""
-    entities = {"\\": "&#92;", "|": "&#124;"}  # which every dialect takes in tables, and none for a formula
-    escaped = "".join(entities.get(char, char) for char in html.escape(one_line(text), quote=False))
-    return re.sub(r"[`*_~\[\]$:@]|(?<=www)\.|(?<!&)#", r"\\\g<0>", escaped, flags=re.IGNORECASE)
-
-
-def code_block(text: str, language: str = "") -> str:
-    """Text in a fence that is longer than any in it."""
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-    return f"{fence}{language}\n{text}\n{fence}"
-
-
-def without_paths(config: Config) -> Config:
-    """The configuration without what is the business of this machine only: paths, and commands that read data."""
-
-    def shared(path: str | None) -> str | None:
-        return path if path and path.startswith(PREFIX) else None
-
-    def public(name: str | None) -> str | None:
-        return name if name and HUB_ID.match(name.removeprefix(PREFIX)) and not Path(name).exists() else None
-
-    data = dataclasses.replace(
-        config.data,
-        path=shared(config.data.path),
-        images=shared(config.data.images),
-        text_encoder=public(config.data.text_encoder),
-        allow_pipe=False,
-    )
-    return dataclasses.replace(
-        config, data=data, train=dataclasses.replace(config.train, init_from=public(config.train.init_from))
-    )
-
-
-def data_name(config: Config) -> str | None:
-    """What the data is called, without where it lies."""
-    path = config.data.path
-    if not path or path.startswith("pipe:"):
-        return None
-    return path if path.startswith(PREFIX) else Path(path).name
-
-
-def last_samples(folder: Path) -> dict[str, Path]:
-    """The last samples of a run, by the name that they have on the hub."""
-    found = {}
-    for name in (PICTURE, CLIP):
-        if paths := sorted((folder / "samples").glob(f"step-*{Path(name).suffix}")):
-            found[name] = paths[-1]
-    return found
 
 
 @contextmanager

@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from rin_video.config import Config
+from rin_video.diffusion import GaussianDiffusion
 from rin_video.errors import UsageError
-from rin_video.info import training_memory
+from rin_video.model.rin import RIN
 from rin_video.precision import running_in
 
 if TYPE_CHECKING:
     from rin_video.trainer import Trainer
+
+# What a process on the CPU holds beyond its tensors, as benchmarks/memory.py measures it.
+MALLOC = 1.12  # blocks that are free between others are not given back: a share of what lives in a step
+LIBRARIES = 32_000_000  # bytes that the matrix libraries keep to work in
+
 
 USABLE = 0.9  # of the free memory: the rest is fragments, and other programs
 
@@ -80,7 +90,7 @@ def _largest_that_runs(config: Config, device: torch.device, start: int, num_pro
     from accelerate.utils import find_executable_batch_size
 
     from rin_video.diffusion import GaussianDiffusion
-    from rin_video.rin import RIN
+    from rin_video.model.rin import RIN
 
     @find_executable_batch_size(starting_batch_size=start)
     def attempt(batch_size: int) -> int:
@@ -143,3 +153,66 @@ def advice(config: Config, device: torch.device, num_processes: int = 1) -> str:
         f"out of memory on {device}: a batch of {batch} needs about {gigabytes(batch)}, "
         f"{free_memory(device) / 1e9:.1f} GB are free. {'; '.join(ways)}"
     )
+
+
+def training_memory(config: Config, *, device: str = "cpu", num_processes: int = 1) -> int:
+    """Bytes that training needs on each device, about: weights, moments, averages, and the peak of a step.
+
+    The step is gone through with tensors that have shapes and no contents, so that what lives at the same time is
+    counted, temporary results and gradients included. Sharding is not: with FSDP2 it is less.
+    """
+    options, kind = config.train, torch.device(device).type
+    bf16 = options.mixed_precision in ("bf16", "fp16")
+    with torch.device("meta"):
+        model = RIN(config.model)
+    diffusion = GaussianDiffusion.from_config(model, config.diffusion)
+    with FakeTensorMode(allow_non_fake_inputs=True), PeakMemory() as memory, torch.device(device):
+        model.to_empty(device=device)
+        weights = memory.now
+        if options.gradient_checkpointing:
+            model.core.gradient_checkpointing = True
+        x = torch.empty(max(options.train_batch_size // num_processes, 1), *model.shape)
+        label = torch.zeros(len(x), dtype=torch.long) if config.model.num_classes else None
+        given: dict[str, Any] = {}
+        if config.diffusion.known:
+            given["known"] = torch.zeros(len(x), 1, *model.shape[1:], dtype=torch.bool)
+        if config.model.embedding_dim:
+            given["embedding"] = torch.empty(len(x), config.model.embedding_tokens, config.model.embedding_dim)
+        with torch.autocast(kind, dtype=torch.bfloat16, enabled=bf16):
+            # Past `forward`, which looks at the numbers of the labels.
+            loss = diffusion.loss_at(x, torch.zeros(len(x)), label, **given).loss.mean()
+        loss.backward()
+    moments = 1 if options.optimizer == "muon" else 2
+    averages = 1 + len(options.ema_sigma_rel)
+    buckets = int(num_processes > 1)  # what DDP sends
+    step = max(memory.peak, 3 * weights)  # the optimizer works in one more
+    if kind == "cpu":
+        step = max(weights + int(MALLOC * (memory.peak - weights)), 3 * weights) + LIBRARIES
+    return (moments + averages + buckets) * weights + step
+
+
+class PeakMemory(TorchDispatchMode):
+    """Counts the bytes of all storages that are alive, and their peak, while operations run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.alive: set[int] = set()
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return tree_map_only(Tensor, self.count, function(*args, **(kwargs or {})))
+
+    def count(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.alive:
+            self.alive.add(storage._cdata)
+            weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+        return tensor
+
+    def free(self, name: int, size: int) -> None:
+        self.alive.discard(name)
+        self.now -= size

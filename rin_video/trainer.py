@@ -19,7 +19,6 @@ from tqdm.auto import tqdm
 
 from rin_video.averages import make_ema, make_tracks, save_snapshot
 from rin_video.callbacks import Callback, append_line
-from rin_video.checkpoint import load_state, newest_state, remove_state, save_state, save_weights, saved_states
 from rin_video.config import Config, ModelConfig, SampleConfig, trainer_config
 from rin_video.config_files import plain
 from rin_video.datasets.adapters import ADAPTED, BatchCheck, adapt_for
@@ -53,6 +52,7 @@ from rin_video.locking import lock_run
 from rin_video.media import DEFAULT_FPS
 from rin_video.memory import checkpoint_blocks, out_of_memory
 from rin_video.metrics import Metrics, trim_lines
+from rin_video.model.transfer import transfer_weights
 from rin_video.noise import BatchRNG, seeded_generators, spread_seed
 from rin_video.optimizers import make_lr_schedule, make_optimizer
 from rin_video.plots import plot_metrics
@@ -64,7 +64,8 @@ from rin_video.signals import StopSignals, ignore_signals
 from rin_video.tensor_files import full_tensor
 from rin_video.together import sample_together
 from rin_video.tracking import Tracking
-from rin_video.transfer import transfer_weights
+from rin_video.training.state import load_state, newest_state, remove_state, save_state, saved_states
+from rin_video.weights import save_weights
 
 log = logging.getLogger("rin_video")
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rin_video import RIN, load_config
-from rin_video.info import model_info
+from rin_video.model.info import model_info
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 

@@ -13,9 +13,11 @@ from tiny_run import make_trainer
 from torch.testing import assert_close
 
 from rin_video import RIN, UsageError
-from rin_video.checkpoint import load_model, load_state, newest_state, read_metadata, save_state, saved_states
 from rin_video.config_files import load_config
+from rin_video.model.rin import load_model
 from rin_video.tensor_files import contributing, tensors_digest, write_tensors
+from rin_video.training.state import load_state, newest_state, save_state, saved_states
+from rin_video.weights import read_metadata
 
 STATES = [{"step": step, "numbers": torch.full((50,), float(step))} for step in (1, 2, 3)]
 
@@ -78,7 +80,7 @@ def test_a_full_disk_is_said_and_the_previous_checkpoint_is_whole(tmp_path):
 import resource, sys, torch
 from pathlib import Path
 from rin_video import UsageError
-from rin_video.checkpoint import load_state, save_state
+from rin_video.weights import load_state, save_state
 run = Path({str(tmp_path)!r})
 save_state(run / "step-1", {{"x": torch.ones(1000)}})
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))

@@ -13,14 +13,14 @@ from PIL import Image
 from tiny_run import TINY
 
 from rin_video import RIN, UsageError, cli
-from rin_video.checkpoint import save_model
 from rin_video.config import Config
 from rin_video.config_files import load_config, to_yaml
 from rin_video.datasets import hub
 from rin_video.datasets.captions import TextEncoder
-from rin_video.hub import model_card
 from rin_video.provenance import read_json
 from rin_video.report import read_lines, write_report
+from rin_video.reports.card import model_card
+from rin_video.weights import save_model
 
 NAMES = ["${oc.env:HOME}", "???", "null", "1e3", "a: b", "' #x", " [y]", "😀 &z"]
 if os.name == "nt":  # which has no such files

@@ -17,8 +17,9 @@ from torch.testing import assert_close
 from torch.utils.data import Dataset
 
 from rin_video import RIN, GaussianDiffusion, UsageError, cli
-from rin_video.checkpoint import load_model
-from rin_video.hub import fetch, model_card, push
+from rin_video.hub import fetch
+from rin_video.model.rin import load_model
+from rin_video.reports.card import model_card, push_to_hub
 
 
 class Clips(Dataset):
@@ -102,9 +103,9 @@ def test_the_card_says_how_it_was_made(run):
 
 def test_what_people_wrote_into_the_card_stays(run, hub):
     hub.commit("alice/balls", {"README.md": b"mine"})
-    push(run, "alice/balls")
+    push_to_hub(run, "alice/balls")
     assert list(hub.repos["alice/balls"].values())[-1]["README.md"] == b"mine"
-    push(run, "alice/balls", license="mit", new_card=True)
+    push_to_hub(run, "alice/balls", license="mit", new_card=True)
     assert front_matter(list(hub.repos["alice/balls"].values())[-1]["README.md"])["license"] == "mit"
 
 
@@ -112,9 +113,9 @@ def test_models_without_a_run(hub, tmp_path):
     diffusion = GaussianDiffusion(RIN(**TINY), timesteps=7, objective="x0")
     diffusion.save_pretrained(tmp_path / "saved")
     assert GaussianDiffusion.from_pretrained(tmp_path / "saved").config == diffusion.config
-    assert diffusion.push_to_hub("alice/one").endswith("alice/one")
+    assert push_to_hub(diffusion, "alice/one").endswith("alice/one")
     assert GaussianDiffusion.from_pretrained("alice/one").config == diffusion.config
-    diffusion.model.push_to_hub("alice/two")
+    push_to_hub(diffusion.model, "alice/two")
     assert_close(RIN.from_pretrained("alice/two").state_dict(), diffusion.model.state_dict(), rtol=0, atol=0)
     with pytest.raises(UsageError, match="only a RIN can be saved"):
         GaussianDiffusion(torch.nn.Identity(), shape=(1,)).save_pretrained(tmp_path / "other")
@@ -191,11 +192,11 @@ def test_what_cannot_be_pushed_is_said(run, hub, tmp_path, monkeypatch):
         (tmp_path, "alice/balls", r"holds no config\.yaml"),
     ]:
         with pytest.raises(UsageError, match=message):
-            push(folder, repo)
+            push_to_hub(folder, repo)
     for token in ("hf_reader", "hf_unknown"):
         monkeypatch.setenv("HF_TOKEN", token)
         with pytest.raises(UsageError, match="your token does not allow it"):
-            push(run, "alice/balls")
+            push_to_hub(run, "alice/balls")
     assert not hub.repos
 
 
@@ -216,7 +217,7 @@ def test_a_model_cannot_run_commands(run, hub, tmp_path, capfd):
 def test_no_network(run, hub, monkeypatch):
     point_at("http://127.0.0.1:9", monkeypatch)
     with pytest.raises(UsageError, match="the hub cannot be reached"):
-        push(run, "alice/balls")
+        push_to_hub(run, "alice/balls")
     with pytest.raises(UsageError, match="the hub cannot be reached"):
         fetch("alice/balls")
 

@@ -9,9 +9,8 @@ from torch.testing import assert_close
 
 from rin_video import RIN, GaussianDiffusion, UsageError, cli
 from rin_video.config_files import load_config
-from rin_video.info import PeakMemory, training_memory
 from rin_video.media import write_video
-from rin_video.memory import checkpoint_blocks, largest_batch, with_batch
+from rin_video.memory import PeakMemory, checkpoint_blocks, largest_batch, training_memory, with_batch
 
 
 def gradients(checkpointing: bool, bf16: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:

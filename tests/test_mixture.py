@@ -9,12 +9,13 @@ from PIL import Image
 from torch.testing import assert_close
 
 from rin_video import RIN, GaussianDiffusion, Trainer, UsageError, cli
-from rin_video.checkpoint import load_model, save_model
 from rin_video.config import Config
 from rin_video.config_files import load_config
 from rin_video.datasets.loading import Batches
 from rin_video.datasets.mixture import Mixture, MixtureSampler
-from rin_video.transfer import transfer_weights
+from rin_video.model.rin import load_model
+from rin_video.model.transfer import transfer_weights
+from rin_video.weights import save_model
 
 CORE = {"dim": 32, "num_latents": 8, "dim_latent": 32, "depth": 2, "num_heads": 2, "latent_num_heads": 2}
 BOTH = {**CORE, "tokenizer": "tube+image", "frames": 4, "image_size": 8, "patch_size": (2, 4, 4)}

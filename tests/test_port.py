@@ -7,9 +7,9 @@ from PIL import Image
 from torch.testing import assert_close
 
 from rin_video import RIN, GaussianDiffusion, Trainer, UsageError
-from rin_video.checkpoint import save_model
 from rin_video.config import Config
 from rin_video.config_files import load_config
+from rin_video.weights import save_model
 
 TINY = {"dim": 32, "image_size": 8, "patch_size": 4, "depth": 1, "num_latents": 6, "dim_latent": 32,
         "latent_self_attn_depth": 1, "num_heads": 2, "latent_num_heads": 2}  # fmt: skip

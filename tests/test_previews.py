@@ -13,10 +13,10 @@ from tiny_run import make_trainer
 
 from rin_video import RIN, GaussianDiffusion, Trainer, UsageError, cli, save_samples
 from rin_video import media as exporting
-from rin_video.checkpoint import save_model
 from rin_video.config import Config
 from rin_video.datasets import ImageFolder
 from rin_video.media import check_target, sample_files
+from rin_video.weights import save_model
 
 TINY = {"dim": 32, "num_latents": 6, "dim_latent": 32, "depth": 1, "num_heads": 2, "latent_num_heads": 2,
         "image_size": 8, "patch_size": 4}  # fmt: skip

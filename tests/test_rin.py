@@ -9,10 +9,10 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from rin_video import RIN, UsageError
-from rin_video.conditioning import Condition, Conditioner
 from rin_video.config import ModelConfig
-from rin_video.info import model_info
 from rin_video.layers import AdaptiveLayerNorm, Attention, DropPath, LayerNorm, Unit
+from rin_video.model.conditioning import Condition, Conditioner
+from rin_video.model.info import model_info
 
 TINY = {
     "dim": 16, "dim_latent": 24, "num_latents": 5, "depth": 2, "latent_self_attn_depth": 1, "num_heads": 2,

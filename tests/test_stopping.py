@@ -19,10 +19,10 @@ from torch.testing import assert_close
 
 from rin_video import UsageError, cli
 from rin_video.callbacks import Callback
-from rin_video.checkpoint import newest_state
 from rin_video.errors import Stopped
 from rin_video.metrics import Metrics
 from rin_video.signals import StopSignals
+from rin_video.training.state import newest_state
 
 
 class At(Callback):

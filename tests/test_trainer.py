@@ -16,11 +16,11 @@ from torch.testing import assert_close
 from torch.utils.data import Dataset, TensorDataset
 
 from rin_video import RIN, GaussianDiffusion, Trainer, UsageError
-from rin_video.checkpoint import load_state, save_state
 from rin_video.config import Config, DataConfig, TrainConfig
 from rin_video.config_files import load_config
 from rin_video.datasets.draws import Draws, DrawSampler
 from rin_video.trainer import Metrics, make_lr_schedule, make_optimizer
+from rin_video.training.state import load_state, save_state
 
 TINY = {
     "dim": 32,

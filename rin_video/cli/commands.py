@@ -14,7 +14,6 @@ from typing import Any, get_args
 import numpy as np
 import torch
 
-from rin_video.checkpoint import find_model, newest_state
 from rin_video.cli.passes import extend_parts, parse_size, plan_pass, refuse_extension
 from rin_video.config import Config, DataConfig, DataKind, FrameKind, SampleConfig
 from rin_video.config_files import is_set, load_config, presets
@@ -22,14 +21,16 @@ from rin_video.diffusion import GaussianDiffusion
 from rin_video.errors import UsageError
 from rin_video.files import CONFIG
 from rin_video.identity import run_folder
-from rin_video.info import describe, model_info, training_memory
 from rin_video.labels import class_index
-from rin_video.memory import largest_batch
+from rin_video.memory import largest_batch, training_memory
+from rin_video.model.info import describe, model_info
 from rin_video.provenance import device_name
 from rin_video.ranks import is_first, several_processes
 from rin_video.samplers import get_sampler, make_levels
 from rin_video.sampling import sampling_schedule, suited_spacing
 from rin_video.together import sample_together
+from rin_video.training.state import newest_state
+from rin_video.weights import find_model
 
 log = logging.getLogger("rin_video")
 
@@ -39,7 +40,7 @@ def train(options: Namespace) -> None:
     from rin_video.datasets.embeddings import embedding_shape
     from rin_video.datasets.open import INDEX, open_dataset
     from rin_video.distributed import first_then_others, heed_launcher
-    from rin_video.rin import RIN
+    from rin_video.model.rin import RIN
     from rin_video.trainer import Trainer
 
     preset = first_then_others(lambda: chosen_preset(options))
@@ -220,7 +221,7 @@ def report(options: Namespace) -> None:
 
 def push(options: Namespace) -> None:
     """`rin-video push`."""
-    from rin_video.hub import push as push_to_hub
+    from rin_video.reports.card import push_to_hub
 
     url = push_to_hub(
         options.model, options.repo, private=options.private, license=options.license, new_card=options.new_card

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rin_video.rin import RIN
+from rin_video.model.rin import RIN
 
 GOLDEN = Path(os.environ.get("RIN_GOLDEN", Path(__file__).parents[1] / "golden"))
 NETWORKS = sorted(

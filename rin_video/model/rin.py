@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import os
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rin_video.conditioning import Conditioner
-from rin_video.config import ModelConfig, model_config
-from rin_video.core import RINCore
+from rin_video.config import Config, ModelConfig, model_config
 from rin_video.errors import UsageError
+from rin_video.files import CONFIG, WEIGHTS
+from rin_video.model.conditioning import Conditioner
+from rin_video.model.core import RINCore
 from rin_video.port import model_options
 from rin_video.tokenizers import make_tokenizer, tokenizer_names
 from rin_video.tokenizers.positions import LearnedPosition
+from rin_video.weights import read_model, save_model
 
 State = Tensor | tuple[Tensor, Tensor]  # latents, or (latents, interface tokens)
 
@@ -168,21 +169,29 @@ class RIN(nn.Module):
 
         `user/name@revision` is a branch, tag or commit of it. A folder of that name comes first.
         """
-        from rin_video.checkpoint import load_model
-
         return load_model(source, device=device)[0]
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write `config.yaml` and `model.safetensors`, which `from_pretrained` reads."""
-        from rin_video.checkpoint import save_model
-        from rin_video.config import Config
-
         save_model(folder, self, Config(model=self.config))
 
-    def push_to_hub(self, repo: str, *, private: bool = False, license: str | None = None) -> str:
-        """Put the model on the Hugging Face hub as `user/name`, with a card; returns its address. See `hub.push`."""
-        from rin_video.hub import push
 
-        with TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            return push(folder, repo, private=private, license=license)
+def load_model(source: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> tuple[RIN, Config]:
+    """The model of a folder or of a hub id `user/name`, in eval mode, and its configuration.
+
+    Raises `UsageError` where the folder is not a run's, the weights do not fit the configuration, or are damaged.
+    """
+    weights, config, folder = read_model(source)
+    try:
+        model = RIN(config.model)
+    except UsageError as error:
+        raise UsageError(f"{folder / CONFIG}: {error}") from None
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip()
+        raise UsageError(f"{folder / WEIGHTS} does not fit {folder / CONFIG}: {first}") from None
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() != weights[name].is_floating_point():
+            raise UsageError(f"{folder / WEIGHTS} does not fit: {name} is {weights[name].dtype}, not {value.dtype}")
+    return model.to(device).eval(), config

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rin_video.checkpoint import check_origin, find_model, read_tensors
 from rin_video.config import ModelConfig
 from rin_video.config_files import load_config
 from rin_video.errors import UsageError
 from rin_video.files import CONFIG, WEIGHTS
 from rin_video.tokenizers import make_tokenizer, tokenizer_names
 from rin_video.tokenizers.positions import LearnedPosition
+from rin_video.weights import check_origin, find_model, read_tensors
 
 UNSEEN = ("num_heads", "latent_num_heads", "time_scaling")  # what no shape tells
 CORE = (

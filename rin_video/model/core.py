@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rin_video.conditioning import Condition
 from rin_video.config import LatentPositionName
 from rin_video.errors import UsageError
 from rin_video.layers import DepthwiseConv, FeedForward, LayerNorm, LinearAttention, Unit
+from rin_video.model.conditioning import Condition
 from rin_video.tokenizers.positions import make_position
 
 

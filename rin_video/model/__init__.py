@@ -1,0 +1,1 @@
+"""The network: tokenizers in, the RIN core, conditioning, tokenizers out."""

@@ -1,0 +1,60 @@
+"""What a model costs: parameters, tokens, floating-point operations, memory. Nothing is computed: shapes only."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from rin_video.config import ModelConfig
+from rin_video.model.rin import RIN
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """`gflops` counts a multiply-add as 2: dense layers, convolutions and attention products of one forward pass of one
+    sample that has a previous one. Norms, softmax, activations, biases and residual sums are not counted."""
+
+    shape: tuple[int, ...]
+    tokens: int
+    latents: int
+    params: int
+    gflops: float
+
+
+def model_info(config: ModelConfig) -> ModelInfo:
+    """Counts for a model, without allocating its weights. Raises `UsageError` for a model that cannot be."""
+    with torch.device("meta"):
+        model = RIN(config)
+        x = torch.empty(1, *model.shape)
+        label = torch.zeros(1, dtype=torch.long) if config.num_classes else None
+        with torch.no_grad():
+            _, latents = model(x, torch.ones(1), label=label)
+            with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+                model(x, torch.ones(1), latents=latents, label=label)
+    return ModelInfo(
+        shape=model.shape,
+        tokens=math.prod(model.tokenizer.token_grid(model.shape[1:])),
+        latents=config.num_latents,
+        params=sum(p.numel() for p in model.parameters()),
+        gflops=counter.get_total_flops() / 1e9,
+    )
+
+
+def describe(config: ModelConfig) -> str:
+    """A model in a few lines for people."""
+    info = model_info(config)
+    channels, *grid = info.shape
+    lines = {
+        "sample": f"{channels} channels, {'x'.join(map(str, grid))}"
+        + (f", {config.num_classes} classes" if config.num_classes else ""),
+        "interface": f"{info.tokens} tokens of width {config.dim}, {config.position} positions",
+        "latents": f"{info.latents} of width {config.dim_latent or config.dim}",
+        "blocks": f"{config.depth}, with {', '.join(map(str, config.compute_layers))} compute layers",
+        "parameters": f"{info.params:,}",
+        "forward": f"{info.gflops:.2f} GFLOPs a sample",
+    }
+    return "\n".join(f"  {name:<11}{text}" for name, text in lines.items())
