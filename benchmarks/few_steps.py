@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from rin_video.cli.demo import run_demo
 from rin_video.datasets.open import open_dataset
-from rin_video.diffusion import GaussianDiffusion
+from rin_video.diffusion.process import GaussianDiffusion
 from rin_video.files import write_text
 from rin_video.model.rin import load_model
 

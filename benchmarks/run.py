@@ -43,7 +43,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from rin_video.config_files import load_config
-from rin_video.diffusion import GaussianDiffusion
+from rin_video.diffusion.process import GaussianDiffusion
 from rin_video.model.rin import RIN
 from rin_video.optimizers import make_optimizer
 from rin_video.provenance import device_name

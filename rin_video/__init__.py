@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from rin_video.callbacks import Callback
     from rin_video.config import Config, ModelConfig
     from rin_video.config_files import load_config
-    from rin_video.diffusion import GaussianDiffusion
+    from rin_video.diffusion.process import GaussianDiffusion
     from rin_video.errors import UsageError
     from rin_video.media import save_samples, write_video
     from rin_video.model.rin import RIN
@@ -35,7 +35,7 @@ _HOME = {
     "RIN": "model.rin",
     "Callback": "callbacks",
     "Config": "config",
-    "GaussianDiffusion": "diffusion",
+    "GaussianDiffusion": "diffusion.process",
     "ModelConfig": "config",
     "Trainer": "trainer",
     "UsageError": "errors",

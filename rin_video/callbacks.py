@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from rin_video.diffusion import GaussianDiffusion
+    from rin_video.diffusion.process import GaussianDiffusion
     from rin_video.trainer import Trainer
 
 

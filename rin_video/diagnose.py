@@ -19,13 +19,13 @@ from rin_video.config import Config
 from rin_video.datasets.adapters import adapt_for
 from rin_video.datasets.draws import unpack
 from rin_video.datasets.mixture import Mixture
-from rin_video.diffusion import GaussianDiffusion
+from rin_video.diffusion.conditions import Given
+from rin_video.diffusion.masks import draw_known
+from rin_video.diffusion.noise import seeded_generators, spread_seed
+from rin_video.diffusion.objectives import target
+from rin_video.diffusion.process import GaussianDiffusion
 from rin_video.files import write_text
-from rin_video.given import Given
-from rin_video.known import draw_known
 from rin_video.media import can_be_picture, contact_sheet
-from rin_video.noise import seeded_generators, spread_seed
-from rin_video.objectives import target
 from rin_video.plots import plot_losses
 from rin_video.previews import harmless
 from rin_video.tensors import to_diffusion_range

@@ -17,10 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from rin_video.config import Config
-from rin_video.diffusion import GaussianDiffusion
+from rin_video.diffusion.precision import running_in
+from rin_video.diffusion.process import GaussianDiffusion
 from rin_video.errors import UsageError
 from rin_video.model.rin import RIN
-from rin_video.precision import running_in
 
 if TYPE_CHECKING:
     from rin_video.trainer import Trainer
@@ -89,7 +89,7 @@ def largest_batch(config: Config, device: torch.device, *, num_processes: int = 
 def _largest_that_runs(config: Config, device: torch.device, start: int, num_processes: int) -> int:
     from accelerate.utils import find_executable_batch_size
 
-    from rin_video.diffusion import GaussianDiffusion
+    from rin_video.diffusion.process import GaussianDiffusion
     from rin_video.model.rin import RIN
 
     @find_executable_batch_size(starting_batch_size=start)

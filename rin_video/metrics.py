@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rin_video.diffusion import LossTerms
+from rin_video.diffusion.process import LossTerms
 from rin_video.files import sync, write_text
 
 NOISE_BINS = 10

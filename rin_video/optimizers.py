@@ -9,7 +9,7 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 
 from rin_video.config import Config, OptimizerName
-from rin_video.diffusion import GaussianDiffusion
+from rin_video.diffusion.process import GaussianDiffusion
 
 OPTIMIZERS: dict[OptimizerName, dict[str, Any]] = {  # as timm calls them, and what they take beside the common options
     "adamw": {"opt": "adamw", "fused": True},

@@ -9,11 +9,11 @@ import numpy as np
 from torch import Tensor
 
 from rin_video.config import SampleConfig
+from rin_video.diffusion.sampling import merged_options
 from rin_video.ranks import several_processes
-from rin_video.sampling import merged_options
 
 if TYPE_CHECKING:
-    from rin_video.diffusion import GaussianDiffusion
+    from rin_video.diffusion.process import GaussianDiffusion
 
 
 def sample_together(diffusion: GaussianDiffusion, config: SampleConfig, **options: Any) -> Tensor:

@@ -30,7 +30,10 @@ from rin_video.datasets.loading import Batches
 from rin_video.datasets.mixture import Mixture
 from rin_video.datasets.open import INDEX, open_dataset
 from rin_video.datasets.steady import frame_rate
-from rin_video.diffusion import GaussianDiffusion, LossTerms
+from rin_video.diffusion.masks import draw_known
+from rin_video.diffusion.noise import BatchRNG, seeded_generators, spread_seed
+from rin_video.diffusion.precision import tf32_products
+from rin_video.diffusion.process import GaussianDiffusion, LossTerms
 from rin_video.distributed import (
     agree,
     first_then_others,
@@ -47,17 +50,14 @@ from rin_video.distributed import (
 from rin_video.errors import Stopped, UsageError
 from rin_video.files import full_disk
 from rin_video.identity import check_same_data, identify
-from rin_video.known import draw_known
 from rin_video.locking import lock_run
 from rin_video.media import DEFAULT_FPS
 from rin_video.memory import checkpoint_blocks, out_of_memory
 from rin_video.metrics import Metrics, trim_lines
 from rin_video.model.transfer import transfer_weights
-from rin_video.noise import BatchRNG, seeded_generators, spread_seed
 from rin_video.optimizers import make_lr_schedule, make_optimizer
 from rin_video.plots import plot_metrics
 from rin_video.port import trainer_options
-from rin_video.precision import tf32_products
 from rin_video.previews import harmless, write_previews
 from rin_video.provenance import write_provenance
 from rin_video.signals import StopSignals, ignore_signals

@@ -22,13 +22,13 @@ from rin_video.datasets.folders import KINDS
 from rin_video.datasets.framing import Framing
 from rin_video.datasets.index import INFOS
 from rin_video.datasets.windows import Windows
-from rin_video.given import Given, check_guidance
-from rin_video.known import ANY_GRID, KNOWN_MASKS
-from rin_video.objectives import CLIPS, LOSS_WEIGHTS, OBJECTIVES, TIME_SAMPLINGS, target, to_x0_eps
+from rin_video.diffusion.conditions import Given, check_guidance
+from rin_video.diffusion.masks import ANY_GRID, KNOWN_MASKS
+from rin_video.diffusion.objectives import CLIPS, LOSS_WEIGHTS, OBJECTIVES, TIME_SAMPLINGS, target, to_x0_eps
+from rin_video.diffusion.precision import running_in
+from rin_video.diffusion.samplers import KARRAS, SAMPLERS, SPACINGS, make_levels
+from rin_video.diffusion.schedules import SCHEDULES, NoiseLevel, make_schedule
 from rin_video.optimizers import OPTIMIZERS, make_lr_schedule
-from rin_video.precision import running_in
-from rin_video.samplers import KARRAS, SAMPLERS, SPACINGS, make_levels
-from rin_video.schedules import SCHEDULES, NoiseLevel, make_schedule
 from rin_video.tokenizers.positions import POSITIONS
 
 OPTIONS = {

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from rin_video.diagnose import Diagnosis, diagnose, latent_spread
-from rin_video.diffusion import GaussianDiffusion
+from rin_video.diffusion.process import GaussianDiffusion
 
 STD = 0.5
 

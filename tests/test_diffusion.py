@@ -7,9 +7,9 @@ from torch.testing import assert_close
 
 from rin_video import RIN, GaussianDiffusion, UsageError
 from rin_video.config_files import load_config
-from rin_video.noise import NoiseSource
-from rin_video.objectives import OBJECTIVES, target, to_x0_eps
-from rin_video.schedules import NoiseLevel
+from rin_video.diffusion.noise import NoiseSource
+from rin_video.diffusion.objectives import OBJECTIVES, target, to_x0_eps
+from rin_video.diffusion.schedules import NoiseLevel
 from rin_video.tensors import map_tensors
 
 SHAPES = {1: (64,), 2: (2, 32), 3: (2, 4, 8), 4: (1, 4, 4, 4)}  # (C, *grid) of rank 1 to 4

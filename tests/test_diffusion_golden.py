@@ -8,11 +8,11 @@ import torch
 from golden_files import GOLDEN, build, channels_first, load_weights
 from torch.testing import assert_close
 
-from rin_video.diffusion import GaussianDiffusion
-from rin_video.given import Given
-from rin_video.objectives import eps_from_x0, to_x0_eps
-from rin_video.samplers import get_sampler, make_levels
-from rin_video.schedules import NoiseLevel, make_schedule
+from rin_video.diffusion.conditions import Given
+from rin_video.diffusion.objectives import eps_from_x0, to_x0_eps
+from rin_video.diffusion.process import GaussianDiffusion
+from rin_video.diffusion.samplers import get_sampler, make_levels
+from rin_video.diffusion.schedules import NoiseLevel, make_schedule
 
 FILES = sorted(GOLDEN.glob("diffusion_steps*.npz"))
 NETWORK = GOLDEN / "image_rin.npz"  # whose weights the runs in those files used

@@ -196,8 +196,8 @@ def test_embeddings_condition_the_model_and_zeros_are_none(place):
 
 
 def test_dropped_labels_and_embeddings_go_together():
-    from rin_video.given import Given
-    from rin_video.noise import RNG
+    from rin_video.diffusion.conditions import Given
+    from rin_video.diffusion.noise import RNG
 
     torch.manual_seed(0)
     given = Given(torch.ones(2000, dtype=torch.long), torch.ones(2000, 2, 3)).drop(0.3, RNG(2000, torch.device("cpu")))

@@ -8,12 +8,12 @@ from torch.testing import assert_close
 from rin_video import RIN, GaussianDiffusion, UsageError
 from rin_video.cli.commands import check_sampling
 from rin_video.config_files import load_config
-from rin_video.given import Given
-from rin_video.known import KNOWN_MASKS, draw_known, place_context
-from rin_video.noise import NoiseSource
-from rin_video.objectives import OBJECTIVES
-from rin_video.samplers import SAMPLERS
-from rin_video.schedules import NoiseLevel
+from rin_video.diffusion.conditions import Given
+from rin_video.diffusion.masks import KNOWN_MASKS, draw_known, place_context
+from rin_video.diffusion.noise import NoiseSource
+from rin_video.diffusion.objectives import OBJECTIVES
+from rin_video.diffusion.samplers import SAMPLERS
+from rin_video.diffusion.schedules import NoiseLevel
 
 TINY = {"dim": 32, "num_latents": 6, "dim_latent": 32, "depth": 1, "num_heads": 2, "latent_num_heads": 2}
 CLIP = {"frames": 4, "image_size": 8, "patch_size": (2, 4, 4), "known_mask": True, "channels": 1}

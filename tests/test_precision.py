@@ -7,8 +7,8 @@ from torch import nn
 
 from rin_video import GaussianDiffusion, UsageError
 from rin_video.config import SampleConfig
-from rin_video.precision import running_in
-from rin_video.sampling import sampling_precision
+from rin_video.diffusion.precision import running_in
+from rin_video.diffusion.sampling import sampling_precision
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 

@@ -21,10 +21,10 @@ from rin_video import GaussianDiffusion, UsageError
 from rin_video.callbacks import Callback
 from rin_video.datasets.buckets import BucketSampler
 from rin_video.datasets.shards import write_shard
+from rin_video.diffusion.masks import draw_known
+from rin_video.diffusion.noise import BatchRNG
+from rin_video.diffusion.objectives import low_discrepancy_time
 from rin_video.distributed import rows_of, share
-from rin_video.known import draw_known
-from rin_video.noise import BatchRNG
-from rin_video.objectives import low_discrepancy_time
 from rin_video.training.state import newest_state
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="no gloo")

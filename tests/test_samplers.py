@@ -11,9 +11,9 @@ from torch.testing import assert_close
 
 from rin_video import GaussianDiffusion, UsageError
 from rin_video.config import SampleConfig
-from rin_video.given import Given
-from rin_video.noise import RNG
-from rin_video.objectives import (
+from rin_video.diffusion.conditions import Given
+from rin_video.diffusion.noise import RNG
+from rin_video.diffusion.objectives import (
     LOSS_WEIGHTS,
     OBJECTIVES,
     clip_dynamic,
@@ -23,8 +23,8 @@ from rin_video.objectives import (
     target,
     to_x0_eps,
 )
-from rin_video.samplers import SAMPLERS, SPACINGS, get_sampler, initial_state, make_levels
-from rin_video.schedules import NoiseLevel, make_schedule
+from rin_video.diffusion.samplers import SAMPLERS, SPACINGS, get_sampler, initial_state, make_levels
+from rin_video.diffusion.schedules import NoiseLevel, make_schedule
 
 
 class Mixture(nn.Module):

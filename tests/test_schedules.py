@@ -8,8 +8,8 @@ import torch
 from golden_files import GOLDEN
 from torch.testing import assert_close
 
+from rin_video.diffusion.schedules import SCHEDULES, NoiseLevel, make_schedule
 from rin_video.errors import UsageError
-from rin_video.schedules import SCHEDULES, NoiseLevel, make_schedule
 
 FILES = sorted(GOLDEN.glob("schedules*.npz"))
 NAMES = {"simple_linear": "linear", "cosine_simple": "cosine_simple", "cosine": "cosine", "sigmoid": "sigmoid"}

@@ -191,7 +191,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_file(tmp_path, dat
 
 
 def test_the_first_bad_step_is_found_among_many():
-    from rin_video.diffusion import LossTerms
+    from rin_video.diffusion.process import LossTerms
 
     metrics = Metrics(None, step=100)
     for step in range(4):

@@ -17,7 +17,9 @@ import torch
 from rin_video.cli.passes import extend_parts, parse_size, plan_pass, refuse_extension
 from rin_video.config import Config, DataConfig, DataKind, FrameKind, SampleConfig
 from rin_video.config_files import is_set, load_config, presets
-from rin_video.diffusion import GaussianDiffusion
+from rin_video.diffusion.process import GaussianDiffusion
+from rin_video.diffusion.samplers import get_sampler, make_levels
+from rin_video.diffusion.sampling import sampling_schedule, suited_spacing
 from rin_video.errors import UsageError
 from rin_video.files import CONFIG
 from rin_video.identity import run_folder
@@ -26,8 +28,6 @@ from rin_video.memory import largest_batch, training_memory
 from rin_video.model.info import describe, model_info
 from rin_video.provenance import device_name
 from rin_video.ranks import is_first, several_processes
-from rin_video.samplers import get_sampler, make_levels
-from rin_video.sampling import sampling_schedule, suited_spacing
 from rin_video.together import sample_together
 from rin_video.training.state import newest_state
 from rin_video.weights import find_model

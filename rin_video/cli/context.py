@@ -22,8 +22,8 @@ from rin_video.datasets.probe import probe_video
 from rin_video.datasets.reading import read_image
 from rin_video.datasets.video_info import VideoInfo
 from rin_video.datasets.windows import nearest_in_time
+from rin_video.diffusion.masks import known_frames_mask
 from rin_video.errors import UsageError
-from rin_video.known import known_frames_mask
 
 log = logging.getLogger("rin_video")
 

@@ -12,7 +12,7 @@ import torch
 from rin_video.config_files import load_config
 from rin_video.datasets.demo import SHAPES, write_demo_set
 from rin_video.datasets.open import open_dataset
-from rin_video.diffusion import GaussianDiffusion
+from rin_video.diffusion.process import GaussianDiffusion
 from rin_video.media import DEFAULT_FPS, contact_sheet, save_samples
 from rin_video.model.info import describe
 from rin_video.model.rin import RIN

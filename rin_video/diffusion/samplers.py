@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from rin_video.config import SamplerName, SpacingName
+from rin_video.diffusion.schedules import NoiseLevel, Schedule
 from rin_video.errors import UsageError
-from rin_video.schedules import NoiseLevel, Schedule
 
 Denoise = Callable[[Tensor, NoiseLevel, Any], tuple[Tensor, Tensor, Any]]
 Levels = Sequence[tuple[NoiseLevel, NoiseLevel]]

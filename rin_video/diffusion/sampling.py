@@ -21,19 +21,19 @@ from rin_video.config import (
     SpacingName,
 )
 from rin_video.config_files import PARAMETERS
+from rin_video.diffusion.conditions import Given, check_guidance
+from rin_video.diffusion.masks import place_context
+from rin_video.diffusion.noise import NoiseSource
+from rin_video.diffusion.objectives import CLIPS
+from rin_video.diffusion.precision import running_in
+from rin_video.diffusion.samplers import KARRAS, get_sampler, initial_state, make_levels
+from rin_video.diffusion.schedules import Schedule, make_schedule
 from rin_video.errors import UsageError
-from rin_video.given import Given, check_guidance
-from rin_video.known import place_context
 from rin_video.labels import Labels, check_labels
-from rin_video.noise import NoiseSource
-from rin_video.objectives import CLIPS
-from rin_video.precision import running_in
-from rin_video.samplers import KARRAS, get_sampler, initial_state, make_levels
-from rin_video.schedules import Schedule, make_schedule
 from rin_video.tensors import from_diffusion_range, join_tensors, map_tensors, to_diffusion_range, to_unit_range
 
 if TYPE_CHECKING:
-    from rin_video.diffusion import GaussianDiffusion
+    from rin_video.diffusion.process import GaussianDiffusion
 
 
 @torch.no_grad()
@@ -74,7 +74,7 @@ def sample(
     By default `shape` (C, *grid) is the model's, `steps` is `timesteps` or 50, `sampler` is `dpmpp_2m_sde` (or that of
     the diffusion's `use_ddim`), and `schedule` and clipping are those of training. `spacing` defaults to "karras" for
     DPM-Solver++ and Heun, and to "uniform" for the others and with a `schedule`, its parameters or a `time_difference`.
-    See `rin_video.samplers` for the samplers, their options and the spacings, and `denoiser` for guidance. `label` is
+    See `rin_video.diffusion.samplers` for the samplers, their options and the spacings, and `denoiser` for guidance. `label` is
     one class for all samples or one for each, by number or name; `embedding` is (L, D) or (B, L, D). Arrays are
     accepted in place of tensors.
 

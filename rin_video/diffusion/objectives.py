@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from rin_video.config import ClippingName, LossWeightName, ObjectiveName, TimeSamplingName
+from rin_video.diffusion.noise import RNG
+from rin_video.diffusion.schedules import GAMMA_MIN, NoiseLevel
 from rin_video.errors import UsageError
-from rin_video.noise import RNG
-from rin_video.schedules import GAMMA_MIN, NoiseLevel
 
 OBJECTIVES: tuple[ObjectiveName, ...] = get_args(ObjectiveName)
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from rin_video.config import GuidanceDropName
+from rin_video.diffusion.noise import RNG
 from rin_video.errors import UsageError
-from rin_video.noise import RNG
 from rin_video.tensors import append_dims
 
 

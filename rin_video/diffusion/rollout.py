@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rin_video.diffusion.noise import spread_seed
 from rin_video.errors import UsageError
-from rin_video.noise import spread_seed
 from rin_video.tensors import to_unit_range
 
 if TYPE_CHECKING:
-    from rin_video.diffusion import GaussianDiffusion
+    from rin_video.diffusion.process import GaussianDiffusion
 
 
 def extend(

@@ -27,18 +27,18 @@ from rin_video.config import (
     TrainConfig,
     check_diffusion_names,
 )
+from rin_video.diffusion.conditions import Given
+from rin_video.diffusion.masks import ANY_GRID, draw_known
+from rin_video.diffusion.noise import RNG
+from rin_video.diffusion.objectives import CLIPS, TIME_SAMPLINGS, eps_from_x0, make_loss_weight, target, to_x0_eps
+from rin_video.diffusion.rollout import extend
+from rin_video.diffusion.samplers import Denoise
+from rin_video.diffusion.sampling import sample, sample_from_config
+from rin_video.diffusion.schedules import NoiseLevel, make_schedule
 from rin_video.errors import UsageError
-from rin_video.extend import extend
-from rin_video.given import Given
-from rin_video.known import ANY_GRID, draw_known
 from rin_video.labels import Labels, check_labels
 from rin_video.model.rin import load_model
-from rin_video.noise import RNG
-from rin_video.objectives import CLIPS, TIME_SAMPLINGS, eps_from_x0, make_loss_weight, target, to_x0_eps
 from rin_video.port import diffusion_options
-from rin_video.samplers import Denoise
-from rin_video.sampling import sample, sample_from_config
-from rin_video.schedules import NoiseLevel, make_schedule
 from rin_video.tensors import append_dims, as_data, map_tensors, to_diffusion_range
 from rin_video.weights import save_model
 
@@ -61,7 +61,7 @@ class GaussianDiffusion(nn.Module):
 
     Where cells are known, the model sees them clean, in the data's own range, and is told where; no loss is taken
     there, and every sampler's estimate holds them, so that its path leads to them. Which are known is drawn in training
-    from the kinds `known` of `rin_video.known`, by weight, with `known_frames` [least, most] where frames are counted.
+    from the kinds `known` of `rin_video.diffusion.masks`, by weight, with `known_frames` [least, most] where frames are counted.
 
     The options are the fields of `DiffusionConfig`, by name, or those of the PyTorch port (`rin_video.port`); `shape`
     (C, *grid) is the model's where it has one. `scale` b multiplies the data; unless it is 1, the noisy input is
