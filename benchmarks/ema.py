@@ -27,13 +27,13 @@ from learning import CALLS, HERE, our_arm, read_images, statistics, train_classi
 from torch import Tensor, nn
 
 from rin_video import RIN, GaussianDiffusion, Trainer
-from rin_video.averages import make_ema
-from rin_video.callbacks import Callback
 from rin_video.config import TrainConfig
 from rin_video.config_files import load_config
 from rin_video.datasets.demo import write_demo_set
 from rin_video.datasets.open import open_dataset
 from rin_video.files import write_text
+from rin_video.training.callbacks import Callback
+from rin_video.training.ema import make_ema
 
 FASHION_STEPS = 3560  # what 15 minutes of one core came to
 SPANS = {"fashion": (100, 200, 330, 500, 1000), "demo": (60, 120, 250, 500)}  # steps, 1 / (1 - decay)

@@ -37,10 +37,10 @@ from few_steps import frechet
 from torch import Tensor, nn
 
 from rin_video import RIN, GaussianDiffusion
-from rin_video.averages import make_ema
 from rin_video.config import TrainConfig
 from rin_video.config_files import load_config
-from rin_video.optimizers import make_optimizer
+from rin_video.training.ema import make_ema
+from rin_video.training.optimizers import make_optimizer
 from rin_video.weights import write_text
 
 HERE = Path(__file__).parent

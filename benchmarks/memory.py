@@ -44,7 +44,7 @@ def measure(name: str, batch_size: int, overrides: list[str]) -> None:
     from torch.utils.data import TensorDataset
 
     from rin_video import RIN, GaussianDiffusion, Trainer, load_config
-    from rin_video.memory import training_memory
+    from rin_video.training.memory import training_memory
 
     torch.set_num_threads(1)
 

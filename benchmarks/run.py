@@ -45,8 +45,8 @@ from torch.utils.flop_counter import flop_registry
 from rin_video.config_files import load_config
 from rin_video.diffusion.process import GaussianDiffusion
 from rin_video.model.rin import RIN
-from rin_video.optimizers import make_optimizer
-from rin_video.provenance import device_name
+from rin_video.training.optimizers import make_optimizer
+from rin_video.training.provenance import device_name
 from rin_video.weights import write_text
 
 RESULTS = Path(__file__).parent / "results"
@@ -416,7 +416,7 @@ def start(machine: Machine) -> list[Row]:
 def waiting(machine: Machine) -> list[Row]:
     """Share of the time that the trainer of the preset `demo` waits for its clips, in the lines of metrics.jsonl."""
     from rin_video.datasets.demo import write_demo_set
-    from rin_video.trainer import Trainer
+    from rin_video.training.trainer import Trainer
 
     config = load_config("demo", ["train.train_num_steps=120", "train.log_every=20"])
     with tempfile.TemporaryDirectory() as folder:

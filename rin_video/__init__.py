@@ -6,7 +6,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rin_video.callbacks import Callback
     from rin_video.config import Config, ModelConfig
     from rin_video.config_files import load_config
     from rin_video.diffusion.process import GaussianDiffusion
@@ -14,7 +13,8 @@ if TYPE_CHECKING:
     from rin_video.media import save_samples, write_video
     from rin_video.model.rin import RIN
     from rin_video.reports.card import push_to_hub
-    from rin_video.trainer import Trainer
+    from rin_video.training.callbacks import Callback
+    from rin_video.training.trainer import Trainer
 
 __all__ = [
     "RIN",
@@ -33,11 +33,11 @@ __all__ = [
 # Imported when first asked for, so that `rin-video --help` costs no torch.
 _HOME = {
     "RIN": "model.rin",
-    "Callback": "callbacks",
+    "Callback": "training.callbacks",
     "Config": "config",
     "GaussianDiffusion": "diffusion.process",
     "ModelConfig": "config",
-    "Trainer": "trainer",
+    "Trainer": "training.trainer",
     "UsageError": "errors",
     "load_config": "config_files",
     "push_to_hub": "reports.card",

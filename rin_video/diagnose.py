@@ -26,9 +26,9 @@ from rin_video.diffusion.objectives import target
 from rin_video.diffusion.process import GaussianDiffusion
 from rin_video.files import write_text
 from rin_video.media import can_be_picture, contact_sheet
-from rin_video.plots import plot_losses
-from rin_video.previews import harmless
 from rin_video.tensors import to_diffusion_range
+from rin_video.training.plots import _figure
+from rin_video.training.previews import harmless
 from rin_video.training.state import load_state, saved_states
 
 log = logging.getLogger("rin_video")
@@ -244,3 +244,22 @@ def _at_bounds(x: Tensor) -> float:
 
 def _numbers(values: list[float]) -> str:
     return ", ".join(f"{value:.2f}" for value in values)
+
+
+def plot_losses(diagnosis: Diagnosis, path: Path) -> None:
+    """Loss at each noise level, beside the trivial predictors."""
+    lines = {
+        "always zero": (diagnosis.loss_zero, "--"),
+        "copy of the input": (diagnosis.loss_copy, ":"),
+        "first pass, no memory": (diagnosis.loss_first_pass, "-"),
+        "second pass": (diagnosis.loss, "-o"),
+        "second pass, weights not averaged": (diagnosis.loss_raw, "-"),
+    }
+    with _figure(path, 1) as (axes,):
+        for name, (values, style) in lines.items():
+            if values is not None:
+                axes.plot(diagnosis.t, values, style, label=name)
+        axes.set(
+            xlabel="t (0: clean, 1: noise)", ylabel="loss, not weighted", yscale="log", title="loss by noise level"
+        )
+        axes.legend()

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import base64
 import html
-import json
-import math
-from contextlib import suppress
 from pathlib import Path
 from string import Template
 from typing import Any
 
 from rin_video.errors import UsageError, one_line
 from rin_video.files import CONFIG, write_text
-from rin_video.metrics import NOISE_BINS
-from rin_video.plots import metrics_svg
-from rin_video.provenance import read_json
+from rin_video.training.metrics import read_lines
+from rin_video.training.plots import metrics_svg
+from rin_video.training.provenance import read_json
 
 KINDS = {".mp4": "video/mp4", ".gif": "image/gif", ".png": "image/png"}
 SHOWN = 8  # steps whose samples are in the page
@@ -81,35 +78,6 @@ def describe_earlier(starts: Any) -> str:
         return ""
     first = starts[0].get("started", "an unknown time") if isinstance(starts[0], dict) else "an unknown time"
     return f", resumed {'once' if count == 1 else f'{count} times'} (begun {first})"
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`; one that is cut short, or is none that training writes, is left out."""
-    lines = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
-        with suppress(ValueError, RecursionError):
-            line = json.loads(text)
-            if is_line(line):
-                lines.append(line)
-    return lines
-
-
-def is_line(line: Any) -> bool:
-    """Whether a line of a `metrics.jsonl` holds what the page shows, and numbers wherever it shows numbers."""
-    if not isinstance(line, dict) or not isinstance(line.get("step"), int):
-        return False
-    by_t, rest = line.get("loss_by_t"), [line.get(name) for name in ("grad_norm", "lr", "data_wait")]
-    if not isinstance(by_t, list) or len(by_t) != NOISE_BINS:
-        return False
-    return all(map(is_number, (line.get("loss"), line.get("samples_per_second")))) and all(
-        value is None or is_number(value) for value in (*by_t, *rest)
-    )
-
-
-def is_number(value: Any) -> bool:
-    with suppress(TypeError, OverflowError):
-        return not isinstance(value, bool) and math.isfinite(value)
-    return False
 
 
 def escape(text: str) -> str:

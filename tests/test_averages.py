@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 from tiny_run import make_trainer
 
 from rin_video import GaussianDiffusion, UsageError, cli
-from rin_video.averages import averaged_weights, make_ema
-from rin_video.callbacks import Callback
 from rin_video.config import TrainConfig
 from rin_video.config_files import load_config, presets
+from rin_video.training.callbacks import Callback
+from rin_video.training.ema import averaged_weights, make_ema
 
 LENGTHS = [0.05, 0.075, 0.1, 0.15]
 

@@ -28,8 +28,8 @@ from rin_video.diffusion.objectives import CLIPS, LOSS_WEIGHTS, OBJECTIVES, TIME
 from rin_video.diffusion.precision import running_in
 from rin_video.diffusion.samplers import KARRAS, SAMPLERS, SPACINGS, make_levels
 from rin_video.diffusion.schedules import SCHEDULES, NoiseLevel, make_schedule
-from rin_video.optimizers import OPTIMIZERS, make_lr_schedule
 from rin_video.tokenizers.positions import POSITIONS
+from rin_video.training.optimizers import OPTIMIZERS, make_lr_schedule
 
 OPTIONS = {
     f"{section}.{name}": names_of(kind)

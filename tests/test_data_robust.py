@@ -29,7 +29,7 @@ from rin_video.datasets.probing import run_apart
 from rin_video.datasets.sources import shown
 from rin_video.datasets.video_info import VideoInfo
 from rin_video.errors import UsageError
-from rin_video.signals import ignore_signals
+from rin_video.training.signals import ignore_signals
 
 
 def misbehave(task):

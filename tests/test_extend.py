@@ -6,12 +6,12 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from rin_video import RIN, GaussianDiffusion, Trainer, UsageError, cli
-from rin_video.callbacks import Callback
 from rin_video.config import Config, DataConfig, DiffusionConfig
 from rin_video.datasets.decoding import open_video
 from rin_video.media import VideoWriter, write_video
-from rin_video.memory import PeakMemory
 from rin_video.tokenizers.positions import LearnedPosition
+from rin_video.training.callbacks import Callback
+from rin_video.training.memory import PeakMemory
 from rin_video.weights import save_model
 
 TINY = {"dim": 32, "num_latents": 8, "dim_latent": 32, "depth": 1, "num_heads": 2, "latent_num_heads": 2}

@@ -16,7 +16,7 @@ from rin_video.datasets.index import make_index
 from rin_video.datasets.open import INDEX
 from rin_video.datasets.probing import _died
 from rin_video.errors import TimeLimitError, TransientError
-from rin_video.identity import check_same_data, run_folder
+from rin_video.training.identity import check_same_data, run_folder
 
 TINY = {"dim": 32, "num_latents": 6, "dim_latent": 32, "depth": 1, "num_heads": 2, "latent_num_heads": 2,
         "image_size": 8, "patch_size": 4}  # fmt: skip

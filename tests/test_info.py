@@ -9,8 +9,8 @@ from golden_files import GOLDEN
 from rin_video import RIN, GaussianDiffusion, UsageError
 from rin_video.config import Config, ModelConfig
 from rin_video.config_files import load_config
-from rin_video.memory import LIBRARIES, MALLOC, PeakMemory, training_memory
 from rin_video.model.info import describe, model_info
+from rin_video.training.memory import LIBRARIES, MALLOC, PeakMemory, training_memory
 
 COUNTS = GOLDEN / "paper_models.json"
 RELEASED = json.loads(COUNTS.read_text(encoding="utf-8"))["from_released_configs"] if COUNTS.exists() else {}

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from rin_video import RIN, GaussianDiffusion, UsageError, cli
 from rin_video.config_files import load_config
 from rin_video.media import write_video
-from rin_video.memory import PeakMemory, checkpoint_blocks, largest_batch, training_memory, with_batch
+from rin_video.training.memory import PeakMemory, checkpoint_blocks, largest_batch, training_memory, with_batch
 
 
 def gradients(checkpointing: bool, bf16: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -62,12 +62,12 @@ def test_memory_is_predicted_with_every_condition():
 def test_the_largest_batch_fits_and_the_next_does_not(monkeypatch):
     config = load_config("demo", ["model.depth=1"])
     free = 700_000_000
-    monkeypatch.setattr("rin_video.memory.free_memory", lambda device: free / 0.9)
+    monkeypatch.setattr("rin_video.training.memory.free_memory", lambda device: free / 0.9)
     size = largest_batch(config, torch.device("cpu"))
     assert training_memory(with_batch(config, size)) <= free < 1.03 * training_memory(with_batch(config, size + 2))
     assert largest_batch(config, torch.device("cpu"), limit=10) == 10
     assert largest_batch(config, torch.device("cpu"), num_processes=4, limit=10) == 8
-    monkeypatch.setattr("rin_video.memory.free_memory", lambda device: 1e6)
+    monkeypatch.setattr("rin_video.training.memory.free_memory", lambda device: 1e6)
     with pytest.raises(UsageError, match=r"needs \d\.\d GB with a batch of 1, 0\.0 GB can be used"):
         largest_batch(config, torch.device("cpu"))
 
@@ -82,7 +82,7 @@ def test_batch_size_auto_and_the_same_again(tmp_path, monkeypatch, caplog):
     with caplog.at_level(logging.INFO, logger="rin_video"):
         assert cli.main([*command, "--steps", "1"]) == 0
         assert "batch size 3, the largest that fits" in caplog.text
-        monkeypatch.setattr("rin_video.memory.free_memory", lambda device: 1e6)
+        monkeypatch.setattr("rin_video.training.memory.free_memory", lambda device: 1e6)
         assert cli.main([*command, "--steps", "2"]) == 0
     assert load_config(tmp_path / "run/config.yaml").train.train_batch_size == 3
 

@@ -74,7 +74,7 @@ def test_samples_that_are_no_pictures_are_numbers(tmp_path):
 @pytest.mark.parametrize("backend", ["module://not_here.backend_inline", "not_here"])
 def test_a_backend_that_is_not_there_does_not_keep_curves_from_being_drawn(tmp_path, backend):
     """Colab sets MPLBACKEND for the notebook, and the command has no such module."""
-    code = "import os; from rin_video.plots import _axes; _axes(1, 1); print(os.environ['MPLBACKEND'])"
+    code = "import os; from rin_video.training.plots import _axes; _axes(1, 1); print(os.environ['MPLBACKEND'])"
     environment = os.environ | {"MPLBACKEND": backend}
     done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -18,13 +18,13 @@ from together import draw
 from torch.testing import assert_close
 
 from rin_video import GaussianDiffusion, UsageError
-from rin_video.callbacks import Callback
 from rin_video.datasets.buckets import BucketSampler
 from rin_video.datasets.shards import write_shard
 from rin_video.diffusion.masks import draw_known
 from rin_video.diffusion.noise import BatchRNG
 from rin_video.diffusion.objectives import low_discrepancy_time
-from rin_video.distributed import rows_of, share
+from rin_video.training.callbacks import Callback
+from rin_video.training.distributed import rows_of, share
 from rin_video.training.state import newest_state
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="no gloo")
@@ -198,7 +198,7 @@ def test_accelerate_launch_with_its_own_fsdp2_options(tmp_path):
 def test_a_process_that_finds_no_others_is_refused(tmp_path, monkeypatch):
     """Or each would train for itself, all into one folder."""
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr("rin_video.distributed.Accelerator", Alone)
+    monkeypatch.setattr("rin_video.training.distributed.Accelerator", Alone)
     with pytest.raises(UsageError, match="WORLD_SIZE is 2, but this process found 1 of them"):
         make_trainer(tmp_path)
 
@@ -321,6 +321,6 @@ def test_processes_agree_on_a_stop_no_oftener_than_they_log(tmp_path, monkeypatc
     run = make_trainer(tmp_path, train_num_steps=12, log_every=5, save_and_sample_every=6)
     asked = []
     monkeypatch.setattr(type(run.accelerator), "num_processes", 2)
-    monkeypatch.setattr("rin_video.trainer.agree", lambda flag, accelerator: asked.append(run.step) or False)
+    monkeypatch.setattr("rin_video.training.trainer.agree", lambda flag, accelerator: asked.append(run.step) or False)
     run.train()
     assert asked == [0, 5, 6, 10, 12]  # the first: whether there are pictures to be drawn

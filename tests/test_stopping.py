@@ -18,10 +18,10 @@ from tiny_run import Noise, make_trainer
 from torch.testing import assert_close
 
 from rin_video import UsageError, cli
-from rin_video.callbacks import Callback
 from rin_video.errors import Stopped
-from rin_video.metrics import Metrics
-from rin_video.signals import StopSignals
+from rin_video.training.callbacks import Callback
+from rin_video.training.metrics import Metrics
+from rin_video.training.signals import StopSignals
 from rin_video.training.state import newest_state
 
 
@@ -247,7 +247,7 @@ def test_the_example_trains_on_tensors_of_its_own(tmp_path):
 
 def test_one_training_at_a_time_in_a_folder(tmp_path):
     """The lock goes with the process that has it, even where it is killed."""
-    code = "import sys, time, pathlib; from rin_video.locking import lock_run; f = lock_run(pathlib.Path(sys.argv[1]))"
+    code = "import sys, time, pathlib; from rin_video.training.locking import lock_run; f = lock_run(pathlib.Path(sys.argv[1]))"
     other = subprocess.Popen(
         [sys.executable, "-c", f"{code}; print('locked', flush=True); time.sleep(60)", tmp_path / "run"],
         stdout=subprocess.PIPE,

@@ -19,8 +19,8 @@ from rin_video import RIN, GaussianDiffusion, Trainer, UsageError
 from rin_video.config import Config, DataConfig, TrainConfig
 from rin_video.config_files import load_config
 from rin_video.datasets.draws import Draws, DrawSampler
-from rin_video.trainer import Metrics, make_lr_schedule, make_optimizer
 from rin_video.training.state import load_state, save_state
+from rin_video.training.trainer import Metrics, make_lr_schedule, make_optimizer
 
 TINY = {
     "dim": 32,
@@ -352,8 +352,8 @@ def test_after_a_resume_what_the_configuration_says_is_what_runs(begun, tmp_path
     if name == "compile":  # what it does is tested elsewhere
         monkeypatch.setattr(RIN, "compile", lambda model: None)
     if name == "trackers":
-        monkeypatch.setattr("rin_video.distributed.check_trackers", lambda names: None)
-        monkeypatch.setattr("rin_video.distributed.Accelerator", partial(NoTrackers, Accelerator))
+        monkeypatch.setattr("rin_video.training.distributed.check_trackers", lambda names: None)
+        monkeypatch.setattr("rin_video.training.distributed.Accelerator", partial(NoTrackers, Accelerator))
     if name in SPECIAL:
         trainer(tmp_path, 2, **base).train()
     else:

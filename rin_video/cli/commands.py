@@ -22,14 +22,14 @@ from rin_video.diffusion.samplers import get_sampler, make_levels
 from rin_video.diffusion.sampling import sampling_schedule, suited_spacing
 from rin_video.errors import UsageError
 from rin_video.files import CONFIG
-from rin_video.identity import run_folder
 from rin_video.labels import class_index
-from rin_video.memory import largest_batch, training_memory
 from rin_video.model.info import describe, model_info
-from rin_video.provenance import device_name
 from rin_video.ranks import is_first, several_processes
-from rin_video.together import sample_together
+from rin_video.training.identity import run_folder
+from rin_video.training.memory import largest_batch, training_memory
+from rin_video.training.provenance import device_name
 from rin_video.training.state import newest_state
+from rin_video.training.together import sample_together
 from rin_video.weights import find_model
 
 log = logging.getLogger("rin_video")
@@ -39,9 +39,9 @@ def train(options: Namespace) -> None:
     """`rin-video train`."""
     from rin_video.datasets.embeddings import embedding_shape
     from rin_video.datasets.open import INDEX, open_dataset
-    from rin_video.distributed import first_then_others, heed_launcher
     from rin_video.model.rin import RIN
-    from rin_video.trainer import Trainer
+    from rin_video.training.distributed import first_then_others, heed_launcher
+    from rin_video.training.trainer import Trainer
 
     preset = first_then_others(lambda: chosen_preset(options))
     config = read_config(options, preset)
@@ -131,7 +131,7 @@ def sample(options: Namespace) -> None:
     allow_only(options.overrides, "sample.")
     device = best_device()
     if several_processes():
-        from rin_video.distributed import meet
+        from rin_video.training.distributed import meet
 
         device = meet().device
     diffusion = GaussianDiffusion.from_pretrained(folder, device=device)
@@ -202,7 +202,7 @@ def diagnose(options: Namespace) -> None:
 
 def ema(options: Namespace) -> None:
     """`rin-video ema`."""
-    from rin_video.averages import write_averages
+    from rin_video.training.ema import write_averages
 
     run = find_model(options.model)
     for folder, error in write_averages(run, options.sigma_rel, Path(options.out) if options.out else None):
@@ -449,7 +449,7 @@ def choose_batch(config: Config, folder: Path, num_samples: int) -> int:
 
     Of several processes, the largest that fits into all of them.
     """
-    from rin_video.distributed import in_all, meet
+    from rin_video.training.distributed import in_all, meet
 
     state = meet()
 

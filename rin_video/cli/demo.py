@@ -16,7 +16,7 @@ from rin_video.diffusion.process import GaussianDiffusion
 from rin_video.media import DEFAULT_FPS, contact_sheet, save_samples
 from rin_video.model.info import describe
 from rin_video.model.rin import RIN
-from rin_video.trainer import Trainer
+from rin_video.training.trainer import Trainer
 
 log = logging.getLogger("rin_video")
 

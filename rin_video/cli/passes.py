@@ -14,7 +14,7 @@ from rin_video.config import SampleConfig
 from rin_video.diffusion.sampling import sample_options
 from rin_video.errors import UsageError
 from rin_video.ranks import is_first
-from rin_video.together import part_of_batch
+from rin_video.training.together import part_of_batch
 
 if TYPE_CHECKING:
     from rin_video.diffusion.process import GaussianDiffusion

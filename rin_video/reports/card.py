@@ -18,8 +18,8 @@ from rin_video.hub import HUB_ID, PREFIX, plain_errors
 from rin_video.model.info import describe, model_info
 from rin_video.model.rin import load_model
 from rin_video.plain_yaml import dump
-from rin_video.provenance import read_json
-from rin_video.report import read_lines
+from rin_video.training.metrics import read_lines
+from rin_video.training.provenance import read_json
 
 PICTURE, CLIP = "samples.png", "samples.mp4"
 

@@ -25,12 +25,12 @@ import torch
 from PIL import Image
 from tiny_run import Noise, make_trainer
 
-from rin_video.callbacks import Callback
 from rin_video.config import DataConfig
 from rin_video.datasets import prepare
 from rin_video.datasets.loading import Batches
 from rin_video.datasets.probing import run_apart
-from rin_video.signals import ignore_signals
+from rin_video.training.callbacks import Callback
+from rin_video.training.signals import ignore_signals
 
 
 class Rogue(Noise):

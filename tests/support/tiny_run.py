@@ -17,12 +17,12 @@ import torch
 from torch.utils.data import Dataset
 
 from rin_video import RIN, GaussianDiffusion, Trainer, tensor_files
-from rin_video.callbacks import Callback
 from rin_video.config import Config, train_config
 from rin_video.datasets.adapters import Adapted
 from rin_video.datasets.mixture import Mixture
-from rin_video.distributed import is_sharded, leave
 from rin_video.tensor_files import full_tensor
+from rin_video.training.callbacks import Callback
+from rin_video.training.distributed import is_sharded, leave
 
 TINY = {"dim": 32, "num_latents": 6, "dim_latent": 32, "depth": 2, "num_heads": 2, "latent_num_heads": 2,
         "image_size": 8, "patch_size": 4}  # fmt: skip

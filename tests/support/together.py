@@ -11,8 +11,8 @@ from rin_video import RIN, GaussianDiffusion, UsageError
 from rin_video.cli import commands
 from rin_video.cli.passes import Pass, extend_parts
 from rin_video.config import Config, SampleConfig
-from rin_video.distributed import first_then_others, in_all, meet
-from rin_video.together import sample_together
+from rin_video.training.distributed import first_then_others, in_all, meet
+from rin_video.training.together import sample_together
 
 CLIP = {"dim": 32, "num_latents": 6, "dim_latent": 32, "depth": 1, "num_heads": 2, "latent_num_heads": 2,
         "image_size": 8, "frames": 4, "patch_size": (2, 4, 4), "known_mask": True, "num_classes": 2}  # fmt: skip

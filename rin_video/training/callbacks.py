@@ -10,7 +10,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from rin_video.diffusion.process import GaussianDiffusion
-    from rin_video.trainer import Trainer
+    from rin_video.training.trainer import Trainer
 
 
 class Callback:

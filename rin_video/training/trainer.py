@@ -17,8 +17,6 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 from tqdm.auto import tqdm
 
-from rin_video.averages import make_ema, make_tracks, save_snapshot
-from rin_video.callbacks import Callback, append_line
 from rin_video.config import Config, ModelConfig, SampleConfig, trainer_config
 from rin_video.config_files import plain
 from rin_video.datasets.adapters import ADAPTED, BatchCheck, adapt_for
@@ -34,7 +32,14 @@ from rin_video.diffusion.masks import draw_known
 from rin_video.diffusion.noise import BatchRNG, seeded_generators, spread_seed
 from rin_video.diffusion.precision import tf32_products
 from rin_video.diffusion.process import GaussianDiffusion, LossTerms
-from rin_video.distributed import (
+from rin_video.errors import Stopped, UsageError
+from rin_video.files import full_disk
+from rin_video.media import DEFAULT_FPS
+from rin_video.model.transfer import transfer_weights
+from rin_video.port import trainer_options
+from rin_video.tensor_files import full_tensor
+from rin_video.training.callbacks import Callback, append_line
+from rin_video.training.distributed import (
     agree,
     first_then_others,
     in_all,
@@ -47,24 +52,19 @@ from rin_video.distributed import (
     shard_module_like,
     share,
 )
-from rin_video.errors import Stopped, UsageError
-from rin_video.files import full_disk
-from rin_video.identity import check_same_data, identify
-from rin_video.locking import lock_run
-from rin_video.media import DEFAULT_FPS
-from rin_video.memory import checkpoint_blocks, out_of_memory
-from rin_video.metrics import Metrics, trim_lines
-from rin_video.model.transfer import transfer_weights
-from rin_video.optimizers import make_lr_schedule, make_optimizer
-from rin_video.plots import plot_metrics
-from rin_video.port import trainer_options
-from rin_video.previews import harmless, write_previews
-from rin_video.provenance import write_provenance
-from rin_video.signals import StopSignals, ignore_signals
-from rin_video.tensor_files import full_tensor
-from rin_video.together import sample_together
-from rin_video.tracking import Tracking
+from rin_video.training.ema import make_ema, make_tracks, save_snapshot
+from rin_video.training.identity import check_same_data, identify
+from rin_video.training.locking import lock_run
+from rin_video.training.memory import checkpoint_blocks, out_of_memory
+from rin_video.training.metrics import Metrics, trim_lines
+from rin_video.training.optimizers import make_lr_schedule, make_optimizer
+from rin_video.training.plots import plot_metrics
+from rin_video.training.previews import harmless, write_previews
+from rin_video.training.provenance import write_provenance
+from rin_video.training.signals import StopSignals, ignore_signals
 from rin_video.training.state import load_state, newest_state, remove_state, save_state, saved_states
+from rin_video.training.together import sample_together
+from rin_video.training.tracking import Tracking
 from rin_video.weights import save_weights
 
 log = logging.getLogger("rin_video")

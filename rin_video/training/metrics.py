@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -150,3 +151,32 @@ def _step_of(line: str) -> float:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
         return math.inf
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a `metrics.jsonl`; one that is cut short, or is none that training writes, is left out."""
+    lines = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+        with suppress(ValueError, RecursionError):
+            line = json.loads(text)
+            if is_line(line):
+                lines.append(line)
+    return lines
+
+
+def is_line(line: Any) -> bool:
+    """Whether a line of a `metrics.jsonl` holds what the page shows, and numbers wherever it shows numbers."""
+    if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+        return False
+    by_t, rest = line.get("loss_by_t"), [line.get(name) for name in ("grad_norm", "lr", "data_wait")]
+    if not isinstance(by_t, list) or len(by_t) != NOISE_BINS:
+        return False
+    return all(map(is_number, (line.get("loss"), line.get("samples_per_second")))) and all(
+        value is None or is_number(value) for value in (*by_t, *rest)
+    )
+
+
+def is_number(value: Any) -> bool:
+    with suppress(TypeError, OverflowError):
+        return not isinstance(value, bool) and math.isfinite(value)
+    return False

@@ -13,7 +13,7 @@ from typing import Any
 from rin_video.config import Config
 from rin_video.datasets.sources import Member
 from rin_video.errors import UsageError
-from rin_video.provenance import read_json
+from rin_video.training.provenance import read_json
 
 log = logging.getLogger("rin_video")
 

@@ -23,7 +23,7 @@ from rin_video.errors import UsageError
 from rin_video.model.rin import RIN
 
 if TYPE_CHECKING:
-    from rin_video.trainer import Trainer
+    from rin_video.training.trainer import Trainer
 
 # What a process on the CPU holds beyond its tensors, as benchmarks/memory.py measures it.
 MALLOC = 1.12  # blocks that are free between others are not given back: a share of what lives in a step

@@ -17,26 +17,7 @@ import numpy as np
 from rin_video.files import replacing
 
 if TYPE_CHECKING:
-    from rin_video.diagnose import Diagnosis
-
-
-def plot_losses(diagnosis: Diagnosis, path: Path) -> None:
-    """Loss at each noise level, beside the trivial predictors."""
-    lines = {
-        "always zero": (diagnosis.loss_zero, "--"),
-        "copy of the input": (diagnosis.loss_copy, ":"),
-        "first pass, no memory": (diagnosis.loss_first_pass, "-"),
-        "second pass": (diagnosis.loss, "-o"),
-        "second pass, weights not averaged": (diagnosis.loss_raw, "-"),
-    }
-    with _figure(path, 1) as (axes,):
-        for name, (values, style) in lines.items():
-            if values is not None:
-                axes.plot(diagnosis.t, values, style, label=name)
-        axes.set(
-            xlabel="t (0: clean, 1: noise)", ylabel="loss, not weighted", yscale="log", title="loss by noise level"
-        )
-        axes.legend()
+    pass
 
 
 def plot_metrics(metrics: Path, path: Path) -> None:

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from rin_video.config import PrecisionName, TrainConfig
 from rin_video.errors import ReportedError, UsageError
 from rin_video.ranks import num_started, several_processes
-from rin_video.tracking import check_trackers
+from rin_video.training.tracking import check_trackers
 
 log = logging.getLogger("rin_video")
 

@@ -31,7 +31,11 @@ def part_of_batch(
     """
     if not several_processes():
         return options, lambda samples: samples
-    from rin_video.distributed import gather_rows, meet, rows_of  # with accelerate, which takes a second to import
+    from rin_video.training.distributed import (  # with accelerate, which takes a second to import
+        gather_rows,
+        meet,
+        rows_of,
+    )
 
     state, count = meet(), options["batch_size"]
     rows = rows_of(count, state.process_index, state.num_processes)

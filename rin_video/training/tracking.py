@@ -12,14 +12,14 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from rin_video.callbacks import Callback
 from rin_video.config_files import plain
 from rin_video.errors import UsageError
 from rin_video.media import DEFAULT_FPS
-from rin_video.previews import harmless
+from rin_video.training.callbacks import Callback
+from rin_video.training.previews import harmless
 
 if TYPE_CHECKING:
-    from rin_video.trainer import Trainer
+    from rin_video.training.trainer import Trainer
 
 
 def check_trackers(names: Sequence[str]) -> None:
