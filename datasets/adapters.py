@@ -15,12 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, get_worker_info
 
-from rin_video.datasets.arrays import ArrayFolder
 from rin_video.datasets.buckets import Buckets
-from rin_video.datasets.clips import ClipFolder
+from rin_video.datasets.draws import SampleDataset
 from rin_video.datasets.folders import sort_classes
-from rin_video.datasets.hub import HubDataset
-from rin_video.datasets.images import ImageFolder
 from rin_video.datasets.reading import to_pixels
 from rin_video.errors import DatasetError, UsageError
 from rin_video.labels import check_labels
@@ -47,9 +44,7 @@ def adapt(data: Any, shapes: Sequence[tuple[int, ...]] = (), *, any_size: bool =
     `any_size` other sizes too. `Subset` and `ConcatDataset` hand epochs and classes on to the sets within. Of a
     `DataLoader` its data set is taken. Raises `UsageError` for what cannot be drawn from in any order.
     """
-    from rin_video.datasets.mixture import Mixture
-
-    if isinstance(data, ImageFolder | ClipFolder | ArrayFolder | HubDataset | Mixture | Adapted | Part | Joined):
+    if isinstance(data, SampleDataset):
         return data
     if isinstance(data, DataLoader):
         log.warning(
@@ -83,7 +78,7 @@ def adapt_for(diffusion: Any, data: Any) -> Dataset[dict[str, Any]]:
     return adapt(data, shapes, any_size=position in ("sincos", "coordinate"))
 
 
-class Adapted(Dataset[dict[str, Any]]):
+class Adapted(SampleDataset):
     """A data set of a user's own. Raises `DatasetError` for items of no known form, shape or type."""
 
     def __init__(self, dataset: Any, shapes: Sequence[tuple[int, ...]] = (), *, any_size: bool = True) -> None:
@@ -193,7 +188,7 @@ class Adapted(Dataset[dict[str, Any]]):
         return int(number)
 
 
-class Part(Dataset[dict[str, Any]]):
+class Part(SampleDataset):
     """Some samples of a data set, as `Subset` and `random_split` choose them."""
 
     def __init__(self, dataset: Any, indices: Sequence[int]) -> None:
@@ -217,7 +212,7 @@ class Part(Dataset[dict[str, Any]]):
         return self.dataset.name_of(self.indices[index])
 
 
-class Joined(Dataset[dict[str, Any]]):
+class Joined(SampleDataset):
     """Several data sets one after the other, as `ConcatDataset` puts them; classes are joined by name.
 
     A part without class names keeps its numbers where no part has names, and is trained on without labels else.

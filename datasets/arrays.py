@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from rin_video.config import DataConfig, data_config
 from rin_video.datasets.array_files import ArrayInfo, read_array
+from rin_video.datasets.draws import SampleDataset
 from rin_video.datasets.sources import Source, shown
 from rin_video.errors import UsageError
 
 
-class ArrayFolder(Dataset[dict[str, Tensor | int]]):
+class ArrayFolder(SampleDataset):
     """Arrays of a folder, or of one file; item: `{"x": uint8 or float32 (C, *grid), "label": class or -1}`.
 
     A file holds one sample (C, *grid) or many (N, C, *grid), uint8 or floats in [0, 1]; in shards too. Only

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from rin_video.config import DataConfig, data_config
 from rin_video.datasets.buckets import Buckets
 from rin_video.datasets.decoding import LostFramesError, VideoInfo, backends_for, kept_open, let_go
+from rin_video.datasets.draws import SampleDataset
 from rin_video.datasets.embeddings import open_embeddings
 from rin_video.datasets.folders import number_classes
 from rin_video.datasets.framing import Chance, class_list, size_range, smaller
@@ -29,7 +29,7 @@ ATTEMPTS = 16  # windows of a file that are drawn until one has no damage
 SAME_RATE = 1.05  # frame rates up to this factor apart count as one
 
 
-class ClipFolder(Dataset[dict[str, Tensor | int]]):
+class ClipFolder(SampleDataset):
     """Clips of a folder, of one file or of tar shards; item: `{"x": uint8 (C, F, H, W), "label": class or -1}`, with
     "embedding" (vectors, width) where the options ask for them.
 

@@ -11,6 +11,13 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 
+class SampleDataset(Dataset[dict[str, Any]]):
+    """A dataset of samples as training takes them: {"x": (C, *grid), "label": number or -1}, perhaps "embedding".
+
+    `draw(index, epoch)` gives the item as that epoch sees it: its clip, crop and augmentation follow from the two.
+    """
+
+
 class DrawSampler(Sampler[list[tuple[int, int]]]):
     """Batches of draws (epoch, index) without end; every epoch is a permutation made from (seed, epoch).
 

@@ -11,6 +11,7 @@ from os import PathLike
 from pathlib import Path
 
 from rin_video.config import DataKind
+from rin_video.datasets.extensions import CLIP_EXTENSIONS, COMPANIONS, IMAGE_EXTENSIONS, KINDS
 from rin_video.datasets.shards import is_shards, list_shards, members_of
 from rin_video.datasets.sources import Member, Source, open_source, shown
 from rin_video.datasets.video_info import is_webp
@@ -18,21 +19,6 @@ from rin_video.errors import UsageError
 
 log = logging.getLogger("rin_video")
 
-IMAGE_EXTENSIONS = (
-    ".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".avif", ".jp2", ".tga", ".qoi",
-    ".heic", ".heif",
-)  # fmt: skip
-CLIP_EXTENSIONS = (
-    ".mp4", ".webm", ".mkv", ".mov", ".avi", ".gif", ".m4v", ".3gp", ".3g2", ".qt", ".mpg", ".mpeg", ".ts", ".mts",
-    ".m2ts", ".wmv", ".asf", ".ogv", ".flv",
-)  # fmt: skip
-ARRAY_EXTENSIONS = (".npy", ".safetensors")
-KINDS: dict[DataKind, tuple[str, ...]] = {
-    "image": IMAGE_EXTENSIONS,
-    "video": CLIP_EXTENSIONS,
-    "array": ARRAY_EXTENSIONS,
-}
-COMPANIONS = (".txt", ".cls", ".json", *ARRAY_EXTENSIONS)  # what belongs to a sample of the same name
 SPLITS = ("train", "training", "val", "valid", "validation", "dev", "eval", "test", "testing")
 FEW = 0.1  # share of animated GIFs among images that do not make a folder one of clips
 FRAMES = 8  # consecutive numbers that may be frames of a clip

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from rin_video.config import DataConfig
 from rin_video.datasets.decoding import VideoInfo, open_video, probe_video
-from rin_video.datasets.folders import CLIP_EXTENSIONS, sort_classes
+from rin_video.datasets.draws import SampleDataset
+from rin_video.datasets.extensions import CLIP_EXTENSIONS
+from rin_video.datasets.folders import sort_classes
 from rin_video.datasets.framing import Chance, class_list, smaller
 from rin_video.datasets.images import make_framing
 from rin_video.datasets.reading import read_image
@@ -32,7 +33,7 @@ def is_hub(path: str | os.PathLike[str]) -> bool:
     )
 
 
-class HubDataset(Dataset[dict[str, Tensor | int]]):
+class HubDataset(SampleDataset):
     """Images or clips of one column; item: `{"x": uint8 (C, H, W) or (C, F, H, W), "label": class or -1}`.
 
     The column is `image_column`, else the first of type Image or Video; its labels are those of `label_column` (numbers

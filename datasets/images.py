@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from rin_video.config import DataConfig, data_config
 from rin_video.datasets.buckets import Buckets
+from rin_video.datasets.draws import SampleDataset
 from rin_video.datasets.embeddings import open_embeddings
 from rin_video.datasets.folders import number_classes
 from rin_video.datasets.framing import Chance, Framing, class_list, size_range
@@ -22,7 +22,7 @@ from rin_video.errors import UsageError
 __all__ = ["ImageFolder", "read_image"]
 
 
-class ImageFolder(Dataset[dict[str, Tensor | int]]):
+class ImageFolder(SampleDataset):
     """Images of a folder or of tar shards; item: `{"x": uint8 (C, H, W), "label": class or -1}`, with "embedding"
     (vectors, width) where the options ask for them.
 

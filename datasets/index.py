@@ -23,7 +23,8 @@ from rin_video.config import DataConfig, DataKind, DecoderOption
 from rin_video.datasets.array_files import ArrayInfo, probe_array
 from rin_video.datasets.backends import torchcodec_problem
 from rin_video.datasets.decoding import LostFramesError, Video, backends_for
-from rin_video.datasets.folders import KINDS, first_folder, number_classes, refuse_splits, split_sources
+from rin_video.datasets.extensions import KINDS
+from rin_video.datasets.folders import first_folder, number_classes, refuse_splits, split_sources
 from rin_video.datasets.probe import probe_video
 from rin_video.datasets.probing import beat, run_apart
 from rin_video.datasets.reading import ImageInfo, probe_image

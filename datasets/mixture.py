@@ -12,12 +12,12 @@ from torch.utils.data import Dataset, Sampler
 from rin_video.config import DataConfig
 from rin_video.datasets.adapters import adapt, check_label_number, draw
 from rin_video.datasets.buckets import BucketSampler
-from rin_video.datasets.draws import DrawSampler
+from rin_video.datasets.draws import DrawSampler, SampleDataset
 from rin_video.datasets.folders import sort_classes
 from rin_video.errors import UsageError
 
 
-class Mixture(Dataset[dict[str, Any]]):
+class Mixture(SampleDataset):
     """Clips, then images, as one dataset; `image_ratio` of the steps are of images. Items are those of the parts.
 
     Classes are the union by name: a folder `cats` of clips and one of images are one class; a part without classes is

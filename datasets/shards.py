@@ -32,7 +32,7 @@ def is_shards(root: str | PathLike[str]) -> bool:
 
     A folder may hold other files beside them (tables, notes), but no media.
     """
-    from rin_video.datasets.folders import KINDS
+    from rin_video.datasets.extensions import KINDS
 
     name = os.fspath(root)
     if name.startswith(PIPE) or (name.endswith(".tar") and not Path(name).is_dir()):

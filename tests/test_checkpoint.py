@@ -80,7 +80,7 @@ def test_a_full_disk_is_said_and_the_previous_checkpoint_is_whole(tmp_path):
 import resource, sys, torch
 from pathlib import Path
 from rin_video import UsageError
-from rin_video.weights import load_state, save_state
+from rin_video.training.state import load_state, save_state
 run = Path({str(tmp_path)!r})
 save_state(run / "step-1", {{"x": torch.ones(1000)}})
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))

@@ -18,7 +18,7 @@ from rin_video.config import Config, DataConfig, TrainConfig
 from rin_video.config_checks import names_of, types_of
 from rin_video.config_files import load_config
 from rin_video.datasets.backends import DECODERS
-from rin_video.datasets.folders import KINDS
+from rin_video.datasets.extensions import KINDS
 from rin_video.datasets.framing import Framing
 from rin_video.datasets.index import INFOS
 from rin_video.datasets.windows import Windows

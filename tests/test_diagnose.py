@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from rin_video.diagnose import Diagnosis, diagnose, latent_spread
 from rin_video.diffusion.process import GaussianDiffusion
+from rin_video.reports.diagnose import Diagnosis, diagnose, latent_spread
 
 STD = 0.5
 

@@ -17,8 +17,8 @@ from rin_video.config import Config
 from rin_video.config_files import load_config, to_yaml
 from rin_video.datasets import hub
 from rin_video.datasets.captions import TextEncoder
-from rin_video.report import write_report
 from rin_video.reports.card import model_card
+from rin_video.reports.page import write_report
 from rin_video.training.metrics import read_lines
 from rin_video.training.provenance import read_json
 from rin_video.weights import save_model

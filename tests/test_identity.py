@@ -111,7 +111,7 @@ def test_a_run_goes_on_with_data_that_moved_or_grew(tmp_path, caplog):
 
 
 def test_a_checkpoint_of_before_is_taken(tmp_path, monkeypatch):
-    from rin_video import trainer
+    from rin_video.training import trainer
 
     monkeypatch.setattr(trainer, "identify", lambda dataset, config: None)
     run_of(pictures(tmp_path / "one", "a", "b"), tmp_path / "run").save()

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from rin_video.datasets.folders import IMAGE_EXTENSIONS, detect_kind, find_files
+from rin_video.datasets.extensions import IMAGE_EXTENSIONS
+from rin_video.datasets.folders import detect_kind, find_files
 from rin_video.datasets.images import Chance, Framing, ImageFolder, read_image
 from rin_video.errors import UsageError
 

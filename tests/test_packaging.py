@@ -82,8 +82,8 @@ def test_it_runs_from_the_wheel_alone(wheel, tmp_path):
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]);"
         "sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f)];"
-        "from rin_video import config_files, cli; assert config_files.__file__.startswith(sys.argv[1]), config_files.__file__;"
-        "print(*config_files.presets()); [config_files.load_config(name) for name in config_files.presets()]"
+        "from rin_video import config_files as c, cli; assert c.__file__.startswith(sys.argv[1]), c.__file__;"
+        "print(*c.presets()); [c.load_config(name) for name in c.presets()]"
     )
     done = subprocess.run(
         [sys.executable, "-I", "-c", code, str(wheel)], cwd=tmp_path, capture_output=True, text=True, check=True

@@ -26,7 +26,7 @@ TINY = {"dim": 32, "num_latents": 6, "dim_latent": 32, "depth": 1, "num_heads": 
 
 
 def test_curves_that_cannot_be_drawn_do_not_end_a_training(tmp_path, monkeypatch, caplog):
-    from rin_video import trainer
+    from rin_video.training import trainer
 
     def broken(*paths):
         raise ValueError("no backend\nand more")

@@ -14,7 +14,7 @@ from tiny_run import make_trainer
 from torch.utils.data import Dataset
 
 from rin_video import UsageError, cli
-from rin_video.report import write_report
+from rin_video.reports.page import write_report
 
 BROWSER = next((p for n in ("chromium", "chromium-browser", "google-chrome", "chrome") if (p := shutil.which(n))), None)
 

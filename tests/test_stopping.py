@@ -247,7 +247,8 @@ def test_the_example_trains_on_tensors_of_its_own(tmp_path):
 
 def test_one_training_at_a_time_in_a_folder(tmp_path):
     """The lock goes with the process that has it, even where it is killed."""
-    code = "import sys, time, pathlib; from rin_video.training.locking import lock_run; f = lock_run(pathlib.Path(sys.argv[1]))"
+    code = "import sys, time; from pathlib import Path; from rin_video.training.locking import lock_run"
+    code += "; file = lock_run(Path(sys.argv[1]))"
     other = subprocess.Popen(
         [sys.executable, "-c", f"{code}; print('locked', flush=True); time.sleep(60)", tmp_path / "run"],
         stdout=subprocess.PIPE,

@@ -352,7 +352,7 @@ def test_after_a_resume_what_the_configuration_says_is_what_runs(begun, tmp_path
     if name == "compile":  # what it does is tested elsewhere
         monkeypatch.setattr(RIN, "compile", lambda model: None)
     if name == "trackers":
-        monkeypatch.setattr("rin_video.training.distributed.check_trackers", lambda names: None)
+        monkeypatch.setattr("rin_video.training.trainer.check_trackers", lambda names: None)
         monkeypatch.setattr("rin_video.training.distributed.Accelerator", partial(NoTrackers, Accelerator))
     if name in SPECIAL:
         trainer(tmp_path, 2, **base).train()

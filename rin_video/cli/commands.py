@@ -176,7 +176,7 @@ def sample_titles(wanted: SampleConfig, config: Config, captions: list[str] | No
 def diagnose(options: Namespace) -> None:
     """`rin-video diagnose`."""
     from rin_video.datasets.open import open_dataset
-    from rin_video.diagnose import diagnose_run
+    from rin_video.reports.diagnose import diagnose_run
 
     folder = find_model(options.model)
     config = load_config(folder / CONFIG, options.overrides)
@@ -213,7 +213,7 @@ def ema(options: Namespace) -> None:
 
 def report(options: Namespace) -> None:
     """`rin-video report`."""
-    from rin_video.report import write_report
+    from rin_video.reports.page import write_report
 
     run = Path(options.model)
     log.info("%s", write_report(run, Path(options.out or run / "report.html")))

@@ -16,7 +16,8 @@ from torch import Tensor
 from rin_video.cli.passes import Pass
 from rin_video.config import Config, DataConfig
 from rin_video.datasets.decoding import open_video
-from rin_video.datasets.folders import CLIP_EXTENSIONS, find_files
+from rin_video.datasets.extensions import CLIP_EXTENSIONS
+from rin_video.datasets.folders import find_files
 from rin_video.datasets.framing import Framing, smaller
 from rin_video.datasets.probe import probe_video
 from rin_video.datasets.reading import read_image

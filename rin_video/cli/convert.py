@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rin_video.datasets.decoding import open_video
-from rin_video.datasets.folders import CLIP_EXTENSIONS, IMAGE_EXTENSIONS
+from rin_video.datasets.extensions import CLIP_EXTENSIONS, IMAGE_EXTENSIONS
 from rin_video.datasets.reading import read_animation, read_image
 from rin_video.datasets.steady import is_steady, steady_clip, steady_frames
 from rin_video.datasets.video_info import is_webp

@@ -5,19 +5,17 @@ from __future__ import annotations
 import re
 from argparse import Namespace
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from rin_video.config import SampleConfig
+from rin_video.diffusion.process import GaussianDiffusion
 from rin_video.diffusion.sampling import sample_options
 from rin_video.errors import UsageError
 from rin_video.ranks import is_first
 from rin_video.training.together import part_of_batch
-
-if TYPE_CHECKING:
-    from rin_video.diffusion.process import GaussianDiffusion
 
 
 class Pass(NamedTuple):

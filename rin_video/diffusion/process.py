@@ -61,7 +61,8 @@ class GaussianDiffusion(nn.Module):
 
     Where cells are known, the model sees them clean, in the data's own range, and is told where; no loss is taken
     there, and every sampler's estimate holds them, so that its path leads to them. Which are known is drawn in training
-    from the kinds `known` of `rin_video.diffusion.masks`, by weight, with `known_frames` [least, most] where frames are counted.
+    from the kinds `known` of `rin_video.diffusion.masks`, by weight, with `known_frames` [least, most] where frames are
+    counted.
 
     The options are the fields of `DiffusionConfig`, by name, or those of the PyTorch port (`rin_video.port`); `shape`
     (C, *grid) is the model's where it has one. `scale` b multiplies the data; unless it is 1, the noisy input is

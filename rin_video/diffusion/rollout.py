@@ -6,22 +6,20 @@ A generator: frames are handed out as they come, and no more than a window is ke
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from rin_video.diffusion.noise import spread_seed
+from rin_video.diffusion.sampling import Diffusion, sample
 from rin_video.errors import UsageError
 from rin_video.tensors import to_unit_range
 
-if TYPE_CHECKING:
-    from rin_video.diffusion.process import GaussianDiffusion
-
 
 def extend(
-    diffusion: GaussianDiffusion,
+    diffusion: Diffusion,
     frames: int,
     *,
     batch_size: int | None = None,
@@ -83,7 +81,7 @@ class _Sliding:
 
     def __init__(
         self,
-        diffusion: GaussianDiffusion,
+        diffusion: Diffusion,
         batch_size: int,
         shape: tuple[int, ...],
         overlap: int,
@@ -109,7 +107,8 @@ class _Sliding:
 
     def draw(self, start: Tensor | None, known: Tensor | None, seed: int) -> Tensor:
         """One window (B, C, F, H, W) that starts with frames, or keeps those that are known."""
-        clip, hidden = self.diffusion.sample(
+        clip, hidden = sample(
+            self.diffusion,
             self.batch_size,
             shape=self.shape,
             context=start,

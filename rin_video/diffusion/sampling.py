@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, Protocol, get_args
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from rin_video.config import (
@@ -26,19 +26,32 @@ from rin_video.diffusion.masks import place_context
 from rin_video.diffusion.noise import NoiseSource
 from rin_video.diffusion.objectives import CLIPS
 from rin_video.diffusion.precision import running_in
-from rin_video.diffusion.samplers import KARRAS, get_sampler, initial_state, make_levels
+from rin_video.diffusion.samplers import KARRAS, Denoise, get_sampler, initial_state, make_levels
 from rin_video.diffusion.schedules import Schedule, make_schedule
 from rin_video.errors import UsageError
 from rin_video.labels import Labels, check_labels
 from rin_video.tensors import from_diffusion_range, join_tensors, map_tensors, to_diffusion_range, to_unit_range
 
-if TYPE_CHECKING:
-    from rin_video.diffusion.process import GaussianDiffusion
+
+class Diffusion(Protocol):
+    """What sampling asks of a `GaussianDiffusion`."""
+
+    model: Any
+    config: DiffusionConfig
+    shape: tuple[int, ...] | None
+    classes: list[str]
+    sampler: SamplerName | None
+    precision: PrecisionName
+    training: bool
+
+    def denoiser(self, given: Given, guidance: float, **options: Any) -> Denoise: ...
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+    def train(self, mode: bool = True) -> Any: ...
 
 
 @torch.no_grad()
 def sample(
-    diffusion: GaussianDiffusion,
+    diffusion: Diffusion,
     batch_size: int | None = None,
     *,
     shape: tuple[int, ...] | None = None,
@@ -74,9 +87,9 @@ def sample(
     By default `shape` (C, *grid) is the model's, `steps` is `timesteps` or 50, `sampler` is `dpmpp_2m_sde` (or that of
     the diffusion's `use_ddim`), and `schedule` and clipping are those of training. `spacing` defaults to "karras" for
     DPM-Solver++ and Heun, and to "uniform" for the others and with a `schedule`, its parameters or a `time_difference`.
-    See `rin_video.diffusion.samplers` for the samplers, their options and the spacings, and `denoiser` for guidance. `label` is
-    one class for all samples or one for each, by number or name; `embedding` is (L, D) or (B, L, D). Arrays are
-    accepted in place of tensors.
+    See `rin_video.diffusion.samplers` for the samplers, their options and the spacings, and `denoiser` for guidance.
+    `label` is one class for all samples or one for each, by number or name; `embedding` is (L, D) or (B, L, D). Arrays
+    are accepted in place of tensors.
 
     `context` (C, *grid) or (B, C, *grid), in [0, 1] or uint8, is kept bit for bit where `known`, booleans over the
     grid or (B, *grid), is true. A context of fewer frames needs no mask: it is the start.
@@ -122,7 +135,7 @@ def sample(
     bar = tqdm(total=len(levels) * len(chunks), desc="sampling", unit="step", disable=not progress)
     samples, trajectories, handed_on = [], [], []
     was_training = diffusion.training
-    diffusion.eval()
+    diffusion.train(False)
     try:
         for chunk in chunks:
             noise = NoiseSource(seed, (chunk + first_index).tolist(), shape, device)
@@ -160,7 +173,7 @@ def sample(
 
 
 def _given(
-    diffusion: GaussianDiffusion,
+    diffusion: Diffusion,
     batch: int,
     shape: tuple[int, ...],
     label: Labels | None,
@@ -186,16 +199,16 @@ def _given(
     return Given(label, embedding, mask, diffusion.config.scale * to_diffusion_range(data)), data
 
 
-def sample_from_config(diffusion: GaussianDiffusion, config: SampleConfig, **options: Any) -> Any:
+def sample_from_config(diffusion: Diffusion, config: SampleConfig, **options: Any) -> Any:
     """`sample` with the options of a configuration; `config.label` as a number.
 
     Without one, each class in turn where the model has classes. `options` are further arguments of `sample`
     (seed, progress, ...), and go before the configuration's; another sampler or schedule leaves its parameters out.
     """
-    return diffusion.sample(**merged_options(diffusion, config, **options))
+    return sample(diffusion, **merged_options(diffusion, config, **options))
 
 
-def merged_options(diffusion: GaussianDiffusion, config: SampleConfig, **options: Any) -> dict[str, Any]:
+def merged_options(diffusion: Diffusion, config: SampleConfig, **options: Any) -> dict[str, Any]:
     """The arguments that `sample_from_config` gives to `sample`."""
     chosen = sample_options(diffusion, config)
     for name, parameters in PARAMETERS["sample"].items():
@@ -204,7 +217,7 @@ def merged_options(diffusion: GaussianDiffusion, config: SampleConfig, **options
     return chosen | options
 
 
-def sample_options(diffusion: GaussianDiffusion, config: SampleConfig) -> dict[str, Any]:
+def sample_options(diffusion: Diffusion, config: SampleConfig) -> dict[str, Any]:
     """The arguments of `sample` that a configuration sets."""
     classes = getattr(diffusion.model, "num_classes", 0)
     in_turn = torch.arange(config.num_samples) % classes if classes else None

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
+from accelerate import Accelerator
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from rin_video.diffusion.process import GaussianDiffusion
-    from rin_video.training.trainer import Trainer
+from rin_video.config import Config
+from rin_video.diffusion.process import GaussianDiffusion
+
+
+class Run(Protocol):
+    """What a callback sees of a `Trainer`."""
+
+    step: int  # optimizer steps done
+    folder: Path  # where everything is written
+    config: Config
+    accelerator: Accelerator
 
 
 class Callback:
@@ -19,25 +28,25 @@ class Callback:
     Only the first of several processes calls. Random numbers drawn here change nothing in the training.
     """
 
-    def on_start(self, trainer: Trainer) -> None:
+    def on_start(self, trainer: Run) -> None:
         """Before the first step of `train()`."""
 
-    def on_step(self, trainer: Trainer, loss: Tensor) -> None:
+    def on_step(self, trainer: Run, loss: Tensor) -> None:
         """After every step; `loss` is a scalar on the device (this process's samples): reading it waits for a GPU."""
 
-    def on_log(self, trainer: Trainer, line: dict[str, Any]) -> None:
+    def on_log(self, trainer: Run, line: dict[str, Any]) -> None:
         """After every line of `metrics.jsonl`."""
 
-    def on_checkpoint(self, trainer: Trainer, folder: Path) -> None:
+    def on_checkpoint(self, trainer: Run, folder: Path) -> None:
         """After a checkpoint is on the disk."""
 
-    def on_sample(self, trainer: Trainer, samples: Tensor, paths: list[Path]) -> None:
+    def on_sample(self, trainer: Run, samples: Tensor, paths: list[Path]) -> None:
         """After samples (B, C, *grid) in [0, 1] were drawn and written to `paths`."""
 
-    def evaluate(self, trainer: Trainer, diffusion: GaussianDiffusion) -> dict[str, float] | None:
+    def evaluate(self, trainer: Run, diffusion: GaussianDiffusion) -> dict[str, float] | None:
         """Scores of the averaged weights, each time after sampling; written to `evaluations.jsonl`."""
 
-    def on_end(self, trainer: Trainer) -> None:
+    def on_end(self, trainer: Run) -> None:
         """When `train()` ends, in whatever way."""
 
 

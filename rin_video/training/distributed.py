@@ -23,7 +23,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from rin_video.config import PrecisionName, TrainConfig
 from rin_video.errors import ReportedError, UsageError
 from rin_video.ranks import num_started, several_processes
-from rin_video.training.tracking import check_trackers
 
 log = logging.getLogger("rin_video")
 
@@ -41,7 +40,6 @@ def make_accelerator(options: TrainConfig, folder: Path, *, partial: bool = Fals
     heed_launcher(options)
     if options.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise UsageError("train.mixed_precision=fp16 needs a CUDA GPU: use bf16, or no")
-    check_trackers(options.trackers)
     plugin = None
     if options.sharding == "fsdp2" and several_processes():
         plugin = FullyShardedDataParallelPlugin(

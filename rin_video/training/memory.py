@@ -7,7 +7,7 @@ import math
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 import torch
@@ -21,9 +21,6 @@ from rin_video.diffusion.precision import running_in
 from rin_video.diffusion.process import GaussianDiffusion
 from rin_video.errors import UsageError
 from rin_video.model.rin import RIN
-
-if TYPE_CHECKING:
-    from rin_video.training.trainer import Trainer
 
 # What a process on the CPU holds beyond its tensors, as benchmarks/memory.py measures it.
 MALLOC = 1.12  # blocks that are free between others are not given back: a share of what lives in a step
@@ -110,16 +107,14 @@ def _largest_that_runs(config: Config, device: torch.device, start: int, num_pro
 
 
 @contextmanager
-def out_of_memory(trainer: Trainer) -> Iterator[None]:
+def out_of_memory(config: Config, device: torch.device, num_processes: int = 1) -> Iterator[None]:
     """Turns an out-of-memory error into a `UsageError` that says what to change, with numbers."""
     try:
         yield
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        raise UsageError(
-            advice(trainer.config, trainer.accelerator.device, trainer.accelerator.num_processes)
-        ) from None
+        raise UsageError(advice(config, device, num_processes)) from None
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

@@ -10,21 +10,18 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from rin_video.files import replacing
-
-if TYPE_CHECKING:
-    pass
 
 
 def plot_metrics(metrics: Path, path: Path) -> None:
     """The loss, in all and by noise level, and the gradient norm of a `metrics.jsonl`."""
     rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     steps = [row["step"] for row in rows]
-    with _figure(path, 3) as (total, by_noise, gradient):
+    with draw_figure(path, 3) as (total, by_noise, gradient):
         total.plot(steps, [row["loss"] for row in rows])
         total.set(xlabel="step", title="loss", yscale="log")
         bins = len(rows[0]["loss_by_t"]) if rows else 0
@@ -106,7 +103,7 @@ def _axes(rows: int, columns: int) -> tuple[Any, list[Any]]:
 
 
 @contextmanager
-def _figure(path: Path, panels: int) -> Iterator[list[Any]]:
+def draw_figure(path: Path, panels: int) -> Iterator[list[Any]]:
     """Axes side by side; written atomically when the block ends. Needs no display and leaves no state behind."""
     figure, axes = _axes(1, panels)
     yield axes

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from rin_video.config import SampleConfig
+from rin_video.diffusion.process import GaussianDiffusion
 from rin_video.diffusion.sampling import merged_options
 from rin_video.ranks import several_processes
-
-if TYPE_CHECKING:
-    from rin_video.diffusion.process import GaussianDiffusion
 
 
 def sample_together(diffusion: GaussianDiffusion, config: SampleConfig, **options: Any) -> Tensor:

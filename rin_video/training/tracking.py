@@ -6,7 +6,7 @@ import io
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -15,11 +15,8 @@ from torch import Tensor
 from rin_video.config_files import plain
 from rin_video.errors import UsageError
 from rin_video.media import DEFAULT_FPS
-from rin_video.training.callbacks import Callback
+from rin_video.training.callbacks import Callback, Run
 from rin_video.training.previews import harmless
-
-if TYPE_CHECKING:
-    from rin_video.training.trainer import Trainer
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -39,27 +36,25 @@ def check_trackers(names: Sequence[str]) -> None:
 class Tracking(Callback):
     """Hands metrics and samples to the trackers in `train.trackers`."""
 
-    def on_start(self, trainer: Trainer) -> None:
+    def on_start(self, trainer: Run) -> None:
         config = {f"{section}.{key}": value if isinstance(value, int | float | str | bool) else str(value)
                   for section, values in plain(trainer.config).items() for key, value in values.items()}  # fmt: skip
         where = {"wandb": {"dir": str(trainer.folder), "name": trainer.folder.resolve().name}}
         trainer.accelerator.init_trackers("rin-video", config=config, init_kwargs=where)
 
-    def on_log(self, trainer: Trainer, line: dict[str, Any]) -> None:
+    def on_log(self, trainer: Run, line: dict[str, Any]) -> None:
         numbers = {name: value for name, value in line.items() if isinstance(value, float)}
         by_t = {f"loss_by_t/{i}": value for i, value in enumerate(line["loss_by_t"]) if value is not None}
         trainer.accelerator.log(numbers | by_t, step=line["step"])
 
-    def on_sample(self, trainer: Trainer, samples: Tensor, paths: list[Path]) -> None:
+    def on_sample(self, trainer: Run, samples: Tensor, paths: list[Path]) -> None:
         clip = next((path for path in paths if path.suffix == ".mp4"), None)
         sheet = next((path for path in paths if path.suffix == ".png"), None)
         for tracker in trainer.accelerator.trackers:
             with harmless(f"pictures for {tracker.name}"):
                 self._log_pictures(tracker, trainer, samples, clip, sheet)
 
-    def _log_pictures(
-        self, tracker: Any, trainer: Trainer, samples: Tensor, clip: Path | None, sheet: Path | None
-    ) -> None:
+    def _log_pictures(self, tracker: Any, trainer: Run, samples: Tensor, clip: Path | None, sheet: Path | None) -> None:
         if sheet is not None and hasattr(tracker, "log_images"):
             with Image.open(sheet) as image:
                 pixels = np.asarray(image.convert("RGB"))[None]
@@ -73,7 +68,7 @@ class Tracking(Callback):
             fps = trainer.config.sample.fps or DEFAULT_FPS
             _add_animation(tracker.tracker, "clips", samples, fps, trainer.step)
 
-    def on_end(self, trainer: Trainer) -> None:
+    def on_end(self, trainer: Run) -> None:
         trainer.accelerator.end_training()
 
 

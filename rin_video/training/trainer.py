@@ -64,7 +64,7 @@ from rin_video.training.provenance import write_provenance
 from rin_video.training.signals import StopSignals, ignore_signals
 from rin_video.training.state import load_state, newest_state, remove_state, save_state, saved_states
 from rin_video.training.together import sample_together
-from rin_video.training.tracking import Tracking
+from rin_video.training.tracking import Tracking, check_trackers
 from rin_video.weights import save_weights
 
 log = logging.getLogger("rin_video")
@@ -126,6 +126,7 @@ class Trainer:
         self.folder = Path(results_folder)
         self.progress = progress
         several_kinds = len(getattr(diffusion.model, "shapes", ())) > 1
+        check_trackers(self.options.trackers)
         self.accelerator = make_accelerator(self.options, self.folder, partial=several_kinds)
         self.batch_size = share(self.options.train_batch_size, self.accelerator.num_processes)
         if isinstance(data, str | os.PathLike):
@@ -225,7 +226,7 @@ class Trainer:
                 StopSignals() as signals,
                 bar,
                 full_disk(self.folder),
-                out_of_memory(self),
+                out_of_memory(self.config, self.accelerator.device, self.accelerator.num_processes),
                 self.batches() as batches,
             ):
                 while self.step < self.options.train_num_steps:

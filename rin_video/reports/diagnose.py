@@ -27,7 +27,7 @@ from rin_video.diffusion.process import GaussianDiffusion
 from rin_video.files import write_text
 from rin_video.media import can_be_picture, contact_sheet
 from rin_video.tensors import to_diffusion_range
-from rin_video.training.plots import _figure
+from rin_video.training.plots import draw_figure
 from rin_video.training.previews import harmless
 from rin_video.training.state import load_state, saved_states
 
@@ -255,7 +255,7 @@ def plot_losses(diagnosis: Diagnosis, path: Path) -> None:
         "second pass": (diagnosis.loss, "-o"),
         "second pass, weights not averaged": (diagnosis.loss_raw, "-"),
     }
-    with _figure(path, 1) as (axes,):
+    with draw_figure(path, 1) as (axes,):
         for name, (values, style) in lines.items():
             if values is not None:
                 axes.plot(diagnosis.t, values, style, label=name)

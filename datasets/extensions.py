@@ -1,0 +1,21 @@
+"""Which files are images, clips or arrays, by the ends of their names."""
+
+from __future__ import annotations
+
+from rin_video.config import DataKind
+
+IMAGE_EXTENSIONS = (
+    ".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".avif", ".jp2", ".tga", ".qoi",
+    ".heic", ".heif",
+)  # fmt: skip
+CLIP_EXTENSIONS = (
+    ".mp4", ".webm", ".mkv", ".mov", ".avi", ".gif", ".m4v", ".3gp", ".3g2", ".qt", ".mpg", ".mpeg", ".ts", ".mts",
+    ".m2ts", ".wmv", ".asf", ".ogv", ".flv",
+)  # fmt: skip
+ARRAY_EXTENSIONS = (".npy", ".safetensors")
+KINDS: dict[DataKind, tuple[str, ...]] = {
+    "image": IMAGE_EXTENSIONS,
+    "video": CLIP_EXTENSIONS,
+    "array": ARRAY_EXTENSIONS,
+}
+COMPANIONS = (".txt", ".cls", ".json", *ARRAY_EXTENSIONS)  # what belongs to a sample of the same name
