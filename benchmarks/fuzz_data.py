@@ -45,7 +45,7 @@ from rin_video.datasets.clips import ClipFolder
 from rin_video.datasets.decoding import open_video
 from rin_video.datasets.demo import render_clip
 from rin_video.datasets.images import ImageFolder
-from rin_video.datasets.probing import run_apart
+from rin_video.datasets.probing import run_in_subprocess
 from rin_video.datasets.sources import Source, open_source, shown
 from rin_video.errors import UsageError
 from rin_video.files import write_text
@@ -281,7 +281,7 @@ def fuzz(num: int, seed: int) -> tuple[list[tuple[str, str, str, str]], int]:
             i += 1
         before = snapshot(Path(top))
         tasks = [(kind_of(kind, name), str(shard_or(folder, name))) for kind, name, _, folder in cases]
-        for index, result in run_apart(tasks, read, seconds=SECONDS, processes=2, daemon=False):
+        for index, result in run_in_subprocess(tasks, read, seconds=SECONDS, processes=2, daemon=False):
             kind, name, how, _ = cases[index]
             if isinstance(result, UsageError):
                 outcome, grown = ("hang" if "more than" in str(result) else "crash"), 0.0

@@ -45,8 +45,8 @@ from rin_video.config import DataConfig
 from rin_video.datasets import ClipFolder
 from rin_video.datasets.backends import torchcodec_problem
 from rin_video.datasets.decoding import OPEN_FILES
-from rin_video.datasets.draws import DrawSampler
-from rin_video.datasets.loading import Batches
+from rin_video.datasets.epochs import EpochSampler
+from rin_video.datasets.loading import TrainLoader
 from rin_video.errors import UsageError
 from rin_video.files import write_text
 from rin_video.media import write_video
@@ -166,7 +166,7 @@ def bare(decoder: str, work: list[list[Work]], processes: int, limit: float) -> 
 def loader(data: ClipFolder, first: int, num: int, workers: int, limit: float) -> tuple[float, float]:
     """Clips a second, and a second of processor time, of batches `first` to `first + num`."""
     options = DataConfig(num_workers=workers, read_timeout=limit, max_failures=0)
-    batches = Batches(data, options, BATCH, seed=0, first_batch=first)
+    batches = TrainLoader(data, options, BATCH, seed=0, first_batch=first)
     try:
         for _ in range(WARM * workers):
             next(batches)
@@ -190,7 +190,7 @@ def busy_seconds() -> float:
 
 def plan(data: ClipFolder, first: int, num: int) -> list[list[Work]]:
     """What the loader's batches hold, for the bare decoder."""
-    batches = iter(DrawSampler(len(data), BATCH, seed=0, first_batch=first))
+    batches = iter(EpochSampler(len(data), BATCH, seed=0, first_batch=first))
     chance = np.random.default_rng(0)  # nothing is drawn: the crop is in the middle
     return [
         [

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import TensorDataset
 
 from rin_video import RIN, GaussianDiffusion, Trainer, UsageError
-from rin_video.config_files import plain
+from rin_video.config_files import to_dict
 from rin_video.model.rin import load_model
 from rin_video.training.state import load_state
 
@@ -98,7 +98,11 @@ def load(folder: Path, target: str) -> Any:
     if target == "state":
         return load_state(folder)
     model, config = load_model(folder)
-    return {"weights": model.state_dict(), "model": plain(config.model), "diffusion": plain(config.diffusion)}, config
+    return {
+        "weights": model.state_dict(),
+        "model": to_dict(config.model),
+        "diffusion": to_dict(config.diffusion),
+    }, config
 
 
 def outcome(folder: Path, target: str, original: Any) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, get_worker_info
 
 from rin_video.datasets.buckets import Buckets
-from rin_video.datasets.draws import SampleDataset
+from rin_video.datasets.epochs import SampleDataset
 from rin_video.datasets.folders import sort_classes
 from rin_video.datasets.reading import to_pixels
 from rin_video.errors import DatasetError, UsageError

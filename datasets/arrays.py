@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rin_video.config import DataConfig, data_config
 from rin_video.datasets.array_files import ArrayInfo, read_array
-from rin_video.datasets.draws import SampleDataset
+from rin_video.datasets.epochs import SampleDataset
 from rin_video.datasets.sources import Source, shown
 from rin_video.errors import UsageError
 
@@ -77,8 +77,8 @@ class ArrayFolder(SampleDataset):
         return f"{self.files[file]}" + (f" [{place}]" if place is not None else "")
 
     def describe(self) -> str:
-        from rin_video.datasets.framing import class_list
         from rin_video.datasets.index import describe_skipped
+        from rin_video.datasets.resize_crop import class_list
 
         size = "x".join(map(str, self.shape))
         kinds = ", ".join(sorted({info.dtype for info in self.infos}))

@@ -12,15 +12,15 @@ from torch import Tensor
 
 from rin_video.config import DataConfig, data_config
 from rin_video.datasets.buckets import Buckets
+from rin_video.datasets.clip_sampler import ClipSampler
 from rin_video.datasets.decoding import LostFramesError, VideoInfo, backends_for, kept_open, let_go
-from rin_video.datasets.draws import SampleDataset
 from rin_video.datasets.embeddings import open_embeddings
+from rin_video.datasets.epochs import SampleDataset
 from rin_video.datasets.folders import number_classes
-from rin_video.datasets.framing import Chance, class_list, size_range, smaller
 from rin_video.datasets.images import make_framing
 from rin_video.datasets.index import Entry, describe_notes, describe_skipped, make_index, refuse_skipped
+from rin_video.datasets.resize_crop import SampleRNG, class_list, size_range, smaller
 from rin_video.datasets.sources import Source, shown
-from rin_video.datasets.windows import Windows
 from rin_video.errors import UsageError
 
 log = logging.getLogger("rin_video")
@@ -57,9 +57,9 @@ class ClipFolder(SampleDataset):
         self.config = config or data_config(**options)
         self.root, self.frames, self.decoder = Path(root), frames, self.config.decoder
         self.framing = make_framing(image_size, self.config)
-        self.windows = Windows(frames, self.config)
+        self.windows = ClipSampler(frames, self.config)
         self.shape = (channels, frames, *self.framing.size)
-        self.chance = Chance(seed)
+        self.chance = SampleRNG(seed)
         self.index = make_index(root, "video", self.config, path=index, progress=True)
         self.index.require_some(self.config.strict)
         self.skipped = self.index.unusable
@@ -73,7 +73,7 @@ class ClipFolder(SampleDataset):
         """The files that are long enough, how often each is drawn from, and the bucket of each draw."""
         shapes = self.buckets.shapes or [(self.frames, *self.framing.size)]
         self.framings = [make_framing(shape[1:], self.config) for shape in shapes]
-        self.lengths = [Windows(shape[0], self.config) for shape in shapes]
+        self.lengths = [ClipSampler(shape[0], self.config) for shape in shapes]
         shortest = min(self.lengths, key=lambda windows: windows.frames)
         chosen: list[Entry] = []
         self.files: list[Source] = []

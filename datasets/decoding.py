@@ -21,8 +21,8 @@ from torch import Tensor
 
 from rin_video.config import DecoderName, DecoderOption
 from rin_video.datasets.backends import DECODERS, FrameReader, suitable_backends, suits
-from rin_video.datasets.framing import resize
 from rin_video.datasets.probe import probe_video
+from rin_video.datasets.resize_crop import resize
 from rin_video.datasets.sources import Buffer, Source, shown
 from rin_video.datasets.video_info import LostFramesError, VideoInfo
 from rin_video.datasets.video_stream import unreadable

@@ -11,15 +11,15 @@ from typing import Any
 from torch import Tensor
 
 from rin_video.config import DataConfig
+from rin_video.datasets.clip_sampler import ClipSampler
 from rin_video.datasets.decoding import VideoInfo, open_video, probe_video
-from rin_video.datasets.draws import SampleDataset
+from rin_video.datasets.epochs import SampleDataset
 from rin_video.datasets.extensions import CLIP_EXTENSIONS
 from rin_video.datasets.folders import sort_classes
-from rin_video.datasets.framing import Chance, class_list, smaller
 from rin_video.datasets.images import make_framing
 from rin_video.datasets.reading import read_image
+from rin_video.datasets.resize_crop import SampleRNG, class_list, smaller
 from rin_video.datasets.sources import Buffer, shown
-from rin_video.datasets.windows import Windows
 from rin_video.errors import UsageError, first_line
 
 PREFIX = "hf:"
@@ -46,7 +46,7 @@ class HubDataset(SampleDataset):
     ) -> None:
         hub = import_hub()
         table = load_table(os.fspath(path))
-        self.path, self.shape, self.config, self.chance = path, tuple(shape), options, Chance(seed)
+        self.path, self.shape, self.config, self.chance = path, tuple(shape), options, SampleRNG(seed)
         _refuse_unheeded(path, options)
         kind = "Image" if len(shape) == 3 else "Video"
         columns = columns_of(table, kind)
@@ -73,7 +73,7 @@ class HubDataset(SampleDataset):
         self.label, self.classes, self.labels = self._read_labels(table)
         self.whole_numbers = [n for n, feature in table.features.items() if "int" in str(getattr(feature, "dtype", ""))]
         self.framing = make_framing(shape[-2:], options)
-        self.windows = Windows(shape[1], options) if len(shape) == 4 else None
+        self.windows = ClipSampler(shape[1], options) if len(shape) == 4 else None
         self.frames = shape[1]
         self.parts_of_row = options.windows if self.windows else 1
         self.skipped: list[tuple[Any, str]] = []

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from rin_video.config import DataConfig, data_config
 from rin_video.datasets.buckets import Buckets
-from rin_video.datasets.draws import SampleDataset
 from rin_video.datasets.embeddings import open_embeddings
+from rin_video.datasets.epochs import SampleDataset
 from rin_video.datasets.folders import number_classes
-from rin_video.datasets.framing import Chance, Framing, class_list, size_range
 from rin_video.datasets.index import describe_skipped, make_index
 from rin_video.datasets.reading import PIL_MODES, read_image
+from rin_video.datasets.resize_crop import ResizeCrop, SampleRNG, class_list, size_range
 from rin_video.errors import UsageError
 
 __all__ = ["ImageFolder", "read_image"]
@@ -48,7 +48,7 @@ class ImageFolder(SampleDataset):
         self.root, self.channels = Path(root), channels
         self.framing = make_framing(image_size, self.config)
         self.shape = (channels, *self.framing.size)
-        self.chance = Chance(seed)
+        self.chance = SampleRNG(seed)
         self.index = make_index(root, "image", self.config, path=index, progress=True)
         self.index.require_some(self.config.strict)
         self.skipped = self.index.unusable
@@ -102,8 +102,8 @@ class ImageFolder(SampleDataset):
         return "\n".join(lines + self.index.describe_passed_over())
 
 
-def make_framing(size: Any, options: DataConfig) -> Framing:
-    return Framing(
+def make_framing(size: Any, options: DataConfig) -> ResizeCrop:
+    return ResizeCrop(
         size,
         crop=options.crop,
         flip=options.augment_horizontal_flip,

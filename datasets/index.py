@@ -26,7 +26,7 @@ from rin_video.datasets.decoding import LostFramesError, Video, backends_for
 from rin_video.datasets.extensions import KINDS
 from rin_video.datasets.folders import first_folder, number_classes, refuse_splits, split_sources
 from rin_video.datasets.probe import probe_video
-from rin_video.datasets.probing import beat, run_apart
+from rin_video.datasets.probing import beat, run_in_subprocess
 from rin_video.datasets.reading import ImageInfo, probe_image
 from rin_video.datasets.shards import companion, companions, is_shards, members_of, read_text
 from rin_video.datasets.sources import Member, Source, decode_text, open_source, shown, size_of
@@ -271,7 +271,9 @@ def make_index(
 
     with bar:
         try:
-            for i, result in run_apart([entry.source for entry in changed], probe, seconds=options.read_timeout):
+            for i, result in run_in_subprocess(
+                [entry.source for entry in changed], probe, seconds=options.read_timeout
+            ):
                 if isinstance(result, UsageError):
                     changed[i].error = str(result)
                     changed[i].limit = options.read_timeout if isinstance(result, TimeLimitError) else 0.0

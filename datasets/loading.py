@@ -25,16 +25,16 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from rin_video.config import DataConfig
-from rin_video.datasets.mixture import make_sampler
-from rin_video.datasets.probing import SECONDS_TO_START, did_not_start, end_with_parent, how_it_ended
-from rin_video.datasets.safe_draws import (
+from rin_video.datasets.fault_tolerance import (
     IDLE,
     STARTING,
     Failure,
-    SafeDraws,
+    FaultTolerantDataset,
     enough_shared_memory,
     shared_memory_error,
 )
+from rin_video.datasets.mixed import make_sampler
+from rin_video.datasets.probing import SECONDS_TO_START, did_not_start, end_with_parent, how_it_ended
 from rin_video.errors import UsageError
 
 log = logging.getLogger("rin_video")
@@ -45,7 +45,7 @@ SECONDS_TO_END = 3.0  # before workers that were asked to end are killed
 SIGCHLD, SIGBUS = getattr(signal, "SIGCHLD", None), getattr(signal, "SIGBUS", None)  # None: Windows
 
 
-class Batches:
+class TrainLoader:
     """An endless iterator over batches, from `first_batch` on. What they hold follows from the seed and their number.
 
     The `group` batches of one optimizer step are of one kind of data. As a context manager it ends its workers with the
@@ -71,7 +71,7 @@ class Batches:
         worker_init_fn: Callable[[int], None] | None = None,
     ) -> None:
         self.dataset, self.options = dataset, options
-        self.draws = SafeDraws(dataset, options.num_workers)
+        self.draws = FaultTolerantDataset(dataset, options.num_workers)
         self.batch_size, self.seed, self.next_batch = batch_size, seed, first_batch
         self.rank, self.num_ranks, self.group, self.pin_memory = rank, num_ranks, group, pin_memory
         self.worker_init_fn = worker_init_fn
@@ -114,7 +114,7 @@ class Batches:
         self.next_batch += 1
         return batch
 
-    def __enter__(self) -> Batches:
+    def __enter__(self) -> TrainLoader:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -239,8 +239,8 @@ class Batches:
 class _Quiet:
     """A handler of SIGCHLD that calls the previous one and suppresses its RuntimeErrors.
 
-    torch's handler raises wherever the main thread is when a worker dies, even amid a training step. `Batches` finds
-    the death by itself when it waits for a batch.
+    torch's handler raises wherever the main thread is when a worker dies, even amid a training step. `TrainLoader`
+    finds the death by itself when it waits for a batch.
     """
 
     def __init__(self, previous: Callable[[int, Any], Any]) -> None:

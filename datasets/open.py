@@ -13,12 +13,12 @@ from rin_video.datasets.clips import ClipFolder
 from rin_video.datasets.folders import detect_kind
 from rin_video.datasets.hub import HubDataset, is_hub
 from rin_video.datasets.images import ImageFolder
-from rin_video.datasets.mixture import Mixture
+from rin_video.datasets.mixed import MixedDataset
 from rin_video.errors import UsageError
 
 INDEX = "index.jsonl"  # in the folder of a run
 
-Opened: TypeAlias = ImageFolder | ClipFolder | ArrayFolder | HubDataset | Mixture
+Opened: TypeAlias = ImageFolder | ClipFolder | ArrayFolder | HubDataset | MixedDataset
 
 
 def open_dataset(
@@ -58,7 +58,7 @@ def open_dataset(
 
 def _open_mixture(
     path: str | os.PathLike[str], shape: tuple[int, ...] | None, options: DataConfig, seed: int, index: Path | None
-) -> Mixture:
+) -> MixedDataset:
     assert options.images is not None
     if shape is None or len(shape) != 4:
         raise UsageError(
@@ -70,7 +70,7 @@ def _open_mixture(
     beside = index.with_name(f"images-{index.name}") if index else None
     still = replace(alone, buckets=[], fps=None, stride=1, span="window", avoid_cuts=False)
     images = open_dataset(options.images, (shape[0], *shape[2:]), still, seed=seed, index=beside)
-    return Mixture(clips, images, options.image_ratio)
+    return MixedDataset(clips, images, options.image_ratio)
 
 
 def holds_arrays(path: str | os.PathLike[str], options: DataConfig, cache: Path | None = None) -> bool:

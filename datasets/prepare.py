@@ -19,17 +19,17 @@ import torch
 from tqdm.auto import tqdm
 
 from rin_video.config import DataConfig, DataKind
+from rin_video.datasets.clip_sampler import nearest_in_time
 from rin_video.datasets.decoding import open_video
-from rin_video.datasets.framing import Chance, resize, smaller
 from rin_video.datasets.images import make_framing
 from rin_video.datasets.index import Entry, make_index, refuse_skipped
 from rin_video.datasets.probing import end_with_parent
 from rin_video.datasets.reading import read_image
+from rin_video.datasets.resize_crop import SampleRNG, resize, smaller
 from rin_video.datasets.shards import write_shard
 from rin_video.datasets.sources import shown
 from rin_video.datasets.steady import is_steady, steady_clip
 from rin_video.datasets.video_info import VideoInfo
-from rin_video.datasets.windows import nearest_in_time
 from rin_video.errors import UsageError
 from rin_video.files import write_text
 
@@ -171,7 +171,7 @@ def _convert(entry: Entry, job: Job) -> dict[str, bytes]:
     from PIL import Image
 
     framing = make_framing(job.size, DataConfig(crop="center"))
-    frame = framing.plan(entry.info.size, Chance(0).draw(0, 0))
+    frame = framing.plan(entry.info.size, SampleRNG(0).draw(0, 0))
     whole = job.options.crop == "random"
     if job.kind == "image":
         image = read_image(entry.source, at_least=job.size, max_pixels=job.options.max_pixels)

@@ -36,7 +36,7 @@ class _Child:
     tries: int = 1  # to start
 
 
-def run_apart(
+def run_in_subprocess(
     tasks: Sequence[T],
     work: Callable[[T], Any],
     *,
@@ -135,7 +135,7 @@ def did_not_start(code: int | None) -> UsageError:
 
 
 def beat() -> None:
-    """A sign of life from work that takes long and goes on: its time limit starts anew. Nothing outside `run_apart`."""
+    """A sign of life from slow work: its time limit starts again. Does nothing outside `run_in_subprocess`."""
     now = time.monotonic()
     if _beats is not None and now - _beats.sent > BEAT_EVERY:
         _beats.sent = now

@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 
 from rin_video.datasets.sources import Member, decode_text, open_source, shown
 from rin_video.errors import UsageError
-from rin_video.files import replacing
+from rin_video.files import atomic_write
 
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 MAX_SHARDS = 1_000_000
@@ -144,7 +144,7 @@ def read_text(member: Member, limit: int = 10_000) -> str:
 
 def write_shard(path: Path, files: Mapping[str, bytes]) -> None:
     """Write a shard; the same files give the same bytes."""
-    with replacing(path) as temporary, tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as tar:
+    with atomic_write(path) as temporary, tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as tar:
         for name, content in files.items():
             info = tarfile.TarInfo(name)
             info.size = len(content)
@@ -156,7 +156,7 @@ def _run_pipe(command: str, cache: Path) -> Path:
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(target) as temporary, temporary.open("wb") as file:
+    with atomic_write(target) as temporary, temporary.open("wb") as file:
         process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE)
         assert process.stdout is not None
         shutil.copyfileobj(process.stdout, file)

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from rin_video.datasets.clip_sampler import nearest_in_time
 from rin_video.datasets.video_info import VideoInfo
-from rin_video.datasets.windows import nearest_in_time
 
 IRREGULAR = 1.75  # times the shortest step that the longest may take: stamps of regular clips are rounded
 MAX_RATE = 60.0  # frames a second

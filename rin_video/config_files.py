@@ -167,6 +167,6 @@ def _read_text(name_or_file: str | os.PathLike[str]) -> tuple[str, str]:
         raise UsageError(f"{path} is not a text file: {error.reason}") from None
 
 
-def plain(config: Any) -> dict[str, Any]:
+def to_dict(config: Any) -> dict[str, Any]:
     """A configuration as JSON has it: tuples are lists."""
     return json.loads(json.dumps(dataclasses.asdict(config)))

@@ -17,11 +17,11 @@ WEIGHTS, CONFIG = "model.safetensors", "config.yaml"
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`, renamed onto it when the block ends well and removed when it does not."""
     temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
     try:
-        with full_disk(path):
+        with disk_full_handler(path):
             yield temporary
             sync(temporary)
             os.replace(temporary, path)
@@ -31,7 +31,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
@@ -47,7 +47,7 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def full_disk(path: Path) -> Iterator[None]:
+def disk_full_handler(path: Path) -> Iterator[None]:
     """Turns "no space left" while writing `path` into a `UsageError` that says how much is free."""
     try:
         yield

@@ -129,7 +129,7 @@ class FeedForward(nn.Module):
         return x + self.drop_path(self.mlp(_apply_norm(self.norm, x, modulation)))
 
 
-class Unit(nn.Module):
+class TransformerLayer(nn.Module):
     """Attention then feed-forward, both residual: the read, compute and write steps are all this.
 
     `x` (B, N, dim) attends to `context` (B, M, dim_context), or to itself where `dim_context` is None (then keys and

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rin_video.config import Config
-from rin_video.config_files import load_config, plain, to_yaml
+from rin_video.config_files import load_config, to_dict, to_yaml
 from rin_video.errors import UsageError
-from rin_video.files import CONFIG, WEIGHTS, replacing, write_text
+from rin_video.files import CONFIG, WEIGHTS, atomic_write, write_text
 from rin_video.hub import fetch
 from rin_video.tensor_files import contributing, tensors_digest, write_tensors
 
@@ -40,8 +40,8 @@ def save_weights(
     folder = Path(folder)
     with contributing(weights):
         folder.mkdir(parents=True, exist_ok=True)
-    origin = {section: json.dumps(plain(getattr(config, section))) for section in ("model", "diffusion")}
-    with replacing(folder / WEIGHTS) as path:
+    origin = {section: json.dumps(to_dict(getattr(config, section))) for section in ("model", "diffusion")}
+    with atomic_write(folder / WEIGHTS) as path:
         write_tensors(path, weights, {"format": "pt", **origin}, digest=True)
     write_text(folder / CONFIG, to_yaml(config))
 
@@ -66,7 +66,7 @@ def check_origin(folder: Path, config: Config) -> None:
     for section in ("model", "diffusion"):
         if section not in metadata:
             continue
-        now = plain(getattr(config, section))
+        now = to_dict(getattr(config, section))
         try:
             then = dict(json.loads(metadata[section]))
         except (ValueError, TypeError, RecursionError) as error:

@@ -12,8 +12,8 @@ from rin_video import RIN, GaussianDiffusion, Trainer, UsageError
 from rin_video.config import DataConfig
 from rin_video.datasets import ClipFolder, ImageFolder
 from rin_video.datasets.adapters import BatchCheck, adapt
-from rin_video.datasets.loading import Batches
-from rin_video.datasets.mixture import Mixture
+from rin_video.datasets.loading import TrainLoader
+from rin_video.datasets.mixed import MixedDataset
 
 TINY = {"dim": 32, "num_latents": 6, "dim_latent": 32, "depth": 1, "num_heads": 2, "latent_num_heads": 2,
         "image_size": 8, "patch_size": 4}  # fmt: skip
@@ -148,7 +148,7 @@ def test_items_of_several_sizes_are_named(tmp_path):
 def test_an_error_of_the_data_set_ends_the_run_in_one_line_whoever_reads(workers):
     data = adapt([FIRST, {"a": 1}, FIRST, FIRST])
     with pytest.raises(UsageError, match=r"^sample 1 is a dict of a: name its data x or image$"):
-        for _ in zip(range(8), Batches(data, DataConfig(num_workers=workers), 2, seed=0), strict=False):
+        for _ in zip(range(8), TrainLoader(data, DataConfig(num_workers=workers), 2, seed=0), strict=False):
             pass
 
 
@@ -258,7 +258,7 @@ def test_buckets_stay_within_a_split(tmp_path):
     data = ImageFolder(tmp_path, 8, buckets=["8x8", "8x12"])
     part = adapt(Subset(data, [4, 1]))
     assert part.bucket_of == [data.bucket_of[4], data.bucket_of[1]]
-    batch = next(Batches(part, DataConfig(num_workers=0), 2, seed=0))
+    batch = next(TrainLoader(part, DataConfig(num_workers=0), 2, seed=0))
     assert batch["x"].shape == (2, 3, 8, 12)
     with pytest.raises(UsageError, match="different buckets"):
         adapt(ConcatDataset([data, ImageFolder(tmp_path, 8)]))
@@ -283,6 +283,6 @@ def test_a_data_set_with_set_epoch_is_told():
 
 def test_a_mixture_takes_parts_of_any_form():
     clips = TensorDataset(torch.rand(2, 3, 4, 8, 8), torch.tensor([0, 1]))
-    data = Mixture(clips, [(Image.fromarray(PIXELS), "text")])
+    data = MixedDataset(clips, [(Image.fromarray(PIXELS), "text")])
     assert torch.equal(data.draw(2, 0)["x"], FIRST)
     assert data.draw(1, 0)["label"] == -1

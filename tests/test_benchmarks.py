@@ -61,8 +61,8 @@ def test_flops_of_a_step_are_those_of_info(run):
     contender = run.peers.rin(**size)
     model = contender.network
     forward = 1e9 * model_info(model.config).gflops
-    hidden = 2 * 2 * 64 * 4 * 64  # the feed-forward of one latent that was handed on
-    first_pass = forward - (8 - 1) * hidden
+    self_cond = 2 * 2 * 64 * 4 * 64  # the feed-forward of one latent that was handed on
+    first_pass = forward - (8 - 1) * self_cond
     no_input_gradient = 2 * 16 * (3 * 4 * 4) * 32  # of the patches
     x = torch.rand(1, 3, 16, 16)
     found = run.flops(lambda: contender.loss(x).backward())

@@ -17,7 +17,7 @@ from rin_video.datasets import ClipFolder, probe
 from rin_video.datasets.backends import suits
 from rin_video.datasets.decoding import LostFramesError, open_video, probe_video
 from rin_video.datasets.index import Probe, make_index
-from rin_video.datasets.loading import Batches
+from rin_video.datasets.loading import TrainLoader
 from rin_video.datasets.prepare import prepare
 from rin_video.errors import UsageError
 
@@ -305,7 +305,7 @@ def test_damage_that_is_met_while_training_costs_no_file(tmp_path, numbered, mon
     whole = probe_video(path)
     monkeypatch.setattr(Probe, "_video", lambda self, source: replace(whole, lost=(), notes=()))
     data, again = ClipFolder(path, 16, 4), ClipFolder(path, 16, 4)
-    batches = Batches(data, data.config, 2, seed=0)
+    batches = TrainLoader(data, data.config, 2, seed=0)
     for _ in range(20):
         next(batches)
     assert batches.num_bad == 0

@@ -18,11 +18,11 @@ from rin_video.config import Config, DataConfig, TrainConfig
 from rin_video.config_checks import names_of, types_of
 from rin_video.config_files import load_config
 from rin_video.datasets.backends import DECODERS
+from rin_video.datasets.clip_sampler import ClipSampler
 from rin_video.datasets.extensions import KINDS
-from rin_video.datasets.framing import Framing
 from rin_video.datasets.index import INFOS
-from rin_video.datasets.windows import Windows
-from rin_video.diffusion.conditions import Given, check_guidance
+from rin_video.datasets.resize_crop import ResizeCrop
+from rin_video.diffusion.conditions import Conditions, check_guidance
 from rin_video.diffusion.masks import ANY_GRID, KNOWN_MASKS
 from rin_video.diffusion.objectives import CLIPS, LOSS_WEIGHTS, OBJECTIVES, TIME_SAMPLINGS, target, to_x0_eps
 from rin_video.diffusion.precision import running_in
@@ -69,12 +69,12 @@ def predict(name):
 
 
 def window(**options):
-    clips, info = Windows(2, DataConfig(**options)), SimpleNamespace(num_frames=8, lost=())
+    clips, info = ClipSampler(2, DataConfig(**options)), SimpleNamespace(num_frames=8, lost=())
     return clips.count(info), clips.indices(info, 0)
 
 
 def crop(name):
-    frame = Framing(4, crop=name).plan((4, 400), np.random.default_rng(0))
+    frame = ResizeCrop(4, crop=name).plan((4, 400), np.random.default_rng(0))
     return frame.top, frame.left
 
 
@@ -134,7 +134,7 @@ def test_lists_that_are_no_option_of_their_own():
     with pytest.raises(UsageError, match=f"choose {', '.join(KNOWN_MASKS)}$"):
         load_config(None, ["diffusion.known.other=1"])
     with pytest.raises(UsageError, match=f"takes {', '.join(get_args(config.GuidanceDropName))}$"):
-        check_guidance(1.0, "other", Given())
+        check_guidance(1.0, "other", Conditions())
 
 
 @pytest.mark.parametrize(

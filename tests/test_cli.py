@@ -330,7 +330,7 @@ def test_diagnose_writes_pictures_and_words(train_clips, capsys):
     report = json.loads((run / "diagnosis" / "diagnosis.json").read_text())
     assert len(report["t"]) == len(report["loss"]) == len(report["loss_raw"]) == 10
     assert len(report["clipped"]) == 2  # sampling steps
-    assert len(report["latent_spread"]) == 8
+    assert len(report["latent_std"]) == 8
     assert all(f"- {finding}" in said for finding in report["findings"])
     with Image.open(run / "diagnosis" / "trajectory.png") as image:
         assert image.height > image.width  # four samples, two steps

@@ -23,9 +23,9 @@ from rin_video.config import DataConfig
 from rin_video.datasets import loading, probing
 from rin_video.datasets.index import Entry, Probe, entry_of, load_index, make_index
 from rin_video.datasets.index import Index as DataIndex
-from rin_video.datasets.loading import Batches
+from rin_video.datasets.loading import TrainLoader
 from rin_video.datasets.probe import probe_video
-from rin_video.datasets.probing import run_apart
+from rin_video.datasets.probing import run_in_subprocess
 from rin_video.datasets.sources import shown
 from rin_video.datasets.video_info import VideoInfo
 from rin_video.errors import UsageError
@@ -46,7 +46,7 @@ def misbehave(task):
 
 def test_tasks_that_crash_or_hang_cost_only_themselves():
     tasks = ["a", "crash", "b", "hang", "refuse", "surprise", *"cdefghijklmnop"]
-    found = dict(run_apart(tasks, misbehave, seconds=0.5, processes=2))
+    found = dict(run_in_subprocess(tasks, misbehave, seconds=0.5, processes=2))
     assert sorted(found) == list(range(len(tasks)))
     for i, task in enumerate(tasks):
         if len(task) == 1:
@@ -60,7 +60,7 @@ def test_tasks_that_crash_or_hang_cost_only_themselves():
 
 def test_the_start_of_a_child_is_not_counted_against_its_first_task(monkeypatch):
     monkeypatch.setattr(probing, "get_context", lambda: get_context("spawn"))  # each imports torch first: seconds
-    assert dict(run_apart(["a", "bb"], len, seconds=0.5)) == {0: 1, 1: 2}
+    assert dict(run_in_subprocess(["a", "bb"], len, seconds=0.5)) == {0: 1, 1: 2}
 
 
 def go_on(task):
@@ -85,9 +85,9 @@ class Prepared:
 def test_work_that_goes_on_and_what_it_imports_are_not_counted(monkeypatch):
     """Hashing and scene cuts take as long as a file is; a limit is for one that stands still, and its message helps."""
     monkeypatch.setattr(probing, "BEAT_EVERY", 0.05)
-    assert dict(run_apart(["long", "b"], go_on, seconds=0.5)) == {0: "long", 1: "b"}
-    assert dict(run_apart(["a"], Prepared(), seconds=0.3)) == {0: "a"}
-    found = dict(run_apart(["hang"], misbehave, seconds=0.3))
+    assert dict(run_in_subprocess(["long", "b"], go_on, seconds=0.5)) == {0: "long", 1: "b"}
+    assert dict(run_in_subprocess(["a"], Prepared(), seconds=0.3)) == {0: "a"}
+    found = dict(run_in_subprocess(["hang"], misbehave, seconds=0.3))
     assert "hang takes more than 0.3 s to read: raise data.read_timeout, or leave it out" in str(found[0])
 
 
@@ -107,7 +107,7 @@ def test_a_child_does_not_tidy_up_what_it_inherits(monkeypatch):
     garbage = [frame]
     garbage.append(garbage)
     del frame, garbage
-    assert dict(run_apart(["a"], Tidying(), seconds=5.0)) == {0: "a"}
+    assert dict(run_in_subprocess(["a"], Tidying(), seconds=5.0)) == {0: "a"}
 
 
 def test_hashing_and_cuts_say_that_they_go_on(tmp_path, clips, monkeypatch):
@@ -129,7 +129,7 @@ def end_at_once(*_):
 def test_a_child_that_does_not_start_is_no_fault_of_a_file(monkeypatch):
     monkeypatch.setattr(probing, "_serve", end_at_once)
     with pytest.raises(UsageError, match=r"ended at its start \(code 1\).*__main__"):
-        dict(run_apart(["a"], len, seconds=5.0))
+        dict(run_in_subprocess(["a"], len, seconds=5.0))
 
 
 def end_after_answering(task):
@@ -140,7 +140,7 @@ def end_after_answering(task):
 
 def test_a_child_that_dies_between_tasks_is_replaced():
     found = {}
-    for i, result in run_apart(["last words", "b", "c"], end_after_answering, seconds=5.0, processes=1):
+    for i, result in run_in_subprocess(["last words", "b", "c"], end_after_answering, seconds=5.0, processes=1):
         found[i] = result
         time.sleep(0.3 if i == 0 else 0)
     assert found == {0: 10, 1: 1, 2: 1}
@@ -249,9 +249,9 @@ def drawn(batches, num):
     ("bad", "said"), [("kills", "3 kills the process"), ("hangs", "3 hangs"), ("fails", "sample 3 is damaged")]
 )
 def test_a_sample_that_breaks_its_reader_is_replaced_and_the_run_goes_on(bad, said, caplog):
-    with Batches(Rogue(**{bad: 3}), DataConfig(num_workers=1, read_timeout=0.6), 4, seed=1) as batches:
+    with TrainLoader(Rogue(**{bad: 3}), DataConfig(num_workers=1, read_timeout=0.6), 4, seed=1) as batches:
         found = drawn(batches, 6)
-    clean = Batches(Rogue(), DataConfig(num_workers=0), 4, seed=1)
+    clean = TrainLoader(Rogue(), DataConfig(num_workers=0), 4, seed=1)
     expected = [4 if i == 3 else i for i in drawn(clean, 6)]
     assert found == expected  # the neighbour stands in, everything else is as it was
     assert batches.num_bad == 1
@@ -270,9 +270,9 @@ class Slow(Rogue):
 def test_a_batch_of_slow_samples_takes_as_long_as_it_needs(caplog, monkeypatch):
     """The limit is for one sample; a long wait is reported with what is being read."""
     monkeypatch.setattr(loading, "SECONDS_BETWEEN_REPORTS", 0.1)
-    with Batches(Slow(), DataConfig(num_workers=1, read_timeout=0.4), 4, seed=1) as batches:
+    with TrainLoader(Slow(), DataConfig(num_workers=1, read_timeout=0.4), 4, seed=1) as batches:
         found = drawn(batches, 1)
-    assert found == drawn(Batches(Rogue(), DataConfig(num_workers=0), 4, seed=1), 1)
+    assert found == drawn(TrainLoader(Rogue(), DataConfig(num_workers=0), 4, seed=1), 1)
     assert (batches.crashes, batches.num_bad) == (0, 0)
     assert re.search(rf"no batch for \d s; being read: sample ({'|'.join(map(str, found))}) for 0 s", caplog.text)
 
@@ -311,7 +311,7 @@ class Mistaken(Rogue):
     ],
 )
 def test_an_error_of_the_dataset_ends_the_run_with_one_line_that_names_the_sample(num_workers, error, said, caplog):
-    with Batches(Mistaken(error), DataConfig(num_workers=num_workers), 4, seed=1) as batches:
+    with TrainLoader(Mistaken(error), DataConfig(num_workers=num_workers), 4, seed=1) as batches:
         with pytest.raises(UsageError) as raised:
             drawn(batches, 3)
         cause = raised.value.__cause__
@@ -326,7 +326,7 @@ def test_an_error_of_the_dataset_ends_the_run_with_one_line_that_names_the_sampl
 
 
 def test_a_dataset_that_exits_loses_the_sample(caplog):
-    with Batches(Mistaken(SystemExit(3)), DataConfig(num_workers=1), 4, seed=1) as batches:
+    with TrainLoader(Mistaken(SystemExit(3)), DataConfig(num_workers=1), 4, seed=1) as batches:
         assert 3 not in drawn(batches, 3)
     assert "sample 3 kills the process that reads it (exit code 3)" in caplog.text
 
@@ -338,7 +338,7 @@ class Uneven(Rogue):
 
 def test_samples_that_do_not_fit_into_one_batch_are_named():
     with pytest.raises(UsageError, match=r"sample 3 cannot be put into a batch with sample \d+: RuntimeError: stack"):
-        drawn(Batches(Uneven(), DataConfig(num_workers=0), 4, seed=1), 3)
+        drawn(TrainLoader(Uneven(), DataConfig(num_workers=0), 4, seed=1), 3)
 
 
 class Counted(Rogue):
@@ -354,11 +354,11 @@ class Counted(Rogue):
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL")
 def test_a_worker_killed_while_the_training_computes_is_replaced(caplog):
     options = DataConfig(num_workers=2, prefetch=1)
-    expected = drawn(Batches(Rogue(), DataConfig(num_workers=0), 4, seed=1), 6)
+    expected = drawn(TrainLoader(Rogue(), DataConfig(num_workers=0), 4, seed=1), 6)
     before = signal.getsignal(signal.SIGCHLD)
     random = torch.random.get_rng_state()
     data = Counted()
-    with Batches(data, options, 4, seed=1) as batches:
+    with TrainLoader(data, options, 4, seed=1) as batches:
         found = drawn(batches, 2)
         while data.num_drawn.tolist() != [8, 8] or (batches.draws.at >= 0).any():  # until they have read ahead
             time.sleep(0.001)
@@ -404,7 +404,7 @@ class TooLarge(Rogue):
 @pytest.mark.skipif(not hasattr(signal, "SIGBUS"), reason="no SIGBUS")
 @pytest.mark.parametrize("what", ["full", "bus error"])
 def test_too_little_shared_memory_is_no_fault_of_a_file(what, caplog):
-    with Batches(TooLarge(what), DataConfig(num_workers=1), 4, seed=1) as batches:
+    with TrainLoader(TooLarge(what), DataConfig(num_workers=1), 4, seed=1) as batches:
         with pytest.raises(UsageError, match=r"^shared memory.* is too small .*--shm-size=.*data\.num_workers=0"):
             next(batches)
         assert (batches.crashes, batches.num_bad, caplog.text) == (0, 0, "")
@@ -427,7 +427,7 @@ def test_too_little_for_the_second_worker_leaves_none(monkeypatch):
 
     monkeypatch.setattr(BaseProcess, "start", start_one)
     with pytest.raises(UsageError, match=r"shared memory.* is too small"):
-        Batches(Rogue(), DataConfig(num_workers=2), 4, seed=1, worker_init_fn=partial(begin, ready))
+        TrainLoader(Rogue(), DataConfig(num_workers=2), 4, seed=1, worker_init_fn=partial(begin, ready))
     assert active_children() == []
 
 
@@ -442,7 +442,7 @@ class Unsendable(Rogue):
 def test_a_batch_that_never_arrives_ends_the_run(monkeypatch):
     monkeypatch.setattr(loading, "SECONDS_TO_START", 0.3)
     with (
-        Batches(Unsendable(), DataConfig(num_workers=1), 4, seed=1) as batches,
+        TrainLoader(Unsendable(), DataConfig(num_workers=1), 4, seed=1) as batches,
         pytest.raises(UsageError, match=r"no batch has arrived .* data\.num_workers=0"),
     ):
         next(batches)
@@ -451,7 +451,7 @@ def test_a_batch_that_never_arrives_ends_the_run(monkeypatch):
 def test_a_worker_that_does_not_start_is_no_fault_of_a_file():
     options = DataConfig(num_workers=1)
     with (
-        Batches(Rogue(), options, 4, seed=1, worker_init_fn=end_at_once) as batches,
+        TrainLoader(Rogue(), options, 4, seed=1, worker_init_fn=end_at_once) as batches,
         pytest.raises(UsageError, match=r"ended at its start \(code 1\).*__main__"),
     ):
         next(batches)
@@ -464,15 +464,15 @@ def test_too_many_failures_end_the_run():
                 raise UsageError(f"sample {index} is damaged")
             return {"x": torch.tensor([index])}
 
-    batches = Batches(Broken(), DataConfig(num_workers=0, max_failures=3), 4, seed=0)
+    batches = TrainLoader(Broken(), DataConfig(num_workers=0, max_failures=3), 4, seed=0)
     with pytest.raises(UsageError, match=r"data\.max_failures is 3"):
         drawn(batches, 9)
 
 
 def test_batches_go_on_where_they_stopped():
     options = DataConfig(num_workers=1)
-    whole = drawn(Batches(Rogue(), options, 4, seed=3), 8)
-    assert drawn(Batches(Rogue(), options, 4, seed=3, first_batch=5), 3) == whole[20:]
+    whole = drawn(TrainLoader(Rogue(), options, 4, seed=3), 8)
+    assert drawn(TrainLoader(Rogue(), options, 4, seed=3, first_batch=5), 3) == whole[20:]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such names")
@@ -510,4 +510,4 @@ class HangsOnce:
 @pytest.mark.skipif(get_context().get_start_method() != "fork", reason="children are not forked here")
 def test_a_forked_child_that_hangs_at_its_start_is_started_again(tmp_path, monkeypatch):
     monkeypatch.setattr(probing, "SECONDS_TO_START", 8.0)
-    assert dict(run_apart([1, 2], HangsOnce(tmp_path / "hung"), seconds=30, processes=1)) == {0: 2, 1: 4}
+    assert dict(run_in_subprocess([1, 2], HangsOnce(tmp_path / "hung"), seconds=30, processes=1)) == {0: 2, 1: 4}

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from rin_video.diffusion.process import GaussianDiffusion
-from rin_video.reports.diagnose import Diagnosis, diagnose, latent_spread
+from rin_video.reports.diagnose import Diagnosis, diagnose, latent_std
 
 STD = 0.5
 
@@ -54,7 +54,7 @@ def test_losses_are_those_of_the_closed_form(data):
 
 def test_dead_latents_are_counted(data):
     found = diagnose(GaussianDiffusion(Gaussian(), objective="v"), data)
-    assert [spread < 0.01 for spread in found.latent_spread] == [False, False, True, True]
+    assert [spread < 0.01 for spread in found.latent_std] == [False, False, True, True]
     (words,) = found.findings()
     assert words.startswith("dead latents: 2 of 4")
 
@@ -81,7 +81,7 @@ def test_findings_in_words():
         loss_copy=[0.5, 2],
         clipped=[0.1, 0.1, 0.3],
         clipped_data=0.1,
-        latent_spread=[0.5],
+        latent_std=[0.5],
     )
     assert fine.findings() == []
     assert fine.self_conditioning_share == pytest.approx([0.1 / 0.4, 0])
@@ -90,7 +90,7 @@ def test_findings_in_words():
         "untrained noise levels: at t = 0.25": {"loss": [float("nan"), 0.2]},
         "self-conditioning hurts at t = 0.25": {"loss_first_pass": [0.05, 0.2]},
         "clipping is active in 2 of 3 steps": {"clipped": [0.1, 0.2, 0.3]},
-        "dead latents: 1 of 1": {"latent_spread": [0.0]},
+        "dead latents: 1 of 1": {"latent_std": [0.0]},
         "the averaged weights lag: their loss is 1.50 times": {"loss_raw": [0.05, 0.15]},
     }
     for start, change in changes.items():
@@ -107,6 +107,6 @@ def test_what_beats_zero_by_far_is_trained_though_a_copy_is_better():
     assert words.startswith("untrained noise levels: at t = 0.95")
 
 
-def test_latent_spread_of_known_latents():
+def test_latent_std_of_known_latents():
     latents = torch.stack([torch.tensor([[1.0, 1.0], [2.0, 0.0]]), torch.tensor([[1.0, 1.0], [-2.0, 0.0]])])
-    assert latent_spread(latents) == pytest.approx([0, 1])
+    assert latent_std(latents) == pytest.approx([0, 1])

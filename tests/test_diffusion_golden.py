@@ -8,7 +8,7 @@ import torch
 from golden_files import GOLDEN, build, channels_first, load_weights
 from torch.testing import assert_close
 
-from rin_video.diffusion.conditions import Given
+from rin_video.diffusion.conditions import Conditions
 from rin_video.diffusion.objectives import eps_from_x0, to_x0_eps
 from rin_video.diffusion.process import GaussianDiffusion
 from rin_video.diffusion.samplers import get_sampler, make_levels
@@ -57,13 +57,13 @@ def test_predictions_become_data_and_noise(file, theirs, clip, truncate):
 @pytest.mark.parametrize(("name", "sampler"), [("ddim", "ddim"), ("ddpm_large", "ddpm"), ("ddpm_small", "ddpm_small")])
 def test_single_transitions(file, step, name, sampler):
     arrays = np.load(file)
-    now, later = tensor(arrays, "gamma_now"), tensor(arrays, "gamma_prev")
+    level, next_level = tensor(arrays, "gamma_now"), tensor(arrays, "gamma_prev")
     if step == "step_last":
-        later = torch.ones_like(later)
+        next_level = torch.ones_like(next_level)
     estimates = tensor(arrays, "step.data_pred"), tensor(arrays, "step.noise_pred"), None
-    levels = [(NoiseLevel.from_gamma(now), NoiseLevel.from_gamma(later))]
+    levels = [(NoiseLevel.from_gamma(level), NoiseLevel.from_gamma(next_level))]
     run = get_sampler(sampler)(
-        lambda x, level, hidden: estimates, tensor(arrays, "x_t"), levels, lambda: tensor(arrays, "noise")
+        lambda x, level, self_cond: estimates, tensor(arrays, "x_t"), levels, lambda: tensor(arrays, "noise")
     )
     assert_close(next(iter(run)).x, tensor(arrays, f"{step}.{name}"), rtol=2e-6, atol=1e-5)
 
@@ -99,17 +99,17 @@ def test_whole_runs(file, run, batched):
     schedule = diffusion.schedule if schedule is None else make_schedule(schedule)
     noise = map(channels_first, arrays["gen.step_noise"])
     guidance = info["guidance_scale"] if "guided" in run else 0.0
-    denoise = diffusion.denoiser(Given(tensor(arrays, "gen.labels")), guidance, batched_guidance=batched)
+    denoise = diffusion.denoiser(Conditions(tensor(arrays, "gen.labels")), guidance, batched_guidance=batched)
     levels = make_levels(schedule, info["steps"], time_difference=td, dtype=torch.float32)  # as the release has them
     steps = get_sampler(sampler)(denoise, channels_first(arrays["gen.init_noise"]), levels, lambda: next(noise))
     worst = 0.0
-    for i, ((now, later), step) in enumerate(zip(levels, steps, strict=True)):
-        assert now.gamma == pytest.approx(float(arrays[f"gen.{run}.gamma_each"][i]), abs=1e-6)
-        assert later.gamma == pytest.approx(float(arrays[f"gen.{run}.gamma_prev_each"][i]), abs=1e-6)
+    for i, ((level, next_level), step) in enumerate(zip(levels, steps, strict=True)):
+        assert level.gamma == pytest.approx(float(arrays[f"gen.{run}.gamma_each"][i]), abs=1e-6)
+        assert next_level.gamma == pytest.approx(float(arrays[f"gen.{run}.gamma_prev_each"][i]), abs=1e-6)
         for name, ours in (("x0_each", step.x0), ("sample_each", step.x)):
             theirs = channels_first(arrays[f"gen.{run}.{name}"][i])
             worst = max(worst, float((ours - theirs).abs().max()))
-        assert_close(step.hidden["latents"], tensor(arrays, f"gen.{run}.latent_each")[i], rtol=0, atol=5e-4)
+        assert_close(step.self_cond["latents"], tensor(arrays, f"gen.{run}.latent_each")[i], rtol=0, atol=5e-4)
     final = float((step.x0 - channels_first(arrays[f"gen.{run}.final"])).abs().max())
     print(f"{run}: trajectory {worst:.1e}, result {final:.1e}")  # noqa: T201
     assert worst < 5e-4
@@ -123,7 +123,7 @@ def test_hidden_states_of_the_first_pass(file):
     diffusion = golden_diffusion(json.loads(str(arrays["info_json"])))
     level = NoiseLevel.from_gamma(tensor(arrays, "selfcond.gamma"))
     _, latents = diffusion.predict(
-        channels_first(arrays["selfcond.x_noised"]), level, Given(tensor(arrays, "gen.labels")), None
+        channels_first(arrays["selfcond.x_noised"]), level, Conditions(tensor(arrays, "gen.labels")), None
     )
     theirs = tensor(arrays, "selfcond.latent")  # by share: the first of two samples keeps its states
     assert_close(latents[:1], theirs[:1], rtol=0, atol=5e-4)

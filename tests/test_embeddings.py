@@ -17,7 +17,7 @@ from rin_video.config_files import load_config
 from rin_video.datasets.clips import ClipFolder
 from rin_video.datasets.embeddings import CACHE, embedding_shape
 from rin_video.datasets.images import ImageFolder
-from rin_video.datasets.mixture import Mixture
+from rin_video.datasets.mixed import MixedDataset
 from rin_video.datasets.shards import write_shard
 
 TINY = "model.dim=32 model.dim_latent=32 model.num_latents=8 model.depth=1 model.num_heads=2 model.latent_num_heads=2"
@@ -123,12 +123,12 @@ def test_the_width_of_clips_and_images_must_be_one(pictures, tmp_path, numbered)
     numbered(tmp_path / "clips" / "x.mp4", frames=4)
     np.save(tmp_path / "clips" / "x.npy", np.zeros((3, 6), np.float32))
     images = ImageFolder(pictures, 16, embeddings=True)
-    mixed = Mixture(ClipFolder(tmp_path / "clips", 16, 2, embeddings=True), images)
+    mixed = MixedDataset(ClipFolder(tmp_path / "clips", 16, 2, embeddings=True), images)
     assert embedding_shape(mixed) == (3, 6)
     assert mixed[1]["embedding"].shape == (2, 6)
     np.save(tmp_path / "clips" / "x.npy", np.zeros((3, 5), np.float32))
     with pytest.raises(UsageError, match="5 wide, those of images 6"):
-        embedding_shape(Mixture(ClipFolder(tmp_path / "clips", 16, 2, embeddings=True), images))
+        embedding_shape(MixedDataset(ClipFolder(tmp_path / "clips", 16, 2, embeddings=True), images))
 
 
 def test_train_and_sample_with_vectors(pictures, tmp_path, capsys):

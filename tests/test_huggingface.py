@@ -7,7 +7,7 @@ from PIL import Image
 from rin_video import UsageError, cli
 from rin_video.config import DataConfig
 from rin_video.datasets import hub as hub_module
-from rin_video.datasets.loading import Batches
+from rin_video.datasets.loading import TrainLoader
 from rin_video.datasets.open import open_dataset
 
 
@@ -31,7 +31,7 @@ def test_a_row_that_lacks_its_picture_costs_itself(tmp_path, hub, caplog):
         data.draw(1, 0)
     with pytest.raises(UsageError, match=r"typed\[2\]: .*gone\.png cannot be read"):
         data.draw(2, 0)
-    batches = Batches(data, DataConfig(num_workers=0), 4, seed=0)
+    batches = TrainLoader(data, DataConfig(num_workers=0), 4, seed=0)
     values = [int(value) for _ in range(2) for value in next(batches)["x"][:, 0, 0, 0]]
     assert sorted(set(values)) == [10, 40]
     assert batches.num_bad == 2

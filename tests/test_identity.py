@@ -135,7 +135,7 @@ def probed(monkeypatch, results):
                 raise result
             yield i, work(tasks[i]) if result is None else result
 
-    monkeypatch.setattr(indexing, "run_apart", run)
+    monkeypatch.setattr(indexing, "run_in_subprocess", run)
     return asked
 
 

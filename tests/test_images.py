@@ -11,7 +11,7 @@ from PIL import Image
 
 from rin_video.datasets.extensions import IMAGE_EXTENSIONS
 from rin_video.datasets.folders import detect_kind, find_files
-from rin_video.datasets.images import Chance, Framing, ImageFolder, read_image
+from rin_video.datasets.images import ImageFolder, ResizeCrop, SampleRNG, read_image
 from rin_video.errors import UsageError
 
 
@@ -52,13 +52,13 @@ def test_exif_orientation_is_applied(tmp_path):
 def test_frames_reduce_to_a_single_pixel():
     """torch 2.14 fails an assertion there for uint8."""
     frames = torch.tensor([[0, 100], [50, 90]], dtype=torch.uint8).expand(2, 3, 2, 2)
-    assert torch.equal(Framing(1)(frames, np.random.default_rng(0)), torch.full((2, 3, 1, 1), 60, dtype=torch.uint8))
+    assert torch.equal(ResizeCrop(1)(frames, np.random.default_rng(0)), torch.full((2, 3, 1, 1), 60, dtype=torch.uint8))
 
 
 @settings(deadline=None, max_examples=30)
 @given(*[st.integers(1, 40)] * 4, st.sampled_from(["center", "random"]))
 def test_framing_fills_the_size_and_keeps_the_aspect(height, width, H, W, crop):
-    framing = Framing((H, W), crop=crop, flip=True)
+    framing = ResizeCrop((H, W), crop=crop, flip=True)
     frames = torch.full((2, 3, height, width), 7, dtype=torch.uint8)
     out = framing(frames, np.random.default_rng(0))
     torch.testing.assert_close(out, torch.full((2, 3, H, W), 7, dtype=torch.uint8))
@@ -66,13 +66,13 @@ def test_framing_fills_the_size_and_keeps_the_aspect(height, width, H, W, crop):
 
 def test_framing_of_the_right_size_is_the_identity():
     frames = torch.randint(256, (2, 3, 9, 12), dtype=torch.uint8)
-    framing = Framing((9, 12), crop="random", flip=False)
+    framing = ResizeCrop((9, 12), crop="random", flip=False)
     torch.testing.assert_close(framing(frames, np.random.default_rng(0)), frames)
 
 
 @given(*[st.integers(0, 2**31)] * 3)
 def test_chance_is_a_function_of_seed_epoch_index(seed, epoch, index):
-    one, other = Chance(seed), pickle.loads(pickle.dumps(Chance(seed)))
+    one, other = SampleRNG(seed), pickle.loads(pickle.dumps(SampleRNG(seed)))
     np.random.seed(0)
     torch.manual_seed(0)
     assert one.draw(index, epoch).random() == other.draw(index, epoch).random()

@@ -24,7 +24,7 @@ from rin_video.diffusion.masks import draw_known
 from rin_video.diffusion.noise import BatchRNG
 from rin_video.diffusion.objectives import low_discrepancy_time
 from rin_video.training.callbacks import Callback
-from rin_video.training.distributed import rows_of, share
+from rin_video.training.distributed import per_process_batch, rows_of
 from rin_video.training.state import newest_state
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="no gloo")
@@ -142,7 +142,7 @@ def test_ranks_take_consecutive_rows_of_a_batch_of_buckets():
     alone = iter(BucketSampler(bucket_of, 6, **options))
     shares = [iter(BucketSampler(bucket_of, 2, **options, rank=rank, num_ranks=3)) for rank in range(3)]
     for _ in range(10):
-        assert [draw for share in shares for draw in next(share)] == next(alone)
+        assert [draw for per_process_batch in shares for draw in next(per_process_batch)] == next(alone)
 
 
 def test_muon_sees_whole_matrices_where_they_are_sharded(runs):
@@ -270,9 +270,9 @@ def test_noise_of_a_batch_is_standard_normal():
 
 
 def test_a_batch_that_cannot_be_shared_out_is_said():
-    assert share(12, 4) == 3
+    assert per_process_batch(12, 4) == 3
     with pytest.raises(UsageError, match="train_batch_size is 10, to be shared out among 4 processes: use 8, or 12"):
-        share(10, 4)
+        per_process_batch(10, 4)
 
 
 def test_callbacks_see_steps_lines_samples_checkpoints_and_measure(tmp_path):
@@ -321,6 +321,8 @@ def test_processes_agree_on_a_stop_no_oftener_than_they_log(tmp_path, monkeypatc
     run = make_trainer(tmp_path, train_num_steps=12, log_every=5, save_and_sample_every=6)
     asked = []
     monkeypatch.setattr(type(run.accelerator), "num_processes", 2)
-    monkeypatch.setattr("rin_video.training.trainer.agree", lambda flag, accelerator: asked.append(run.step) or False)
+    monkeypatch.setattr(
+        "rin_video.training.trainer.any_rank", lambda flag, accelerator: asked.append(run.step) or False
+    )
     run.train()
     assert asked == [0, 5, 6, 10, 12]  # the first: whether there are pictures to be drawn

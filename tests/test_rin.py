@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from rin_video import RIN, UsageError
 from rin_video.config import ModelConfig
-from rin_video.layers import AdaptiveLayerNorm, Attention, DropPath, LayerNorm, Unit
+from rin_video.layers import AdaptiveLayerNorm, Attention, DropPath, LayerNorm, TransformerLayer
 from rin_video.model.conditioning import Condition, Conditioner
 from rin_video.model.info import model_info
 
@@ -291,7 +291,7 @@ def test_residual_streams_stay_float32_under_autocast(options):
     model = build("video", **options)
     streams = []
     for unit in model.modules():
-        if isinstance(unit, Unit):
+        if isinstance(unit, TransformerLayer):
             unit.register_forward_hook(lambda module, args, out: streams.append((args[0].dtype, out.dtype)))
     x, gamma = inputs(model)
     exact, _ = model.eval()(x, gamma)

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from rin_video import GaussianDiffusion, UsageError
 from rin_video.config import SampleConfig
 from rin_video.diffusion import sampling
-from rin_video.diffusion.conditions import Given
+from rin_video.diffusion.conditions import Conditions
 from rin_video.diffusion.noise import RNG
 from rin_video.diffusion.objectives import (
     LOSS_WEIGHTS,
@@ -28,7 +28,7 @@ from rin_video.diffusion.samplers import SAMPLERS, SPACINGS, get_sampler, initia
 from rin_video.diffusion.schedules import NoiseLevel, make_schedule
 
 
-class Mixture(nn.Module):
+class MixedDataset(nn.Module):
     """The exact denoiser of a mixture of two Gaussians at -1/2 and 1/2 (in every coordinate) with std 0.3."""
 
     std, place = 0.3, 0.5
@@ -40,8 +40,8 @@ class Mixture(nn.Module):
         return mean + alpha * self.std**2 / spread * (x - alpha * mean)
 
 
-def denoise(x: Tensor, level: NoiseLevel, hidden) -> tuple[Tensor, Tensor, None]:
-    x0 = Mixture().x0(x, level.alpha, level.sigma)
+def denoise(x: Tensor, level: NoiseLevel, self_cond) -> tuple[Tensor, Tensor, None]:
+    x0 = MixedDataset().x0(x, level.alpha, level.sigma)
     return x0, (x - level.alpha * x0) / level.sigma, None
 
 
@@ -91,7 +91,7 @@ def test_every_sampler_on_every_spacing_finds_the_mixture(sampler, spacing):
     samples = run(sampler, "cosine", 150, x, spacing)
     share = (samples.mean(1) > 0).double().mean().item()
     assert share == pytest.approx(0.5, abs=0.03)
-    expected = math.sqrt(Mixture.std**2 + Mixture.place**2)
+    expected = math.sqrt(MixedDataset.std**2 + MixedDataset.place**2)
     assert samples.square().mean().sqrt().item() == pytest.approx(expected, rel=0.04)
 
 
@@ -119,7 +119,7 @@ def exact_gaussian(sampler: str, path: str, spacing: str, scale: float, steps: i
     constant = torch.zeros(steps + 2, dtype=torch.float64)
     constant[0] = mean
 
-    def denoise(x, level, hidden):
+    def denoise(x, level, self_cond):
         gain = level.alpha * std**2 / (level.alpha**2 * std**2 + level.sigma**2)
         x0 = constant + gain * (x - level.alpha * constant)
         return x0, (x - level.alpha * x0) / level.sigma, None
@@ -165,8 +165,8 @@ def test_sampling_begins_with_the_first_level():
 def test_samplers_take_any_rank(sampler):
     """The same numbers in any shape; and what the model hands on reaches its every next call."""
 
-    def carry(x, level, hidden):
-        return 0.5 * x, (x - level.alpha * 0.5 * x) / level.sigma, 0 if hidden is None else hidden + 1
+    def self_cond_state(x, level, self_cond):
+        return 0.5 * x, (x - level.alpha * 0.5 * x) / level.sigma, 0 if self_cond is None else self_cond + 1
 
     results = []
     for shape in ((64,), (2, 32), (2, 4, 8), (4, 4, 2, 2)):
@@ -174,10 +174,10 @@ def test_samplers_take_any_rank(sampler):
         draws = iter(torch.randn(8, 64, generator=generator, dtype=torch.float64))
         levels = make_levels(make_schedule("cosine"), 6)
         *_, last = get_sampler(sampler)(
-            carry, next(draws).view(shape), levels, lambda d=draws, s=shape: next(d).view(s)
+            self_cond_state, next(draws).view(shape), levels, lambda d=draws, s=shape: next(d).view(s)
         )
         results.append(last.x.flatten())
-        assert last.hidden == (2 * 6 - 2 if sampler == "heun" else 6 - 1)
+        assert last.self_cond == (2 * 6 - 2 if sampler == "heun" else 6 - 1)
     for result in results[1:]:
         assert torch.equal(result, results[0])
 
@@ -191,7 +191,7 @@ def test_noise_put_back_keeps_the_distribution(options, schedule):
     samples = run(sampler, schedule, 150, x, **kwargs)
     still = run(sampler, schedule, 150, x)
     assert (samples - still).abs().mean() > 0.05  # it is another sample
-    expected = math.sqrt(Mixture.std**2 + Mixture.place**2)
+    expected = math.sqrt(MixedDataset.std**2 + MixedDataset.place**2)
     assert samples.square().mean().sqrt().item() == pytest.approx(expected, rel=0.04)
 
 
@@ -208,12 +208,12 @@ def test_heun_on_the_straight_path_is_heun_in_time():
     """On rectified flow the general form is the textbook's, dx/dt = eps - x0."""
     x = expected = torch.randn(20, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     levels = make_levels(make_schedule("rectified_flow"), 12)
-    for now, later in levels:
-        x0, eps, _ = denoise(expected, now, None)
-        slope, h = eps - x0, later.sigma - now.sigma
+    for level, next_level in levels:
+        x0, eps, _ = denoise(expected, level, None)
+        slope, h = eps - x0, next_level.sigma - level.sigma
         euler = expected + h * slope
-        if later.sigma:
-            x0, eps, _ = denoise(euler, later, None)
+        if next_level.sigma:
+            x0, eps, _ = denoise(euler, next_level, None)
             slope = (slope + eps - x0) / 2
         expected = expected + h * slope
     assert_close(run("heun", "rectified_flow", 12, x), expected, rtol=1e-4, atol=1e-4)  # t = 1 is moved by 3e-5
@@ -223,17 +223,17 @@ def test_heun_on_the_straight_path_is_heun_in_time():
 def test_levels_fall_from_noise_to_data(spacing):
     levels = make_levels(make_schedule("cosine"), 9, spacing=spacing)
     assert len(levels) == 9
-    gammas = [now.gamma for now, _ in levels] + [levels[-1][1].gamma]
+    gammas = [level.gamma for level, _ in levels] + [levels[-1][1].gamma]
     assert gammas == sorted(gammas)
     assert gammas[0] < 1e-3
     assert gammas[-1] == 1
-    assert all(later == now for (_, later), (now, _) in pairwise(levels))
+    assert all(next_level == level for (_, next_level), (level, _) in pairwise(levels))
     assert all(isinstance(value, float) for pair in levels for level in pair for value in level[:3])
 
 
 def test_karras_spacing_is_edm_s():
     """Karras et al. 2022, eq. 5, with rho = 7 from 80 to 0.002."""
-    ratios = [now.ratio for now, _ in make_levels(make_schedule("cosine"), 5, spacing="karras")]
+    ratios = [level.edm_sigma for level, _ in make_levels(make_schedule("cosine"), 5, spacing="karras")]
     expected = [(80 ** (1 / 7) + i / 4 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7 for i in range(5)]
     assert ratios[:4] == pytest.approx(expected[:4])
     assert ratios[4] >= 0.002
@@ -242,8 +242,8 @@ def test_karras_spacing_is_edm_s():
 def test_time_difference_reaches_further():
     schedule = make_schedule("sigmoid")
     plain, further = make_levels(schedule, 8), make_levels(schedule, 8, time_difference=1)
-    assert [now for now, _ in plain] == [now for now, _ in further]
-    assert [later for _, later in further[:-1]] == [later for _, later in plain[1:]]
+    assert [level for level, _ in plain] == [level for level, _ in further]
+    assert [next_level for _, next_level in further[:-1]] == [next_level for _, next_level in plain[1:]]
 
 
 # ---- guidance, clipping
@@ -264,9 +264,9 @@ def test_guidance_batched_and_in_two_passes_are_the_same():
     level = NoiseLevel.from_gamma(0.5)
     results = []
     for batched in (True, False):
-        denoise = diffusion.denoiser(Given(label), 2.0, batched_guidance=batched)
-        _, _, hidden = denoise(x, level, None)
-        results.append(denoise(x, level, hidden))
+        denoise = diffusion.denoiser(Conditions(label), 2.0, batched_guidance=batched)
+        _, _, self_cond = denoise(x, level, None)
+        results.append(denoise(x, level, self_cond))
         assert diffusion.model.batch == (6 if batched else 3)
     assert_close(results[0], results[1])
     assert_close(results[0][2]["latents"], 2 * (label + 2.0))  # of the labelled branch alone
@@ -277,10 +277,10 @@ def test_guidance_batched_and_in_two_passes_are_the_same():
 def test_guidance_interval_and_rescale():
     diffusion = GaussianDiffusion(Labelled(), objective="eps", clip_x0="none")
     x, label, level = torch.randn(3, 400), torch.tensor([1, 2, 3]), NoiseLevel.from_gamma(0.5)
-    plain = diffusion.denoiser(Given(label))(x, level, None)
-    outside = diffusion.denoiser(Given(label), 2.0, guidance_interval=(0.6, 1))(x, level, None)
+    plain = diffusion.denoiser(Conditions(label))(x, level, None)
+    outside = diffusion.denoiser(Conditions(label), 2.0, guidance_interval=(0.6, 1))(x, level, None)
     assert_close(outside, plain)
-    rescaled = diffusion.denoiser(Given(label), 2.0, guidance_rescale=1.0)(x, level, None)
+    rescaled = diffusion.denoiser(Conditions(label), 2.0, guidance_rescale=1.0)(x, level, None)
     assert_close(rescaled[1].std(1), plain[1].std(1), rtol=1e-4, atol=1e-4)
 
 

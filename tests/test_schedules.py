@@ -43,7 +43,7 @@ def test_levels_lie_on_their_path(name):
     assert (level.gamma.diff() < 0).all()
     assert level.power == (1 if name == "rectified_flow" else 2)
     assert_close(level.alpha**level.power + level.sigma**level.power, torch.ones(101, dtype=torch.float64))
-    again = NoiseLevel.from_ratio(level.ratio, level.power)
+    again = NoiseLevel.from_edm_sigma(level.edm_sigma, level.power)
     assert_close(torch.stack(again[:3]), torch.stack(level[:3]))
 
 

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset, TensorDataset
 from rin_video import RIN, GaussianDiffusion, Trainer, UsageError
 from rin_video.config import Config, DataConfig, TrainConfig
 from rin_video.config_files import load_config
-from rin_video.datasets.draws import Draws, DrawSampler
+from rin_video.datasets.epochs import EpochDataset, EpochSampler
 from rin_video.training.state import load_state, save_state
 from rin_video.training.trainer import Metrics, make_lr_schedule, make_optimizer
 
@@ -178,7 +178,7 @@ def test_lr_warms_up_then_falls_over_the_wanted_part_of_the_cosine():
 def test_draws_walk_through_the_data_once_an_epoch_whatever_the_ranks():
     def positions(num_ranks: int, batches: int, first: int = 0) -> list[tuple[int, int]]:
         samplers = [
-            DrawSampler(10, 4, seed=1, first_batch=first, rank=r, num_ranks=num_ranks) for r in range(num_ranks)
+            EpochSampler(10, 4, seed=1, first_batch=first, rank=r, num_ranks=num_ranks) for r in range(num_ranks)
         ]
         walks = [iter(sampler) for sampler in samplers]
         return [draw for _ in range(batches) for walk in walks for draw in next(walk)]
@@ -190,8 +190,8 @@ def test_draws_walk_through_the_data_once_an_epoch_whatever_the_ranks():
     assert positions(1, 4, first=6) == one[24:]
     assert one[:10] != [(0, i) for i in range(10)]
     assert [i for _, i in one[:10]] != [i for _, i in one[10:20]]
-    assert Draws(Noise())[(3, 1)]["x"].equal(Noise().draw(1, 3)["x"])
-    assert Draws(TensorDataset(torch.arange(5)))[(3, 1)][0] == 1
+    assert EpochDataset(Noise())[(3, 1)]["x"].equal(Noise().draw(1, 3)["x"])
+    assert EpochDataset(TensorDataset(torch.arange(5)))[(3, 1)][0] == 1
 
 
 def test_datasets_of_any_usual_form(tmp_path):

@@ -14,7 +14,7 @@ from typing import Any, get_args
 import numpy as np
 import torch
 
-from rin_video.cli.passes import extend_parts, parse_size, plan_pass, refuse_extension
+from rin_video.cli.rollout import extend_parts, parse_size, plan_pass, refuse_extension
 from rin_video.config import Config, DataConfig, DataKind, FrameKind, SampleConfig
 from rin_video.config_files import is_set, load_config, presets
 from rin_video.diffusion.process import GaussianDiffusion
@@ -27,9 +27,9 @@ from rin_video.model.info import describe, model_info
 from rin_video.ranks import is_first, several_processes
 from rin_video.training.identity import run_folder
 from rin_video.training.memory import largest_batch, training_memory
+from rin_video.training.parallel_sampling import sample_distributed
 from rin_video.training.provenance import device_name
 from rin_video.training.state import newest_state
-from rin_video.training.together import sample_together
 from rin_video.weights import find_model
 
 log = logging.getLogger("rin_video")
@@ -105,7 +105,7 @@ def shorten_warmup(config: Config) -> None:
 
 def sample(options: Namespace) -> None:
     """`rin-video sample`."""
-    from rin_video.cli.context import read_given, read_told
+    from rin_video.cli.context import read_context_options, read_embedding_options
     from rin_video.media import DEFAULT_FPS, MAX_GIF_FPS, check_target, save_parts, save_samples
 
     folder = find_model(options.model)
@@ -139,7 +139,7 @@ def sample(options: Namespace) -> None:
     if options.interpolate_positions:
         model.interpolate_positions()
     pass_ = plan_pass(model, options.frames, options.size, options.window)
-    given = read_given(options, pass_, config) | read_told(options, config)
+    given = read_context_options(options, pass_, config) | read_embedding_options(options, config)
     out = Path(options.out or own_folder(options.model) / f"samples{'.mp4' if pass_.frames else '.png'}")
     check_target(out, rank=len(pass_.shape) + 1, fps=fps, channels=pass_.shape[0])
     start = time.perf_counter()
@@ -154,7 +154,7 @@ def sample(options: Namespace) -> None:
         paths = save_parts(parts, out, fps, titles=titles)
     else:
         refuse_extension(options, pass_)
-        samples = sample_together(diffusion, wanted, progress=is_first(), **common)
+        samples = sample_distributed(diffusion, wanted, progress=is_first(), **common)
         if not is_first():
             return
         paths = save_samples(samples.cpu(), out, fps=fps, titles=titles)
@@ -246,7 +246,7 @@ def index(options: Namespace) -> None:
 def peek(options: Namespace) -> None:
     """`rin-video peek`."""
     from rin_video.datasets.open import INDEX, open_dataset
-    from rin_video.datasets.peek import captions, check_sheet, draw_some, statistics, write_sheet
+    from rin_video.datasets.preview import captions, check_sheet, draw_some, statistics, write_sheet
     from rin_video.datasets.steady import frame_rate
     from rin_video.media import DEFAULT_FPS
 

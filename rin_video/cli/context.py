@@ -13,23 +13,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rin_video.cli.passes import Pass
+from rin_video.cli.rollout import Pass
 from rin_video.config import Config, DataConfig
+from rin_video.datasets.clip_sampler import nearest_in_time
 from rin_video.datasets.decoding import open_video
 from rin_video.datasets.extensions import CLIP_EXTENSIONS
 from rin_video.datasets.folders import find_files
-from rin_video.datasets.framing import Framing, smaller
 from rin_video.datasets.probe import probe_video
 from rin_video.datasets.reading import read_image
+from rin_video.datasets.resize_crop import ResizeCrop, smaller
 from rin_video.datasets.video_info import VideoInfo
-from rin_video.datasets.windows import nearest_in_time
 from rin_video.diffusion.masks import known_frames_mask
 from rin_video.errors import UsageError
 
 log = logging.getLogger("rin_video")
 
 
-def read_given(options: Namespace, pass_: Pass, config: Config) -> dict[str, Any]:
+def read_context_options(options: Namespace, pass_: Pass, config: Config) -> dict[str, Any]:
     """The context of the samples, and what of it is known, as arguments of `diffusion.sample`."""
     for name, needs in (("context_frames", "context"), ("fill", "context"), ("image", None), ("context", None)):
         if getattr(options, name) is None:
@@ -63,7 +63,7 @@ def read_given(options: Namespace, pass_: Pass, config: Config) -> dict[str, Any
     return {"context": read_context(Path(options.context), pass_.shape, config.data, count, frames, limit=limit)}
 
 
-def read_told(options: Namespace, config: Config) -> dict[str, Any]:
+def read_embedding_options(options: Namespace, config: Config) -> dict[str, Any]:
     """The embeddings of the samples, from files or from captions, as arguments of `diffusion.sample`.
 
     Several go round: sample i gets the i-th, and they start again behind the last.
@@ -132,7 +132,7 @@ def read_context(
 
 def read_start_image(path: Path, shape: tuple[int, ...]) -> Tensor:
     """An image as a clip of one frame, resized and cropped at the centre: uint8 (C, 1, H, W)."""
-    framing = Framing((shape[-2], shape[-1]))
+    framing = ResizeCrop((shape[-2], shape[-1]))
     return framing(read_image(_existing(path), shape[0]), np.random.default_rng(0)).unsqueeze(1)
 
 
@@ -152,7 +152,7 @@ def parse_fill(text: str, frames: int) -> range:
 def _read_clip(
     file: Path, info: VideoInfo, indices: Sequence[int], shape: tuple[int, ...], options: DataConfig
 ) -> Tensor:
-    framing = Framing((shape[-2], shape[-1]))
+    framing = ResizeCrop((shape[-2], shape[-1]))
     plan = framing.plan(info.size, np.random.default_rng(0))
     with open_video(file, options.decoder, info) as video:
         clip = framing.cut(video.read(indices, smaller(plan.size, info.size)), plan)

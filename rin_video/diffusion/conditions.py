@@ -13,7 +13,7 @@ from rin_video.errors import UsageError
 from rin_video.tensors import append_dims
 
 
-class Given(NamedTuple):
+class Conditions(NamedTuple):
     """Every condition of a batch, each part possibly absent; in training and in sampling alike.
 
     `known` (B, 1, *grid) is true where a cell is known; there `values` (B, C, *grid) holds the clean data, in the range
@@ -25,9 +25,9 @@ class Given(NamedTuple):
     known: Tensor | None = None
     values: Tensor | None = None
 
-    def at(self, indices: Tensor, device: torch.device) -> Given:
+    def at(self, indices: Tensor, device: torch.device) -> Conditions:
         """Some samples of the batch, on a device."""
-        return Given(*(None if part is None else part[indices.to(part.device)].to(device) for part in self))
+        return Conditions(*(None if part is None else part[indices.to(part.device)].to(device) for part in self))
 
     def put(self, x0: Tensor) -> Tensor:
         """`x0` with the known cells in their place, bit for bit."""
@@ -35,7 +35,7 @@ class Given(NamedTuple):
             return x0
         return torch.where(self.known, self.values.to(x0.dtype), x0)
 
-    def without(self, *parts: str) -> Given:
+    def without(self, *parts: str) -> Conditions:
         """The same with nothing in place of `parts`: "label" (the embedding too), "known"."""
         label, embedding, known, values = self
         if "label" in parts:
@@ -43,9 +43,9 @@ class Given(NamedTuple):
             embedding = None if embedding is None else torch.zeros_like(embedding)
         if "known" in parts and known is not None:
             known = torch.zeros_like(known)
-        return Given(label, embedding, known, values)
+        return Conditions(label, embedding, known, values)
 
-    def drop(self, probability: float, rng: RNG) -> Given:
+    def drop(self, probability: float, rng: RNG) -> Conditions:
         """Label and embedding replaced by nothing, for each sample with the given probability."""
         told = next((part for part in (self.label, self.embedding) if part is not None), None)
         if told is None or not probability:
@@ -60,19 +60,19 @@ class Given(NamedTuple):
         less = self.without("label")
         return self._replace(label=choose(less.label, self.label), embedding=choose(less.embedding, self.embedding))
 
-    def followed_by(self, other: Given) -> Given:
+    def followed_by(self, other: Conditions) -> Conditions:
         """Both batches as one; they have the same parts."""
         pairs = zip(self, other, strict=True)
-        return Given(*(None if one is None or two is None else torch.cat([one, two]) for one, two in pairs))
+        return Conditions(*(None if one is None or two is None else torch.cat([one, two]) for one, two in pairs))
 
-    def mean_unknown(self, error: Tensor) -> Tensor:
+    def masked_mean(self, error: Tensor) -> Tensor:
         """Mean of `error` (B, C, *grid) over the cells of each sample that are not known: (B,). 0 where all are."""
         if self.known is None:
             return error.flatten(1).mean(1)
         unknown = ~self.known.expand_as(error)
         return torch.where(unknown, error, 0).flatten(1).sum(1) / unknown.flatten(1).sum(1).clamp(min=1)
 
-    def spread_unknown(self, x: Tensor) -> Tensor:
+    def masked_std(self, x: Tensor) -> Tensor:
         """Standard deviation of `x` (B, C, *grid) over the cells of each sample that are not known: (B,)."""
         if self.known is None:
             return x.flatten(1).std(1)
@@ -83,11 +83,11 @@ class Given(NamedTuple):
         return torch.where(count > 1, variance.sqrt(), 1)
 
 
-def check_guidance(guidance: float, drop: str, given: Given) -> None:
+def check_guidance(guidance: float, drop: str, conditions: Conditions) -> None:
     """Raises `UsageError` where guidance has nothing to drop."""
     there: dict[GuidanceDropName, bool] = {
-        "label": given.label is not None or given.embedding is not None,
-        "known": given.known is not None,
+        "label": conditions.label is not None or conditions.embedding is not None,
+        "known": conditions.known is not None,
     }
     parts: list[Any] = drop.split("+")
     if unknown := set(parts) - set(there):
@@ -97,5 +97,5 @@ def check_guidance(guidance: float, drop: str, given: Given) -> None:
     if missing := [part for part in parts if not there[part]]:
         raise UsageError(
             f"guidance is {guidance}, but there is no {' and no '.join(missing)} to be guided by: give one"
-            f"{', or guidance_drop=known' if given.known is not None else ''}"
+            f"{', or guidance_drop=known' if conditions.known is not None else ''}"
         )

@@ -124,21 +124,23 @@ def place_context(context: Tensor, known: Tensor | None, shape: tuple[int, ...],
         raise UsageError(f"context has the shape {tuple(context.shape)}: give {shape}, or {(batch, *shape)}")
     if context.shape[1] != shape[0]:
         raise UsageError(f"context has {context.shape[1]} channels, the model {shape[0]}")
-    given = context.shape[2]
-    if given > grid[0]:
-        raise UsageError(f"context has {given} frames, the window is {grid[0]}: give at most {grid[0] - 1} of them")
+    num_given = context.shape[2]
+    if num_given > grid[0]:
+        raise UsageError(f"context has {num_given} frames, the window is {grid[0]}: give at most {grid[0] - 1} of them")
     if context.shape[3:] != grid[1:]:
         raise UsageError(f"context is {_by(context.shape[3:])}, the model makes {_by(grid[1:])}: resize it")
     if known is None:
-        if given == grid[0] or len(grid) == 2:
+        if num_given == grid[0] or len(grid) == 2:
             raise UsageError(
                 f"context fills the whole {_by(grid)}: say by `known` which of it is given, or give fewer frames"
             )
-        known = known_frames_mask(grid, range(given, grid[0]))
-    elif given < grid[0]:
-        raise UsageError(f"context has {given} frames, `known` speaks of {grid[0]}: give as many (the rest may be 0)")
-    if given < grid[0]:
-        context = torch.cat([context, context.new_zeros(*context.shape[:2], grid[0] - given, *grid[1:])], dim=2)
+        known = known_frames_mask(grid, range(num_given, grid[0]))
+    elif num_given < grid[0]:
+        raise UsageError(
+            f"context has {num_given} frames, `known` speaks of {grid[0]}: give as many (the rest may be 0)"
+        )
+    if num_given < grid[0]:
+        context = torch.cat([context, context.new_zeros(*context.shape[:2], grid[0] - num_given, *grid[1:])], dim=2)
     if known.dtype != torch.bool:
         raise UsageError(f"known is {known.dtype}: give booleans, true where the context is to stay")
     if tuple(known.shape) not in (tuple(grid), (batch, *grid), (batch, 1, *grid)):

@@ -50,7 +50,7 @@ class BatchRNG(RNG):
 
     def __init__(self, seeds: Sequence[int], rows: range, total: int, device: torch.device) -> None:
         self.rows, self.total, self.device = rows, total, device
-        sequence = np.random.SeedSequence(seeds, spawn_key=(1,))  # not that of `spread_seed`
+        sequence = np.random.SeedSequence(seeds, spawn_key=(1,))  # not that of `derive_seed`
         numbers = sequence.generate_state(1 + 2 * total, np.uint64) >> 1
         common, *each = numbers.tolist()
         self._common = torch.Generator().manual_seed(common)
@@ -104,9 +104,9 @@ class NoiseSource:
 
 def seeded_generators(seed: int, indices: Iterable[int]) -> list[torch.Generator]:
     """A generator on the CPU for each index."""
-    return [torch.Generator().manual_seed(spread_seed(seed, index)) for index in indices]
+    return [torch.Generator().manual_seed(derive_seed(seed, index)) for index in indices]
 
 
-def spread_seed(*numbers: int) -> int:
+def derive_seed(*numbers: int) -> int:
     """One seed from several numbers, so that neighbours have nothing in common."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)

@@ -27,11 +27,11 @@ from rin_video.config import (
     TrainConfig,
     check_diffusion_names,
 )
-from rin_video.diffusion.conditions import Given
+from rin_video.diffusion.conditions import Conditions
 from rin_video.diffusion.masks import ANY_GRID, draw_known
 from rin_video.diffusion.noise import RNG
 from rin_video.diffusion.objectives import CLIPS, TIME_SAMPLINGS, eps_from_x0, make_loss_weight, target, to_x0_eps
-from rin_video.diffusion.rollout import extend
+from rin_video.diffusion.rollout import rollout
 from rin_video.diffusion.samplers import Denoise
 from rin_video.diffusion.sampling import sample, sample_from_config
 from rin_video.diffusion.schedules import NoiseLevel, make_schedule
@@ -209,15 +209,15 @@ class GaussianDiffusion(nn.Module):
             kinds, frames = self.config.known, self.config.known_frames
             known = draw_known(kinds, frames, len(x), x.shape[2:], rng.generators())
             known = (known.pin_memory() if x.is_cuda else known).to(x.device, non_blocking=True)
-        given = Given(label, embedding, known, x0).drop(self.config.label_dropout, rng)
+        conditions = Conditions(label, embedding, known, x0).drop(self.config.label_dropout, rng)
         carries = self.config.train_prob_self_cond and getattr(self.model, "self_conditioning", True)
-        hidden = self.first_pass(x0, eps, t, given, rng) if carries else None
-        prediction, _ = self.predict(x_t, level, given, hidden)
+        self_cond = self.first_pass(x0, eps, t, conditions, rng) if carries else None
+        prediction, _ = self.predict(x_t, level, conditions, self_cond)
         error = (prediction - target(self.config.objective, x0, eps, level)) ** 2
-        return LossTerms(given.mean_unknown(self.loss_weight(level) * error), t)
+        return LossTerms(conditions.masked_mean(self.loss_weight(level) * error), t)
 
     @torch.no_grad()
-    def first_pass(self, x0: Tensor, eps: Tensor, t: Tensor, given: Given, rng: RNG) -> Any:
+    def first_pass(self, x0: Tensor, eps: Tensor, t: Tensor, conditions: Conditions, rng: RNG) -> Any:
         """What a pass without memory hands on, zeroed for a share 1 - train_prob_self_cond of the samples.
 
         It sees the same noise, later by up to `self_cond_gap`: a sampler's memory, too, comes from a noisier step.
@@ -225,11 +225,11 @@ class GaussianDiffusion(nn.Module):
         gap = self.config.self_cond_gap
         level = self.level((t + gap * rng.uniform()).clamp(max=1) if gap else t, x0)
         x_t = level.alpha * x0 + level.sigma * eps
-        prediction, latents = self.predict(x_t, level, given, None)
+        prediction, latents = self.predict(x_t, level, conditions, None)
         torch.clear_autocast_cache()  # its weight casts carry no gradient: the main pass must make its own
-        hidden = self.carry(latents, self.estimate(prediction, x_t, level, given))
+        self_cond = self.self_cond_state(latents, self.predict_x0(prediction, x_t, level, conditions))
         keep = rng.uniform() < self.config.train_prob_self_cond
-        return map_tensors(lambda h: h * append_dims(keep, h), hidden)
+        return map_tensors(lambda h: h * append_dims(keep, h), self_cond)
 
     def _check_known(self) -> None:
         """The model has to be told what is known, and training has to find it in data of this shape."""
@@ -245,14 +245,14 @@ class GaussianDiffusion(nn.Module):
         """The noise level at times `t` (B,), shaped to multiply `x`."""
         return self.schedule(t).map(lambda value: append_dims(value, x))
 
-    def predict(self, x_t: Tensor, level: NoiseLevel, given: Given, hidden: Any) -> tuple[Tensor, Any]:
+    def predict(self, x_t: Tensor, level: NoiseLevel, conditions: Conditions, self_cond: Any) -> tuple[Tensor, Any]:
         """The model's prediction (B, C, *grid) in the terms of `objective`, and its latents."""
-        told = {"label": given.label, "embedding": given.embedding, "known": given.known}
-        inputs: dict[str, Any] = dict(hidden or {}) | {name: part for name, part in told.items() if part is not None}
+        told = {"label": conditions.label, "embedding": conditions.embedding, "known": conditions.known}
+        inputs: dict[str, Any] = dict(self_cond or {}) | {name: part for name, part in told.items() if part is not None}
         if self.config.scale != 1:
-            x_t = x_t / append_dims(given.spread_unknown(x_t), x_t)
-        if given.known is not None and given.values is not None:
-            x_t = torch.where(given.known, given.values / self.config.scale, x_t)
+            x_t = x_t / append_dims(conditions.masked_std(x_t), x_t)
+        if conditions.known is not None and conditions.values is not None:
+            x_t = torch.where(conditions.known, conditions.values / self.config.scale, x_t)
         if isinstance(level.gamma, Tensor):
             gamma = level.gamma.float().flatten().expand(len(x_t))
         else:  # filled where it is needed: a copy would wait for the device
@@ -260,22 +260,27 @@ class GaussianDiffusion(nn.Module):
         prediction, latents = self.model(x_t, gamma, **inputs)
         return prediction.to(x_t.dtype), latents  # of half precision under autocast: a sampler's arithmetic is not
 
-    def carry(self, latents: Any, x0: Tensor) -> dict[str, Any]:
+    def self_cond_state(self, latents: Any, x0: Tensor) -> dict[str, Any]:
         """What goes from one pass to the next; the estimate in the data's own range, whatever the scale."""
         if getattr(self.model, "x0_self_conditioning", False):
             return {"latents": latents, "x0": x0 / self.config.scale}
         return {"latents": latents}
 
-    def estimate(
-        self, prediction: Tensor, x_t: Tensor, level: NoiseLevel, given: Given, clip_x0: ClippingName | None = None
+    def predict_x0(
+        self,
+        prediction: Tensor,
+        x_t: Tensor,
+        level: NoiseLevel,
+        conditions: Conditions,
+        clip_x0: ClippingName | None = None,
     ) -> Tensor:
         """The estimate of the (scaled) data, kept in its range, with what is known in its place."""
-        x0 = given.put(to_x0_eps(self.config.objective, prediction, x_t, level)[0])
-        return given.put(CLIPS[clip_x0 or self.config.clip_x0](x0, self.config.scale))
+        x0 = conditions.put(to_x0_eps(self.config.objective, prediction, x_t, level)[0])
+        return conditions.put(CLIPS[clip_x0 or self.config.clip_x0](x0, self.config.scale))
 
     def denoiser(
         self,
-        given: Given = Given(),  # noqa: B008 (a tuple)
+        conditions: Conditions = Conditions(),  # noqa: B008 (a tuple)
         guidance: float = 0.0,
         *,
         guidance_drop: str = "label",
@@ -284,44 +289,45 @@ class GaussianDiffusion(nn.Module):
         batched_guidance: bool = True,
         clip_x0: ClippingName | None = None,
     ) -> Denoise:
-        """`denoise(x, level, hidden) -> (x0, eps, hidden)` for samplers: x0 clipped, eps re-derived from it.
+        """`denoise(x, level, self_cond) -> (x0, eps, self_cond)` for samplers: x0 clipped, eps re-derived from it.
 
         `guidance` w mixes (1 + w) * labelled - w * unlabelled predictions (Ho & Salimans 2022, arXiv 2207.12598), where
         gamma lies in `guidance_interval` (Kynkaanniemi et al. 2024, arXiv 2404.07724). `guidance_drop` says what the
-        unlabelled one does without: label (and embedding), known, or label+known. Both see the same hidden state, only
-        the labelled one's is carried; one forward pass of both, or two without `batched_guidance` (less memory).
+        unlabelled one does without: label (and embedding), known, or label+known. Both see the same self-conditioning
+        state, only the labelled one's is passed on; one forward pass of both, or two without `batched_guidance` (less
+        memory).
         `guidance_rescale` brings the spread of the guided prediction back towards that of the labelled one (Lin et al.
         2023, arXiv 2305.08891, eq. 15 and 16).
         """
         low, high = guidance_interval
-        less = given.without(*guidance_drop.split("+"))
+        less = conditions.without(*guidance_drop.split("+"))
 
-        def predict(x: Tensor, level: NoiseLevel, hidden: Any) -> tuple[Tensor, Any]:
+        def predict(x: Tensor, level: NoiseLevel, self_cond: Any) -> tuple[Tensor, Any]:
             if not guidance or not low <= level.gamma <= high:
-                return self.predict(x, level, given, hidden)
+                return self.predict(x, level, conditions, self_cond)
             if batched_guidance:
-                both = map_tensors(lambda h: torch.cat([h, h]), hidden)
-                prediction, latents = self.predict(torch.cat([x, x]), level, given.followed_by(less), both)
+                both = map_tensors(lambda h: torch.cat([h, h]), self_cond)
+                prediction, latents = self.predict(torch.cat([x, x]), level, conditions.followed_by(less), both)
                 labelled, unlabelled = prediction.chunk(2)
                 latents = map_tensors(lambda h: h.chunk(2)[0], latents)
             else:
-                labelled, latents = self.predict(x, level, given, hidden)
-                unlabelled, _ = self.predict(x, level, less, hidden)
+                labelled, latents = self.predict(x, level, conditions, self_cond)
+                unlabelled, _ = self.predict(x, level, less, self_cond)
             guided = (1 + guidance) * labelled - guidance * unlabelled
             if guidance_rescale:
-                spread = given.spread_unknown(labelled) / given.spread_unknown(guided)
+                spread = conditions.masked_std(labelled) / conditions.masked_std(guided)
                 guided = guided * append_dims(guidance_rescale * spread + 1 - guidance_rescale, guided)
             return guided, latents
 
-        def denoise(x: Tensor, level: NoiseLevel, hidden: Any) -> tuple[Tensor, Tensor, Any]:
-            prediction, latents = predict(x, level, hidden)
-            x0 = self.estimate(prediction, x, level, given, clip_x0)
-            return x0, eps_from_x0(x0, x, level), self.carry(latents, x0)
+        def denoise(x: Tensor, level: NoiseLevel, self_cond: Any) -> tuple[Tensor, Tensor, Any]:
+            prediction, latents = predict(x, level, self_cond)
+            x0 = self.predict_x0(prediction, x, level, conditions, clip_x0)
+            return x0, eps_from_x0(x0, x, level), self.self_cond_state(latents, x0)
 
         return denoise
 
     # ---- sampling: functions of their own, methods here
 
     sample = sample
-    extend = extend
+    rollout = rollout
     sample_from_config = sample_from_config

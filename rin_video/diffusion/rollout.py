@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rin_video.diffusion.noise import spread_seed
+from rin_video.diffusion.noise import derive_seed
 from rin_video.diffusion.sampling import Diffusion, sample
 from rin_video.errors import UsageError
 from rin_video.tensors import to_unit_range
 
 
-def extend(
+def rollout(
     diffusion: Diffusion,
     frames: int,
     *,
@@ -91,7 +91,7 @@ class _Sliding:
         self.diffusion, self.batch_size, self.shape = diffusion, batch_size, shape
         self.overlap, self.carry_latents, self.options = overlap, carry_latents, options
         self.window = shape[1]
-        self.hidden: Any = None
+        self.self_cond: Any = None
 
     def parts(self, context: Tensor | None, frames: int, seed: int) -> Iterator[Tensor]:
         """New frames, without end; the context first."""
@@ -100,26 +100,26 @@ class _Sliding:
             context = context[:, :, -self.overlap :] if context.shape[2] >= self.window else context
         number = 0
         while True:
-            clip = self.draw(context, None, spread_seed(seed, number))
+            clip = self.draw(context, None, derive_seed(seed, number))
             yield clip[:, :, 0 if context is None else context.shape[2] :]
             context = clip[:, :, -self.overlap :]
             number += 1
 
     def draw(self, start: Tensor | None, known: Tensor | None, seed: int) -> Tensor:
         """One window (B, C, F, H, W) that starts with frames, or keeps those that are known."""
-        clip, hidden = sample(
+        clip, self_cond = sample(
             self.diffusion,
             self.batch_size,
             shape=self.shape,
             context=start,
             known=known,
             seed=seed,
-            hidden=self.hidden,
-            return_hidden=True,
+            self_cond=self.self_cond,
+            return_self_cond=True,
             **self.options,
         )
         if self.carry_latents:
-            self.hidden = {"latents": hidden["latents"]}
+            self.self_cond = {"latents": self_cond["latents"]}
         return clip.cpu()
 
 
@@ -130,18 +130,18 @@ class _KeyFrames(_Sliding):
         apart = self.window - self.overlap
         sliding = _Sliding(self.diffusion, self.batch_size, self.shape, self.overlap, self.carry_latents, self.options)
         last = None if context is None else context[:, :, -1:]
-        keys = (key for part in sliding.parts(last, frames, spread_seed(seed, 0)) for key in part.split(1, dim=2))
+        keys = (key for part in sliding.parts(last, frames, derive_seed(seed, 0)) for key in part.split(1, dim=2))
         first = next(keys)
         tail = first if context is None else context
         yield tail
         tail = tail[:, :, -self.overlap :]
         for number, key in enumerate(keys):
-            given = tail.shape[2]
-            place = given - 1 + apart  # of the next key frame in this window
+            num_given = tail.shape[2]
+            place = num_given - 1 + apart  # of the next key frame in this window
             clip = tail.new_zeros(self.batch_size, *self.shape)
-            clip[:, :, :given], clip[:, :, place : place + 1] = tail, key
+            clip[:, :, :num_given], clip[:, :, place : place + 1] = tail, key
             known = torch.zeros(self.shape[1:], dtype=torch.bool)
-            known[:given] = known[place] = True
-            clip = self.draw(clip, known, spread_seed(seed, 1, number))[:, :, : place + 1]
-            yield clip[:, :, given:]
+            known[:num_given] = known[place] = True
+            clip = self.draw(clip, known, derive_seed(seed, 1, number))[:, :, : place + 1]
+            yield clip[:, :, num_given:]
             tail = clip[:, :, -self.overlap :]

@@ -1,9 +1,10 @@
 """Samplers: plain generator functions over a denoiser, for tensors of any rank and any path.
 
-`denoise(x, level, hidden) -> (x0, eps, hidden)` is the model as a sampler sees it: its estimates of the data and of the
-noise, and whatever it wants handed to the next call (RIN's latents), which a sampler passes on unopened. `levels` are
-pairs (now, next) of `NoiseLevel`; `noise()` draws standard normal noise of x's shape. A sampler yields a `Step` after
-every transition; **the result is the x0 of the last step**, not the last x. Values are in diffusion's range, [-1, 1].
+`denoise(x, level, self_cond) -> (x0, eps, self_cond)` is the model as a sampler sees it: its estimates of the data and
+of the noise, and the self-conditioning state for the next call (RIN's latents), which a sampler passes on unopened.
+`levels` are pairs (level, next level) of `NoiseLevel`; `noise()` draws standard normal noise of x's shape. A sampler
+yields a `Step` after every transition; **the result is the x0 of the last step**, not the last x. Values are in
+diffusion's range, [-1, 1].
 """
 
 from __future__ import annotations
@@ -32,107 +33,111 @@ class Step(NamedTuple):
 
     x: Tensor
     x0: Tensor
-    hidden: Any
+    self_cond: Any
 
 
 def ddim(
-    denoise: Denoise, x: Tensor, levels: Levels, noise: Noise, hidden: Any = None, *, eta: float = 0.0
+    denoise: Denoise, x: Tensor, levels: Levels, noise: Noise, self_cond: Any = None, *, eta: float = 0.0
 ) -> Iterator[Step]:
     """First order; `eta` from 0 (no noise) to 1 (as much as DDPM). Song et al. 2021 (arXiv 2010.02502), eq. 12 and 16.
 
     On the straight path this is Euler's method.
     """
-    for now, later in levels:
-        x0, eps, hidden = denoise(x, now, hidden)
-        spread = eta * (later.sigma / now.sigma) * _forward_variance(now, later) ** 0.5
-        x = later.alpha * x0 + (later.sigma**2 - spread**2) ** 0.5 * eps
+    for level, next_level in levels:
+        x0, eps, self_cond = denoise(x, level, self_cond)
+        std = eta * (next_level.sigma / level.sigma) * _forward_variance(level, next_level) ** 0.5
+        x = next_level.alpha * x0 + (next_level.sigma**2 - std**2) ** 0.5 * eps
         if eta:
-            x = x + spread * noise()
-        yield Step(x, x0, hidden)
+            x = x + std * noise()
+        yield Step(x, x0, self_cond)
 
 
 def ddpm(
-    denoise: Denoise, x: Tensor, levels: Levels, noise: Noise, hidden: Any = None, *, small: bool = False
+    denoise: Denoise, x: Tensor, levels: Levels, noise: Noise, self_cond: Any = None, *, small: bool = False
 ) -> Iterator[Step]:
     """Ancestral, with the large variance or, `small`, the posterior's. Ho et al. 2020 (arXiv 2006.11239), eq. 7."""
-    for now, later in levels:
-        x0, eps, hidden = denoise(x, now, hidden)
-        variance = _forward_variance(now, later)
-        mean = (x - variance / now.sigma * eps) * (later.alpha / now.alpha)
+    for level, next_level in levels:
+        x0, eps, self_cond = denoise(x, level, self_cond)
+        variance = _forward_variance(level, next_level)
+        mean = (x - variance / level.sigma * eps) * (next_level.alpha / level.alpha)
         if small:
-            variance = variance * (later.sigma / now.sigma) ** 2
+            variance = variance * (next_level.sigma / level.sigma) ** 2
         x = mean + variance**0.5 * noise()
-        yield Step(x, x0, hidden)
+        yield Step(x, x0, self_cond)
 
 
-def _forward_variance(now: NoiseLevel, later: NoiseLevel) -> Any:
+def _forward_variance(level: NoiseLevel, next_level: NoiseLevel) -> Any:
     """Variance of q(x_now | x_later): what the forward process adds from the cleaner level to the noisier one."""
-    return now.sigma**2 - (now.alpha / later.alpha) ** 2 * later.sigma**2
+    return level.sigma**2 - (level.alpha / next_level.alpha) ** 2 * next_level.sigma**2
 
 
-def dpmpp_2m(denoise: Denoise, x: Tensor, levels: Levels, noise: Noise, hidden: Any = None) -> Iterator[Step]:
+def dpmpp_2m(denoise: Denoise, x: Tensor, levels: Levels, noise: Noise, self_cond: Any = None) -> Iterator[Step]:
     """DPM-Solver++(2M), second order, one call a step. Lu et al. 2022 (arXiv 2211.01095), algorithm 2."""
     previous: tuple[float, Tensor] | None = None  # log(alpha / sigma) and x0 of the last step
-    for now, later in levels:
-        x0, _, hidden = denoise(x, now, hidden)
-        x = (later.sigma / now.sigma) * x + later.alpha * _shrink(now, later) * _extrapolate(x0, previous, now, later)
-        previous = (-math.log(now.ratio), x0)
-        yield Step(x, x0, hidden)
+    for level, next_level in levels:
+        x0, _, self_cond = denoise(x, level, self_cond)
+        x = (next_level.sigma / level.sigma) * x + next_level.alpha * _shrink(level, next_level) * _extrapolate(
+            x0, previous, level, next_level
+        )
+        previous = (-math.log(level.edm_sigma), x0)
+        yield Step(x, x0, self_cond)
 
 
-def dpmpp_2m_sde(denoise: Denoise, x: Tensor, levels: Levels, noise: Noise, hidden: Any = None) -> Iterator[Step]:
+def dpmpp_2m_sde(denoise: Denoise, x: Tensor, levels: Levels, noise: Noise, self_cond: Any = None) -> Iterator[Step]:
     """SDE-DPM-Solver++(2M), second order, stochastic. Lu et al. 2022 (arXiv 2211.01095), sec. 4.3."""
     previous: tuple[float, Tensor] | None = None
-    for now, later in levels:
-        x0, _, hidden = denoise(x, now, hidden)
-        decay = later.ratio / now.ratio  # exp(-h)
-        x = (later.sigma / now.sigma) * decay * x
-        x = x + later.alpha * (1 - decay**2) * _extrapolate(x0, previous, now, later)
-        x = x + later.sigma * (1 - decay**2) ** 0.5 * noise()
-        previous = (-math.log(now.ratio), x0)
-        yield Step(x, x0, hidden)
+    for level, next_level in levels:
+        x0, _, self_cond = denoise(x, level, self_cond)
+        decay = next_level.edm_sigma / level.edm_sigma  # exp(-h)
+        x = (next_level.sigma / level.sigma) * decay * x
+        x = x + next_level.alpha * (1 - decay**2) * _extrapolate(x0, previous, level, next_level)
+        x = x + next_level.sigma * (1 - decay**2) ** 0.5 * noise()
+        previous = (-math.log(level.edm_sigma), x0)
+        yield Step(x, x0, self_cond)
 
 
-def _shrink(now: NoiseLevel, later: NoiseLevel) -> float:
+def _shrink(level: NoiseLevel, next_level: NoiseLevel) -> float:
     """1 - exp(-h), h being the step in log(alpha / sigma)."""
-    return 1 - later.ratio / now.ratio
+    return 1 - next_level.edm_sigma / level.edm_sigma
 
 
-def _extrapolate(x0: Tensor, previous: tuple[float, Tensor] | None, now: NoiseLevel, later: NoiseLevel) -> Tensor:
+def _extrapolate(
+    x0: Tensor, previous: tuple[float, Tensor] | None, level: NoiseLevel, next_level: NoiseLevel
+) -> Tensor:
     """x0 carried half a step on by the line through the last two; the step to zero noise is first order."""
-    if previous is None or later.sigma == 0:
+    if previous is None or next_level.sigma == 0:
         return x0
-    log_now, log_later = -math.log(now.ratio), -math.log(later.ratio)
-    weight = (log_later - log_now) / (2 * (log_now - previous[0]))
+    log_snr, next_log_snr = -math.log(level.edm_sigma), -math.log(next_level.edm_sigma)
+    weight = (next_log_snr - log_snr) / (2 * (log_snr - previous[0]))
     return x0 + weight * (x0 - previous[1])
 
 
-def dpmpp_3m(denoise: Denoise, x: Tensor, levels: Levels, noise: Noise, hidden: Any = None) -> Iterator[Step]:
+def dpmpp_3m(denoise: Denoise, x: Tensor, levels: Levels, noise: Noise, self_cond: Any = None) -> Iterator[Step]:
     """DPM-Solver++(3M), third order, one call a step: the parabola through the last three x0, integrated exactly.
 
     Lu et al. 2022 (arXiv 2211.01095), eq. 11 with k = 3: x' = sigma'/sigma x + sigma' * integral of exp(l) x0(l) dl.
     """
     past: list[tuple[float, Tensor]] = []  # log(alpha / sigma) and x0, the latest first
-    for now, later in levels:
-        x0, _, hidden = denoise(x, now, hidden)
-        past = [(-math.log(now.ratio), x0), *past[:2]]
-        update = _shrink(now, later) * x0
-        if len(past) > 1 and later.sigma > 0:
+    for level, next_level in levels:
+        x0, _, self_cond = denoise(x, level, self_cond)
+        past = [(-math.log(level.edm_sigma), x0), *past[:2]]
+        update = _shrink(level, next_level) * x0
+        if len(past) > 1 and next_level.sigma > 0:
             (l0, _), (l1, d1), *rest = past
-            h = -math.log(later.ratio) - l0
-            first = h - _shrink(now, later)  # integral of exp(l - l') (l - l0)
+            h = -math.log(next_level.edm_sigma) - l0
+            first = h - _shrink(level, next_level)  # integral of exp(l - l') (l - l0)
             slope = (x0 - d1) / (l0 - l1)
             update = update + first * slope
             if rest:
                 l2, d2 = rest[0]
                 curve = (slope - (d1 - d2) / (l1 - l2)) / (l0 - l2)
                 update = update + (h**2 - 2 * first + (l0 - l1) * first) * curve
-        x = (later.sigma / now.sigma) * x + later.alpha * update
-        yield Step(x, x0, hidden)
+        x = (next_level.sigma / level.sigma) * x + next_level.alpha * update
+        yield Step(x, x0, self_cond)
 
 
 def heun(
-    denoise: Denoise, x: Tensor, levels: Levels, noise: Noise, hidden: Any = None, *, churn: float = 0.0
+    denoise: Denoise, x: Tensor, levels: Levels, noise: Noise, self_cond: Any = None, *, churn: float = 0.0
 ) -> Iterator[Step]:
     """Second order, two calls a step (one in the last). Karras et al. 2022 (arXiv 2206.00364), algorithm 2.
 
@@ -141,23 +146,23 @@ def heun(
     unlike sigma / alpha it is bounded, so that sampling may start at pure noise.
     """
     gain = min(churn / len(levels), 2**0.5 - 1)
-    for now, later in levels:
+    for level, next_level in levels:
         if churn:
-            raised = NoiseLevel.from_ratio(now.ratio * (1 + gain), now.power)
-            x = (raised.alpha / now.alpha) * x
-            x = x + (raised.sigma**2 - (raised.alpha / now.alpha * now.sigma) ** 2) ** 0.5 * noise()
-            now = raised
-        x0, eps, hidden = denoise(x, now, hidden)
+            raised = NoiseLevel.from_edm_sigma(level.edm_sigma * (1 + gain), level.power)
+            x = (raised.alpha / level.alpha) * x
+            x = x + (raised.sigma**2 - (raised.alpha / level.alpha * level.sigma) ** 2) ** 0.5 * noise()
+            level = raised
+        x0, eps, self_cond = denoise(x, level, self_cond)
         slope = eps - x0
-        x_euler = later.alpha * x0 + later.sigma * eps
-        if later.sigma > 0:
-            x0, eps, hidden = denoise(x_euler, later, hidden)
-            before, after = now.alpha + now.sigma, later.alpha + later.sigma
-            h = later.sigma / after - now.sigma / before
+        x_euler = next_level.alpha * x0 + next_level.sigma * eps
+        if next_level.sigma > 0:
+            x0, eps, self_cond = denoise(x_euler, next_level, self_cond)
+            before, after = level.alpha + level.sigma, next_level.alpha + next_level.sigma
+            h = next_level.sigma / after - level.sigma / before
             x = after * (x / before + h * (slope + eps - x0) / 2)
         else:
             x = x_euler
-        yield Step(x, x0, hidden)
+        yield Step(x, x0, self_cond)
 
 
 Sampler = Callable[..., Iterator[Step]]
@@ -218,7 +223,7 @@ def make_levels(
     scale: float = 1.0,
     dtype: torch.dtype = torch.float64,
 ) -> list[tuple[NoiseLevel, NoiseLevel]]:
-    """`steps` pairs (now, next) from noise to data, as plain floats computed in `dtype`: no step waits for a device.
+    """`steps` pairs (level, next) from noise to data, as plain floats computed in `dtype`: no step waits for a device.
 
     `spacing` uniform and quadratic (denser near the data) are in t; karras (rho = 7; Karras et al. 2022, eq. 5) and
     logsnr are in sigma / alpha, within [0.002, 80] times the data's `scale` and the schedule's ends (the clean one, at
@@ -244,12 +249,12 @@ def make_levels(
             for i in range(steps)
         ]
     first, last = at(1.0), at(0.0)
-    high = min(first.ratio, RATIO_MAX * scale)
-    low = max(last.ratio, scale * max(at(1e-3).ratio, RATIO_MIN))
+    high = min(first.edm_sigma, RATIO_MAX * scale)
+    low = max(last.edm_sigma, scale * max(at(1e-3).edm_sigma, RATIO_MIN))
     places = [i / max(steps - 1, 1) for i in range(steps)]
     if spacing == "karras":
         ratios = [(high ** (1 / 7) + place * (low ** (1 / 7) - high ** (1 / 7))) ** 7 for place in places]
     else:
         ratios = [math.exp(math.log(high) + place * math.log(low / high)) for place in places]
-    nodes = [NoiseLevel.from_ratio(ratio, first.power) for ratio in ratios]
+    nodes = [NoiseLevel.from_edm_sigma(edm_sigma, first.power) for edm_sigma in ratios]
     return list(pairwise([*nodes, last]))

@@ -21,7 +21,7 @@ from rin_video.config import (
     SpacingName,
 )
 from rin_video.config_files import PARAMETERS
-from rin_video.diffusion.conditions import Given, check_guidance
+from rin_video.diffusion.conditions import Conditions, check_guidance
 from rin_video.diffusion.masks import place_context
 from rin_video.diffusion.noise import NoiseSource
 from rin_video.diffusion.objectives import CLIPS
@@ -44,7 +44,7 @@ class Diffusion(Protocol):
     precision: PrecisionName
     training: bool
 
-    def denoiser(self, given: Given, guidance: float, **options: Any) -> Denoise: ...
+    def denoiser(self, conditions: Conditions, guidance: float, **options: Any) -> Denoise: ...
     def parameters(self) -> Iterator[nn.Parameter]: ...
     def train(self, mode: bool = True) -> Any: ...
 
@@ -76,11 +76,11 @@ def sample(
     seed: int | None = None,
     first_index: int = 0,
     max_batch: int | None = None,
-    hidden: Any = None,
+    self_cond: Any = None,
     progress: bool = False,
     callback: Callable[[int, Tensor], None] | None = None,
     return_trajectory: bool = False,
-    return_hidden: bool = False,
+    return_self_cond: bool = False,
 ) -> Any:
     """Draw `batch_size` samples (B, C, *grid) in [0, 1], at most `max_batch` of them at a time.
 
@@ -100,8 +100,8 @@ def sample(
     With a `seed`, sample i is the same whatever the batch, the chunks and the device: each has its own generator,
     on the CPU. The first sample has the number `first_index`, so that a batch can be drawn in parts.
     `callback(i, x0)` sees the estimate (B', C, *grid) in [0, 1] after every step of every chunk.
-    `return_trajectory` returns them all too, (B, steps, C, *grid) on the CPU; `return_hidden` what the model would
-    hand on, for another call's `hidden`. Raises `UsageError` for what does not fit.
+    `return_trajectory` returns them all too, (B, steps, C, *grid) on the CPU; `return_self_cond` what the model would
+    hand on, for another call's `self_cond`. Raises `UsageError` for what does not fit.
     """
     embedding, context, known = (None if x is None else torch.as_tensor(x) for x in (embedding, context, known))
     shape = tuple(shape) if shape else diffusion.shape
@@ -127,9 +127,9 @@ def sample(
     )
     draw = get_sampler(sampler_name, sampler_kwargs)
     precision = sampling_precision(precision, diffusion.precision, device)
-    given, data = _given(diffusion, batch_size, shape, label, embedding, context, known)
+    conditions, data = _given(diffusion, batch_size, shape, label, embedding, context, known)
     if guidance:
-        check_guidance(guidance, guidance_drop, given)
+        check_guidance(guidance, guidance_drop, conditions)
     seed = int(torch.randint(2**62, ())) if seed is None else seed
     chunks = torch.arange(batch_size).split(max_batch or batch_size)
     bar = tqdm(total=len(levels) * len(chunks), desc="sampling", unit="step", disable=not progress)
@@ -140,7 +140,7 @@ def sample(
         for chunk in chunks:
             noise = NoiseSource(seed, (chunk + first_index).tolist(), shape, device)
             denoise = diffusion.denoiser(
-                given.at(chunk, device),
+                conditions.at(chunk, device),
                 guidance,
                 guidance_drop=guidance_drop,
                 guidance_interval=guidance_interval,
@@ -148,7 +148,7 @@ def sample(
                 batched_guidance=batched_guidance,
                 clip_x0=clip_x0,
             )
-            start = map_tensors(partial(_at, indices=chunk, device=device), hidden)
+            start = map_tensors(partial(_at, indices=chunk, device=device), self_cond)
             estimates = []
             with running_in(precision, device):
                 for i, step in enumerate(draw(denoise, initial_state(levels, noise), levels, noise, start)):
@@ -158,17 +158,17 @@ def sample(
                     if return_trajectory:
                         estimates.append(from_diffusion_range(step.x0 / diffusion.config.scale).cpu())
             drawn = from_diffusion_range(step.x0 / diffusion.config.scale)
-            if given.known is not None and data is not None:
-                drawn = torch.where(given.known[chunk].to(device), data[chunk].to(drawn), drawn)
+            if conditions.known is not None and data is not None:
+                drawn = torch.where(conditions.known[chunk].to(device), data[chunk].to(drawn), drawn)
             samples.append(drawn)
             trajectories += [torch.stack(estimates, dim=1)] if return_trajectory else []
-            handed_on.append(step.hidden)
+            handed_on.append(step.self_cond)
     finally:
         diffusion.train(was_training)
         bar.close()
     result: list[Any] = [torch.cat(samples)]
     result += [torch.cat(trajectories)] if return_trajectory else []
-    result += [join_tensors(handed_on)] if return_hidden else []
+    result += [join_tensors(handed_on)] if return_self_cond else []
     return tuple(result) if len(result) > 1 else result[0]
 
 
@@ -180,7 +180,7 @@ def _given(
     embedding: Tensor | None,
     context: Tensor | None,
     known: Tensor | None,
-) -> tuple[Given, Tensor | None]:
+) -> tuple[Conditions, Tensor | None]:
     """What a batch is drawn by; and the context in [0, 1], so that it comes back bit for bit."""
     label = check_labels(label, batch, getattr(diffusion.model, "num_classes", 0), diffusion.classes)
     if embedding is not None:
@@ -188,7 +188,7 @@ def _given(
     if context is None:
         if known is not None:
             raise UsageError("known says which cells are given, but not what they hold: give context too")
-        return Given(label, embedding), None
+        return Conditions(label, embedding), None
     if getattr(diffusion.model, "known_mask", True) is False:
         raise UsageError(
             "the model was trained without known cells and cannot take a context: train with "
@@ -196,7 +196,7 @@ def _given(
         )
     data, mask = place_context(context, known, shape, batch)
     data = to_unit_range(data)
-    return Given(label, embedding, mask, diffusion.config.scale * to_diffusion_range(data)), data
+    return Conditions(label, embedding, mask, diffusion.config.scale * to_diffusion_range(data)), data
 
 
 def sample_from_config(diffusion: Diffusion, config: SampleConfig, **options: Any) -> Any:

@@ -39,13 +39,13 @@ class NoiseLevel(NamedTuple):
         return cls(gamma, gamma**0.5, (1 - gamma) ** 0.5)
 
     @classmethod
-    def from_ratio(cls, ratio: Any, power: int = 2) -> NoiseLevel:
+    def from_edm_sigma(cls, edm_sigma: Any, power: int = 2) -> NoiseLevel:
         """The level of a path at a noise-to-signal ratio sigma / alpha."""
-        alpha = (1 + ratio**power) ** (-1 / power)
-        return cls(1 / (1 + ratio**2), alpha, alpha * ratio, power)
+        alpha = (1 + edm_sigma**power) ** (-1 / power)
+        return cls(1 / (1 + edm_sigma**2), alpha, alpha * edm_sigma, power)
 
     @property
-    def ratio(self) -> Any:
+    def edm_sigma(self) -> Any:
         """sigma / alpha: the noise level of EDM (Karras et al. 2022)."""
         return self.sigma / self.alpha
 

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rin_video.config import LatentPositionName
 from rin_video.errors import UsageError
-from rin_video.layers import DepthwiseConv, FeedForward, LayerNorm, LinearAttention, Unit
+from rin_video.layers import DepthwiseConv, FeedForward, LayerNorm, LinearAttention, TransformerLayer
 from rin_video.model.conditioning import Condition
 from rin_video.tokenizers.positions import make_position
 
@@ -67,9 +67,9 @@ class Block(nn.Module):
             "dim_cond": dim_cond,
         }
         self.mixers = nn.ModuleList(mixers)
-        self.read = Unit(dim_latent, dim, mlp_ratio=latent_mlp_ratio, **cross)
+        self.read = TransformerLayer(dim_latent, dim, mlp_ratio=latent_mlp_ratio, **cross)
         self.compute = nn.ModuleList(
-            Unit(
+            TransformerLayer(
                 dim_latent,
                 None,
                 dim_inner=dim_latent,
@@ -82,7 +82,7 @@ class Block(nn.Module):
             )
             for _ in range(num_layers)
         )
-        self.write = Unit(dim, dim_latent, mlp_ratio=mlp_ratio, **cross) if num_layers else None
+        self.write = TransformerLayer(dim, dim_latent, mlp_ratio=mlp_ratio, **cross) if num_layers else None
 
     def forward(self, tokens: Tensor, latents: Tensor, cond: Condition, grid: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         for mix in self.mixers:

@@ -17,11 +17,11 @@ from tqdm.auto import tqdm
 
 from rin_video.config import Config
 from rin_video.datasets.adapters import adapt_for
-from rin_video.datasets.draws import unpack
-from rin_video.datasets.mixture import Mixture
-from rin_video.diffusion.conditions import Given
+from rin_video.datasets.epochs import unpack
+from rin_video.datasets.mixed import MixedDataset
+from rin_video.diffusion.conditions import Conditions
 from rin_video.diffusion.masks import draw_known
-from rin_video.diffusion.noise import seeded_generators, spread_seed
+from rin_video.diffusion.noise import derive_seed, seeded_generators
 from rin_video.diffusion.objectives import target
 from rin_video.diffusion.process import GaussianDiffusion
 from rin_video.files import write_text
@@ -52,7 +52,7 @@ class Diagnosis:
     loss_copy: list[float]  # of a predictor that repeats its input
     clipped: list[float] = field(default_factory=list)  # share of the values of x0 at its bounds, at each sampling step
     clipped_data: float = 0.0  # the same share in the data
-    latent_spread: list[float] = field(default_factory=list)  # how far each latent depends on the input, 0: not at all
+    latent_std: list[float] = field(default_factory=list)  # how far each latent depends on the input, 0: not at all
 
     @property
     def trivial(self) -> list[float]:
@@ -103,10 +103,10 @@ class Diagnosis:
                 f"clipping is active in {active} of {len(self.clipped)} steps: more of the estimate lies at the bounds "
                 f"than of the data ({self.clipped_data:.0%}). Train longer, lower guidance, or try clip_x0=dynamic"
             )
-        dead = sum(spread < 0.01 for spread in self.latent_spread)
+        dead = sum(spread < 0.01 for spread in self.latent_std)
         if dead:
             found.append(
-                f"dead latents: {dead} of {len(self.latent_spread)} hold the same whatever the input. Train longer; if "
+                f"dead latents: {dead} of {len(self.latent_std)} hold the same whatever the input. Train longer; if "
                 "they stay so, fewer latents (num_latents) do the same work"
             )
         return found
@@ -131,18 +131,18 @@ def diagnose(
     with tqdm(total=len(times), desc="noise levels", unit="level") as bar:
         for index, t in enumerate(times):
             sums = torch.zeros(5, dtype=torch.float64)
-            for number, (x, given) in enumerate(batches):
-                generator = torch.Generator().manual_seed(spread_seed(index, number))
+            for number, (x, conditions) in enumerate(batches):
+                generator = torch.Generator().manual_seed(derive_seed(index, number))
                 x0 = diffusion.config.scale * to_diffusion_range(x)
-                given = given._replace(values=x0)
+                conditions = conditions._replace(values=x0)
                 eps = torch.randn(x0.shape, generator=generator).to(x0)
                 level = diffusion.level(torch.full((len(x),), t, device=x.device), x0)
                 x_t = level.alpha * x0 + level.sigma * eps
                 wanted = target(diffusion.config.objective, x0, eps, level)
-                first, second, memory = _two_passes(diffusion, x_t, level, given)
+                first, second, memory = _two_passes(diffusion, x_t, level, conditions)
                 guesses = [second, first, torch.zeros_like(wanted), x_t]
-                guesses.append(_two_passes(raw, x_t, level, given)[1] if raw else second)
-                sums += torch.stack([given.mean_unknown((guess - wanted) ** 2).sum().cpu() for guess in guesses])
+                guesses.append(_two_passes(raw, x_t, level, conditions)[1] if raw else second)
+                sums += torch.stack([conditions.masked_mean((guess - wanted) ** 2).sum().cpu() for guess in guesses])
                 memory = memory[0] if isinstance(memory, tuple) else memory  # latents, or latents and interface
                 if index == LEVELS // 2 and isinstance(memory, Tensor) and memory.ndim == 3:
                     latents.append(memory.float().cpu())
@@ -161,11 +161,11 @@ def diagnose(
         loss_zero=rows["zero"],
         loss_copy=rows["copy"],
         clipped_data=_at_bounds(everything),
-        latent_spread=latent_spread(torch.cat(latents)) if latents and len(chosen) > 1 else [],
+        latent_std=latent_std(torch.cat(latents)) if latents and len(chosen) > 1 else [],
     )
 
 
-def latent_spread(latents: Tensor) -> list[float]:
+def latent_std(latents: Tensor) -> list[float]:
     """How far each latent of (B, M, D) differs between inputs, as a share of its own size."""
     spread = (latents - latents.mean(0)).square().mean((0, 2)).sqrt()
     return (spread / latents.square().mean((0, 2)).sqrt().clamp(min=1e-12)).tolist()
@@ -198,7 +198,7 @@ def diagnose_run(
         raw_model = type(diffusion.model)(config.model)
         raw_model.load_state_dict(load_state(states[-1])["model"])
         raw_model = raw_model.to(next(diffusion.parameters()).device).eval()
-    data = data.clips if isinstance(data, Mixture) else data
+    data = data.clips if isinstance(data, MixedDataset) else data
     diagnosis = diagnose(diffusion, data, raw_model=raw_model, num=num)
     sheet, diagnosis.clipped = trajectory(diffusion, config)
     out.mkdir(parents=True, exist_ok=True)
@@ -213,15 +213,17 @@ def diagnose_run(
     return diagnosis
 
 
-def _two_passes(diffusion: GaussianDiffusion, x_t: Tensor, level: Any, given: Given) -> tuple[Tensor, Tensor, Any]:
+def _two_passes(
+    diffusion: GaussianDiffusion, x_t: Tensor, level: Any, conditions: Conditions
+) -> tuple[Tensor, Tensor, Any]:
     """Predictions without memory and with that of the first pass; the latents of the second."""
-    first, latents = diffusion.predict(x_t, level, given, None)
-    x0 = diffusion.estimate(first, x_t, level, given)
-    second, latents = diffusion.predict(x_t, level, given, diffusion.carry(latents, x0))
+    first, latents = diffusion.predict(x_t, level, conditions, None)
+    x0 = diffusion.predict_x0(first, x_t, level, conditions)
+    second, latents = diffusion.predict(x_t, level, conditions, diffusion.self_cond_state(latents, x0))
     return first, second, latents
 
 
-def _told(batch: Any, diffusion: GaussianDiffusion) -> tuple[Tensor, Given]:
+def _told(batch: Any, diffusion: GaussianDiffusion) -> tuple[Tensor, Conditions]:
     """A batch as its data and what training tells of it: label, embedding, known cells (the same every time)."""
     x, label = unpack(batch)
     options, known = diffusion.config, None
@@ -231,7 +233,7 @@ def _told(batch: Any, diffusion: GaussianDiffusion) -> tuple[Tensor, Given]:
     label = label if getattr(diffusion.model, "num_classes", 0) else None
     embedding = batch.get("embedding") if isinstance(batch, dict) else None
     device = next(diffusion.parameters()).device
-    return x.to(device), Given(label, embedding, known).at(torch.arange(len(x)), device)
+    return x.to(device), Conditions(label, embedding, known).at(torch.arange(len(x)), device)
 
 
 def _parts(values: list[int], size: int) -> Iterator[list[int]]:

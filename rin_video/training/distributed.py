@@ -103,7 +103,7 @@ def no_accelerator() -> bool:
     return not torch.accelerator.is_available()
 
 
-def share(batch_size: int, num_processes: int) -> int:
+def per_process_batch(batch_size: int, num_processes: int) -> int:
     """How many samples of a batch each process takes. `UsageError` where they cannot be shared out evenly."""
     if batch_size % num_processes:
         near = max(batch_size // num_processes, 1) * num_processes
@@ -114,7 +114,7 @@ def share(batch_size: int, num_processes: int) -> int:
     return batch_size // num_processes
 
 
-def agree(flag: bool, accelerator: Accelerator) -> bool:
+def any_rank(flag: bool, accelerator: Accelerator) -> bool:
     """Whether the flag is set in any process."""
     if accelerator.num_processes == 1:
         return flag
@@ -222,7 +222,7 @@ def shard_like(full: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(full.to(like.device), like.device_mesh, like.placements)
 
 
-def load_whole(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+def load_full_state_dict(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     """`load_state_dict` with whole tensors, into a module that may be sharded."""
     now = module.state_dict()
     module.load_state_dict({name: shard_like(value, now.get(name, value)) for name, value in state.items()})

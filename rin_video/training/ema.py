@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from rin_video.config import TrainConfig, check_sigma_rel
 from rin_video.config_files import load_config
 from rin_video.errors import UsageError
-from rin_video.files import CONFIG, replacing
+from rin_video.files import CONFIG, atomic_write
 from rin_video.tensor_files import contributing, write_tensors
 from rin_video.training.state import newest_state
 from rin_video.weights import read_metadata, read_tensors, save_weights
@@ -75,21 +75,21 @@ def make_ema(model: nn.Module, options: TrainConfig, device: torch.device) -> Wa
     return ema
 
 
-def make_tracks(model: nn.Module, options: TrainConfig, device: torch.device) -> list[KarrasEMA]:
+def make_power_emas(model: nn.Module, options: TrainConfig, device: torch.device) -> list[KarrasEMA]:
     """An average for each length in `ema_sigma_rel`."""
-    tracks = [Track(model, sigma_rel=sigma_rel, update_every=1) for sigma_rel in options.ema_sigma_rel]
-    for track in tracks:
+    power_emas = [Track(model, sigma_rel=sigma_rel, update_every=1) for sigma_rel in options.ema_sigma_rel]
+    for track in power_emas:
         track.ema_model.to(device)
-    return tracks
+    return power_emas
 
 
 def save_snapshot(
-    run: Path, step: int, sigma_rels: Sequence[float], tracks: Sequence[KarrasEMA], *, write: bool = True
+    run: Path, step: int, sigma_rels: Sequence[float], power_emas: Sequence[KarrasEMA], *, write: bool = True
 ) -> None:
     """Write the averages of all lengths at a step, in half precision. Called by all processes; one does `write`."""
     tensors = {
         f"{index}.{name}": value
-        for index, track in enumerate(tracks)
+        for index, track in enumerate(power_emas)
         for name, value in track.ema_model.state_dict().items()
         if value.is_floating_point()
     }
@@ -100,7 +100,7 @@ def save_snapshot(
     with contributing(tensors):
         path.parent.mkdir(parents=True, exist_ok=True)
     metadata = {"step": str(step), "sigma_rel": json.dumps(list(sigma_rels))}
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         write_tensors(temporary, tensors, metadata, dtype=torch.float16)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from rin_video.files import replacing
+from rin_video.files import atomic_write
 
 
 def plot_metrics(metrics: Path, path: Path) -> None:
@@ -107,5 +107,5 @@ def draw_figure(path: Path, panels: int) -> Iterator[list[Any]]:
     """Axes side by side; written atomically when the block ends. Needs no display and leaves no state behind."""
     figure, axes = _axes(1, panels)
     yield axes
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=100)

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from rin_video.errors import UsageError
-from rin_video.files import full_disk, sync
+from rin_video.files import disk_full_handler, sync
 from rin_video.tensor_files import contributing, write_tensors
 from rin_video.weights import log, read_tensors
 
@@ -33,7 +33,7 @@ def save_state(folder: Path, state: dict[str, Any], *, write: bool = True) -> No
         write_tensors(None, tensors)
         return
     temporary = folder.with_name(folder.name + ".tmp")
-    with full_disk(folder):
+    with disk_full_handler(folder):
         with contributing(tensors):
             remove_state(temporary)
             temporary.mkdir(parents=True)

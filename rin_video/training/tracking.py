@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from rin_video.config_files import plain
+from rin_video.config_files import to_dict
 from rin_video.errors import UsageError
 from rin_video.media import DEFAULT_FPS
 from rin_video.training.callbacks import Callback, Run
@@ -38,7 +38,7 @@ class Tracking(Callback):
 
     def on_start(self, trainer: Run) -> None:
         config = {f"{section}.{key}": value if isinstance(value, int | float | str | bool) else str(value)
-                  for section, values in plain(trainer.config).items() for key, value in values.items()}  # fmt: skip
+                  for section, values in to_dict(trainer.config).items() for key, value in values.items()}  # fmt: skip
         where = {"wandb": {"dir": str(trainer.folder), "name": trainer.folder.resolve().name}}
         trainer.accelerator.init_trackers("rin-video", config=config, init_kwargs=where)
 

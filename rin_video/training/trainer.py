@@ -18,52 +18,52 @@ from torch.utils.data import Dataset, default_collate
 from tqdm.auto import tqdm
 
 from rin_video.config import Config, ModelConfig, SampleConfig, trainer_config
-from rin_video.config_files import plain
+from rin_video.config_files import to_dict
 from rin_video.datasets.adapters import ADAPTED, BatchCheck, adapt_for
 from rin_video.datasets.clips import ClipFolder
-from rin_video.datasets.draws import Draws, unpack
 from rin_video.datasets.embeddings import embedding_shape
+from rin_video.datasets.epochs import EpochDataset, unpack
 from rin_video.datasets.images import ImageFolder
-from rin_video.datasets.loading import Batches
-from rin_video.datasets.mixture import Mixture
+from rin_video.datasets.loading import TrainLoader
+from rin_video.datasets.mixed import MixedDataset
 from rin_video.datasets.open import INDEX, open_dataset
 from rin_video.datasets.steady import frame_rate
 from rin_video.diffusion.masks import draw_known
-from rin_video.diffusion.noise import BatchRNG, seeded_generators, spread_seed
+from rin_video.diffusion.noise import BatchRNG, derive_seed, seeded_generators
 from rin_video.diffusion.precision import tf32_products
 from rin_video.diffusion.process import GaussianDiffusion, LossTerms
 from rin_video.errors import Stopped, UsageError
-from rin_video.files import full_disk
+from rin_video.files import disk_full_handler
 from rin_video.media import DEFAULT_FPS
 from rin_video.model.transfer import transfer_weights
 from rin_video.port import trainer_options
 from rin_video.tensor_files import full_tensor
 from rin_video.training.callbacks import Callback, append_line
 from rin_video.training.distributed import (
-    agree,
+    any_rank,
     first_then_others,
     in_all,
     is_sharded,
+    load_full_state_dict,
     load_optimizer_state,
-    load_whole,
     make_accelerator,
     no_sync,
     optimizer_state,
+    per_process_batch,
     shard_module_like,
-    share,
 )
-from rin_video.training.ema import make_ema, make_tracks, save_snapshot
+from rin_video.training.ema import make_ema, make_power_emas, save_snapshot
 from rin_video.training.identity import check_same_data, identify
 from rin_video.training.locking import lock_run
 from rin_video.training.memory import checkpoint_blocks, out_of_memory
 from rin_video.training.metrics import Metrics, trim_lines
 from rin_video.training.optimizers import make_lr_schedule, make_optimizer
+from rin_video.training.parallel_sampling import sample_distributed
 from rin_video.training.plots import plot_metrics
 from rin_video.training.previews import harmless, write_previews
 from rin_video.training.provenance import write_provenance
 from rin_video.training.signals import StopSignals, ignore_signals
 from rin_video.training.state import load_state, newest_state, remove_state, save_state, saved_states
-from rin_video.training.together import sample_together
 from rin_video.training.tracking import Tracking, check_trackers
 from rin_video.weights import save_weights
 
@@ -128,7 +128,7 @@ class Trainer:
         several_kinds = len(getattr(diffusion.model, "shapes", ())) > 1
         check_trackers(self.options.trackers)
         self.accelerator = make_accelerator(self.options, self.folder, partial=several_kinds)
-        self.batch_size = share(self.options.train_batch_size, self.accelerator.num_processes)
+        self.batch_size = per_process_batch(self.options.train_batch_size, self.accelerator.num_processes)
         if isinstance(data, str | os.PathLike):
             config.data.path = config.data.path or os.fspath(data)
             root, shape, index = data, diffusion.shape, self.folder / INDEX
@@ -160,10 +160,10 @@ class Trainer:
         self.optimizer = make_optimizer(diffusion, config)
         self.schedule = make_lr_schedule(self.optimizer, config)
         self.ema = make_ema(diffusion.model, self.options, device)
-        self.tracks = make_tracks(diffusion.model, self.options, device)
+        self.power_emas = make_power_emas(diffusion.model, self.options, device)
         checkpoint_blocks(diffusion.model, self.options.gradient_checkpointing)
         self.diffusion, self.optimizer = self.accelerator.prepare(diffusion, self.optimizer)
-        for average in (self.ema, *self.tracks):
+        for average in (self.ema, *self.power_emas):
             shard_module_like(average.ema_model, self.unwrapped.model)
         self.compiling, self.compiled = self.options.compile, False
         if self.compiling:
@@ -199,7 +199,7 @@ class Trainer:
             self.resume()
         main = self.accelerator.is_main_process
         sampled = not self.is_due(self.options.save_and_sample_every) or self.is_sampled()
-        if agree(main and not sampled, self.accelerator):
+        if any_rank(main and not sampled, self.accelerator):
             self.sample()  # it was stopped between the checkpoint and its pictures
         if self.step >= self.options.train_num_steps:
             log.info("%s is trained to step %d already", self.folder, self.step)
@@ -225,7 +225,7 @@ class Trainer:
             with (
                 StopSignals() as signals,
                 bar,
-                full_disk(self.folder),
+                disk_full_handler(self.folder),
                 out_of_memory(self.config, self.accelerator.device, self.accelerator.num_processes),
                 self.batches() as batches,
             ):
@@ -239,7 +239,7 @@ class Trainer:
                     logging_ = self.is_due(self.options.log_every)
                     stopping = signals.received is not None
                     if self.accelerator.num_processes > 1:  # which have to wait for each other to decide it
-                        stopping = (logging_ or saving) and agree(stopping, self.accelerator)
+                        stopping = (logging_ or saving) and any_rank(stopping, self.accelerator)
                     if logging_ or saving or stopping:
                         self.check(metrics)
                     if logging_:
@@ -273,7 +273,7 @@ class Trainer:
             for callback in self.callbacks:
                 getattr(callback, name)(self, *arguments)
 
-    def train_step(self, batches: Batches) -> tuple[list[LossTerms], Tensor, float, list[list[int]]]:
+    def train_step(self, batches: TrainLoader) -> tuple[list[LossTerms], Tensor, float, list[list[int]]]:
         """One optimizer step over `gradient_accumulate_every` batches.
 
         Returns the loss of each, the norm of the gradient, the seconds without data, and the indices of the samples.
@@ -296,7 +296,7 @@ class Trainer:
         self.schedule.step_update(self.step)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        for average in (self.ema, *self.tracks):
+        for average in (self.ema, *self.power_emas):
             average.update()
         return terms, grad_norm, waited, indices
 
@@ -332,9 +332,9 @@ class Trainer:
         self.compiled = self.compiling
         return LossTerms(term.loss.detach(), term.t)
 
-    def batches(self) -> Batches:
+    def batches(self) -> TrainLoader:
         """Batches without end, from where the present step stands. What they hold follows from seed and step alone."""
-        return Batches(
+        return TrainLoader(
             self.dataset,
             self.config.data,
             self.batch_size,
@@ -376,7 +376,7 @@ class Trainer:
     def sample(self) -> None:
         """Write samples of the averaged weights: the same seed and classes every time, so that pictures compare."""
         averaged, images = self.averaged(), None
-        mixed = isinstance(self.dataset, Mixture)
+        mixed = isinstance(self.dataset, MixedDataset)
         samples = self.preview(averaged, self.dataset.clips if mixed else self.dataset)
         if mixed:
             channels, _, *size = averaged.shape or ()
@@ -401,7 +401,7 @@ class Trainer:
 
     def preview(self, averaged: GaussianDiffusion, data: Any, **options: Any) -> Tensor:
         """Samples as the configuration says, of the kind of `data`: each process draws a part of them."""
-        return sample_together(
+        return sample_distributed(
             averaged,
             self.config.sample,
             seed=self.options.seed,
@@ -420,7 +420,7 @@ class Trainer:
         always = bool(kinds) and not kinds.get("none")
         if not always and not self.config.model.embedding_dim:
             return {}
-        batch = default_collate([Draws(data)[0, i % len(data)] for i in range(count)])
+        batch = default_collate([EpochDataset(data)[0, i % len(data)] for i in range(count)])
         given = {}
         if isinstance(batch, dict) and "embedding" in batch:
             given["embedding"] = batch["embedding"]
@@ -470,10 +470,10 @@ class Trainer:
         scaler, write = self.accelerator.scaler, self.accelerator.is_main_process
         state = {
             "step": self.step,
-            "config": plain(self.config),
+            "config": to_dict(self.config),
             "model": self.unwrapped.model.state_dict(),
             "ema": self.ema.state_dict(),
-            "tracks": [track.state_dict() for track in self.tracks],
+            "tracks": [track.state_dict() for track in self.power_emas],
             "optimizer": optimizer_state(self.optimizer, self.unwrapped.model),
             "scaler": scaler.state_dict() if scaler is not None else None,
             "metrics": self.pending,
@@ -509,9 +509,9 @@ class Trainer:
 
     def snapshot(self) -> None:
         """Write down the averages of all lengths, for `rin-video ema`."""
-        if self.tracks:
+        if self.power_emas:
             lengths, write = self.options.ema_sigma_rel, self.accelerator.is_main_process
-            in_all(lambda: save_snapshot(self.folder, self.step, lengths, self.tracks, write=write))
+            in_all(lambda: save_snapshot(self.folder, self.step, lengths, self.power_emas, write=write))
 
     def start_from(self, source: str, diffusion: GaussianDiffusion) -> None:
         """Bring the weights of another model, and say which; a run that goes on has its own."""
@@ -531,7 +531,7 @@ class Trainer:
         """Take up a state. Raises `UsageError` where it is of another model, or of other data."""
         check_same_data(self.folder, state.get("data"), self.identity)
         for section, keys in KEPT.items():
-            then, now = state["config"][section], plain(getattr(self.config, section))
+            then, now = state["config"][section], to_dict(getattr(self.config, section))
             for key in keys or now:
                 if key in then and then[key] != now[key]:
                     raise UsageError(
@@ -545,10 +545,10 @@ class Trainer:
                 "out, or use another folder (--out)"
             )
         self.options.init_from = begun_with
-        load_whole(self.unwrapped.model, state["model"])
-        load_whole(self.ema, state["ema"])
-        for track, values in zip(self.tracks, state["tracks"], strict=True):
-            load_whole(track, values)
+        load_full_state_dict(self.unwrapped.model, state["model"])
+        load_full_state_dict(self.ema, state["ema"])
+        for track, values in zip(self.power_emas, state["tracks"], strict=True):
+            load_full_state_dict(track, values)
         load_optimizer_state(self.optimizer, self.unwrapped.model, state["optimizer"])
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
@@ -564,7 +564,7 @@ def describe_line(line: dict[str, Any]) -> str:
 
 def check_kinds(diffusion: GaussianDiffusion, data: Any) -> None:
     """Clips and images together need a model with a tokenizer for each."""
-    if isinstance(data, Mixture) and {3, 4} - {len(shape) for shape in getattr(diffusion.model, "shapes", ())}:
+    if isinstance(data, MixedDataset) and {3, 4} - {len(shape) for shape in getattr(diffusion.model, "shapes", ())}:
         raise UsageError("clips are mixed with images, and the model takes one kind: set model.tokenizer=tube+image")
 
 
@@ -583,7 +583,7 @@ def check_embeddings(diffusion: GaussianDiffusion, data: Any) -> None:
     """What comes with the samples must fit the model, and come where the model waits for it."""
     config = getattr(diffusion.model, "config", None)
     shape, wanted = embedding_shape(data), getattr(config, "embedding_dim", 0)
-    if shape is None and wanted and isinstance(data, ImageFolder | ClipFolder | Mixture):
+    if shape is None and wanted and isinstance(data, ImageFolder | ClipFolder | MixedDataset):
         raise UsageError(
             f"model.embedding_dim is {wanted}, and nothing comes with the samples: use data.embeddings=true (files) or "
             "data.text_encoder=NAME (captions)"
@@ -607,7 +607,7 @@ def is_compiler_error(error: BaseException | None) -> bool:
 
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Everything random in a training step follows from these three numbers, so nothing random has to be saved."""
-    number = spread_seed(seed, step, rank)
+    number = derive_seed(seed, step, rank)
     random.seed(number)
     np.random.seed(number % 2**32)
     torch.manual_seed(number)

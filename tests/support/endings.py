@@ -27,8 +27,8 @@ from tiny_run import Noise, make_trainer
 
 from rin_video.config import DataConfig
 from rin_video.datasets import prepare
-from rin_video.datasets.loading import Batches
-from rin_video.datasets.probing import run_apart
+from rin_video.datasets.loading import TrainLoader
+from rin_video.datasets.probing import run_in_subprocess
 from rin_video.training.callbacks import Callback
 from rin_video.training.signals import ignore_signals
 
@@ -113,7 +113,7 @@ def kill_while_writing(folder: Path) -> None:
 
 def probe(folder: Path, tasks: list, work, what=lambda: None) -> None:
     """What comes before a training."""
-    results = run_apart(tasks, work, seconds=600, processes=2, daemon=False)
+    results = run_in_subprocess(tasks, work, seconds=600, processes=2, daemon=False)
     next(results)
     what()
 
@@ -133,7 +133,7 @@ def prepare_data(folder: Path) -> None:
 def forget(folder: Path) -> None:
     """Batches that nobody closes, whose workers hang."""
     global forgotten
-    forgotten = Batches(Rogue("hangs"), DataConfig(num_workers=2), 8, seed=0, worker_init_fn=ignore_signals)
+    forgotten = TrainLoader(Rogue("hangs"), DataConfig(num_workers=2), 8, seed=0, worker_init_fn=ignore_signals)
     next(forgotten)
 
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from rin_video.config import DataConfig
 from rin_video.datasets import ImageFolder
-from rin_video.datasets.loading import Batches
+from rin_video.datasets.loading import TrainLoader
 
 BATCHES, RESUMED = 12, 4  # of 2 images in each process
 SAMPLERS = {"one shape": [], "buckets": ["8x8", "8x16"]}
@@ -21,7 +21,7 @@ SAMPLERS = {"one shape": [], "buckets": ["8x8", "8x16"]}
 def read(data: ImageFolder, first: int) -> list[dict]:
     """The shape of every batch, and the names in it."""
     where = {"first_batch": first, "rank": dist.get_rank(), "num_ranks": dist.get_world_size()}
-    batches = Batches(data, data.config, 2, seed=5, **where)
+    batches = TrainLoader(data, data.config, 2, seed=5, **where)
     found = [next(batches)["x"] for _ in range(first, BATCHES)]
     batches.close()
     return [{"shape": x.shape, "names": x[:, 0, 0, 0].tolist()} for x in found]

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from rin_video import RIN, GaussianDiffusion, Trainer, tensor_files
 from rin_video.config import Config, train_config
 from rin_video.datasets.adapters import Adapted
-from rin_video.datasets.mixture import Mixture
+from rin_video.datasets.mixed import MixedDataset
 from rin_video.tensor_files import full_tensor
 from rin_video.training.callbacks import Callback
 from rin_video.training.distributed import is_sharded, leave
@@ -82,7 +82,7 @@ class CountedSaves(Trainer):
     """Writes the bytes that a checkpoint takes for a moment in each process, of its shard and the largest tensor."""
 
     def save(self, milestone=None):
-        states = [self.unwrapped.model, self.ema, *self.tracks]
+        states = [self.unwrapped.model, self.ema, *self.power_emas]
         held = [value for state in states for value in state.state_dict().values()]
         held += [value for values in self.optimizer.state.values() for value in values.values()]
         local = [value.to_local() if hasattr(value, "to_local") else value for value in held]
@@ -111,7 +111,7 @@ def make_trainer(
     torch.manual_seed(0)
     if options.pop("mixture", False):
         model = {"tokenizer": "tube+image", "frames": 4, "patch_size": (2, 4, 4)}
-        data = Mixture(Still(), Noise(), 0.4)
+        data = MixedDataset(Still(), Noise(), 0.4)
     if options.pop("convolutions", False):
         model = {"conv_width": 4}
     diffusing: dict = {}

@@ -9,10 +9,10 @@ from accelerate.utils import gather_object
 
 from rin_video import RIN, GaussianDiffusion, UsageError
 from rin_video.cli import commands
-from rin_video.cli.passes import Pass, extend_parts
+from rin_video.cli.rollout import Pass, extend_parts
 from rin_video.config import Config, SampleConfig
 from rin_video.training.distributed import first_then_others, in_all, meet
-from rin_video.training.together import sample_together
+from rin_video.training.parallel_sampling import sample_distributed
 
 CLIP = {"dim": 32, "num_latents": 6, "dim_latent": 32, "depth": 1, "num_heads": 2, "latent_num_heads": 2,
         "image_size": 8, "frames": 4, "patch_size": (2, 4, 4), "known_mask": True, "num_classes": 2}  # fmt: skip
@@ -32,8 +32,8 @@ def draw() -> dict[str, torch.Tensor]:
         context = torch.rand(count, 3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
         known = torch.zeros(count, 4, 8, 8, dtype=torch.bool)
         known[:, :2] = True
-        found[f"plain {count}"] = sample_together(diffusion, config, seed=3)
-        found[f"known {count}"] = sample_together(diffusion, config, seed=3, context=context, known=known)
+        found[f"plain {count}"] = sample_distributed(diffusion, config, seed=3)
+        found[f"known {count}"] = sample_distributed(diffusion, config, seed=3, context=context, known=known)
         options = SimpleNamespace(overlap=None, carry_latents=False, key_frames=False)
         pass_ = Pass((3, 4, 8, 8), 7)
         parts = extend_parts(diffusion, config, options, pass_, {"seed": 3, "context": context[:, :, :2]})

@@ -11,8 +11,8 @@ from torch.testing import assert_close
 from rin_video import RIN, GaussianDiffusion, Trainer, UsageError, cli
 from rin_video.config import Config
 from rin_video.config_files import load_config
-from rin_video.datasets.loading import Batches
-from rin_video.datasets.mixture import Mixture, MixtureSampler
+from rin_video.datasets.loading import TrainLoader
+from rin_video.datasets.mixed import MixedDataset, MixtureSampler
 from rin_video.model.rin import load_model
 from rin_video.model.transfer import transfer_weights
 from rin_video.weights import save_model
@@ -36,13 +36,13 @@ class Labelled(torch.utils.data.Dataset):
 
 def mixture(ratio=0.5, **more):
     clips = Labelled(6, (3, 4, 8, 8), ["b", "c"], 1)
-    return Mixture(clips, Labelled(5, (3, 8, 8), ["a", "b"], 1), ratio)
+    return MixedDataset(clips, Labelled(5, (3, 8, 8), ["a", "b"], 1), ratio)
 
 
 def batches(data, first=0, count=12, group=1):
     from rin_video.config import DataConfig
 
-    source = Batches(data, DataConfig(num_workers=0), 2, seed=3, first_batch=first, group=group)
+    source = TrainLoader(data, DataConfig(num_workers=0), 2, seed=3, first_batch=first, group=group)
     return [next(source) for _ in range(count)]
 
 
@@ -72,7 +72,7 @@ def test_classes_are_joined_by_name():
     assert data.classes == ["a", "b", "c"]
     assert data[0]["label"] == 2
     assert data[6]["label"] == 1
-    unlabelled = Mixture(Labelled(2, (3, 4, 8, 8), ["b", "c"], 0), Labelled(2, (3, 8, 8), [], -1))
+    unlabelled = MixedDataset(Labelled(2, (3, 4, 8, 8), ["b", "c"], 0), Labelled(2, (3, 8, 8), [], -1))
     assert [unlabelled[i]["label"] for i in range(4)] == [0, 0, -1, -1]
 
 

@@ -41,7 +41,7 @@ def ramp() -> GaussianDiffusion:
 
 @pytest.mark.parametrize("options", [{}, {"overlap": 1}, {"overlap": 15}, {"carry_latents": True}])
 def test_two_hundred_frames_have_no_seams(options):
-    parts = list(ramp().extend(200, batch_size=2, steps=2, seed=0, **options))
+    parts = list(ramp().rollout(200, batch_size=2, steps=2, seed=0, **options))
     clip = torch.cat(parts, dim=2)
     assert clip.shape == (2, 1, 200, 2, 2)
     assert len(parts) > 10
@@ -51,7 +51,7 @@ def test_two_hundred_frames_have_no_seams(options):
 def test_the_context_comes_first_bit_for_bit_and_may_be_longer_than_a_window():
     for length in (3, 16, 40):
         context = (0.1 + Ramp.STEP * torch.arange(float(length))).view(1, -1, 1, 1).expand(1, -1, 2, 2)
-        clip = torch.cat(list(ramp().extend(60, batch_size=2, steps=1, seed=0, context=context)), dim=2)
+        clip = torch.cat(list(ramp().rollout(60, batch_size=2, steps=1, seed=0, context=context)), dim=2)
         assert clip.shape[2] == 60
         assert (clip[:, :, :length] == context).all()
         assert_close(clip[1, 0, :, 1, 1], 0.1 + Ramp.STEP * torch.arange(60.0), rtol=0, atol=1e-4)
@@ -67,7 +67,7 @@ def test_key_frames_first_then_those_between():
             return super().forward(x, gamma, known=known, latents=latents)
 
     diffusion = GaussianDiffusion(Spy(), objective="x0", clip_x0="none", shape=(1, 16, 2, 2))
-    clip = torch.cat(list(diffusion.extend(100, batch_size=1, steps=1, seed=0, overlap=4, key_frames=True)), dim=2)
+    clip = torch.cat(list(diffusion.rollout(100, batch_size=1, steps=1, seed=0, overlap=4, key_frames=True)), dim=2)
     assert clip.shape[2] == 100
     apart = 16 - 4
     keys = clip[0, 0, ::apart, 0, 0]
@@ -82,7 +82,7 @@ def test_memory_does_not_grow_with_the_length():
     def most(frames: int) -> int:
         diffusion = GaussianDiffusion(Ramp(), objective="x0", clip_x0="none", shape=(3, 16, 32, 32))
         with PeakMemory() as memory:
-            for _ in diffusion.extend(frames, batch_size=1, steps=1, seed=0):
+            for _ in diffusion.rollout(frames, batch_size=1, steps=1, seed=0):
                 pass
         return memory.peak
 
@@ -98,7 +98,7 @@ def test_mistakes_of_extension_are_named():
         (GaussianDiffusion(RIN(**TINY, image_size=8)), {}, "only clips"),
     ):
         with pytest.raises(UsageError, match=message):
-            list(diffusion.extend(100, batch_size=1, steps=1, **options))
+            list(diffusion.rollout(100, batch_size=1, steps=1, **options))
 
 
 def test_a_video_written_in_parts_is_that_written_at_once(tmp_path, gradient):
@@ -196,18 +196,20 @@ def test_embeddings_condition_the_model_and_zeros_are_none(place):
 
 
 def test_dropped_labels_and_embeddings_go_together():
-    from rin_video.diffusion.conditions import Given
+    from rin_video.diffusion.conditions import Conditions
     from rin_video.diffusion.noise import RNG
 
     torch.manual_seed(0)
-    given = Given(torch.ones(2000, dtype=torch.long), torch.ones(2000, 2, 3)).drop(0.3, RNG(2000, torch.device("cpu")))
-    gone = given.label == -1
+    conditions = Conditions(torch.ones(2000, dtype=torch.long), torch.ones(2000, 2, 3)).drop(
+        0.3, RNG(2000, torch.device("cpu"))
+    )
+    gone = conditions.label == -1
     assert gone.float().mean().item() == pytest.approx(0.3, abs=0.03)
-    assert (given.embedding[gone] == 0).all()
-    assert (given.embedding[~gone] == 1).all()
-    soft = Given(torch.rand(2000, 4)).drop(0.3, RNG(2000, torch.device("cpu"))).label
+    assert (conditions.embedding[gone] == 0).all()
+    assert (conditions.embedding[~gone] == 1).all()
+    soft = Conditions(torch.rand(2000, 4)).drop(0.3, RNG(2000, torch.device("cpu"))).label
     assert (soft == 0).all(1).float().mean().item() == pytest.approx(0.3, abs=0.03)
-    assert (Given(torch.rand(2, 4)).without("label").label == 0).all()
+    assert (Conditions(torch.rand(2, 4)).without("label").label == 0).all()
 
 
 def test_training_with_embeddings_and_with_frames_that_are_always_given(tmp_path):

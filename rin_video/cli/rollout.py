@@ -15,7 +15,7 @@ from rin_video.diffusion.process import GaussianDiffusion
 from rin_video.diffusion.sampling import sample_options
 from rin_video.errors import UsageError
 from rin_video.ranks import is_first
-from rin_video.training.together import part_of_batch
+from rin_video.training.parallel_sampling import rank_part
 
 
 class Pass(NamedTuple):
@@ -74,8 +74,8 @@ def extend_parts(
     diffusion: GaussianDiffusion, wanted: SampleConfig, options: Namespace, pass_: Pass, common: dict[str, Any]
 ) -> Iterator[Tensor]:
     """The samples in parts (B, C, f, H, W), with a progress bar. `common` are arguments of `sample`."""
-    merged, gather = part_of_batch(diffusion, sample_options(diffusion, wanted) | common)
-    parts = diffusion.extend(
+    merged, gather = rank_part(diffusion, sample_options(diffusion, wanted) | common)
+    parts = diffusion.rollout(
         pass_.frames,
         overlap=options.overlap,
         carry_latents=options.carry_latents,

@@ -21,10 +21,10 @@ class Direct(Callback):
     """Tracks averages of other lengths while training, and the weights that were averaged."""
 
     def on_start(self, trainer):
-        self.tracks = {s: KarrasEMA(trainer.diffusion.model, sigma_rel=s, update_every=1) for s in LENGTHS}
+        self.power_emas = {s: KarrasEMA(trainer.diffusion.model, sigma_rel=s, update_every=1) for s in LENGTHS}
 
     def on_step(self, trainer, loss):
-        for track in self.tracks.values():
+        for track in self.power_emas.values():
             track.update()
 
 
@@ -36,7 +36,7 @@ def run(tmp_path_factory) -> tuple[Path, dict[float, KarrasEMA], dict[str, torch
         train_lr=1e-2, lr_schedule="constant",
     )  # fmt: skip
     trainer.train()
-    return folder, direct.tracks, dict(trainer.diffusion.model.named_parameters())
+    return folder, direct.power_emas, dict(trainer.diffusion.model.named_parameters())
 
 
 def distance(weights, others) -> float:
@@ -46,12 +46,12 @@ def distance(weights, others) -> float:
 @pytest.mark.parametrize("sigma_rel", LENGTHS)
 def test_an_average_put_together_is_the_one_that_was_tracked(run, sigma_rel):
     """Measured against the distance from the average to the last weights."""
-    folder, tracks, last = run
+    folder, power_emas, last = run
     ((weights, error),) = averaged_weights(folder, [sigma_rel])
-    direct = dict(tracks[sigma_rel].ema_model.named_parameters())
+    direct = dict(power_emas[sigma_rel].ema_model.named_parameters())
     assert distance(weights, direct) < 0.02 * distance(last, direct)
     assert error < 1e-3
-    other = dict(tracks[0.15 if sigma_rel < 0.1 else 0.05].ema_model.named_parameters())
+    other = dict(power_emas[0.15 if sigma_rel < 0.1 else 0.05].ema_model.named_parameters())
     assert distance(weights, other) > 0.1 * distance(last, direct)  # it is this one and not any
 
 

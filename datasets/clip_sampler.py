@@ -14,7 +14,7 @@ from rin_video.datasets.video_info import VideoInfo, frames_text
 from rin_video.errors import UsageError
 
 
-class Windows:
+class ClipSampler:
     """Clips of `frames` frames: `stride` apart, or at `fps` (the nearest source frame in time), or over the whole file.
 
     A file is drawn from `windows` times an epoch, or, sampled over time, as often as clips fit into it side by side;
@@ -30,7 +30,7 @@ class Windows:
         """UsageError where the file is too short, or its scenes are, or what damage leaves of it."""
         if not self._fits(info, 0, info.num_frames):
             raise UsageError(self._too_short(source, info))
-        if info.lost and not Windows(self.frames, replace(self.options, avoid_cuts=False)).starts(info).size:
+        if info.lost and not ClipSampler(self.frames, replace(self.options, avoid_cuts=False)).starts(info).size:
             raise UsageError(
                 f"clip {shown(source)} has no {self.frames} frames together that can be decoded "
                 f"({frames_text(info.lost_ranges)} cannot): use fewer --frames, or re-encode it"

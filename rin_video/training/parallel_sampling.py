@@ -14,13 +14,13 @@ from rin_video.diffusion.sampling import merged_options
 from rin_video.ranks import several_processes
 
 
-def sample_together(diffusion: GaussianDiffusion, config: SampleConfig, **options: Any) -> Tensor:
+def sample_distributed(diffusion: GaussianDiffusion, config: SampleConfig, **options: Any) -> Tensor:
     """`sample_from_config` with a seed, to be called by every process: the same samples as a single process draws."""
-    merged, gather = part_of_batch(diffusion, merged_options(diffusion, config, **options))
+    merged, gather = rank_part(diffusion, merged_options(diffusion, config, **options))
     return gather(diffusion.sample(**merged))
 
 
-def part_of_batch(
+def rank_part(
     diffusion: GaussianDiffusion, options: dict[str, Any]
 ) -> tuple[dict[str, Any], Callable[[Tensor], Tensor]]:
     """The arguments of `sample` for the part of this process, and a function that gathers the parts (B', ...).

@@ -18,7 +18,7 @@ HUE = 0.1  # turns of the colour wheel at augment_color 1; the other changes are
 
 
 @dataclass(frozen=True)
-class Frame:
+class CropParams:
     """How one sample is cut: the whole picture is resized to `size`, then a part taken from it, perhaps mirrored."""
 
     size: tuple[int, int]
@@ -28,7 +28,7 @@ class Frame:
     color_seed: int | None
 
 
-class Framing:
+class ResizeCrop:
     """Fits frames to one size: resize, crop, perhaps mirror, change colours; the same for all frames of a clip.
 
     `crop_scale` is the range, in parts of the largest possible crop's sides, from which a crop's size is drawn.
@@ -53,7 +53,7 @@ class Framing:
         self.flip, self.color = flip, color
         self.scales = tuple(crop_scale)
 
-    def plan(self, size: tuple[int, int], chance: np.random.Generator) -> Frame:
+    def plan(self, size: tuple[int, int], chance: np.random.Generator) -> CropParams:
         """How to cut a picture of `size` (H, W)."""
         H, W = self.size
         height, width = size
@@ -65,9 +65,9 @@ class Framing:
         if self.random_crop:
             top, left = int(chance.integers(height - H + 1)), int(chance.integers(width - W + 1))
         mirrored = self.flip and chance.random() < 0.5
-        return Frame((height, width), top, left, mirrored, int(chance.integers(2**31)) if self.color else None)
+        return CropParams((height, width), top, left, mirrored, int(chance.integers(2**31)) if self.color else None)
 
-    def cut(self, frames: Tensor, frame: Frame) -> Tensor:
+    def cut(self, frames: Tensor, frame: CropParams) -> Tensor:
         """uint8 (..., C, height, width), as stored or resized already, to (..., C, H, W) as planned."""
         from torchvision.transforms import v2
 
@@ -135,7 +135,7 @@ def _lines(length: int, new_length: int, first: int, count: int) -> tuple[Tensor
     return before, (before + 1).clamp(max=length - 1), (centers - before).float()
 
 
-class Chance:
+class SampleRNG:
     """Random numbers that depend on (seed, epoch, index) alone, whichever worker draws them."""
 
     def __init__(self, seed: int) -> None:

@@ -12,12 +12,12 @@ from torch.utils.data import Dataset, Sampler
 from rin_video.config import DataConfig
 from rin_video.datasets.adapters import adapt, check_label_number, draw
 from rin_video.datasets.buckets import BucketSampler
-from rin_video.datasets.draws import DrawSampler, SampleDataset
+from rin_video.datasets.epochs import EpochSampler, SampleDataset
 from rin_video.datasets.folders import sort_classes
 from rin_video.errors import UsageError
 
 
-class Mixture(SampleDataset):
+class MixedDataset(SampleDataset):
     """Clips, then images, as one dataset; `image_ratio` of the steps are of images. Items are those of the parts.
 
     Classes are the union by name: a folder `cats` of clips and one of images are one class; a part without classes is
@@ -79,7 +79,7 @@ class MixtureSampler(Sampler[list[tuple[int, int]]]):
     """
 
     def __init__(
-        self, mixture: Mixture, batch_size: int, *, group: int = 1, first_batch: int = 0, **where: Any
+        self, mixture: MixedDataset, batch_size: int, *, group: int = 1, first_batch: int = 0, **where: Any
     ) -> None:
         self.mixture, self.batch_size, self.group = mixture, batch_size, group
         self.first_batch, self.where = first_batch, where
@@ -109,8 +109,8 @@ class MixtureSampler(Sampler[list[tuple[int, int]]]):
 
 def make_sampler(dataset: Any, batch_size: int, *, group: int = 1, **where: Any) -> Sampler[list[tuple[int, int]]]:
     """The sampler that suits a dataset; `where` is seed, first_batch, rank and num_ranks."""
-    if isinstance(dataset, Mixture):
+    if isinstance(dataset, MixedDataset):
         return MixtureSampler(dataset, batch_size, group=group, **where)
     if getattr(getattr(dataset, "buckets", None), "shapes", ()):
         return BucketSampler(dataset.bucket_of, batch_size, **where)
-    return DrawSampler(len(dataset), batch_size, **where)
+    return EpochSampler(len(dataset), batch_size, **where)

@@ -10,10 +10,10 @@ from PIL import Image
 from rin_video.config import DataConfig, data_config
 from rin_video.datasets import ClipFolder, ImageFolder
 from rin_video.datasets.buckets import Buckets, BucketSampler
-from rin_video.datasets.framing import Framing
+from rin_video.datasets.clip_sampler import ClipSampler
 from rin_video.datasets.probe import probe_video
+from rin_video.datasets.resize_crop import ResizeCrop
 from rin_video.datasets.video_info import VideoInfo, pack_table
-from rin_video.datasets.windows import Windows
 from rin_video.errors import UsageError
 
 
@@ -24,36 +24,36 @@ def info(frames: int, fps: float = 8, cuts: tuple[int, ...] = ()) -> VideoInfo:
     )  # fmt: skip
 
 
-def draws(windows: Windows, video: VideoInfo, num: int = 200, part: int = 0, parts: int = 1) -> list[list[int]]:
+def draws(windows: ClipSampler, video: VideoInfo, num: int = 200, part: int = 0, parts: int = 1) -> list[list[int]]:
     chance = np.random.default_rng(0)
     return [windows.draw(video, part, parts, chance) for _ in range(num)]
 
 
 def test_whole_takes_frames_from_all_over_the_file():
-    assert draws(Windows(5, DataConfig(span="whole")), info(41), 1) == [[0, 10, 20, 30, 40]]
+    assert draws(ClipSampler(5, DataConfig(span="whole")), info(41), 1) == [[0, 10, 20, 30, 40]]
     with pytest.raises(UsageError, match="has 4 frames, 5 are needed"):
-        Windows(5, DataConfig(span="whole")).check(Path("a.mp4"), info(4))
+        ClipSampler(5, DataConfig(span="whole")).check(Path("a.mp4"), info(4))
     with pytest.raises(UsageError, match="leave out stride"):
         DataConfig(span="whole", stride=2)
 
 
 def test_over_time_long_files_come_more_often_and_the_parts_cover_the_file():
-    windows = Windows(5, DataConfig(sampling="time"))
+    windows = ClipSampler(5, DataConfig(sampling="time"))
     assert [windows.count(info(n)) for n in (5, 9, 10, 53)] == [1, 1, 2, 10]
-    assert Windows(5, DataConfig(sampling="time", stride=2)).count(info(53)) == 5
+    assert ClipSampler(5, DataConfig(sampling="time", stride=2)).count(info(53)) == 5
     starts = [{clip[0] for clip in draws(windows, info(53), 300, part, 10)} for part in range(10)]
     assert sorted(set.union(*starts)) == list(range(49))
     assert sum(map(len, starts)) == 49  # no start belongs to two parts
-    assert Windows(5, DataConfig(windows=3)).count(info(53)) == 3
+    assert ClipSampler(5, DataConfig(windows=3)).count(info(53)) == 3
 
 
 @pytest.mark.parametrize("options", [{}, {"fps": 8.0}, {"stride": 2}])
 def test_no_clip_goes_over_a_cut(options):
-    windows, video = Windows(5, DataConfig(avoid_cuts=True, **options)), info(40, cuts=(12, 15, 30))
+    windows, video = ClipSampler(5, DataConfig(avoid_cuts=True, **options)), info(40, cuts=(12, 15, 30))
     for clip in draws(windows, video):
         assert len({int(np.searchsorted((12, 15, 30), frame, side="right")) for frame in clip}) == 1
     with pytest.raises(UsageError, match=r"no scene of 5 frames \(cuts at \[3\]"):
-        Windows(5, DataConfig(avoid_cuts=True)).check(Path("a.mp4"), info(6, cuts=(3,)))
+        ClipSampler(5, DataConfig(avoid_cuts=True)).check(Path("a.mp4"), info(6, cuts=(3,)))
 
 
 def test_cuts_are_found(tmp_path, numbered):
@@ -75,22 +75,22 @@ def test_cuts_are_found(tmp_path, numbered):
 
 
 def test_speed_and_reverse_keep_within_the_file():
-    clips = draws(Windows(6, DataConfig(augment_speed=[0.5, 2.0], augment_reverse=True)), info(12))
+    clips = draws(ClipSampler(6, DataConfig(augment_speed=[0.5, 2.0], augment_reverse=True)), info(12))
     lengths = {abs(clip[-1] - clip[0]) for clip in clips}
     assert min(lengths) == 2
     assert max(lengths) > 8
     assert all(0 <= frame < 12 for clip in clips for frame in clip)
     backwards = sum(clip[0] > clip[-1] for clip in clips)
     assert 60 < backwards < 140
-    for clip in draws(Windows(6, DataConfig(fps=4.0, augment_speed=[1.5, 1.5])), info(40)):
+    for clip in draws(ClipSampler(6, DataConfig(fps=4.0, augment_speed=[1.5, 1.5])), info(40)):
         assert clip[-1] - clip[0] in (14, 15, 16)
-    tight = draws(Windows(6, DataConfig(augment_speed=[2.0, 2.0])), info(6), 3)  # too short for that: as it is
+    tight = draws(ClipSampler(6, DataConfig(augment_speed=[2.0, 2.0])), info(6), 3)  # too short for that: as it is
     assert tight == [[0, 1, 2, 3, 4, 5]] * 3
 
 
 def test_augmentations_are_the_same_for_all_frames():
     still = torch.randint(256, (1, 3, 40, 60), dtype=torch.uint8).expand(5, -1, -1, -1)
-    framing = Framing(16, crop="random", flip=True, crop_scale=(0.4, 1.0), color=1.0)
+    framing = ResizeCrop(16, crop="random", flip=True, crop_scale=(0.4, 1.0), color=1.0)
     seen = []
     for seed in range(12):
         frames = framing(still, np.random.default_rng(seed))
@@ -104,23 +104,23 @@ def test_augmentations_are_the_same_for_all_frames():
 
 def test_what_is_enlarged_is_cut_first(monkeypatch):
     """A picture of 20000x1 would otherwise become one of 1,280,000x64: gigabytes."""
-    from rin_video.datasets import framing
+    from rin_video.datasets import resize_crop
 
-    monkeypatch.setattr(framing, "resize", lambda *_: pytest.fail("the whole picture is enlarged"))
+    monkeypatch.setattr(resize_crop, "resize", lambda *_: pytest.fail("the whole picture is enlarged"))
     wide = torch.arange(20000, dtype=torch.int64).remainder(256).to(torch.uint8).expand(2, 3, 1, 20000)
-    cut = Framing(64)(wide, np.random.default_rng(0))
+    cut = ResizeCrop(64)(wide, np.random.default_rng(0))
     assert cut.shape == (2, 3, 64, 64)
     assert int(cut[0, 0, 0, 0]) in (9999 % 256, 10000 % 256)
     monkeypatch.undo()
     noise = torch.randint(256, (2, 3, 30, 41), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     for size, corner in (((64, 87), (0, 11)), ((90, 123), (26, 0)), ((71, 97), (7, 33))):
-        whole = framing.resize(noise, size)[..., corner[0] : corner[0] + 64, corner[1] : corner[1] + 64]
-        torch.testing.assert_close(framing.resize_part(noise, size, corner, (64, 64)), whole, atol=1, rtol=0)
+        whole = resize_crop.resize(noise, size)[..., corner[0] : corner[0] + 64, corner[1] : corner[1] + 64]
+        torch.testing.assert_close(resize_crop.resize_part(noise, size, corner, (64, 64)), whole, atol=1, rtol=0)
 
 
 def test_crop_scale_is_the_part_of_the_picture_that_is_seen():
     ramp = torch.arange(200, dtype=torch.uint8).expand(1, 3, 200, 200).contiguous()
-    frames = Framing(50, crop="random", crop_scale=(0.5, 0.5))(ramp, np.random.default_rng(0))
+    frames = ResizeCrop(50, crop="random", crop_scale=(0.5, 0.5))(ramp, np.random.default_rng(0))
     span = int(frames.max()) - int(frames.min())
     assert 95 <= span <= 100
 

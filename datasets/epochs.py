@@ -18,7 +18,7 @@ class SampleDataset(Dataset[dict[str, Any]]):
     """
 
 
-class DrawSampler(Sampler[list[tuple[int, int]]]):
+class EpochSampler(Sampler[list[tuple[int, int]]]):
     """Batches of draws (epoch, index) without end; every epoch is a permutation made from (seed, epoch).
 
     Batch k of rank r takes the positions that follow those of rank r - 1, so that all ranks together walk through the
@@ -45,7 +45,7 @@ class DrawSampler(Sampler[list[tuple[int, int]]]):
         return torch.randperm(self.length, generator=generator).tolist()
 
 
-class Draws(Dataset[Any]):
+class EpochDataset(Dataset[Any]):
     """A dataset that is asked for (epoch, index), in whatever process.
 
     Ours have `draw(index, epoch)`; any other gives `dataset[index]`.

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from rin_video import RIN, GaussianDiffusion, UsageError
 from rin_video.cli.commands import check_sampling
 from rin_video.config_files import load_config
-from rin_video.diffusion.conditions import Given
+from rin_video.diffusion.conditions import Conditions
 from rin_video.diffusion.masks import KNOWN_MASKS, draw_known, place_context
 from rin_video.diffusion.noise import NoiseSource
 from rin_video.diffusion.objectives import OBJECTIVES
@@ -100,10 +100,10 @@ def test_loss_and_prediction_do_not_depend_on_noise_at_known_cells():
         diffusion = make(scale=scale)
         known = draw_known({"boxes": 1}, [], 3, (4, 8, 8))
         x, values = torch.randn(2, 3, 1, 4, 8, 8)
-        given = Given(known=known, values=values)
+        conditions = Conditions(known=known, values=values)
         level = diffusion.level(torch.full((3,), 0.5), x)
-        one, _ = diffusion.predict(x, level, given, None)
-        two, _ = diffusion.predict(torch.where(known, torch.randn_like(x), x), level, given, None)
+        one, _ = diffusion.predict(x, level, conditions, None)
+        two, _ = diffusion.predict(torch.where(known, torch.randn_like(x), x), level, conditions, None)
         assert_close(one, two)
 
 
@@ -111,11 +111,11 @@ def test_mean_and_spread_over_unknown_cells():
     x = torch.randn(2, 3, 4, 5)
     known = torch.zeros(2, 1, 4, 5, dtype=torch.bool)
     known[0, :, 1:3], known[1] = True, True
-    given = Given(known=known)
+    conditions = Conditions(known=known)
     rest = torch.cat([x[0, :, :1], x[0, :, 3:]], dim=1)
-    assert_close(given.mean_unknown(x), torch.stack([rest.mean(), torch.tensor(0.0)]))
-    assert_close(given.spread_unknown(x), torch.stack([rest.std(), torch.tensor(1.0)]))
-    assert_close(Given().spread_unknown(x), x.flatten(1).std(1))
+    assert_close(conditions.masked_mean(x), torch.stack([rest.mean(), torch.tensor(0.0)]))
+    assert_close(conditions.masked_std(x), torch.stack([rest.std(), torch.tensor(1.0)]))
+    assert_close(Conditions().masked_std(x), x.flatten(1).std(1))
 
 
 def test_without_a_mask_in_the_config_nothing_changes():
@@ -149,7 +149,7 @@ class Correlated(nn.Module):
 
     def forward(self, x: Tensor, gamma: Tensor, *, known: Tensor | None = None, latents=None) -> tuple[Tensor, Tensor]:
         gamma = gamma.double().view(-1, 1, 1)
-        _, alpha, sigma, _ = NoiseLevel.from_ratio(((1 - gamma) / gamma).sqrt(), self.power)
+        _, alpha, sigma, _ = NoiseLevel.from_edm_sigma(((1 - gamma) / gamma).sqrt(), self.power)
         noise = sigma.square() if known is None else torch.where(known, 1e-12, sigma.square())
         gain = alpha if known is None else torch.where(known, 1.0, alpha)
         cov = torch.tensor([[1, self.rho], [self.rho, 1]], dtype=torch.float64)
@@ -214,13 +214,15 @@ def test_guidance_may_drop_the_known_part():
     diffusion = make()
     x, values = torch.randn(2, 2, 1, 4, 8, 8)
     known = draw_known({"first": 1}, [2, 2], 2, (4, 8, 8))
-    given, level = Given(known=known, values=values), NoiseLevel.from_gamma(0.5)
-    guided = [diffusion.denoiser(given, 1.5, guidance_drop="known", batched_guidance=b)(x, level, None) for b in (0, 1)]
+    conditions, level = Conditions(known=known, values=values), NoiseLevel.from_gamma(0.5)
+    guided = [
+        diffusion.denoiser(conditions, 1.5, guidance_drop="known", batched_guidance=b)(x, level, None) for b in (0, 1)
+    ]
     assert_close(guided[0][0], guided[1][0])
-    with_known, _ = diffusion.predict(x, level, given, None)
-    without, _ = diffusion.predict(x, level, Given(), None)
+    with_known, _ = diffusion.predict(x, level, conditions, None)
+    without, _ = diffusion.predict(x, level, Conditions(), None)
     mixed = 2.5 * with_known - 1.5 * without
-    assert_close(guided[0][0], diffusion.estimate(mixed, x, level, given))
+    assert_close(guided[0][0], diffusion.predict_x0(mixed, x, level, conditions))
 
 
 def test_mistakes_are_named():
@@ -267,7 +269,7 @@ def test_estimates_hold_what_is_known(objective):
     diffusion = make(objective=objective)
     values = torch.rand(2, 1, 4, 8, 8) * 2 - 1
     known = draw_known({"boxes": 1}, [], 2, (4, 8, 8))
-    x0, eps, _ = diffusion.denoiser(Given(known=known, values=values))(
+    x0, eps, _ = diffusion.denoiser(Conditions(known=known, values=values))(
         torch.randn_like(values), NoiseLevel.from_gamma(0.3), None
     )
     assert (x0[known] == values[known]).all()

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, default_collate, get_worker_info
 
-from rin_video.datasets.draws import Draws
+from rin_video.datasets.epochs import EpochDataset
 from rin_video.datasets.sources import shown
 from rin_video.errors import DatasetError, UsageError, first_line
 
@@ -25,15 +25,15 @@ log = logging.getLogger("rin_video")
 IDLE, STARTING = -1, -2  # what a worker is at where it reads no sample
 
 
-class SafeDraws(Dataset[Any]):
-    """(indices, collated batch) of `Draws`, each asked for as a list of (epoch, index).
+class FaultTolerantDataset(Dataset[Any]):
+    """(indices, collated batch) of `EpochDataset`, each asked for as a list of (epoch, index).
 
     Records in shared memory which sample each worker is reading and since when, and substitutes a neighbour for samples
     that cannot be read. In a worker, an error that is to end the run is returned as a `Failure` in place of the batch.
     """
 
     def __init__(self, dataset: Dataset[Any], num_workers: int) -> None:
-        self.draws, self.length = Draws(dataset), len(dataset)  # type: ignore[arg-type]
+        self.draws, self.length = EpochDataset(dataset), len(dataset)  # type: ignore[arg-type]
         self.bucket_of: Sequence[int] | None = getattr(dataset, "bucket_of", None)
         slots = max(num_workers, 1)
         self.bad = torch.zeros(self.length, dtype=torch.uint8)
