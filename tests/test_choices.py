@@ -22,7 +22,8 @@ from rin_video.datasets.clip_sampler import ClipSampler
 from rin_video.datasets.extensions import KINDS
 from rin_video.datasets.index import INFOS
 from rin_video.datasets.resize_crop import ResizeCrop
-from rin_video.diffusion.conditions import Conditions, check_guidance
+from rin_video.diffusion.conditions import Conditions
+from rin_video.diffusion.guidance import Guidance
 from rin_video.diffusion.masks import ANY_GRID, KNOWN_MASKS
 from rin_video.diffusion.objectives import CLIPS, LOSS_WEIGHTS, OBJECTIVES, TIME_SAMPLINGS, target, to_x0_eps
 from rin_video.diffusion.precision import running_in
@@ -134,7 +135,7 @@ def test_lists_that_are_no_option_of_their_own():
     with pytest.raises(UsageError, match=f"choose {', '.join(KNOWN_MASKS)}$"):
         load_config(None, ["diffusion.known.other=1"])
     with pytest.raises(UsageError, match=f"takes {', '.join(get_args(config.GuidanceDropName))}$"):
-        check_guidance(1.0, "other", Conditions())
+        Guidance(1.0, drop="other").check(Conditions())
 
 
 @pytest.mark.parametrize(

@@ -220,11 +220,11 @@ def test_mistakes_with_a_run(fails, train_clips):
     for argv, words in (
         (("sample", run, "--num", "0"), "sample.num_samples is 0"),
         (("sample", run, "--sampler", "rk4"), "rk4"),
-        (("sample", run, "--sampler", "ddim", "sample.sampler_kwargs.eta=2"), "sampler_kwargs.eta is 2"),
-        (("sample", run, "--sampler", "heun", "sample.sampler_kwargs.churn=-5"), "sampler_kwargs.churn is -5"),
-        (("sample", run, "--sampler", "ddim", "sample.sampler_kwargs.eta=.nan"), "sampler_kwargs.eta is nan"),
-        (("sample", run, "--schedule", "cosine", "sample.schedule_kwargs.start=2"), "does not fall from signal"),
-        (("sample", run, "sample.schedule_kwargs.tau=0"), "does not fall from signal to noise"),
+        (("sample", run, "--sampler", "ddim", "sample.sampler.eta=2"), "sampler.eta is 2"),
+        (("sample", run, "--sampler", "heun", "sample.sampler.churn=-5"), "sampler.churn is -5"),
+        (("sample", run, "--sampler", "ddim", "sample.sampler.eta=.nan"), "sampler.eta is nan"),
+        (("sample", run, "--schedule", "cosine", "sample.schedule.start=2"), "does not fall from signal"),
+        (("sample", run, "sample.schedule.tau=0"), "does not fall from signal to noise"),
         (("sample", run, "--schedule", "rectified_flow"), "on another path than sigmoid"),
         (("sample", run, "sample.guidance_interval=[0.9,0.1]"), "sample.guidance_interval is [0.9, 0.1]"),
         (("sample", run, "--guidance", "nan"), "sample.guidance is nan"),
@@ -238,7 +238,7 @@ def test_mistakes_with_a_run(fails, train_clips):
         (("sample", run, "--class", "cat"), "class cat is asked for, but the model has no classes"),
         (("sample", run, "--spacing", "log"), "sample.spacing=log is unknown: choose uniform"),
         (("sample", run, "--schedule", "square"), "square"),
-        (("sample", run, "sample.sampler_kwargs.eta=0.5", "--sampler", "ddpm"), "eta"),
+        (("sample", run, "sample.sampler.eta=0.5", "--sampler", "ddpm"), "eta"),
         (("sample", run, "--max-batch", "0"), "--max-batch is 0"),
         (("sample", run, "--seed", "-1"), "--seed is -1"),
         (("diagnose", run, "--num", "1"), "--num is 1"),
@@ -308,7 +308,7 @@ def test_another_sampler_than_the_run_s_takes_neither_its_parameters_nor_its_spa
     _, run = train_clips
     older = shutil.copytree(run, tmp_path / "older")
     config = load_config(older / "config.yaml")
-    config.sample.sampler, config.sample.sampler_kwargs, config.sample.spacing = "ddim", {"eta": 0.5}, "uniform"
+    config.sample.sampler, config.sample.spacing = {"name": "ddim", "eta": 0.5}, "uniform"
     (older / "config.yaml").write_text(to_yaml(config))
 
     def draw(folder, *options):

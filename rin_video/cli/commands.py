@@ -18,8 +18,7 @@ from rin_video.cli.rollout import extend_parts, parse_size, plan_pass, refuse_ex
 from rin_video.config import Config, DataConfig, DataKind, FrameKind, SampleConfig
 from rin_video.config_files import is_set, load_config, presets
 from rin_video.diffusion.process import GaussianDiffusion
-from rin_video.diffusion.samplers import get_sampler, make_levels
-from rin_video.diffusion.sampling import sampling_schedule, suited_spacing
+from rin_video.diffusion.sampling import plan_steps
 from rin_video.errors import UsageError
 from rin_video.files import CONFIG
 from rin_video.labels import class_index
@@ -76,7 +75,7 @@ def train(options: Namespace) -> None:
     if options.batch_size == "auto":
         config.train.train_batch_size = choose_batch(config, folder, len(dataset))
     torch.manual_seed(config.train.seed)
-    diffusion = GaussianDiffusion.from_config(RIN(config.model), config.diffusion)
+    diffusion = GaussianDiffusion(RIN(config.model), config.diffusion)
     trainer = Trainer(diffusion, dataset, results_folder=folder, config=config)
     log.info(
         "training\n  on %s, about %.1f GB, %d steps of %d samples, into %s",
@@ -111,7 +110,7 @@ def sample(options: Namespace) -> None:
     folder = find_model(options.model)
     names = {name: getattr(options, name) for name in ("sampler", "spacing", "schedule")}  # where null is a choice
     chosen = [f"sample.{name}={value}" for name, value in names.items() if value is not None]
-    config = load_config(folder / CONFIG, [*options.overrides, *chosen])
+    config = load_config(folder / CONFIG, [*chosen, *options.overrides])
     wanted = config.sample
     for name in ("steps", "label", "guidance", "guidance_drop", "fps"):
         if getattr(options, name) is not None:
@@ -484,11 +483,7 @@ def check_sampling(config: Config, *, always_given: bool = True) -> None:
         )
     if wanted.label is not None:
         wanted.label = class_index(wanted.label, config.data.classes, config.model.num_classes)
-    get_sampler(wanted.sampler, wanted.sampler_kwargs)
-    schedule = sampling_schedule(config.diffusion, wanted.schedule, wanted.schedule_kwargs)
-    in_time = (wanted.schedule, wanted.schedule_kwargs, wanted.time_difference)
-    spacing = wanted.spacing or suited_spacing(wanted.sampler, *in_time)
-    make_levels(schedule, wanted.steps, spacing=spacing, time_difference=wanted.time_difference)
+    plan_steps(config.diffusion, wanted)
 
 
 def default_preset(frames: int | None, size: str | None) -> str:

@@ -192,7 +192,7 @@ def make_parser() -> argparse.ArgumentParser:
     sample.add_argument("--fps", type=float, metavar="N", help="of the clips that are written")
     sample.add_argument("--out", metavar="FILE", help=".mp4 .gif .png .npy .safetensors, or a folder for one file each")
     sample.epilog = (
-        "More options as sample.key=value: sampler_kwargs.eta=0.5, time_difference=1, guidance_interval=[0.1,0.9], "
+        "More options as sample.key=value: sampler.eta=0.5, time_difference=1, guidance_interval=[0.1,0.9], "
         "guidance_rescale=0.7, clip_x0=dynamic"
     )
     sample.set_defaults(overrides=[])

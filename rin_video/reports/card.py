@@ -49,9 +49,9 @@ def push_to_hub(
     from huggingface_hub import CommitOperationAdd, HfApi
 
     if not isinstance(model, str | os.PathLike):
-        with TemporaryDirectory() as folder:
-            model.save_pretrained(folder)
-            return push_to_hub(folder, repo, private=private, license=license, new_card=new_card)
+        with TemporaryDirectory() as saved:
+            model.save_pretrained(saved)
+            return push_to_hub(saved, repo, private=private, license=license, new_card=new_card)
     folder = Path(model)
     match = HUB_ID.match(repo.removeprefix(PREFIX))
     if match is None or match["revision"]:
