@@ -20,11 +20,10 @@ from pathlib import Path, PurePosixPath
 
 from rin_video.datasets.sources import Member, decode_text, open_source, shown
 from rin_video.errors import UsageError
-from rin_video.files import atomic_write
+from rin_video.files import PIPE, atomic_write
 
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 MAX_SHARDS = 1_000_000
-PIPE = "pipe:"
 
 
 def is_shards(root: str | PathLike[str]) -> bool:

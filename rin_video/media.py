@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -27,14 +26,13 @@ from einops import rearrange
 from torch import Tensor
 
 from rin_video.errors import UsageError
+from rin_video.files import ARRAY_KEY, ARRAY_SUFFIXES, atomic_write
 
 StrPath = str | PathLike[str]
 
 CHANNELS = (1, 3)
 VIDEO_SUFFIXES = (".mp4", ".gif")
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-ARRAY_SUFFIXES = (".npy", ".safetensors")
-ARRAY_KEY = "samples"
 DEFAULT_FPS = 8
 MAX_GIF_FPS = 50  # browsers slow down what is faster
 TOLERANCE = 1e-3  # how far outside [0, 1] a value may be
@@ -350,13 +348,11 @@ def _write_array(samples: Tensor, path: Path) -> None:
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[str]:
-    """A temporary name beside `path`, with its suffix, that becomes `path` at the end."""
+    """`atomic_write` for what people look at: it makes missing folders, and an error names the file."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".writing-", dir=path.parent) as folder:
-            temporary = Path(folder, path.name)
+        with atomic_write(path, durable=False) as temporary:
             yield str(temporary)
-            os.replace(temporary, path)
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror or error}") from error
 

@@ -13,8 +13,8 @@ from typing import Any, Protocol
 from rin_video.config import Config
 from rin_video.config_files import load_config, to_yaml
 from rin_video.errors import UsageError, one_line
-from rin_video.files import CONFIG, WEIGHTS
-from rin_video.hub import HUB_ID, PREFIX, plain_errors
+from rin_video.files import CONFIG, HUB, PIPE, WEIGHTS
+from rin_video.hub import HUB_ID, plain_errors
 from rin_video.model.info import describe, model_info
 from rin_video.model.rin import load_model
 from rin_video.plain_yaml import dump
@@ -53,7 +53,7 @@ def push_to_hub(
             model.save_pretrained(folder)
             return push_to_hub(folder, repo, private=private, license=license, new_card=new_card)
     folder = Path(model)
-    match = HUB_ID.match(repo.removeprefix(PREFIX))
+    match = HUB_ID.match(repo.removeprefix(HUB))
     if match is None or match["revision"]:
         raise UsageError(f"{repo} is no name on the hub: give user/name")
     repo = match["repo"]
@@ -142,10 +142,10 @@ def without_paths(config: Config) -> Config:
     """The configuration without what is the business of this machine only: paths, and commands that read data."""
 
     def shared(path: str | None) -> str | None:
-        return path if path and path.startswith(PREFIX) else None
+        return path if path and path.startswith(HUB) else None
 
     def public(name: str | None) -> str | None:
-        return name if name and HUB_ID.match(name.removeprefix(PREFIX)) and not Path(name).exists() else None
+        return name if name and HUB_ID.match(name.removeprefix(HUB)) and not Path(name).exists() else None
 
     data = dataclasses.replace(
         config.data,
@@ -162,9 +162,9 @@ def without_paths(config: Config) -> Config:
 def data_name(config: Config) -> str | None:
     """What the data is called, without where it lies."""
     path = config.data.path
-    if not path or path.startswith("pipe:"):
+    if not path or path.startswith(PIPE):
         return None
-    return path if path.startswith(PREFIX) else Path(path).name
+    return path if path.startswith(HUB) else Path(path).name
 
 
 def last_samples(folder: Path) -> dict[str, Path]:
