@@ -60,13 +60,16 @@ def write_video(clip: Tensor | np.ndarray, path: StrPath, fps: float = DEFAULT_F
 class VideoWriter:
     """Writes an H.264 MP4 part by part: memory does not grow with its length. A context manager.
 
-    `write` takes frames (C, F, H, W), C 1 or 3, all of one size. The file appears when the block ends well.
+    `write` takes frames (C, F, H, W), C 1 or 3, all of one size. The file appears when the block ends well. `crf` is
+    the quality, smaller is better; `options` are more of libx264's.
     """
 
-    def __init__(self, path: StrPath, fps: float = DEFAULT_FPS, *, crf: int = 18) -> None:
+    def __init__(self, path: StrPath, fps: float = DEFAULT_FPS, *, crf: int = 18, **options: str) -> None:
         if Path(path).suffix.lower() != ".mp4":
             raise UsageError(f"a clip is written part by part as .mp4 only, not {path}")
-        self.path, self.crf = Path(path), crf
+        # Without cpu-independent x264 reads beyond small frames where it plans bit rates: other bytes every time.
+        self.options = {"crf": str(crf), "x264-params": "cpu-independent=1", **options}
+        self.path = Path(path)
         self.rate = Fraction(fps).limit_denominator(1001)
         self._stack = ExitStack()
         self._stream: Any = None
@@ -96,9 +99,7 @@ class VideoWriter:
             self._container.mux(self._stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
 
     def _open_stream(self, height: int, width: int) -> Any:
-        # Without cpu-independent x264 reads beyond small frames where it plans bit rates: other bytes every time.
-        options = {"crf": str(self.crf), "x264-params": "cpu-independent=1"}
-        stream: Any = self._container.add_stream(ENCODER, rate=self.rate, options=options)
+        stream: Any = self._container.add_stream(ENCODER, rate=self.rate, options=self.options)
         stream.height, stream.width = height, width
         stream.pix_fmt = "yuv420p"
         context = stream.codec_context  # say which colours these are, or players guess: BT.601, limited range
