@@ -10,9 +10,8 @@ from pathlib import Path
 
 from rin_video.config_files import load_config
 from rin_video.errors import UsageError, first_line
-from rin_video.files import CONFIG, WEIGHTS
+from rin_video.files import CONFIG, HUB, WEIGHTS
 
-PREFIX = "hf:"
 HUB_ID = re.compile(r"^(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>[\w./-]+))?$")
 
 
@@ -23,12 +22,12 @@ def fetch(source: str | os.PathLike[str]) -> Path:
     before is not fetched again, and serves without a network. `hf:` in front says that it is no folder. Raises
     `UsageError` where there is no such repository, no access, no network, or it holds no model of ours.
     """
-    match = HUB_ID.match(os.fspath(source).removeprefix(PREFIX))
+    match = HUB_ID.match(os.fspath(source).removeprefix(HUB))
     if match is None:
         raise UsageError(f"no folder is called {source}: give the folder of a run, or a hub id user/name")
     repo, revision = match["repo"], match["revision"]
-    if not os.fspath(source).startswith(PREFIX) and Path(repo).parent.is_dir():
-        raise UsageError(f"{Path(repo).parent} holds no folder {Path(repo).name}: for the hub, write {PREFIX}{source}")
+    if not os.fspath(source).startswith(HUB) and Path(repo).parent.is_dir():
+        raise UsageError(f"{Path(repo).parent} holds no folder {Path(repo).name}: for the hub, write {HUB}{source}")
     from huggingface_hub import HfApi
 
     with plain_errors(repo, revision, "fetched"):
