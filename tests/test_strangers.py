@@ -44,7 +44,7 @@ def here(tmp_path, monkeypatch, clips) -> Path:
         ("index hf:someone/something", "index takes files and shards"),
         ("peek images --frames 4", "it holds 1 images: leave out --frames"),
         ("peek clips --frames 4 --num 0", "--num is 0: it must be at least 1"),
-        ("peek clips --frames 4 --size 7", "height 7 is no multiple of its patch size"),
+        ("peek clips --frames 4 --size 7", "height 7 is not a multiple of its patch size"),
         ("peek clips --frames 4 data.fps=10 data.stride=2", "both choose frames: leave one out"),
         ("peek clips --frames 4 data.buckets=[16x16]", "data.buckets has 16x16: write 16x48x80"),
         ("peek clips --frames 40", "a clip.mp4 has 20 frames, 40 are needed"),
