@@ -110,7 +110,7 @@ def test_what_is_special_is_said_by_the_index_and_by_the_data(tmp_path):
     }.items():
         assert f"{name}: {text}" in said
     data = ClipFolder(CASES, 16, 3).describe()
-    for line in ("HDR: 1 of 20", "transparent: 2 of 20", "frame rates differ (", "data.fps=8 makes them one"):
+    for line in ("HDR: 1 of 20", "transparent: 2 of 20", "frame rates differ (", "data.fps=8 makes them equal"):
         assert line in data
     assert "frame rates differ" not in ClipFolder(CASES, 16, 3, fps=8).describe()
 
@@ -264,7 +264,7 @@ def test_damage_costs_the_windows_that_touch_it(tmp_path, numbered, numbers, cap
     starts = {data.frames_of(0, epoch)[0] for epoch in range(200)}
     assert starts == {0, 1, 2, 3, *range(10, 17)}
     assert "damaged: frames 7 to 9 cannot be decoded, other windows are used" in make_index(path, "video").describe()
-    with pytest.raises(UsageError, match=r"no 12 frames together that can be decoded \(frames 7 to 9 cannot\)"):
+    with pytest.raises(UsageError, match=r"no 12 consecutive frames that can be decoded \(frames 7 to 9 cannot\)"):
         ClipFolder(path, 16, 12)
     whole = ClipFolder(path, 16, 12, span="whole")
     assert not {7, 8, 9}.intersection(whole.frames_of(0, 0))

@@ -337,7 +337,7 @@ class Uneven(Rogue):
 
 
 def test_samples_that_do_not_fit_into_one_batch_are_named():
-    with pytest.raises(UsageError, match=r"sample 3 cannot be put into a batch with sample \d+: RuntimeError: stack"):
+    with pytest.raises(UsageError, match=r"sample 3 cannot be collated with sample \d+: RuntimeError: stack"):
         drawn(TrainLoader(Uneven(), DataConfig(num_workers=0), 4, seed=1), 3)
 
 

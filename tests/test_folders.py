@@ -46,7 +46,7 @@ def test_folders_that_are_numbers_are_classes_in_their_order_and_mean_themselves
 @pytest.mark.parametrize("names", [("train", "val"), ("Train", "test", "valid"), ("training", "dev")])
 def test_splits_are_no_classes(tmp_path, names):
     pictures(tmp_path, *(f"{split}/{name}/a.png" for split in names for name in ("cat", "dog")))
-    with pytest.raises(UsageError, match=r"holds the splits .*, not classes: give one of them, .*[Tt]rain"):
+    with pytest.raises(UsageError, match=r"contains the splits .*, not classes: use one of them, .*[Tt]rain"):
         ImageFolder(tmp_path, 8)
     assert ImageFolder(tmp_path / names[0], 8).classes == ["cat", "dog"]
 
@@ -62,10 +62,10 @@ def test_a_stray_file_does_not_switch_classes_off(tmp_path, caplog):
     data = ImageFolder(tmp_path, 8)
     assert data.classes == ["cat", "dog"]
     assert data.labels == [0, 1, 1, -1]
-    assert "1 of 4 files lie in no class folder: they are trained on without a label" in caplog.text
+    assert "1 of 4 files are in no class folder: they get no label" in caplog.text
     pictures(tmp_path, *(f"{i}.png" for i in range(9)))
     assert ImageFolder(tmp_path, 8).classes == []
-    assert "10 of 13 files lie beside the folders cat, dog: these are not taken for classes" in caplog.text
+    assert "10 of 13 files are outside the folders cat, dog: the folders are not used as classes" in caplog.text
 
 
 def test_what_is_passed_over_is_counted_and_named(tmp_path, capsys, monkeypatch):
@@ -86,7 +86,8 @@ def test_links_to_class_folders_are_said(tmp_path, caplog):
     pictures(tmp_path / "elsewhere", "1.png")
     (tmp_path / "data/owl").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
     assert ImageFolder(tmp_path / "data", 8).classes == ["cat", "dog"]
-    assert "owl is a link to a folder, which is not followed: it leads to" in caplog.text
+    assert "owl is a link to the folder" in caplog.text
+    assert "and is not followed" in caplog.text
 
 
 def test_gifs_of_one_frame_are_images_and_a_stray_animation_is_passed_over(tmp_path, numbered):
@@ -107,10 +108,10 @@ def test_numbered_frames_are_answered(tmp_path, capsys, monkeypatch, caplog, nam
     pictures(tmp_path / "data", *(f"{clip}/{name.format(i)}" for clip in ("one", "two") for i in range(1, 10)))
     assert cli.main(["train", "--data", "data", "--frames", "4", "--out", "out"]) == 2
     said = capsys.readouterr().err
-    assert "in each of 2 folders the files are numbered in a row (from data" in said
-    assert "make each folder a clip: rin-video export FOLDER clip.mp4" in said
+    assert "in each of 2 folders the files are numbered consecutively (starting with data" in said
+    assert "convert each folder to a clip: rin-video export FOLDER clip.mp4" in said
     ImageFolder("data", 8)
-    assert ("they are trained on as images. If they are frames" in caplog.text) == ("frame" in name)
+    assert ("they are used as separate images. If they are frames" in caplog.text) == ("frame" in name)
 
 
 @pytest.mark.parametrize("suffix", [".3gp", ".qt", ".MP4"])

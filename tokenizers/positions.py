@@ -77,7 +77,7 @@ class LearnedPosition(nn.Module):
             return self.table
         if not self.interpolate:
             raise UsageError(
-                f"learned positions were trained for {_by(self.grid)} tokens and do not fit {_by(grid)}: interpolate "
+                f"learned positions were made for {_by(self.grid)} tokens and do not fit {_by(grid)}: interpolate "
                 "them (--interpolate-positions), or train with position=sincos or position=coordinate"
             )
         if len(grid) != len(self.grid) or len(grid) > 3:
