@@ -263,7 +263,7 @@ def test_damage_costs_the_windows_that_touch_it(tmp_path, numbered, numbers, cap
     data = ClipFolder(path, 16, 4)
     starts = {data.frames_of(0, epoch)[0] for epoch in range(200)}
     assert starts == {0, 1, 2, 3, *range(10, 17)}
-    assert "damaged: frames 7 to 9 cannot be decoded, other windows are used" in make_index(path, "video").describe()
+    assert "damaged: frames 7 to 9 cannot be decoded, clips avoid them" in make_index(path, "video").describe()
     with pytest.raises(UsageError, match=r"no 12 consecutive frames that can be decoded \(frames 7 to 9 cannot\)"):
         ClipFolder(path, 16, 12)
     whole = ClipFolder(path, 16, 12, span="whole")
@@ -323,7 +323,7 @@ def test_the_usable_part_of_a_cut_file_is_used(tmp_path, numbered, numbers):
     path.write_bytes(content[: len(content) * 19 // 20])
     info = probe_video(path)
     assert 5 < info.num_frames < 20
-    assert f"cut short: its first {info.num_frames} of 20 frames" in info.notes
+    assert f"truncated: only the first {info.num_frames} of 20 frames" in info.notes
     with open_video(path) as video:
         assert numbers(video.read(range(info.num_frames))) == list(range(info.num_frames))
 

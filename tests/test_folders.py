@@ -224,12 +224,12 @@ def test_sixteen_bits_keep_their_transparency_and_twelve_are_said(tmp_path):
     assert read_image(tmp_path / "a.png")[:, 0, 5].tolist() == [255] * 3
     Image.fromarray(grey // 12).save(tmp_path / "b.png")  # up to 3916
     (note,) = probe_image(tmp_path / "b.png").notes
-    assert note.startswith("16-bit values up to 3916 only, as of 12 bits: dark")
+    assert note.startswith("16-bit values only up to 3916, like 12 bits, look dark")
     assert not probe_image(tmp_path / "a.png").notes
     data = ImageFolder(tmp_path, 6, index=tmp_path / "index.jsonl")
-    assert "1 of 2: 16-bit values up to 3916" in data.describe()
+    assert "1 of 2: 16-bit values only up to 3916" in data.describe()
     again = ImageFolder(tmp_path, 6, index=tmp_path / "index.jsonl")
-    assert "b.png: 16-bit values up to 3916" in again.index.describe()
+    assert "b.png: 16-bit values only up to 3916" in again.index.describe()
 
 
 def test_one_animation_among_few_pictures_is_a_stray(tmp_path):
@@ -239,7 +239,7 @@ def test_one_animation_among_few_pictures_is_a_stray(tmp_path):
     assert detect_kind(tmp_path) == "image"
     (tmp_path / "0.png").unlink()
     (tmp_path / "1.png").unlink()
-    with pytest.raises(UsageError, match="holds 1 images and 1 clips"):
+    with pytest.raises(UsageError, match="contains 1 images and 1 clips"):
         detect_kind(tmp_path)
 
 
@@ -248,8 +248,11 @@ def test_one_animation_among_few_pictures_is_a_stray(tmp_path):
     [
         (b"", "is empty"),
         (b"../.git/annex/objects/a/b/c.mp4", "is a git-annex pointer"),
-        (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "is text (XML or JSON), not media"),
-        (b'{"error": "expired"}', "is text (XML or JSON), not media"),
+        (
+            b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>",
+            "is text (XML or JSON), perhaps a server error, not media",
+        ),
+        (b'{"error": "expired"}', "is text (XML or JSON), perhaps a server error, not media"),
     ],
 )
 def test_what_is_no_media_is_said(tmp_path, content, said):

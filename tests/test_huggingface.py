@@ -80,12 +80,12 @@ def test_columns_by_name(tmp_path, hub):
     assert (data.classes, data.labels) == (["a", "b"], [1, 0, 1])
     for options, said in [
         ({"image_column": "picture"}, r"has no column picture: it has first \(Image\), photo \(Value\)"),
-        ({"image_column": "kind"}, "column kind holds no images"),
+        ({"image_column": "kind"}, "column kind contains no images"),
         ({"label_column": "first"}, "not class labels"),
     ]:
         with pytest.raises(UsageError, match=said):
             open_dataset(tmp_path / "typed", (3, 8, 8), DataConfig(**options))
-    with pytest.raises(UsageError, match="this is none: leave it out"):
+    with pytest.raises(UsageError, match="which this is not: leave it out"):
         open_dataset(tmp_path, (3, 8, 8), DataConfig(label_column="name"))
 
 
