@@ -351,6 +351,6 @@ def test_files_that_are_passed_over_are_counted_and_named(tmp_path, numbered):
     numbered(tmp_path / "a.mp4", frames=4)
     for name in ("a.txt", "b.txt", "c.txt", "LICENSE"):  # the first is a caption
         (tmp_path / name).write_text("words")
-    said = "passed over: 3 files of other kinds (.txt 2, no extension 1): LICENSE, b.txt, c.txt"
+    said = "ignored: 3 files of other kinds (.txt 2, no extension 1): LICENSE, b.txt, c.txt"
     assert said in make_index(tmp_path, "video").describe()
     assert said in ClipFolder(tmp_path, 16, 4).describe()

@@ -75,10 +75,10 @@ def test_what_is_passed_over_is_counted_and_named(tmp_path, capsys, monkeypatch)
         (tmp_path / "data" / name).write_bytes(b"")
     assert cli.main(["index", "data"]) == 0
     said = capsys.readouterr().out
-    assert "passed over: 5 files of other kinds (.csv 2, no extension 1, .txt 1, .rmvb 1): " in said
+    assert "ignored: 5 files of other kinds (.csv 2, no extension 1, .txt 1, .rmvb 1): " in said
     for name in ("clip.rmvb", "list.csv", "list2.csv", "c.txt", "LICENSE"):
         assert name in said
-    assert "passed over: 5 files of other kinds" in ImageFolder(tmp_path / "data", 8).describe()
+    assert "ignored: 5 files of other kinds" in ImageFolder(tmp_path / "data", 8).describe()
 
 
 def test_links_to_class_folders_are_said(tmp_path, caplog):
@@ -97,7 +97,7 @@ def test_gifs_of_one_frame_are_images_and_a_stray_animation_is_passed_over(tmp_p
     numbered(tmp_path / "moving.gif", codec="gif", frames=3)
     assert detect_kind(tmp_path) == "image"
     said = ImageFolder(tmp_path, 8).describe()
-    assert "passed over: 1 files of other kinds (.gif 1): " in said
+    assert "ignored: 1 files of other kinds (.gif 1): " in said
     assert "moving.gif" in said
     assert len(ClipFolder(tmp_path, 8, 3)) == 1
 
@@ -265,5 +265,5 @@ def test_files_beside_shards_are_named(tmp_path):
     write_shard(tmp_path / "0.tar", {"a.pgm": b"P5 4 4 255\n" + bytes(16)})
     for name in ("_SUCCESS", "rows.parquet"):
         (tmp_path / name).write_bytes(b"x")
-    said = "passed over: 2 files of other kinds (no extension 1, .parquet 1): _SUCCESS, rows.parquet"
+    said = "ignored: 2 files of other kinds (no extension 1, .parquet 1): _SUCCESS, rows.parquet"
     assert said in make_index(tmp_path, "image").describe()
