@@ -279,7 +279,7 @@ def test_wrong_keys_and_values_in_a_file_name_the_file(tmp_path):
         ("- 1\n- 2", "no mapping of sections"),
         ("model: {dim: [", "mine.yaml"),
         ("model: {dim: 3}\n\tx: 1", "mine.yaml"),
-        ("model: {dim: 3, dim: 4}", "the key dim is there twice"),
+        ("model: {dim: 3, dim: 4}", "the key dim occurs twice"),
         ("model: {[dim]: 3}", "cannot be a key"),
         ("model: !!python/name:os.system {}", "model is a section"),
         ("a: 1\n---\nb: 1", "mine.yaml"),

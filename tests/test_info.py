@@ -126,5 +126,5 @@ def test_the_description_holds_the_counts():
 
 
 def test_a_model_that_cannot_be_is_refused():
-    with pytest.raises(UsageError, match="height 30 is no multiple"):
+    with pytest.raises(UsageError, match="height 30 is not a multiple"):
         model_info(ModelConfig(image_size=30))

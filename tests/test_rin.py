@@ -157,7 +157,7 @@ def test_other_sizes_than_the_built_one(kind, grid, position, options):
 
 def test_learned_positions_say_that_they_serve_one_size():
     model = build()
-    with pytest.raises(UsageError, match="2x3 tokens and cannot serve 4x3"):
+    with pytest.raises(UsageError, match="2x3 tokens and do not fit 4x3"):
         model(*inputs(model, grid=(16, 12)))
 
 
@@ -239,8 +239,8 @@ def test_conditions_go_where_they_are_sent(time, label):
         ({"dim_latent": 20}, "8 divides, not 20"),
         ({"latent_self_attn_depth": [1, 1, 1]}, r"latent_self_attn_depth \[1, 1, 1\] must be one number or 2"),
         ({"latent_self_attn_depth": -1}, "latent_self_attn_depth"),
-        ({"image_size": [8, 14]}, "width 14 is no multiple of its patch size 4: the nearest that fit are 12 and 16"),
-        ({"tokenizer": "images"}, "unknown tokenizer 'images': known are .*image"),
+        ({"image_size": [8, 14]}, "width 14 is not a multiple of its patch size 4: .* that fit are 12 and 16"),
+        ({"tokenizer": "images"}, "unknown tokenizer 'images': use one of .*image"),
         ({"position": "sin"}, "model.position=sin is unknown: choose learned, sincos, sincos_learned, coordinate"),
         ({"latent_position": "coordinate"}, "model.latent_position=coordinate is unknown"),
         ({"self_conditioning": "latent+x1"}, "model.self_conditioning=x1 is unknown"),

@@ -129,7 +129,7 @@ def test_sizes_never_seen(position):
 def test_learned_positions_are_refused_or_interpolated():
     model = RIN(**TINY, **(CLIP | {"position": "learned"}))
     diffusion = GaussianDiffusion(model)
-    with pytest.raises(UsageError, match=r"4x2x2 tokens and cannot serve 6x2x2.*--interpolate-positions"):
+    with pytest.raises(UsageError, match=r"4x2x2 tokens and do not fit 6x2x2.*--interpolate-positions"):
         diffusion.sample(batch_size=1, shape=(3, 12, 8, 8), steps=1)
     model.interpolate_positions()
     assert diffusion.sample(batch_size=1, shape=(3, 12, 16, 8), steps=1).shape == (1, 3, 12, 16, 8)
@@ -295,8 +295,8 @@ def test_mistakes_with_contexts(run, capfd):
         ((*clip, "--frames", "0"), "--context is for clips, and these are images"),
         (("--overlap", "2"), "--overlap is for clips longer than a window"),
         (("--frames", "-1"), "--frames is -1"),
-        (("--frames", "9", "--window", "9"), "9 is no multiple of its patch size 2"),
-        (("--size", "9"), "9 is no multiple of its patch size 4"),
+        (("--frames", "9", "--window", "9"), "9 is not a multiple of its patch size 2"),
+        (("--size", "9"), "9 is not a multiple of its patch size 4"),
         (("--guidance", "2", "--class", "dog"), "never learnt to do without labels"),
     ):
         capfd.readouterr()
