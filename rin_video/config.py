@@ -122,6 +122,11 @@ class ModelConfig:
         """`image_size` as (height, width)."""
         return read_numbers("model.image_size", self.image_size, 2, "height, width")  # type: ignore[return-value]
 
+    @property
+    def latent_width(self) -> int:
+        """The width of a latent: `dim_latent`, or `dim` where it is not set."""
+        return self.dim_latent or self.dim
+
     def patch_sizes(self, num_axes: int, names: str) -> tuple[int, ...]:
         """`patch_size` as one number for each axis. A single number serves images and sequences only.
 
