@@ -183,3 +183,8 @@ def _read_text(name_or_file: str | os.PathLike[str]) -> tuple[str, str]:
 def to_dict(config: Any) -> dict[str, Any]:
     """A configuration as JSON has it: tuples are lists."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def read_overrides(overrides: Sequence[str]) -> Layer:
+    """What `section.key=value` overrides set, without the defaults."""
+    return _merge(*map(_read_override, overrides))

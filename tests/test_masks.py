@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from rin_video import RIN, GaussianDiffusion, UsageError
-from rin_video.cli.commands import check_sampling
+from rin_video.cli.trained import check_sampling
 from rin_video.config_files import load_config
 from rin_video.diffusion.conditions import Conditions
 from rin_video.diffusion.guidance import Guidance

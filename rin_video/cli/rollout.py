@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from argparse import Namespace
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from rin_video.cli.options import parse_size
 from rin_video.config import SampleConfig
 from rin_video.diffusion.process import GaussianDiffusion
 from rin_video.errors import UsageError
@@ -86,11 +86,3 @@ def extend_parts(
         for part in parts:
             bar.update(part.shape[2])
             yield gather(part)
-
-
-def parse_size(text: str) -> int | list[int]:
-    """`64` or `48x64` (height x width)."""
-    if not re.fullmatch(r"\d+(x\d+)?", text):
-        raise UsageError(f"--size {text} is not understood: write 64, or 48x64 (height x width)")
-    numbers = [int(n) for n in text.split("x")]
-    return numbers[0] if len(numbers) == 1 else numbers
