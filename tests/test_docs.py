@@ -93,9 +93,10 @@ def test_every_command_is_one_and_its_options_load(page, capsys):
         if arguments is None:
             assert words[0] in OTHER_PROGRAMS | {"diff"}, words
             continue
-        rest, overrides = split_overrides(arguments)
+        parser = make_parser()
+        rest, overrides = split_overrides(parser, arguments)
         try:
-            options = make_parser().parse_args(rest)
+            options = parser.parse_args(rest)
         except SystemExit:
             pytest.fail(f"{shlex.join(words)}: {capsys.readouterr().err}")
         assert not overrides or "overrides" in options, words
