@@ -19,7 +19,7 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device) -> Batch:
         """The same on a device. Copies from pinned memory do not wait for the device."""
-        return Batch(*(None if part is None else part.to(device, non_blocking=True) for part in self))
+        return Batch._make(None if part is None else part.to(device, non_blocking=True) for part in self)
 
 
 def collate(samples: Sequence[Mapping[str, Any]]) -> Batch:

@@ -1,8 +1,9 @@
-"""Whether a model and the data that it is to be trained on fit together."""
+"""Whether a model and its data fit together, and what is known of a loss that is not a number."""
 
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 from rin_video.datasets.adapters import ADAPTED
@@ -12,6 +13,7 @@ from rin_video.datasets.images import ImageFolder
 from rin_video.datasets.mixed import MixedDataset
 from rin_video.diffusion.process import GaussianDiffusion
 from rin_video.errors import UsageError
+from rin_video.training.metrics import Failure
 
 log = logging.getLogger("rin_video")
 
@@ -59,3 +61,16 @@ def check_embeddings(diffusion: GaussianDiffusion, data: Any) -> None:
             f"{getattr(config, 'embedding_tokens', 0) if wanted else 0} of {wanted}: set "
             f"model.embedding_tokens={shape[0]} model.embedding_dim={shape[1]}"
         )
+
+
+def not_finite_error(failure: Failure, data: Any, checkpoint: Path | None) -> UsageError:
+    """Names the step, the samples that it was of and the last good checkpoint."""
+    files = getattr(data, "files", None)
+    name_of = getattr(data, "name_of", files.__getitem__ if files else "sample {}".format)
+    names = [str(name_of(index)) for index in failure.samples]
+    named = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    return UsageError(
+        f"the {'loss' if failure.of_loss else 'gradient'} of step {failure.step} is not a number. It came with "
+        f"{named}. The last good checkpoint is {checkpoint or 'none'}: look at these files; if they are sound, "
+        "lower train.train_lr, raise train.warmup_steps, or use train.mixed_precision=bf16 instead of fp16"
+    )

@@ -17,12 +17,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from rin_video.config import Config, ModelConfig, SampleConfig, trainer_config
+from rin_video.config import Config
 from rin_video.config_files import to_dict
-from rin_video.datasets.adapters import BatchCheck, adapt_for
+from rin_video.datasets.adapters import BatchCheck
 from rin_video.datasets.batch import Batch
 from rin_video.datasets.loading import TrainLoader
-from rin_video.datasets.open import INDEX, open_dataset
 from rin_video.datasets.steady import frame_rate
 from rin_video.diffusion.noise import BatchRNG, derive_seed
 from rin_video.diffusion.precision import tf32_products
@@ -31,31 +30,29 @@ from rin_video.errors import Stopped, UsageError
 from rin_video.files import disk_full_handler
 from rin_video.media import DEFAULT_FPS
 from rin_video.model.transfer import transfer_weights
-from rin_video.port import trainer_options
 from rin_video.tensor_files import full_tensor
 from rin_video.training.callbacks import Callback, append_line
 from rin_video.training.checkpoints import TrainingState, check_same_options, remove_old_states
-from rin_video.training.checks import check_data
+from rin_video.training.checks import check_data, not_finite_error
 from rin_video.training.compiling import Compiler
 from rin_video.training.distributed import (
     any_rank,
-    first_then_others,
     in_all,
-    is_sharded,
     make_accelerator,
     no_sync,
     per_process_batch,
     shard_module_like,
 )
-from rin_video.training.ema import make_ema, make_power_emas, save_snapshot
+from rin_video.training.ema import full_model, make_ema, make_power_emas, save_snapshot
 from rin_video.training.identity import check_same_data, identify
 from rin_video.training.locking import lock_run
 from rin_video.training.memory import checkpoint_blocks, out_of_memory
-from rin_video.training.metrics import Metrics, read_lines, trim_lines
+from rin_video.training.metrics import Metrics, describe_line, read_lines, trim_lines
 from rin_video.training.optimizers import make_lr_schedule, make_optimizer
 from rin_video.training.plots import plot_metrics
 from rin_video.training.previews import draw_previews, harmless, is_previewed, previews_of, write_previews
 from rin_video.training.provenance import write_provenance
+from rin_video.training.setup import find_inputs, make_config, open_data
 from rin_video.training.signals import StopSignals, ignore_signals
 from rin_video.training.state import load_state, newest_state, save_state, saved_states
 from rin_video.training.tracking import Tracking, check_trackers
@@ -92,14 +89,7 @@ class Trainer:
         callbacks: Sequence[Callback] = (),
         **options: Any,
     ) -> None:
-        diffusion = options.pop("diffusion_model", None) if diffusion is None else diffusion
-        given = [data, *(options.pop(name, None) for name in ("dataset", "folder"))]  # the port takes these two
-        if sum(one is not None for one in given) > 1:
-            raise UsageError("the data is given twice: give one of data, dataset and folder")
-        data = next((one for one in given if one is not None), None)
-        if diffusion is None or data is None:
-            missing = "a GaussianDiffusion" if diffusion is None else "data: a folder, or a Dataset"
-            raise UsageError(f"Trainer(diffusion, data) was given no {missing}")
+        diffusion, data = find_inputs(diffusion, data, options)
         if config is None:
             config = make_config(diffusion, data, num_samples, options)
         elif options:
@@ -318,18 +308,9 @@ class Trainer:
     def check(self, metrics: Metrics) -> None:
         """Raises `UsageError` where a loss is not a number, before it can spoil a checkpoint."""
         failure = metrics.failure(check_gradient=self.accelerator.scaler is None)
-        if failure is None:
-            return
-        files = getattr(self.dataset, "files", None)
-        name_of = getattr(self.dataset, "name_of", files.__getitem__ if files else "sample {}".format)
-        names = [str(name_of(index)) for index in failure.samples]
-        last = self.checkpoints[-1] if self.checkpoints else "none"
-        named = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-        raise UsageError(
-            f"the {'loss' if failure.of_loss else 'gradient'} of step {failure.step} is not a number. It came with "
-            f"{named}. The last good checkpoint is {last}: look at these files; if they are sound, "
-            "lower train.train_lr, raise train.warmup_steps, or use train.mixed_precision=bf16 instead of fp16"
-        )
+        if failure is not None:
+            last = self.checkpoints[-1] if self.checkpoints else None
+            raise not_finite_error(failure, self.dataset, last)
 
     def sample(self) -> None:
         """Write samples of the averaged weights: the same seed and classes every time, so that pictures compare."""
@@ -361,12 +342,7 @@ class Trainer:
 
     def averaged(self) -> GaussianDiffusion:
         """The diffusion with the averaged weights. To be called by all processes."""
-        if not is_sharded(self.unwrapped):
-            return self.unwrapped.with_model(self.ema.ema_model)
-        model = type(self.unwrapped.model)(self.config.model).to(self.accelerator.device)
-        own = model.state_dict()
-        for name, value in self.ema.ema_model.state_dict().items():  # one at a time: all of them are a second model
-            own[name].copy_(full_tensor(value))
+        model = full_model(self.ema.ema_model, self.config.model, self.accelerator.device)
         return self.unwrapped.with_model(model)
 
     # ---- checkpoints
@@ -445,38 +421,6 @@ class Trainer:
         self.state.load_state_dict(state)
         self.step, self.pending = state["step"], state["metrics"]
         log.info("going on from step %d in %s", self.step, folder)
-
-
-def make_config(diffusion: GaussianDiffusion, data: Any, num_samples: int, options: dict[str, Any]) -> Config:
-    """The configuration of a run from the options that `Trainer` was given."""
-    channels = (diffusion.shape or (3,))[0]
-    is_folder = isinstance(data, str | os.PathLike)
-    train, reading = trainer_config(**trainer_options(options, channels=channels, is_folder=is_folder))
-    steps = diffusion.config.timesteps or SampleConfig.steps
-    sampler = diffusion.sampler or SampleConfig.sampler
-    return Config(
-        model=getattr(diffusion.model, "config", ModelConfig()),
-        diffusion=diffusion.config,
-        data=reading,
-        train=train,
-        sample=SampleConfig(num_samples=num_samples, steps=steps, sampler=sampler),
-    )
-
-
-def open_data(diffusion: GaussianDiffusion, data: Any, config: Config, run: Path) -> Any:
-    """The dataset in a folder, looked through by the first process before the others; or a given one, adapted."""
-    if not isinstance(data, str | os.PathLike):
-        return adapt_for(diffusion, data)
-    config.data.path = config.data.path or os.fspath(data)
-    return first_then_others(
-        lambda: open_dataset(data, diffusion.shape, config.data, seed=config.train.seed, index=run / INDEX)
-    )
-
-
-def describe_line(line: dict[str, Any]) -> str:
-    """A line of the metrics for the progress bar; waiting for data is said where it costs something."""
-    text = f"loss {line['loss']:.4f}, {line['samples_per_second']:.1f} samples/s"
-    return text + (f", {line['data_wait']:.0%} waiting for data" if line["data_wait"] >= 0.05 else "")
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
