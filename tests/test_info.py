@@ -113,7 +113,7 @@ def test_training_memory_is_what_a_real_step_takes(checkpointing, conv_width):
         model = RIN(config.model)
         model.core.gradient_checkpointing = checkpointing
         weights = sum(p.numel() * 4 for p in model.parameters())
-        diffusion = GaussianDiffusion.from_config(model, config.diffusion)
+        diffusion = GaussianDiffusion(model, config.diffusion)
         diffusion(torch.rand(16, 3, 16, 16)).backward()
     step = training_memory(config) - 5 * weights - LIBRARIES
     assert weights + (step - weights) / MALLOC == pytest.approx(memory.peak, rel=0.02)
@@ -126,5 +126,5 @@ def test_the_description_holds_the_counts():
 
 
 def test_a_model_that_cannot_be_is_refused():
-    with pytest.raises(UsageError, match="height 30 is no multiple"):
+    with pytest.raises(UsageError, match="height 30 is not a multiple"):
         model_info(ModelConfig(image_size=30))
