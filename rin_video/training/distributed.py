@@ -49,7 +49,8 @@ def make_accelerator(options: TrainConfig, folder: Path, *, partial: bool = Fals
             reshard_after_forward=True,
             cpu_ram_efficient_loading=False,
         )
-    AcceleratorState._reset_state()  # accelerate keeps the precision of the first Trainer of a process otherwise
+    # Otherwise accelerate refuses a second Trainer of another precision in this process. It has no public way for it.
+    AcceleratorState._reset_state()
     if not LAUNCHED_WITH_FSDP:
         os.environ.pop(USE_FSDP, None)  # left by accelerate for an earlier Trainer that shards
     accelerator = Accelerator(
