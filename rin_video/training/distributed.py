@@ -195,6 +195,10 @@ def gather_rows(samples: Tensor, rows: range) -> Tensor:
 
 
 # ---- sharded tensors
+#
+# torch.distributed.checkpoint.state_dict would gather a full state at once, where write_tensors gathers one tensor at a
+# time. With full states its set_model_state_dict accepts missing weights in silence, and its functions for optimizers
+# take a hidden step, which LAMB counts, and restore the hyperparameters too, which are those of the configuration here.
 
 
 def is_sharded(module: nn.Module) -> bool:
