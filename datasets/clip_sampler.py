@@ -1,4 +1,4 @@
-"""Which source frames a clip is made of: at a stride, at a rate, or the whole file; from which start; how often."""
+"""Selection of the source frames of a clip: the stride or frame rate, the start frame, and the clips per epoch."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from rin_video.errors import UsageError
 
 
 class ClipSampler:
-    """Clips of `frames` frames: `stride` apart, or at `fps` (the nearest source frame in time), or over the whole file.
+    """Selects clips of `frames` frames: `stride` apart, resampled to `fps` (nearest frame), or over the complete file.
 
-    A file is drawn from `windows` times an epoch, or, sampled over time, as often as clips fit into it side by side;
-    draw k of n starts in the k-th of n parts of the file.
+    An epoch has `windows` clips per file; if sampled over time, that many for each clip length that fits into the file.
+    Clip k of n starts in the k-th of n equal parts of the file. Raises `UsageError` if `frames` is below 1.
     """
 
     def __init__(self, frames: int, options: DataConfig) -> None:
@@ -27,12 +27,12 @@ class ClipSampler:
         self.frames, self.options = frames, options
 
     def check(self, source: Source, info: VideoInfo) -> None:
-        """UsageError where the file is too short, or its scenes are, or what damage leaves of it."""
+        """Raise `UsageError` if the file, its scenes or its undamaged parts are too short for a clip."""
         if not self._fits(info, 0, info.num_frames):
             raise UsageError(self._too_short(source, info))
         if info.lost and not ClipSampler(self.frames, replace(self.options, avoid_cuts=False)).starts(info).size:
             raise UsageError(
-                f"clip {shown(source)} has no {self.frames} frames together that can be decoded "
+                f"clip {shown(source)} has no {self.frames} consecutive frames that can be decoded "
                 f"({frames_text(info.lost_ranges)} cannot): use fewer --frames, or re-encode it"
             )
         if self.options.avoid_cuts and not self.starts(info).size:
@@ -42,18 +42,18 @@ class ClipSampler:
             )
 
     def count(self, info: VideoInfo) -> int:
-        """How often the file is drawn from in an epoch."""
+        """Return the number of clips that an epoch draws from the file."""
         if self.options.sampling == "clips" or self.options.span == "whole":
             return self.options.windows
         length = self.frames / self.options.fps * info.fps if self.options.fps else self.frames * self.options.stride
         return self.options.windows * max(1, int(info.num_frames // length))
 
     def draw(self, info: VideoInfo, part: int, parts: int, chance: np.random.Generator) -> list[int]:
-        """The source frames of one clip, in the order in which they are shown."""
+        """Draw a clip from the `part`-th of `parts` equal parts of the file; return its source frames in order."""
         low, high = self.options.augment_speed
         speed = float(np.exp(chance.uniform(np.log(low), np.log(high)))) if low != high else low
         starts = self.starts(info, speed)
-        if not starts.size:  # too short for such a speed
+        if not starts.size:  # the file is too short for this speed
             speed, starts = 1.0, self.starts(info)
         first, last = (
             part * starts.size // parts,
@@ -66,7 +66,7 @@ class ClipSampler:
         return indices
 
     def starts(self, info: VideoInfo, speed: float = 1.0) -> np.ndarray:
-        """The source frames that a clip can start from, ascending."""
+        """Return the source frames that a clip can start at, ascending."""
         if self.options.span == "whole":
             return np.zeros(int(len(_sound(info)) >= self.frames), dtype=np.int64)
         times = info.times if self.options.fps else None
@@ -74,7 +74,7 @@ class ClipSampler:
         return np.concatenate(found) if found else np.zeros(0, dtype=np.int64)
 
     def indices(self, info: VideoInfo, start: int, speed: float = 1.0) -> list[int]:
-        """The source frames of the clip that starts at source frame `start`."""
+        """Return the source frames of the clip that starts at source frame `start`."""
         if self.options.span == "whole":
             sound = _sound(info)
             return [sound[int(i)] for i in np.rint(np.linspace(0, len(sound) - 1, self.frames))]
@@ -86,7 +86,7 @@ class ClipSampler:
         return nearest_in_time(times, wanted)
 
     def _stretches(self, info: VideoInfo) -> list[tuple[int, int]]:
-        """(first, end) of the source frames between damage and, where these are avoided, cuts."""
+        """Return (first, end) of the ranges of source frames without damage and, if `avoid_cuts`, without cuts."""
         cuts = (info.cuts or ()) if self.options.avoid_cuts else ()
         edges = sorted({0, *cuts, *info.lost, info.num_frames})
         damaged = {first for first, end in info.lost_ranges if end > first}
@@ -103,11 +103,11 @@ class ClipSampler:
         return self._num_starts(info, first, end, 1.0, info.times if self.options.fps else None) > 0
 
     def _num_starts(self, info: VideoInfo, first: int, end: int, speed: float, times: np.ndarray | None) -> int:
-        """How many clips lie within source frames `first` to `end`."""
+        """Return the number of start frames whose clip lies within source frames `first` to `end`."""
         if times is None:
             reach = int(np.floor((self.frames - 1) * self.options.stride * speed + 1e-6))
             return max(0, end - first - reach)
-        # The last frame is shown for one more frame's time; half of it is nearest to that frame.
+        # The last frame is displayed for one frame interval, and is the nearest frame for half of it.
         assert self.options.fps is not None
         last_start = times[end - 1] + 0.5 / info.fps - (self.frames - 1) * speed / self.options.fps
         return max(0, int(np.searchsorted(times[first:end], last_start, side="right")))
@@ -115,22 +115,22 @@ class ClipSampler:
     def _too_short(self, source: Source, info: VideoInfo) -> str:
         name, frames, fps, stride = shown(source), self.frames, self.options.fps, self.options.stride
         if self.options.span == "whole":
-            return f"clip {name} has {info.num_frames} frames, {frames} are needed: use --frames {info.num_frames}"
+            return f"clip {name} has {info.num_frames} frames, but {frames} are needed: use --frames {info.num_frames}"
         if fps is None:
             fits = (info.num_frames - 1) // stride + 1
             return (
-                f"clip {name} has {info.num_frames} frames, {(frames - 1) * stride + 1} are needed "
+                f"clip {name} has {info.num_frames} frames, but {(frames - 1) * stride + 1} are needed "
                 f"for {frames} at stride {stride}: use --frames {fits}, or a smaller stride"
             )
         fits = int((info.times[-1] + 0.5 / info.fps) * fps) + 1
         return (
-            f"clip {name} lasts {info.times[-1] + 1 / info.fps:.2f} s, {frames / fps:.2f} s are needed "
+            f"clip {name} lasts {info.times[-1] + 1 / info.fps:.2f} s, but {frames / fps:.2f} s are needed "
             f"for {frames} frames at {fps:g} fps: use --frames {fits}, or a higher fps"
         )
 
 
 def _sound(info: VideoInfo) -> Sequence[int]:
-    """The frames that damage has left."""
+    """Return the frames that can be decoded."""
     if not info.lost:
         return range(info.num_frames)
     lost = {i for first, end in info.lost_ranges for i in range(first, end)}
@@ -138,7 +138,7 @@ def _sound(info: VideoInfo) -> Sequence[int]:
 
 
 def nearest_in_time(times: np.ndarray, wanted: Sequence[float] | np.ndarray) -> list[int]:
-    """For every wanted time the frame whose time is nearest; the earlier one of two."""
+    """Return, for each wanted time, the frame with the nearest time; the earlier frame wins a tie."""
     wanted = np.asarray(wanted)
     if len(times) == 1:
         return [0] * len(wanted)

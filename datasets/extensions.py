@@ -1,4 +1,4 @@
-"""Which files are images, clips or arrays, by the ends of their names."""
+"""The file name extensions of images, clips and arrays."""
 
 from __future__ import annotations
 
@@ -18,4 +18,4 @@ KINDS: dict[DataKind, tuple[str, ...]] = {
     "video": CLIP_EXTENSIONS,
     "array": ARRAY_SUFFIXES,
 }
-COMPANIONS = (".txt", ".cls", ".json", *ARRAY_SUFFIXES)  # what belongs to a sample of the same name
+COMPANIONS = (".txt", ".cls", ".json", *ARRAY_SUFFIXES)  # files with further data of the sample of the same name

@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face package `datasets`: hf:NAME[[:CONFIGURATION]:SPLIT], or a saved folder."""
+"""Datasets of the Hugging Face package `datasets`: hf:NAME[[:CONFIGURATION]:SPLIT], or a saved folder."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from rin_video.files import HUB
 
 
 def is_hub(path: str | os.PathLike[str]) -> bool:
-    """`hf:...`, or a folder that the Hugging Face package saved."""
+    """Return whether `path` is `hf:...` or a folder that the Hugging Face package saved."""
     name = os.fspath(path)
     return name.startswith(HUB) or any(
         os.path.isfile(os.path.join(name, file)) for file in ("state.json", "dataset_dict.json")
@@ -33,11 +33,12 @@ def is_hub(path: str | os.PathLike[str]) -> bool:
 
 
 class HubDataset(SampleDataset):
-    """Images or clips of one column; item: `{"x": uint8 (C, H, W) or (C, F, H, W), "label": class or -1}`.
+    """A dataset of the images or clips in one column of a table.
 
-    The column is `image_column`, else the first of type Image or Video; its labels are those of `label_column` (numbers
-    or text), else of the first column of type ClassLabel. A row that holds no picture, or one that cannot be read, is a
-    `UsageError` when it is drawn. Only `hf:` reaches the network.
+    Items are `{"x": uint8 (C, H, W) or (C, F, H, W), "label": class or -1}`. The column is `image_column`, by default
+    the first one of type Image or Video. Labels come from `label_column` (numbers or text), by default from the first
+    column of type ClassLabel. A row without a readable picture raises `UsageError` when it is drawn. Only `hf:` uses
+    the network. Raises `UsageError` if the table has no such column or no rows.
     """
 
     def __init__(
@@ -53,21 +54,21 @@ class HubDataset(SampleDataset):
             columns = [_existing(table, options.image_column, path)]
         if len(shape) not in (3, 4) or not columns:
             raise UsageError(
-                f"{os.fspath(path)} has no column of type {kind}, the model takes {shape}; it has {_types(table)}: "
+                f"{os.fspath(path)} has no column of type {kind} for a model of shape {shape}; it has {_types(table)}: "
                 "name one with --image-column"
             )
         if not len(table):
-            raise UsageError(f"{os.fspath(path)} is empty: it has no row")
+            raise UsageError(f"{os.fspath(path)} is empty: use a split with at least one row")
         self.column = columns[0]
-        # The bytes, not what that package would decode: ours are turned, converted and cut as files are.
+        # Get the bytes and decode them here, so that they are oriented, converted and cropped like files.
         feature = table.features[self.column]
         feature = type(feature) if type(feature).__name__ == kind else getattr(hub, kind)
         try:
             self.table = table.select_columns([self.column]).cast_column(self.column, feature(decode=False))
         except Exception as error:
             raise UsageError(
-                f"{os.fspath(path)}: column {self.column} holds no {kind.lower()}s ({first_line(error)}): name another "
-                "with --image-column"
+                f"{os.fspath(path)}: column {self.column} contains no {kind.lower()}s ({first_line(error)}): name "
+                "another with --image-column"
             ) from error
         self.label, self.classes, self.labels = self._read_labels(table)
         self.whole_numbers = [n for n, feature in table.features.items() if "int" in str(getattr(feature, "dtype", ""))]
@@ -76,7 +77,7 @@ class HubDataset(SampleDataset):
         self.frames = shape[1]
         self.parts_of_row = options.windows if self.windows else 1
         self.skipped: list[tuple[Any, str]] = []
-        self.infos = self._first_info()  # of one clip, for their rate
+        self.infos = self._first_info()  # of one clip, for the frame rate
 
     def _first_info(self) -> list[VideoInfo]:
         if self.windows is None:
@@ -87,7 +88,7 @@ class HubDataset(SampleDataset):
         return []
 
     def _read_labels(self, table: Any) -> tuple[str | None, list[str], list[int]]:
-        """The label column, the names of its classes, and the class of every row (-1: none)."""
+        """Return the label column, the names of its classes, and the class of every row (-1: none)."""
         wanted = self.config.label_column
         labels = columns_of(table, "ClassLabel") if wanted is None else [_existing(table, wanted, self.path)]
         if not labels:
@@ -97,12 +98,15 @@ class HubDataset(SampleDataset):
             names = list(table.features[labels[0]].names)
             return labels[0], names, [-1 if value is None else int(value) for value in values]
         if not all(value is None or isinstance(value, str | int) for value in values):
-            raise UsageError(f"{os.fspath(self.path)}: column {wanted} holds {table.features[wanted]}: no class labels")
+            raise UsageError(
+                f"{os.fspath(self.path)}: column {wanted} contains {table.features[wanted]}, not class labels"
+            )
         names = sort_classes({str(value) for value in values if value is not None and value != -1})
         number = {name: i for i, name in enumerate(names)}
         return labels[0], names, [number.get(str(value), -1) for value in values]
 
     def set_epoch(self, epoch: int) -> None:
+        """Set the epoch of `dataset[index]`, in all workers."""
         self.chance.set_epoch(epoch)
 
     def __len__(self) -> int:
@@ -112,7 +116,7 @@ class HubDataset(SampleDataset):
         return self.draw(index, self.chance.epoch)
 
     def draw(self, index: int, epoch: int) -> dict[str, Tensor | int]:
-        """The item as a given epoch draws it."""
+        """Return item `index` of an epoch. Raises `UsageError` if the row has no readable picture."""
         from torchvision.transforms.v2 import functional as transforms
 
         index = range(len(self))[index]
@@ -121,8 +125,8 @@ class HubDataset(SampleDataset):
         source = self._source(row, index)
         label = self.labels[row] if self.label else -1
         if self.windows is None:
-            whole = self.framing.scales == (1.0, 1.0)  # a small crop needs the fine pixels
-            size = self.framing.size if whole else None
+            can_reduce = self.framing.scales == (1.0, 1.0)  # a small crop needs the full resolution
+            size = self.framing.size if can_reduce else None
             image = read_image(source, self.shape[0], at_least=size, max_pixels=self.config.max_pixels)
             return {"x": self.framing(image, chance), "label": label}
         info = probe_video(source, max_pixels=self.config.max_pixels)
@@ -136,11 +140,11 @@ class HubDataset(SampleDataset):
         return {"x": frames.transpose(0, 1).contiguous(), "label": label}
 
     def _source(self, row: int, index: int) -> Buffer:
-        """The bytes of a row's picture. UsageError where there are none."""
+        """Return the bytes of a row's picture. Raises `UsageError` if there are none."""
         cell, name = self.table[row][self.column] or {}, self.name_of(index)
         content, path = cell.get("bytes"), str(cell.get("path") or "")
         if content is None and not path:
-            raise UsageError(f"{name} holds nothing in column {self.column}")
+            raise UsageError(f"{name} has no value in column {self.column}")
         if content is None:
             try:
                 content = Path(path).read_bytes()
@@ -149,19 +153,21 @@ class HubDataset(SampleDataset):
         return Buffer(name + Path(path).suffix, bytes(content))
 
     def name_of(self, index: int) -> str:
+        """Return the name of the item's row, PATH[ROW]."""
         return f"{os.fspath(self.path)}[{index // self.parts_of_row}]"
 
     def describe(self) -> str:
+        """Return a summary in a few lines: rows, classes, clips per epoch."""
         lines = [f"{len(self.table)} rows of column {self.column}{class_list(self.classes)}"]
         if self.parts_of_row > 1:
-            lines.append(f"{len(self)} windows an epoch")
+            lines.append(f"{len(self)} clips per epoch")
         if not self.label and (numbers := self.whole_numbers):
-            lines.append(f"no labels: {', '.join(numbers)} are whole numbers; --label-column {numbers[0]} takes them")
+            lines.append(f"no labels; integer columns: {', '.join(numbers)}; --label-column {numbers[0]} uses one")
         return "\n".join(lines)
 
 
 def kind_of_hub(path: str | os.PathLike[str], options: DataConfig) -> str:
-    """image or video, by the types of the columns. UsageError where there are both."""
+    """Return "image" or "video", depending on the types of the columns. Raises `UsageError` if there are both."""
     table = load_table(os.fspath(path))
     if options.image_column is not None:
         feature = table.features[_existing(table, options.image_column, path)]
@@ -172,14 +178,14 @@ def kind_of_hub(path: str | os.PathLike[str], options: DataConfig) -> str:
     images, videos = columns_of(table, "Image"), columns_of(table, "Video")
     if images and videos:
         raise UsageError(
-            f"{os.fspath(path)} has images ({images[0]}) and clips ({videos[0]}): say which to use, --frames 16 or "
-            "--frames 0"
+            f"{os.fspath(path)} has images ({images[0]}) and clips ({videos[0]}): choose the clips (--frames 16) or "
+            "the images (--frames 0)"
         )
     return "video" if videos else "image"
 
 
 def columns_of(table: Any, kind: str) -> list[str]:
-    """The names of the columns of a type."""
+    """Return the names of the columns of a type."""
     return [name for name, feature in table.features.items() if type(feature).__name__ == kind]
 
 
@@ -194,18 +200,18 @@ def _types(table: Any) -> str:
 
 
 def _refuse_unheeded(path: str | os.PathLike[str], options: DataConfig) -> None:
-    """UsageError for options that need to know every clip before the first is drawn."""
+    """Raise `UsageError` for options that require every clip to be indexed before the first is drawn."""
     default = DataConfig()
     for name in ("buckets", "avoid_cuts", "sampling"):
         if (value := getattr(options, name)) != getattr(default, name):
             raise UsageError(
-                f"{os.fspath(path)}: data.{name}={value} is for folders and shards, whose files are looked into first: "
+                f"{os.fspath(path)}: data.{name}={value} requires folders or shards, whose files are indexed first: "
                 "leave it out"
             )
 
 
 def import_hub() -> Any:
-    """The Hugging Face package, not a folder of that name. UsageError where it is not there, or not it."""
+    """Import and return the package `datasets`; raise `UsageError` if it is missing, or shadowed by a folder."""
     try:
         import datasets
     except ImportError as error:
@@ -219,8 +225,9 @@ def import_hub() -> Any:
 
 
 def load_table(name: str) -> Any:
-    """The rows of `hf:NAME`, `hf:NAME:SPLIT`, `hf:NAME:CONFIGURATION:SPLIT` or of a saved folder; of several splits,
-    train.
+    """Load the table `hf:NAME`, `hf:NAME:SPLIT`, `hf:NAME:CONFIGURATION:SPLIT` or a saved folder.
+
+    If there are several splits, train is used, or the first one. Raises `UsageError` if it cannot be loaded.
     """
     import_hub()
     files = [Path(name, file) for file in ("state.json", "dataset_dict.json")]
@@ -240,9 +247,9 @@ def _load(name: str, modified: tuple[int, ...]) -> Any:
                 raise ValueError("write hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIGURATION:SPLIT")
             table = hub.load_dataset(repo, *configurations, split=split or None, trust_remote_code=False)
     except Exception as error:
-        said = " ".join(str(error).split())[:400] or repr(error)
-        advice = f": write {name.split(':')[0]}:{name.split(':')[1]}:NAME:train" if "onfig name" in said else ""
-        raise UsageError(f"{name} cannot be loaded: {said}{advice}") from error
+        reason = " ".join(str(error).split())[:400] or repr(error)
+        advice = f": write {name.split(':')[0]}:{name.split(':')[1]}:NAME:train" if "onfig name" in reason else ""
+        raise UsageError(f"{name} cannot be loaded: {reason}{advice}") from error
     if isinstance(table, dict):
         split = "train" if "train" in table else next(iter(table))
         return table[split]

@@ -1,4 +1,4 @@
-"""Folders and shards of images."""
+"""The dataset of images in folders and shards."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ __all__ = ["ImageFolder", "read_image"]
 
 
 class ImageFolder(SampleDataset):
-    """Images of a folder or of tar shards; item: `{"x": uint8 (C, H, W), "label": class or -1}`, with "embedding"
-    (vectors, width) where the options ask for them.
+    """A dataset of the images in a folder or in tar shards.
 
-    The short side is resized so that `image_size`, one number or (H, W), fits, then cropped. What is drawn depends on
-    (seed, epoch, index) alone. `index` is a file that keeps what is known of the data between runs; the other options
-    are the fields of `DataConfig`, by name or as one `config`. Raises UsageError where no image can be read.
+    Items are `{"x": uint8 (C, H, W), "label": class or -1}`, plus "embedding" (vectors, width) if configured. An image
+    is resized until it just covers `image_size`, a number or (H, W), and then cropped. An item depends on (seed, epoch,
+    index) alone. `index` is a file that caches the properties of the data between runs; the other options are the
+    fields of `DataConfig`, passed by name or as one `config`. Raises `UsageError` if no image can be read.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class ImageFolder(SampleDataset):
         **options: Any,
     ) -> None:
         if channels not in PIL_MODES:
-            raise UsageError(f"images have 1, 3 or 4 channels, not {channels}")
+            raise UsageError(f"images must have 1, 3 or 4 channels, not {channels}")
         self.config = config or data_config(**options)
         self.root, self.channels = Path(root), channels
         self.framing = make_framing(image_size, self.config)
@@ -62,9 +62,11 @@ class ImageFolder(SampleDataset):
 
     @property
     def seed(self) -> int:
+        """The seed of the random numbers."""
         return self.chance.seed
 
     def set_epoch(self, epoch: int) -> None:
+        """Set the epoch of `dataset[index]`, in all workers."""
         self.chance.set_epoch(epoch)
 
     def __len__(self) -> int:
@@ -74,14 +76,14 @@ class ImageFolder(SampleDataset):
         return self.draw(index, self.chance.epoch)
 
     def draw(self, index: int, epoch: int) -> dict[str, Tensor | int]:
-        """The item as a given epoch draws it."""
+        """Return item `index` of an epoch. Raises `UsageError` if the file cannot be read."""
         index = range(len(self))[index]
         framing = self.framings[self.bucket_of[index]]
-        whole = framing.scales == (1.0, 1.0)  # a small crop needs the fine pixels
+        can_reduce = framing.scales == (1.0, 1.0)  # a small crop needs the full resolution
         image = read_image(
             self.files[index],
             self.channels,
-            at_least=framing.size if whole else None,
+            at_least=framing.size if can_reduce else None,
             max_pixels=self.config.max_pixels,
         )
         x = framing(image, self.chance.draw(index, epoch))
@@ -89,10 +91,11 @@ class ImageFolder(SampleDataset):
         return item if self.embeddings is None else {**item, "embedding": self.embeddings[index]}
 
     def name_of(self, index: int) -> str:
+        """Return the name of the item's file."""
         return str(self.files[index])
 
     def describe(self) -> str:
-        """A few lines on what was found: files, classes, sizes, what is enlarged, what was skipped."""
+        """Return a summary in a few lines: files, classes, sizes, enlarged images, skipped files."""
         lines = [f"{len(self)} images, {size_range(self.sizes)}{class_list(self.classes)}"]
         lines += [self.embeddings.describe()] if self.embeddings else []
         lines += self.buckets.describe(self.bucket_of)
@@ -103,6 +106,7 @@ class ImageFolder(SampleDataset):
 
 
 def make_framing(size: Any, options: DataConfig) -> ResizeCrop:
+    """Build the resize-crop transform to `size` (a number or (H, W)) with the options of the data."""
     return ResizeCrop(
         size,
         crop=options.crop,

@@ -193,9 +193,9 @@ def test_odd_values_are_said_once(x, said, caplog):
 @pytest.mark.parametrize(
     ("labels", "said"),
     [
-        ([1, 2, 3, 1], r"the labels go from 1 to 3, the model has 3 classes.*Labels count from 0: subtract 1"),
-        ([0, 1, 2, 7], r"the labels go from 0 to 7, the model has 3 classes: .*from 0 to 2, or -1 for none"),
-        ([0, 1, 2, -5], r"the labels go from -5 to 2"),
+        ([1, 2, 3, 1], r"the labels range from 1 to 3, but the model has 3 classes.*Labels count from 0: subtract 1"),
+        ([0, 1, 2, 7], r"the labels range from 0 to 7, but the model has 3 classes: .*from 0 to 2, or -1 for no label"),
+        ([0, 1, 2, -5], r"the labels range from -5 to 2"),
     ],
 )
 @pytest.mark.parametrize("workers", [0, 1])

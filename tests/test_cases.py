@@ -110,7 +110,7 @@ def test_what_is_special_is_said_by_the_index_and_by_the_data(tmp_path):
     }.items():
         assert f"{name}: {text}" in said
     data = ClipFolder(CASES, 16, 3).describe()
-    for line in ("HDR: 1 of 20", "transparent: 2 of 20", "frame rates differ (", "data.fps=8 makes them one"):
+    for line in ("HDR: 1 of 20", "transparent: 2 of 20", "frame rates differ (", "data.fps=8 makes them equal"):
         assert line in data
     assert "frame rates differ" not in ClipFolder(CASES, 16, 3, fps=8).describe()
 
@@ -263,8 +263,8 @@ def test_damage_costs_the_windows_that_touch_it(tmp_path, numbered, numbers, cap
     data = ClipFolder(path, 16, 4)
     starts = {data.frames_of(0, epoch)[0] for epoch in range(200)}
     assert starts == {0, 1, 2, 3, *range(10, 17)}
-    assert "damaged: frames 7 to 9 cannot be decoded, other windows are used" in make_index(path, "video").describe()
-    with pytest.raises(UsageError, match=r"no 12 frames together that can be decoded \(frames 7 to 9 cannot\)"):
+    assert "damaged: frames 7 to 9 cannot be decoded, clips avoid them" in make_index(path, "video").describe()
+    with pytest.raises(UsageError, match=r"no 12 consecutive frames that can be decoded \(frames 7 to 9 cannot\)"):
         ClipFolder(path, 16, 12)
     whole = ClipFolder(path, 16, 12, span="whole")
     assert not {7, 8, 9}.intersection(whole.frames_of(0, 0))
@@ -323,7 +323,7 @@ def test_the_usable_part_of_a_cut_file_is_used(tmp_path, numbered, numbers):
     path.write_bytes(content[: len(content) * 19 // 20])
     info = probe_video(path)
     assert 5 < info.num_frames < 20
-    assert f"cut short: its first {info.num_frames} of 20 frames" in info.notes
+    assert f"truncated: only the first {info.num_frames} of 20 frames" in info.notes
     with open_video(path) as video:
         assert numbers(video.read(range(info.num_frames))) == list(range(info.num_frames))
 
@@ -351,6 +351,6 @@ def test_files_that_are_passed_over_are_counted_and_named(tmp_path, numbered):
     numbered(tmp_path / "a.mp4", frames=4)
     for name in ("a.txt", "b.txt", "c.txt", "LICENSE"):  # the first is a caption
         (tmp_path / name).write_text("words")
-    said = "passed over: 3 files of other kinds (.txt 2, no extension 1): LICENSE, b.txt, c.txt"
+    said = "ignored: 3 files of other kinds (.txt 2, no extension 1): LICENSE, b.txt, c.txt"
     assert said in make_index(tmp_path, "video").describe()
     assert said in ClipFolder(tmp_path, 16, 4).describe()

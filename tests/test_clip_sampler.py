@@ -31,7 +31,7 @@ def draws(windows: ClipSampler, video: VideoInfo, num: int = 200, part: int = 0,
 
 def test_whole_takes_frames_from_all_over_the_file():
     assert draws(ClipSampler(5, DataConfig(span="whole")), info(41), 1) == [[0, 10, 20, 30, 40]]
-    with pytest.raises(UsageError, match="has 4 frames, 5 are needed"):
+    with pytest.raises(UsageError, match="has 4 frames, but 5 are needed"):
         ClipSampler(5, DataConfig(span="whole")).check(Path("a.mp4"), info(4))
     with pytest.raises(UsageError, match="leave out stride"):
         DataConfig(span="whole", stride=2)

@@ -39,7 +39,7 @@ def test_fps_takes_the_nearest_frame_in_time(clips, numbers):
     assert found == list(range(found[0], found[0] + 7, 2))
     data = ClipFolder(clips / "variable_rate.mp4", (32, 64), 7, fps=5.8)  # near 0, 5, 10, 15, 20, 26, 31
     assert numbers(data[0]["x"].transpose(0, 1)) == [0, 3, 5, 6, 7, 8, 9]
-    assert "have fewer than 100 fps: some of their frames repeat" in ClipFolder(clips, 8, 4, fps=100).describe()
+    assert "have less than 100 fps: some of their frames repeat" in ClipFolder(clips, 8, 4, fps=100).describe()
 
 
 def test_clips_are_the_same_in_every_worker_and_differ_by_epoch(folder):
@@ -78,21 +78,23 @@ def test_labels_skips_and_decoders_are_reported(folder):
     assert "4 clips, 32x64, 20 to 20 frames" in said
     assert "2 classes: a, b" in said
     assert "pyav for" in said
-    assert "one_frame.mp4 has 1 frames, 6 are needed" in said
+    assert "one_frame.mp4 has 1 frames, but 6 are needed" in said
 
 
 def test_decord_by_name_reads_what_it_reads_right_and_pyav_the_rest(folder, clips, numbers):
     pytest.importorskip("decord")
     data = ClipFolder(folder, (32, 64), 6, decoder="decord")
-    assert "read by decord for 3, pyav for 1" in data.describe()
+    assert "decoders: decord for 3, pyav for 1" in data.describe()
     assert {info.decoder for info in data.infos} == {"decord", "pyav"}
     for index in range(4):
         assert numbers(data[index]["x"].transpose(0, 1)) == data.frames_of(index, 0)
-    assert "read by pyav for 4" in ClipFolder(folder, 16, 6, decoder="pyav").describe()
+    assert "decoders: pyav for 4" in ClipFolder(folder, 16, 6, decoder="pyav").describe()
 
 
 def test_too_short_names_file_numbers_and_remedy(clips):
-    with pytest.raises(UsageError, match=r"plain\.mp4 has 20 frames, 25 are needed .*: use --frames 10, or a smaller"):
+    with pytest.raises(
+        UsageError, match=r"plain\.mp4 has 20 frames, but 25 are needed .*: use --frames 10, or a smaller"
+    ):
         ClipFolder(clips / "plain.mp4", 16, 13, stride=2)
     ClipFolder(clips / "plain.mp4", 16, 10, stride=2)
     with pytest.raises(UsageError, match=r"plain\.mp4 lasts 2\.50 s.*use --frames 5, or a higher"):

@@ -128,7 +128,7 @@ def end_at_once(*_):
 
 def test_a_child_that_does_not_start_is_no_fault_of_a_file(monkeypatch):
     monkeypatch.setattr(probing, "_serve", end_at_once)
-    with pytest.raises(UsageError, match=r"ended at its start \(code 1\).*__main__"):
+    with pytest.raises(UsageError, match=r"exited at its start \(code 1\).*__main__"):
         dict(run_in_subprocess(["a"], len, seconds=5.0))
 
 
@@ -162,7 +162,7 @@ def test_the_index_is_kept_updated_and_complete(tmp_path, numbered):
     assert "broken.mp4 cannot be read" in broken.error
     said = index.describe()
     assert "2 of 3 files can be used" in said
-    assert "1 are copies of others" in said
+    assert "1 are duplicates" in said
     with pytest.raises(UsageError, match=r"1 of 3 files cannot be used, and --strict is on: .*broken"):
         index.require_some(strict=True)
     index.require_some(strict=False)
@@ -337,7 +337,7 @@ class Uneven(Rogue):
 
 
 def test_samples_that_do_not_fit_into_one_batch_are_named():
-    with pytest.raises(UsageError, match=r"sample 3 cannot be put into a batch with sample \d+: RuntimeError: stack"):
+    with pytest.raises(UsageError, match=r"sample 3 cannot be collated with sample \d+: RuntimeError: stack"):
         drawn(TrainLoader(Uneven(), DataConfig(num_workers=0), 4, seed=1), 3)
 
 
@@ -452,7 +452,7 @@ def test_a_worker_that_does_not_start_is_no_fault_of_a_file():
     options = DataConfig(num_workers=1)
     with (
         TrainLoader(Rogue(), options, 4, seed=1, worker_init_fn=end_at_once) as batches,
-        pytest.raises(UsageError, match=r"ended at its start \(code 1\).*__main__"),
+        pytest.raises(UsageError, match=r"exited at its start \(code 1\).*__main__"),
     ):
         next(batches)
 

@@ -125,7 +125,7 @@ def test_a_folder_of_that_name_comes_first(run, hub):
     shutil.copytree(run, "alice/balls")
     assert cli.main(["sample", "alice/balls", "--num", "1", "--steps", "1"]) == 0
     assert not hub.asked
-    with pytest.raises(UsageError, match=r"alice holds no folder bals: for the hub, write hf:alice/bals"):
+    with pytest.raises(UsageError, match=r"alice has no folder bals: for the hub, write hf:alice/bals"):
         fetch("alice/bals")
     assert not hub.asked  # a slip of the pen is not told to anybody
     hub.commit("alice/balls", shared(run))
@@ -148,7 +148,7 @@ def test_only_our_two_files_are_ever_fetched(run, hub):
     assert {path.split("/")[-1] for _, path in hub.asked} == {"config.yaml", "model.safetensors"}
 
     hub.commit("bob/pickled", {"pytorch_model.bin": b"a pickle", "config.yaml": b"model: {dim: 8}\n"})
-    with pytest.raises(UsageError, match=r"it holds no config\.yaml or no model\.safetensors"):
+    with pytest.raises(UsageError, match=r"it lacks config\.yaml or model\.safetensors"):
         fetch("bob/pickled")
 
 
@@ -164,12 +164,12 @@ def test_what_was_fetched_serves_without_a_network(run, hub, monkeypatch):
 @pytest.mark.parametrize(
     ("repo", "message"),
     [
-        ("bob/missing", "could not be fetched: no such repository, or a private one"),
-        ("gated/model", "its owner grants access one by one"),
-        ("bob/bert", r"holds no model of rin-video: .*unknown key hidden_size"),
-        ("bob/empty", r"it holds no config\.yaml or no model\.safetensors: it is no model of rin-video"),
-        ("a/b/c", "no folder is called a/b/c: give the folder of a run, or a hub id user/name"),
-        ("../up", "no folder is called"),
+        ("bob/missing", "could not be fetched: it does not exist or is private"),
+        ("gated/model", "its owner approves access requests"),
+        ("bob/bert", r"is not a model of rin-video: .*unknown key hidden_size"),
+        ("bob/empty", r"it lacks config\.yaml or model\.safetensors: it is not a model of rin-video"),
+        ("a/b/c", "there is no folder a/b/c: pass the folder of a run, or a hub id user/name"),
+        ("../up", "there is no folder"),
         ("bob/--x", "could not be fetched: "),
     ],
 )
@@ -187,7 +187,7 @@ def test_what_cannot_be_pushed_is_said(run, hub, tmp_path, monkeypatch):
     for folder, repo, message in [
         (run, "balls", "balls is no name on the hub: give user/name"),
         (run, "alice/balls@v1", "is no name on the hub"),
-        (run, "bob/balls", "could not be pushed to the hub: your token does not allow it"),
+        (run, "bob/balls", "could not be pushed to the hub: your token has no permission"),
         (tmp_path / "none", "alice/balls", "no folder is called"),
         (tmp_path, "alice/balls", r"holds no config\.yaml"),
     ]:
@@ -195,7 +195,7 @@ def test_what_cannot_be_pushed_is_said(run, hub, tmp_path, monkeypatch):
             push_to_hub(folder, repo)
     for token in ("hf_reader", "hf_unknown"):
         monkeypatch.setenv("HF_TOKEN", token)
-        with pytest.raises(UsageError, match="your token does not allow it"):
+        with pytest.raises(UsageError, match="your token has no permission"):
             push_to_hub(run, "alice/balls")
     assert not hub.repos
 

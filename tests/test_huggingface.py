@@ -27,7 +27,7 @@ def test_a_row_that_lacks_its_picture_costs_itself(tmp_path, hub, caplog):
     saved(hub, tmp_path / "typed", {"image": [png(tmp_path, 1)] * 4}, {"image": hub.Image()})
     data = open_dataset(tmp_path / "typed", (3, 8, 8), DataConfig())
     data.table = [{"image": cell} for cell in cells]
-    with pytest.raises(UsageError, match=r"typed\[1\] holds nothing in column image"):
+    with pytest.raises(UsageError, match=r"typed\[1\] has no value in column image"):
         data.draw(1, 0)
     with pytest.raises(UsageError, match=r"typed\[2\]: .*gone\.png cannot be read"):
         data.draw(2, 0)
@@ -42,7 +42,7 @@ def test_options_that_would_not_be_heeded_are_refused(tmp_path, hub, option):
     folder = saved(hub, tmp_path / "set", {"image": [png(tmp_path, 1)]}, {"image": hub.Image()})
     name, value = option.split("=")
     options = DataConfig(**{name: ["8x8"] if name == "buckets" else eval(value)})
-    with pytest.raises(UsageError, match=f"data.{name}=.* is for folders and shards"):
+    with pytest.raises(UsageError, match=f"data.{name}=.* requires folders or shards"):
         open_dataset(folder, (3, 8, 8), options)
 
 
@@ -67,7 +67,7 @@ def test_columns_by_name(tmp_path, hub):
     folder = saved(hub, tmp_path / "set", columns)
     hub.load_from_disk(folder).cast_column("first", hub.Image()).save_to_disk(tmp_path / "typed")
     data = open_dataset(tmp_path / "typed", (3, 8, 8), DataConfig())
-    said = "no labels: kind are whole numbers; --label-column kind takes them"
+    said = "no labels; integer columns: kind; --label-column kind uses one"
     assert data.describe() == f"3 rows of column first\n{said}"
     data = open_dataset(tmp_path / "typed", (3, 8, 8), DataConfig(image_column="photo", label_column="kind"))
     assert data.classes == ["3", "7"]
@@ -80,12 +80,12 @@ def test_columns_by_name(tmp_path, hub):
     assert (data.classes, data.labels) == (["a", "b"], [1, 0, 1])
     for options, said in [
         ({"image_column": "picture"}, r"has no column picture: it has first \(Image\), photo \(Value\)"),
-        ({"image_column": "kind"}, "column kind holds no images"),
-        ({"label_column": "first"}, "no class labels"),
+        ({"image_column": "kind"}, "column kind contains no images"),
+        ({"label_column": "first"}, "not class labels"),
     ]:
         with pytest.raises(UsageError, match=said):
             open_dataset(tmp_path / "typed", (3, 8, 8), DataConfig(**options))
-    with pytest.raises(UsageError, match="this is none: leave it out"):
+    with pytest.raises(UsageError, match="which this is not: leave it out"):
         open_dataset(tmp_path, (3, 8, 8), DataConfig(label_column="name"))
 
 
@@ -105,7 +105,9 @@ def test_a_set_of_images_is_taken_for_images(tmp_path, hub, capsys, monkeypatch)
     saved(hub, tmp_path / "both", both, {"image": hub.Image(), "clip": hub.Video(decode=False)})
     hub.load_from_disk(tmp_path / "both").cast_column("clip", hub.Video()).save_to_disk(tmp_path / "two")
     assert cli.main(["peek", "two", "--size", "8"]) == 2
-    assert "has images (image) and clips (clip): say which to use, --frames 16 or --frames 0" in capsys.readouterr().err
+    assert (
+        "has images (image) and clips (clip): choose the clips (--frames 16) or the images" in capsys.readouterr().err
+    )
     saved(hub, tmp_path / "none", {"image": []}, {"image": hub.Image()})
     assert cli.main(["peek", "none", "--size", "8"]) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("rin-video: error: none ")

@@ -192,9 +192,9 @@ def test_a_long_search_says_what_is_kept(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(indexing, "MANY", 2)
     pictures(tmp_path / "data", *"abc")
     make_index(tmp_path / "data", "image", progress=True)
-    assert "looking into 3 files, once; nothing is kept: `rin-video index" in caplog.text
+    assert "indexing 3 files; the index is not saved: `rin-video index" in caplog.text
     make_index(tmp_path / "data", "image", path=tmp_path / INDEX, progress=True)
-    assert "looking into 3 files, once; what is found is kept" in caplog.text
+    assert "indexing 3 files; the index is saved" in caplog.text
 
 
 def test_other_images_beside_the_same_clips_are_refused():

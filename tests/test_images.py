@@ -103,11 +103,11 @@ def test_classes_labels_skips_and_enlargement_are_reported(tmp_path):
 def test_folders_say_what_they_hold(tmp_path):
     with pytest.raises(UsageError, match="there is no file or folder"):
         find_files(tmp_path / "nowhere", IMAGE_EXTENSIONS)
-    with pytest.raises(UsageError, match=r"holds no \.png"):
+    with pytest.raises(UsageError, match=r"contains no \.png"):
         ImageFolder(tmp_path, 8)
     (tmp_path / "a.gif").touch()
     assert detect_kind(tmp_path) == "video"
-    with pytest.raises(UsageError, match="it holds 1 clips: use --frames 16"):
+    with pytest.raises(UsageError, match="it contains 1 clips: use --frames 16"):
         ImageFolder(tmp_path, 8)
     (tmp_path / "b.JPG").touch()
     with pytest.raises(UsageError, match="1 images and 1 clips"):

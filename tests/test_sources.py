@@ -245,7 +245,7 @@ def test_hugging_face_clips(tmp_path, clips, hub, numbers, stored):
         found = numbers(item["x"].transpose(0, 1))
         assert found == list(range(found[0], found[0] + 9, 2))
         assert item["label"] == label
-    with pytest.raises(UsageError, match=r"set\[0\].* has 20 frames, 30 are needed"):
+    with pytest.raises(UsageError, match=r"set\[0\].* has 20 frames, but 30 are needed"):
         open_dataset(tmp_path / "set", (3, 30, 32, 64), DataConfig()).draw(0, 0)
 
 

@@ -137,7 +137,7 @@ def test_the_command_line_ends_with_a_code_of_its_own(monkeypatch, capsys):
     def stop(options):
         raise Stopped("stopped by SIGTERM at step 7")
 
-    monkeypatch.setattr("rin_video.cli.commands.info", stop)
+    monkeypatch.setattr("rin_video.cli.inspect.info", stop)
     assert cli.main(["info"]) == 75
     assert capsys.readouterr().err == "rin-video: stopped by SIGTERM at step 7\n"
 

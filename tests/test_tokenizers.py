@@ -155,7 +155,7 @@ def test_sizes_that_do_not_divide_name_axis_size_and_the_nearest_that_fit(name):
         grid = [3 * p for p in patch]
         grid[axis] += 1
         fits = f"{3 * patch[axis]} and {4 * patch[axis]}"
-        message = f"^{tokenizer.axes[axis]} {grid[axis]} is no multiple of its patch size {patch[axis]}.*{fits}$"
+        message = f"^{tokenizer.axes[axis]} {grid[axis]} is not a multiple of its patch size {patch[axis]}.*{fits}$"
         for attempt in (
             lambda grid=grid: build(name, grid=tuple(grid)),
             lambda grid=grid: tokenizer.tokenize(torch.zeros(1, 3, *grid)),
@@ -169,8 +169,8 @@ def test_sizes_that_do_not_divide_name_axis_size_and_the_nearest_that_fit(name):
         tokenizer.tokenize(torch.zeros(1, 4, *tokenizer.grid))
 
 
-def test_a_grid_smaller_than_its_patch_is_told_the_one_size_that_is_near():
-    with pytest.raises(UsageError, match=r"length 3 is no multiple of its patch size 4: the nearest that fit are 4$"):
+def test_the_error_of_a_grid_smaller_than_its_patch_names_the_nearest_size():
+    with pytest.raises(UsageError, match=r"length 3 is not a multiple of its patch size 4: .* that fit are 4$"):
         build("sequence", grid=(3,))
 
 
@@ -285,9 +285,7 @@ def test_sincos_keeps_its_layout_on_an_axis_of_one_token():
     still = make_position("sincos", (1, 5, 6), 36)
     assert_close(still((1, 5, 6)), grid_sincos((5, 6), 36), rtol=0, atol=0)  # as made: two axes share the width
     assert still((1, 9, 2)).shape == (18, 36)
-    with pytest.raises(
-        UsageError, match=r"made for 1x5x6 tokens and cannot tell those of 2x5x6 apart: train with more"
-    ):
+    with pytest.raises(UsageError, match=r"made for 1x5x6 tokens and cannot distinguish 2x5x6 tokens: train with more"):
         still((2, 5, 6))
 
 
@@ -295,7 +293,7 @@ def test_sincos_keeps_its_layout_on_an_axis_of_one_token():
 def test_learned_positions_refuse_another_grid(name):
     position = make_position(name, (2, 3), 16)
     assert position((2, 3)).shape == (6, 16)
-    with pytest.raises(UsageError, match=r"made for 2x3 tokens and cannot serve 3x2.*position=sincos"):
+    with pytest.raises(UsageError, match=r"made for 2x3 tokens and do not fit 3x2.*position=sincos"):
         position((3, 2))
 
 
@@ -335,7 +333,7 @@ def test_an_unknown_position_lists_the_known():
 def test_a_name_that_is_taken_raises():
     registry: Registry[object] = Registry("thing", group="rin_video.nothing")
     assert registry.register("a")(1) == 1
-    with pytest.raises(ValueError, match="a thing named 'a' is registered already"):
+    with pytest.raises(ValueError, match="a thing named 'a' is already registered"):
         registry.register("a")(2)
     assert registry.get("a") == 1
     for name in NAMES:
@@ -344,7 +342,7 @@ def test_a_name_that_is_taken_raises():
 
 
 def test_an_unknown_name_lists_the_known():
-    with pytest.raises(UsageError, match=r"unknown tokenizer 'tubes': known are .*image.*sequence.*tube"):
+    with pytest.raises(UsageError, match=r"unknown tokenizer 'tubes': use one of .*image.*sequence.*tube"):
         TOKENIZERS.get("tubes")
     assert "tubes" not in TOKENIZERS
     assert set(NAMES) >= {"image", "sequence", "tube"}
@@ -389,7 +387,7 @@ def plugin(tmp_path, monkeypatch):
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: acme-chords\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[rin_video.tokenizers]\nchords = acme_chords:Chords\n")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(TOKENIZERS, "_things", dict(TOKENIZERS._things))
+    monkeypatch.setattr(TOKENIZERS, "_objects", dict(TOKENIZERS._objects))
     yield "chords"
     sys.modules.pop("acme_chords", None)
 
@@ -397,7 +395,7 @@ def plugin(tmp_path, monkeypatch):
 def test_a_tokenizer_of_another_distribution_trains_and_samples(plugin):
     assert plugin in TOKENIZERS
     assert "acme_chords" not in sys.modules  # listing does not import
-    with pytest.raises(UsageError, match="known are chords, image, sequence, tube"):
+    with pytest.raises(UsageError, match="use one of chords, image, sequence, tube"):
         RIN(dim=16, tokenizer="chord", sequence_length=16)
     assert "acme_chords" not in sys.modules
 
@@ -412,9 +410,9 @@ def test_a_tokenizer_of_another_distribution_trains_and_samples(plugin):
     diffusion(torch.rand(4, 2, 16)).backward()
     optimizer.step()
     assert all((p != before[name]).any() for name, p in model.tokenizer.named_parameters())
-    samples = diffusion.sample(2, steps=2, seed=0)
+    samples = diffusion.sample(batch_size=2, steps=2, seed=0)
     assert samples.shape == (2, 2, 16)
-    with pytest.raises(UsageError, match="conv_width is 8, but the tokenizer chords convolves nothing"):
+    with pytest.raises(UsageError, match="conv_width is 8, but the tokenizer chords has no convolutions"):
         RIN(dim=16, tokenizer=plugin, sequence_length=16, channels=2, num_latents=4, conv_width=8)
     assert 0 <= samples.min() <= samples.max() <= 1
 

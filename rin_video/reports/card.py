@@ -48,9 +48,9 @@ def push_to_hub(
     from huggingface_hub import CommitOperationAdd, HfApi
 
     if not isinstance(model, str | os.PathLike):
-        with TemporaryDirectory() as temporary:
-            model.save_pretrained(temporary)
-            return push_to_hub(temporary, repo, private=private, license=license, new_card=new_card)
+        with TemporaryDirectory() as saved:
+            model.save_pretrained(saved)
+            return push_to_hub(saved, repo, private=private, license=license, new_card=new_card)
     folder = Path(model)
     match = HUB_ID.match(repo.removeprefix(HUB))
     if match is None or match["revision"]:

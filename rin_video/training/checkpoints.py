@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from rin_video.config import Config
-from rin_video.config_files import to_dict
+from rin_video.config_files import nest_parameters, to_dict
 from rin_video.errors import UsageError
 from rin_video.training.distributed import load_full_state_dict, load_optimizer_state, optimizer_state
 from rin_video.training.state import remove_state
@@ -49,7 +49,7 @@ class TrainingState(NamedTuple):
 def check_same_options(run: Path, then: dict[str, Any], config: Config) -> None:
     """Raises `UsageError` if an option in `KEPT` differs from that of the checkpoint, or the start of the weights."""
     for section, keys in KEPT.items():
-        before, now = then[section], to_dict(getattr(config, section))
+        before, now = nest_parameters(section, then[section]), to_dict(getattr(config, section))
         for key in keys or now:
             if key in before and before[key] != now[key]:
                 raise UsageError(
