@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import Dataset, get_worker_info
 
 from rin_video.datasets.batch import Batch, collate
-from rin_video.datasets.epochs import EpochDataset
+from rin_video.datasets.epochs import EpochDataset, name_of
 from rin_video.datasets.sources import shown
 from rin_video.errors import DatasetError, UsageError, first_line
 
@@ -57,10 +57,7 @@ class FaultTolerantDataset(Dataset[Any]):
 
     def name_of(self, index: int) -> str:
         """Return a sample's name on one line: its file, if the dataset has files."""
-        dataset = self.draws.dataset
-        files = getattr(dataset, "files", None)
-        name_of = getattr(dataset, "name_of", files.__getitem__ if files else "sample {}".format)
-        return shown(str(name_of(index)))
+        return shown(name_of(self.draws.dataset, index))
 
     def note(self, at: int) -> None:
         """Record the sample that this process starts to read (an index), or its state (IDLE, STARTING)."""
