@@ -21,6 +21,7 @@ from rin_video.datasets.reading import read_image
 from rin_video.datasets.resize_crop import SampleRNG, class_list, smaller
 from rin_video.datasets.sources import Buffer, shown
 from rin_video.errors import UsageError, first_line
+from rin_video.wording import counted
 
 PREFIX = "hf:"
 
@@ -155,7 +156,7 @@ class HubDataset(SampleDataset):
     def describe(self) -> str:
         lines = [f"{len(self.table)} rows of column {self.column}{class_list(self.classes)}"]
         if self.parts_of_row > 1:
-            lines.append(f"{len(self)} windows an epoch")
+            lines.append(f"{counted(len(self), 'window')} an epoch")
         if not self.label and (numbers := self.whole_numbers):
             lines.append(f"no labels: {', '.join(numbers)} are whole numbers; --label-column {numbers[0]} takes them")
         return "\n".join(lines)

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
-from tqdm.auto import tqdm
 
 from rin_video.config import Config, ModelConfig, SampleConfig, trainer_config
 from rin_video.config_files import to_dict
@@ -37,6 +36,7 @@ from rin_video.files import disk_full_handler
 from rin_video.media import DEFAULT_FPS
 from rin_video.model.transfer import transfer_weights
 from rin_video.port import trainer_options
+from rin_video.progress import progress_bar
 from rin_video.tensor_files import full_tensor
 from rin_video.training.callbacks import Callback, append_line
 from rin_video.training.distributed import (
@@ -66,6 +66,7 @@ from rin_video.training.signals import StopSignals, ignore_signals
 from rin_video.training.state import load_state, newest_state, remove_state, save_state, saved_states
 from rin_video.training.tracking import Tracking, check_trackers
 from rin_video.weights import save_weights
+from rin_video.wording import counted
 
 log = logging.getLogger("rin_video")
 
@@ -149,8 +150,8 @@ class Trainer:
         config.sample.fps = config.sample.fps or frame_rate(data)
         if len(data) < self.options.train_batch_size:  # type: ignore[arg-type]
             log.warning(
-                "the data are %d samples, a batch is %d: every step sees some of them more than once",
-                len(data),  # type: ignore[arg-type]
+                "the data are %s, a batch is %d: every step sees some of them more than once",
+                counted(len(data), "sample"),  # type: ignore[arg-type]
                 self.options.train_batch_size,
             )
         if self.options.init_from is not None:
@@ -213,18 +214,12 @@ class Trainer:
             state=self.pending,
             gather=self.accelerator.gather,
         )
-        bar = tqdm(
-            total=self.options.train_num_steps,
-            initial=self.step,
-            desc="training",
-            unit="step",
-            disable=not (self.progress and main),
-        )
+        steps, shown = self.options.train_num_steps, self.progress and main
         self.call("on_start")
         try:
             with (
                 StopSignals() as signals,
-                bar,
+                progress_bar(steps, "training", "step", initial=self.step, disable=not shown) as bar,
                 disk_full_handler(self.folder),
                 out_of_memory(self.config, self.accelerator.device, self.accelerator.num_processes),
                 self.batches() as batches,
@@ -575,7 +570,7 @@ def check_classes(diffusion: GaussianDiffusion, data: Any) -> None:
     unnamed = not classes and isinstance(data, ADAPTED)  # labels are looked at batch by batch
     if expected and classes is not None and len(classes) != expected and not unnamed:
         raise UsageError(
-            f"the model has {expected} classes, the data {len(classes)}: set model.num_classes={len(classes)}"
+            f"the model has {counted(expected, 'class')}, the data {len(classes)}: set model.num_classes={len(classes)}"
         )
 
 
@@ -590,7 +585,7 @@ def check_embeddings(diffusion: GaussianDiffusion, data: Any) -> None:
         )
     if shape is not None and (wanted != shape[1] or getattr(config, "embedding_tokens", 0) < shape[0]):
         raise UsageError(
-            f"the samples come with {shape[0]} vectors of {shape[1]}, the model takes "
+            f"the samples come with {counted(shape[0], 'vector')} of {shape[1]}, the model takes "
             f"{getattr(config, 'embedding_tokens', 0) if wanted else 0} of {wanted}: set "
             f"model.embedding_tokens={shape[0]} model.embedding_dim={shape[1]}"
         )
