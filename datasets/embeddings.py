@@ -17,6 +17,7 @@ from rin_video.datasets.shards import companion, companions, members_of
 from rin_video.datasets.sources import Member, Source, shown
 from rin_video.errors import UsageError
 from rin_video.files import ARRAY_SUFFIXES, atomic_write
+from rin_video.wording import counted
 
 CACHE = ".captions.safetensors"  # beside the index, and named after it
 
@@ -181,4 +182,4 @@ def _vectors(shape: tuple[int, int]) -> str:
 
 
 def _of(there: int, count: int) -> str:
-    return f"{there} of {count} files" + ("; the others are trained on without" if there < count else "")
+    return f"{there} of {counted(count, 'file')}" + ("; the others are trained on without" if there < count else "")

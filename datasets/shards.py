@@ -23,6 +23,7 @@ from pathlib import Path, PurePosixPath
 from rin_video.datasets.sources import Member, decode_text, open_source, shown
 from rin_video.errors import UsageError
 from rin_video.files import PIPE, atomic_write
+from rin_video.wording import counted
 
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 MAX_SHARDS = 1_000_000
@@ -117,7 +118,9 @@ def _members(shard: Path, modified: int) -> tuple[list[Member], list[tuple[str, 
             raise UsageError(
                 f"{shown(shard)} cannot be read as a plain tar file ({shown(str(error))}): make it again"
             ) from error
-        refused.append((shard.name, f"{shown(shard)} breaks off after {len(members)} files ({shown(str(error))})"))
+        refused.append(
+            (shard.name, f"{shown(shard)} breaks off after {counted(len(members), 'file')} ({shown(str(error))})")
+        )
     return members, refused
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from rin_video.errors import UsageError
+from rin_video.wording import in_bytes
 
 WEIGHTS, CONFIG = "model.safetensors", "config.yaml"
 HUB, PIPE = "hf:", "pipe:"  # what names of data begin with that are no paths
@@ -79,7 +80,7 @@ def disk_full_handler(path: Path) -> Iterator[None]:
             raise
         free = shutil.disk_usage(next(p for p in path.absolute().parents if p.is_dir())).free
         raise UsageError(
-            f"{path} could not be written, {free / 1e6:,.0f} MB are free ({error}): make room, or lower "
+            f"{path} could not be written, {in_bytes(free)} are free ({error}): make room, or lower "
             "train.keep_checkpoints. What was written before is whole: the same command goes on from there"
         ) from None
 

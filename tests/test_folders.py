@@ -97,7 +97,7 @@ def test_gifs_of_one_frame_are_images_and_a_stray_animation_is_passed_over(tmp_p
     numbered(tmp_path / "moving.gif", codec="gif", frames=3)
     assert detect_kind(tmp_path) == "image"
     said = ImageFolder(tmp_path, 8).describe()
-    assert "ignored: 1 files of other kinds (.gif 1): " in said
+    assert "ignored: 1 file of other kinds (.gif 1): " in said
     assert "moving.gif" in said
     assert len(ClipFolder(tmp_path, 8, 3)) == 1
 
@@ -239,7 +239,7 @@ def test_one_animation_among_few_pictures_is_a_stray(tmp_path):
     assert detect_kind(tmp_path) == "image"
     (tmp_path / "0.png").unlink()
     (tmp_path / "1.png").unlink()
-    with pytest.raises(UsageError, match="contains 1 images and 1 clips"):
+    with pytest.raises(UsageError, match="contains 1 image and 1 clip"):
         detect_kind(tmp_path)
 
 
