@@ -1,9 +1,9 @@
-"""Damage checkpoints, weights and configurations in a thousand ways: each is refused clearly, or loads equal.
+"""Damages checkpoints, weights and configs in a thousand ways: each must raise a clear error or load unchanged.
 
     python benchmarks/mutations.py --mutants 1000
 
-Only `config.yaml` is meant to be edited: where a mutant of it is a valid file that says something else about training,
-data or sampling, it loads as what it says; about model and diffusion it must say what the weights were made with.
+Only `config.yaml` is meant to be edited: a mutant that is valid and has other options of training, data or sampling
+loads with these options. Its options of model and diffusion must match those of the weights.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ DANGEROUS = ("pickle.find_class", "os.system", "os.exec", "os.posix_spawn", "sub
 
 
 def make_run(folder: Path, **model: Any) -> Path:
+    """Train a tiny model for two steps."""
     torch.manual_seed(0)
     diffusion = GaussianDiffusion(RIN(**TINY | model), timesteps=3)
     options = {"train_num_steps": 2, "train_batch_size": 4, "save_and_sample_every": 2, "num_samples": 1}
@@ -43,14 +44,14 @@ def make_run(folder: Path, **model: Any) -> Path:
 
 
 def damage(content: bytes, how: str, chance: random.Random) -> bytes:
-    """A mutant of a file's bytes."""
+    """Return a mutant of a file's bytes."""
     place = chance.randrange(len(content))
     if how == "flips":
         mutant = bytearray(content)
         for _ in range(chance.choice([1, 1, 1, 2, 8, 64])):
             mutant[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
         return bytes(mutant)
-    if how == "header":  # where formats keep their lengths and names
+    if how == "header":  # formats store lengths and names there
         mutant = bytearray(content)
         mutant[chance.randrange(min(len(content), 600))] = chance.randrange(256)
         return bytes(mutant)
@@ -70,7 +71,7 @@ BYTES = ("flips", "flips", "flips", "header", "truncated", "longer", "zeros", "s
 
 
 def wrong_tensors(path: Path, how: str, chance: random.Random) -> None:
-    """A valid safetensors file that holds something else."""
+    """Change a tensor of a safetensors file, which remains valid."""
     tensors = load_file(path)
     name = chance.choice(sorted(tensors))
     if how == "shape":
@@ -85,6 +86,7 @@ def wrong_tensors(path: Path, how: str, chance: random.Random) -> None:
 
 
 def same(a: Any, b: Any) -> bool:
+    """Return whether two nested structures are equal, tensors bit by bit."""
     if isinstance(a, torch.Tensor):
         return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, dict):
@@ -95,6 +97,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 def load(folder: Path, target: str) -> Any:
+    """Load a checkpoint ("state"), or a model with its config."""
     if target == "state":
         return load_state(folder)
     model, config = load_model(folder)
@@ -106,7 +109,7 @@ def load(folder: Path, target: str) -> Any:
 
 
 def outcome(folder: Path, target: str, original: Any) -> str:
-    """What loading the mutant comes to; anything but the first three is a failure."""
+    """Load a mutant and describe the outcome; everything not in GOOD is a failure."""
     result: list[str] = []
 
     def attempt() -> None:
