@@ -61,7 +61,11 @@ def make_averages(model: nn.Module, kind: str) -> dict[str, EMA]:
 
 def draw(diffusion: GaussianDiffusion, average: EMA, num: int, **options: Any) -> Tensor:
     """Draw `num` samples in [0, 1] with the averaged weights."""
-    return diffusion.with_model(average.ema_model).sample(num, seed=0, max_batch=500, steps=CALLS, **options).cpu()
+    return (
+        diffusion.with_model(average.ema_model)
+        .sample(batch_size=num, seed=0, max_batch=500, steps=CALLS, **options)
+        .cpu()
+    )
 
 
 def fashion(data: Path | None, seed: int, steps: int, num: int, work: Path) -> dict[str, float]:
@@ -111,7 +115,7 @@ def demo(seed: int, steps: int, num: int, work: Path) -> dict[str, float]:
     network = train_features(clips, labels)
     real = clip_statistics(network, clips[: len(clips) // epochs] / 255)
     torch.manual_seed(seed)
-    diffusion = GaussianDiffusion.from_config(RIN(config.model), config.diffusion)
+    diffusion = GaussianDiffusion(RIN(config.model), config.diffusion)
     tracked = Averages()
     with tempfile.TemporaryDirectory() as folder:
         Trainer(diffusion, dataset, results_folder=folder, config=config, progress=False, callbacks=[tracked]).train()

@@ -207,7 +207,7 @@ def main() -> None:
         run_demo(Path("runs/demo"))
         options.run, options.data = Path("runs/demo/run"), Path("runs/demo/data")
     model, config = load_model(options.run)
-    diffusion = GaussianDiffusion.from_config(model, config.diffusion)
+    diffusion = GaussianDiffusion(model, config.diffusion)
     epochs = 8
     data, labels = read_data(options.data, diffusion.shape, epochs, config.data)
     network = train_features(data, labels)

@@ -90,7 +90,7 @@ def read_images(data: Path | None, folder: Path, train: bool) -> tuple[Tensor, T
 def our_arm(overrides: list[str]) -> tuple[nn.Module, nn.Module, torch.optim.Optimizer, Any]:
     """Return diffusion, averaged weights, optimizer and config of rin-video."""
     config = load_config(str(HERE / "fashion.yaml"), overrides)
-    diffusion = GaussianDiffusion.from_config(RIN(config.model), config.diffusion)
+    diffusion = GaussianDiffusion(RIN(config.model), config.diffusion)
     return (
         diffusion,
         make_ema(diffusion.model, config.train, torch.device("cpu")),
@@ -178,7 +178,7 @@ def draw(arm: str, overrides: list[str], weights: Path, num: int, sampler: str) 
         diffusion, _, _, config = our_arm(overrides)
         diffusion.model.load_state_dict(state)
         how = {"sampler": config.sample.sampler, "spacing": config.sample.spacing}
-        return diffusion.sample(num, steps=CALLS, seed=0, max_batch=100, **how)
+        return diffusion.sample(batch_size=num, steps=CALLS, seed=0, max_batch=100, **how)
     diffusion, _, _ = port_arm(port_options(arm, overrides))
     diffusion.model.load_state_dict(state)
     diffusion.use_ddim = sampler == "ddim"

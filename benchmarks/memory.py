@@ -53,7 +53,7 @@ def measure(name: str, batch_size: int, overrides: list[str]) -> None:
         config.data.num_workers = 0
         model = RIN(config.model)
         data = TensorDataset(torch.zeros(1, *model.shape, dtype=torch.uint8), torch.zeros(1, dtype=torch.long))
-        diffusion = GaussianDiffusion.from_config(model, config.diffusion)
+        diffusion = GaussianDiffusion(model, config.diffusion)
         trainer = Trainer(diffusion, data, results_folder=folder, config=config, progress=False)
         batches = trainer.batches()
         for _ in range(2):

@@ -42,7 +42,7 @@ def rin(name: str = "rin-video", *, self_cond: float = 0.9, **options: Any) -> C
     """Build our model; its loss runs the self-conditioning pass in every step."""
     diffusion = GaussianDiffusion(RIN(**options), train_prob_self_cond=self_cond)
     return Contender(
-        name, diffusion, diffusion, lambda batch, steps: diffusion.sample(batch, steps=steps, sampler="ddim")
+        name, diffusion, diffusion, lambda batch, steps: diffusion.sample(batch_size=batch, steps=steps, sampler="ddim")
     )
 
 

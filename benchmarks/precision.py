@@ -36,15 +36,15 @@ def main() -> None:
     for preset, batch in CASES:
         config = load_config(preset)
         torch.manual_seed(0)
-        diffusion = GaussianDiffusion.from_config(RIN(config.model), config.diffusion).cuda()
+        diffusion = GaussianDiffusion(RIN(config.model), config.diffusion).cuda()
         reference = None
         for precision in PRECISIONS:
-            diffusion.sample(batch, steps=3, seed=0, precision=precision)
+            diffusion.sample(batch_size=batch, steps=3, seed=0, precision=precision)
             seconds = []
             for _ in range(3):
                 torch.cuda.synchronize()
                 start = time.perf_counter()
-                samples = diffusion.sample(batch, steps=STEPS, seed=0, precision=precision)
+                samples = diffusion.sample(batch_size=batch, steps=STEPS, seed=0, precision=precision)
                 torch.cuda.synchronize()
                 seconds.append((time.perf_counter() - start) / STEPS)
             reference = samples if reference is None else reference

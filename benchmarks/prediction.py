@@ -108,7 +108,7 @@ def main() -> None:
         write_demo_set(options.folder / "clips", clips_per_class=options.clips)
         data = open_dataset(options.folder / "clips", shape, config.data)
         torch.manual_seed(config.train.seed)
-        diffusion = GaussianDiffusion.from_config(RIN(config.model), config.diffusion)
+        diffusion = GaussianDiffusion(RIN(config.model), config.diffusion)
         start, cpu_start = time.perf_counter(), time.process_time()
         trainer = Trainer(diffusion, data, results_folder=options.folder / "run", config=config)
         trainer.train()

@@ -214,7 +214,7 @@ def arithmetic(machine: Machine) -> list[Row]:
     rows: list[Row] = []
     for mode in machine.modes:
         torch.manual_seed(0)
-        diffusion = GaussianDiffusion.from_config(RIN(config.model), config.diffusion).to(machine.device)
+        diffusion = GaussianDiffusion(RIN(config.model), config.diffusion).to(machine.device)
         x = torch.rand(batch, *diffusion.shape, device=machine.device)
         label = torch.zeros(batch, dtype=torch.long, device=machine.device) if config.model.num_classes else None
         cost = batch * flops(lambda d=diffusion, x=x, y=label: d(x[:1], None if y is None else y[:1]).backward())
@@ -428,7 +428,7 @@ def waiting(machine: Machine) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         write_demo_set(Path(folder) / "data")
         torch.manual_seed(0)
-        diffusion = GaussianDiffusion.from_config(RIN(config.model), config.diffusion)
+        diffusion = GaussianDiffusion(RIN(config.model), config.diffusion)
         trainer = Trainer(
             diffusion, str(Path(folder) / "data"), results_folder=Path(folder) / "run", config=config, progress=False
         )

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from rin_video.datasets.sources import Source, open_source, shown, size_of
 from rin_video.errors import UsageError
+from rin_video.files import ARRAY_KEY
 
-ARRAY_SUFFIXES = (".npy", ".safetensors")
 DTYPES = ("uint8", "float16", "float32", "float64")
 SAFETENSORS_DTYPES = {"U8": "uint8", "F16": "float16", "F32": "float32", "F64": "float64"}
 MAX_HEADER = 100_000_000  # bytes, as the library has it
@@ -80,9 +80,9 @@ def _safetensors_header(source: Source, file: BinaryIO) -> ArrayInfo:
         raise UsageError(f"{shown(source)} is no .safetensors file: its header would be {length:,} bytes long")
     arrays = json.loads(file.read(length))
     arrays.pop("__metadata__", None)
-    if len(arrays) != 1 and "samples" not in arrays:
-        raise UsageError(f"{shown(source)} holds {shown(', '.join(arrays)) or 'nothing'}: name the array 'samples'")
-    array = arrays["samples"] if "samples" in arrays else next(iter(arrays.values()))
+    if len(arrays) != 1 and ARRAY_KEY not in arrays:
+        raise UsageError(f"{shown(source)} holds {shown(', '.join(arrays)) or 'nothing'}: name the array {ARRAY_KEY!r}")
+    array = arrays[ARRAY_KEY] if ARRAY_KEY in arrays else next(iter(arrays.values()))
     shape, (start, end) = tuple(map(int, array["shape"])), map(int, array["data_offsets"])
     dtype = SAFETENSORS_DTYPES.get(array["dtype"], array["dtype"])
     if dtype in DTYPES and (

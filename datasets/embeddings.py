@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,11 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rin_video.config import DataConfig
-from rin_video.datasets.array_files import ARRAY_SUFFIXES, ArrayInfo, probe_array, read_array
+from rin_video.datasets.array_files import ArrayInfo, probe_array, read_array
 from rin_video.datasets.index import Entry
 from rin_video.datasets.shards import companion, companions, members_of
 from rin_video.datasets.sources import Member, Source, shown
 from rin_video.errors import UsageError
+from rin_video.files import ARRAY_SUFFIXES, atomic_write
 
 CACHE = ".captions.safetensors"  # beside the index, and named after it
 
@@ -167,18 +167,13 @@ def _read_cache(cache: Path | None, key: str) -> Tensor | None:
 
 
 def _write_cache(cache: Path | None, key: str, rows: Tensor) -> None:
-    """Atomically; several processes may do so at once."""
     from safetensors.torch import save_file
 
     if cache is None:
         return
     cache.parent.mkdir(parents=True, exist_ok=True)
-    temporary = cache.with_name(f".{cache.name}.{os.getpid()}.tmp")
-    try:
+    with atomic_write(cache, unique=True, durable=False) as temporary:
         save_file({"captions": rows}, temporary, metadata={"key": key})
-        os.replace(temporary, cache)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _vectors(shape: tuple[int, int]) -> str:

@@ -21,14 +21,13 @@ from rin_video.datasets.reading import read_image
 from rin_video.datasets.resize_crop import SampleRNG, class_list, smaller
 from rin_video.datasets.sources import Buffer, shown
 from rin_video.errors import UsageError, first_line
-
-PREFIX = "hf:"
+from rin_video.files import HUB
 
 
 def is_hub(path: str | os.PathLike[str]) -> bool:
     """Return whether `path` is `hf:...` or a folder that the Hugging Face package saved."""
     name = os.fspath(path)
-    return name.startswith(PREFIX) or any(
+    return name.startswith(HUB) or any(
         os.path.isfile(os.path.join(name, file)) for file in ("state.json", "dataset_dict.json")
     )
 
@@ -239,10 +238,10 @@ def load_table(name: str) -> Any:
 def _load(name: str, modified: tuple[int, ...]) -> Any:
     hub = import_hub()
     try:
-        if not name.startswith(PREFIX):
+        if not name.startswith(HUB):
             table = hub.load_from_disk(name)
         else:
-            repo, *rest = name[len(PREFIX) :].split(":")
+            repo, *rest = name[len(HUB) :].split(":")
             *configurations, split = rest or [""]
             if len(configurations) > 1:
                 raise ValueError("write hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIGURATION:SPLIT")

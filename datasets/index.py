@@ -7,7 +7,6 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -32,6 +31,7 @@ from rin_video.datasets.shards import companion, companions, is_shards, members_
 from rin_video.datasets.sources import Member, Source, decode_text, open_source, shown, size_of
 from rin_video.datasets.video_info import MAX_PIXELS, VideoInfo
 from rin_video.errors import TimeLimitError, TransientError, UsageError
+from rin_video.files import atomic_write
 
 log = logging.getLogger("rin_video")
 
@@ -159,16 +159,12 @@ class Index:
         """
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(prefix=".index-", suffix=".tmp", dir=path.parent)
-            try:
-                with os.fdopen(handle, "w", encoding="ascii", newline="\n") as file:
-                    file.write(json.dumps(_header(self.root, probe)) + "\n")
-                    file.writelines(json.dumps(_to_row(entry)) + "\n" for entry in self.entries)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(temporary, path)
-            finally:
-                Path(temporary).unlink(missing_ok=True)
+            with (
+                atomic_write(path, unique=True, durable=False) as temporary,
+                temporary.open("w", encoding="ascii", newline="\n") as file,
+            ):
+                file.write(json.dumps(_header(self.root, probe)) + "\n")
+                file.writelines(json.dumps(_to_row(entry)) + "\n" for entry in self.entries)
         except OSError as error:
             reason = f"the index {shown(path)} cannot be written ({error.strerror})"
             raise UsageError(f"{reason}: use another --out") from error

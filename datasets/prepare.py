@@ -8,7 +8,6 @@ import os
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from fractions import Fraction
 from multiprocessing import get_context
 from os import PathLike
 from pathlib import Path
@@ -32,12 +31,13 @@ from rin_video.datasets.steady import is_steady, steady_clip
 from rin_video.datasets.video_info import VideoInfo
 from rin_video.errors import UsageError
 from rin_video.files import write_text
+from rin_video.media import VideoWriter, require_encoder
 
 MANIFEST = "prepare.json"
 FILES_PER_SHARD = 256
 BLOCK = 64  # frames decoded at a time
-KEY_EVERY = 8  # frames from one keyframe to the next: a random start costs at most as many
-QUALITY = "16"  # CRF of H.264
+KEY_EVERY = "8"  # frames from one keyframe to the next: a random start costs at most as many
+QUALITY = 16  # CRF of H.264
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,8 @@ def prepare(
     """
     index = make_index(root, kind, options, path=out / "source.jsonl", progress=True)
     index.require_some(options.strict)
+    if kind == "video":
+        require_encoder(out)
     entries = index.usable
     manifest = {
         "root": os.path.abspath(root),
@@ -190,25 +192,11 @@ def _convert(entry: Entry, job: Job) -> dict[str, bytes]:
     with open_video(entry.source, job.options.decoder, info) as video:
         size = frame.size if whole else smaller(frame.size, info.size)
         blocks = (video.read(indices[i : i + BLOCK], size) for i in range(0, len(indices), BLOCK))
-        return {".mp4": _encode((block if whole else framing.cut(block, frame) for block in blocks), fps)}
-
-
-def _encode(blocks: Any, fps: float) -> bytes:
-    """Blocks of frames (F, 3, H, W) as an MP4 that can be entered anywhere. Odd sizes keep their last row twice."""
-    import av
-
-    buffer = io.BytesIO()
-    options = {"crf": QUALITY, "g": str(KEY_EVERY), "bf": "0", "preset": "medium", "x264-params": "cpu-independent=1"}
-    with av.open(buffer, "w", format="mp4") as container:
-        stream: Any = None
-        for block in blocks:
-            H, W = block.shape[-2:]
-            block = torch.nn.functional.pad(block.float(), (0, W % 2, 0, H % 2), mode="replicate").byte()
-            if stream is None:
-                stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=options)
-                stream.height, stream.width = block.shape[-2:]
-                stream.pix_fmt = "yuv420p"
-            for pixels in block.permute(0, 2, 3, 1).contiguous().numpy():
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
-        container.mux(stream.encode())
-    return buffer.getvalue()
+        file = job.path.with_name(f".{job.path.stem}.mp4")
+        try:
+            with VideoWriter(file, fps, crf=QUALITY, g=KEY_EVERY, bf="0") as writer:
+                for block in blocks:
+                    writer.write((block if whole else framing.cut(block, frame)).transpose(0, 1))
+            return {".mp4": file.read_bytes()}
+        finally:
+            file.unlink(missing_ok=True)

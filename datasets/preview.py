@@ -14,11 +14,9 @@ from torch import Tensor
 from rin_video.datasets.sources import shown
 from rin_video.datasets.video_info import VideoInfo
 from rin_video.errors import UsageError
+from rin_video.media import contact_sheet, video_grid, write_image_grid, write_video
 
-LINE = 12  # pixels of a line of text
 CELL = 96  # pixels: smaller pictures are enlarged to about this
-MARGIN = 4
-COLUMNS = 8  # frames of a row
 SUFFIXES = (".png", ".jpg", ".webp", ".mp4", ".gif")
 
 
@@ -54,33 +52,23 @@ def captions(dataset: Any, chosen: list[int]) -> list[str]:
 
 def write_sheet(samples: list[Tensor], texts: list[str], path: str | PathLike[str], fps: float = 8.0) -> None:
     """Samples with a line of text above each: clips as rows of frames, or, as .mp4 or .gif, playing side by side."""
-    from rin_video.media import write_image_grid, write_video
-
     path = Path(path)
     check_sheet(path)
     if samples[0].ndim not in (3, 4):
         raise UsageError(f"samples of shape {tuple(samples[0].shape)} are no pictures: leave out --out")
-    clips = [x if x.ndim == 4 else x[:, None] for x in samples]
     moving = path.suffix.lower() in (".mp4", ".gif")
     if moving and samples[0].ndim == 3:
         raise UsageError(f"{path}: images do not move: use --out sheet.png")
-    if not moving and samples[0].ndim == 4:
-        sheet = _stack([_titled(_row(clip), text) for clip, text in zip(clips, texts, strict=True)], columns=1)
-        write_image_grid(sheet[None], path)
-        return
-    columns = int(np.ceil(len(clips) ** 0.5))
-    length = max(clip.shape[1] for clip in clips)
-    frames = [
-        _stack(
-            [_titled(_enlarged(c[:, min(f, c.shape[1] - 1)]), t) for c, t in zip(clips, texts, strict=True)], columns
-        )
-        for f in range(length)
-    ]
-    if not moving:
-        write_image_grid(frames[0][None], path)
-        return
-    clip = torch.stack(frames, dim=1)
-    write_video(torch.nn.functional.pad(clip, (0, clip.shape[-1] % 2, 0, clip.shape[-2] % 2)), path, fps)
+    pictures = [x[:3].expand(3, *x.shape[1:]) for x in samples]
+    upscale = max(1, round(CELL / max(max(x.shape[-2:]) for x in pictures)))
+    clips = [x if x.ndim == 4 else x[:, None] for x in pictures]
+    if moving:
+        clip = video_grid(clips, upscale=upscale, titles=texts)
+        write_video(torch.nn.functional.pad(clip, (0, clip.shape[-1] % 2, 0, clip.shape[-2] % 2)), path, fps)
+    elif samples[0].ndim == 4:
+        contact_sheet(clips, path, upscale=upscale, titles=texts)
+    else:
+        write_image_grid(pictures, path, upscale=upscale, titles=texts)
 
 
 def statistics(dataset: Any, samples: list[Tensor], chosen: list[int]) -> list[str]:
@@ -112,39 +100,3 @@ def statistics(dataset: Any, samples: list[Tensor], chosen: list[int]) -> list[s
     lines += [f"{still} of {len(samples)} do not move"] if still else []
     lines += [f"{len(flat)} of {len(samples)} are of one colour: {', '.join(map(shown, flat[:3]))}"] if flat else []
     return lines
-
-
-def _row(clip: Tensor) -> Tensor:
-    """(C, F, H, W) to (C, H', W'): up to COLUMNS frames from first to last."""
-    some = torch.linspace(0, clip.shape[1] - 1, min(COLUMNS, clip.shape[1])).round().long()
-    return torch.cat([torch.nn.functional.pad(_enlarged(clip[:, f]), (0, MARGIN), value=255) for f in some], dim=-1)
-
-
-def _enlarged(image: Tensor) -> Tensor:
-    """RGB, and large enough to be seen."""
-    image = image[:3].expand(3, -1, -1)
-    factor = max(1, round(CELL / max(image.shape[-2:])))
-    return image.repeat_interleave(factor, -2).repeat_interleave(factor, -1)
-
-
-def _titled(image: Tensor, text: str) -> Tensor:
-    """A line of text above a picture."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    font = ImageFont.load_default(10)
-    strip = Image.new("RGB", (image.shape[-1], LINE), "white")
-    while len(text) > 1 and font.getlength(text) > strip.width:
-        text = text[:-2] + "…"
-    ImageDraw.Draw(strip).text((0, 0), text, fill="black", font=font)
-    return torch.cat([torch.from_numpy(np.array(strip)).permute(2, 0, 1), image], dim=1)
-
-
-def _stack(images: list[Tensor], columns: int) -> Tensor:
-    """Pictures (3, H, W) of any size in a table, on white."""
-    H, W = (max(image.shape[axis] for image in images) + MARGIN for axis in (1, 2))
-    rows = -(-len(images) // columns)
-    sheet = torch.full((3, rows * H, columns * W), 255, dtype=torch.uint8)
-    for i, image in enumerate(images):
-        top, left = i // columns * H, i % columns * W
-        sheet[:, top : top + image.shape[1], left : left + image.shape[2]] = image
-    return sheet

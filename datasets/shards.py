@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import os
 import re
 import shutil
@@ -15,16 +16,16 @@ import subprocess
 import tarfile
 from collections.abc import Mapping
 from functools import lru_cache
+from itertools import product
 from os import PathLike
 from pathlib import Path, PurePosixPath
 
 from rin_video.datasets.sources import Member, decode_text, open_source, shown
 from rin_video.errors import UsageError
-from rin_video.files import atomic_write
+from rin_video.files import PIPE, atomic_write
 
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 MAX_SHARDS = 1_000_000
-PIPE = "pipe:"
 
 
 def is_shards(root: str | PathLike[str]) -> bool:
@@ -67,20 +68,19 @@ def list_shards(root: str | PathLike[str], *, allow_pipe: bool = False, cache: P
 
 
 def expand(pattern: str) -> list[str]:
-    """`{000..123}` as the numbers, as wide as the first one is written. UsageError for a range that runs backwards."""
-    found = RANGE.search(pattern)
-    if not found:
-        return [pattern]
-    first, last = int(found[1]), int(found[2])
-    if not first <= last < first + MAX_SHARDS:
-        raise UsageError(
-            f"{shown(pattern)} names {last - first + 1} shards: the range goes up, to {MAX_SHARDS:,} at most"
-        )
-    width = len(found[1]) if found[1].startswith("0") else 1
+    """`{000..123}` as the numbers, as wide as the first one is written. UsageError for a range that runs backwards.
+
+    `braceexpand` does not do: it counts before it can be stopped, and fails on other braces, as in a `pipe:` command.
+    """
+    fixed, starts, ends = (RANGE.split(pattern)[i::3] for i in range(3))
+    ranges = [range(int(start), int(end) + 1) for start, end in zip(starts, ends, strict=True)]
+    count = math.prod(part.stop - part.start for part in ranges)
+    if count > MAX_SHARDS or not all(ranges):
+        raise UsageError(f"{shown(pattern)} names {count} shards: the range goes up, to {MAX_SHARDS:,} at most")
+    widths = [len(start) if start.startswith("0") else 1 for start in starts]
     return [
-        one
-        for n in range(first, last + 1)
-        for one in expand(f"{pattern[: found.start()]}{n:0{width}}{pattern[found.end() :]}")
+        fixed[0] + "".join(f"{n:0{width}}{text}" for n, width, text in zip(numbers, widths, fixed[1:], strict=True))
+        for numbers in product(*ranges)
     ]
 
 

@@ -20,6 +20,7 @@ from rin_video.config_checks import (
     check_within,
     is_whole,
     read_numbers,
+    split_parameters,
     types_of,
 )
 from rin_video.errors import UsageError
@@ -52,6 +53,8 @@ ShardingName: TypeAlias = Literal["none", "fsdp2"]  # none: every process holds 
 SamplerName: TypeAlias = Literal["ddim", "euler", "ddpm", "ddpm_small", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m", "heun"]
 SpacingName: TypeAlias = Literal["uniform", "quadratic", "karras", "logsnr"]  # the first two in t, then sigma / alpha
 GuidanceDropName: TypeAlias = Literal["label", "known"]
+# A name with parameters: {name: ddim, eta: 0.5}; without the name, parameters of the name that is set.
+Parameters: TypeAlias = dict[str, float | str]
 
 
 @dataclass
@@ -122,6 +125,11 @@ class ModelConfig:
         """`image_size` as (height, width)."""
         return read_numbers("model.image_size", self.image_size, 2, "height, width")  # type: ignore[return-value]
 
+    @property
+    def latent_width(self) -> int:
+        """The width of a latent: `dim_latent`, or `dim` where it is not set."""
+        return self.dim_latent or self.dim
+
     def patch_sizes(self, num_axes: int, names: str) -> tuple[int, ...]:
         """`patch_size` as one number for each axis. A single number serves images and sequences only.
 
@@ -151,15 +159,14 @@ class DiffusionConfig:
     """What the network learns to predict, and at which noise levels."""
 
     timesteps: int | None = None  # sampling steps where none are asked for; null: those of sample.steps
-    noise_schedule: ScheduleName = "sigmoid"  # how much signal is left at a time
-    schedule_kwargs: dict[str, float] = field(default_factory=dict)  # start, end, tau of cosine and sigmoid
+    noise_schedule: ScheduleName | Parameters = "sigmoid"  # signal left at a time; start, end, tau of cosine, sigmoid
     objective: ObjectiveName = "v"  # what the network predicts
     train_prob_self_cond: float = 0.9  # share of the samples that see the result of a first pass
     self_cond_gap: float = 0.0  # the first pass is at t + U(0, gap): 1 / steps of the sampler helps few steps
-    loss_weight: LossWeightName = "none"  # of the loss at a noise level
-    loss_weight_kwargs: dict[str, float] = field(default_factory=dict)  # their parameters: see objectives.py
-    time_sampling: TimeSamplingName = "uniform"  # low_discrepancy: evenly over a forward pass
-    time_sampling_kwargs: dict[str, float] = field(default_factory=dict)  # mean, std of logit_normal
+    loss_weight: LossWeightName | Parameters = "none"  # of the loss at a noise level; parameters: see objectives.py
+    time_sampling: TimeSamplingName | Parameters = (
+        "uniform"  # low_discrepancy: evenly over a batch; mean, std of logit_normal
+    )
     scale: float = 1.0  # b: multiplies the data; below 1 makes every noise level noisier
     label_dropout: float = 0.0  # share of the samples that lose their label, for guidance
     known: dict[KnownKind, float] = field(default_factory=dict)  # what training gives, by weight: KnownKind
@@ -173,11 +180,10 @@ class DiffusionConfig:
         for name in ("train_prob_self_cond", "self_cond_gap", "label_dropout"):
             check_within(name, getattr(self, name), 0, 1)
         check_above("diffusion", "scale", self.scale, 0)
-        if unknown := set(self.time_sampling_kwargs) - (
-            {"mean", "std"} if self.time_sampling == "logit_normal" else set()
-        ):
-            raise UsageError(f"time_sampling {self.time_sampling} has no parameter {', '.join(sorted(unknown))}")
-        check_above("diffusion.time_sampling_kwargs", "std", self.time_sampling_kwargs.get("std", 1.0), 0)
+        name, parameters = split_parameters(self.time_sampling)
+        if unknown := set(parameters) - ({"mean", "std"} if name == "logit_normal" else set()):
+            raise UsageError(f"time_sampling {name} has no parameter {', '.join(sorted(unknown))}")
+        check_above("diffusion.time_sampling", "std", parameters.get("std", 1.0), 0)
         for kind, weight in self.known.items():
             check_choice("diffusion.known", kind, get_args(KnownKind))
             check_at_least(f"diffusion.known.{kind}", weight, 0, float)
@@ -323,12 +329,12 @@ class SampleConfig:
 
     num_samples: int = 16  # how many
     steps: int = 50  # network calls, or twice as many with heun
-    sampler: SamplerName = "dpmpp_2m_sde"  # this one and 50 by benchmarks/README.md
-    sampler_kwargs: dict[str, float] = field(default_factory=dict)  # eta of ddim, churn of heun
+    sampler: SamplerName | Parameters = (
+        "dpmpp_2m_sde"  # with eta of ddim, churn of heun; chosen in benchmarks/README.md
+    )
     spacing: SpacingName | None = None  # of the steps; null: by sampler
     time_difference: float = 0.0  # how many steps further than the clock every step reaches
-    schedule: ScheduleName | None = None  # noise schedule; none: that of training
-    schedule_kwargs: dict[str, float] = field(default_factory=dict)  # its parameters
+    schedule: ScheduleName | Parameters | None = None  # noise schedule; null: that of training
     label: int | str | None = None  # one class for all samples, by name or number; none: each class in turn
     guidance: float = 0.0  # weight of classifier-free guidance; 0: none
     guidance_drop: str = "label"  # what the other branch does without: GuidanceDropName, joined by +
@@ -374,11 +380,6 @@ def data_config(**options: Any) -> DataConfig:
     """A `DataConfig`; an unknown option is a `UsageError` that names the nearest one."""
     check_names(options, DataConfig, "data", prefix="")
     return DataConfig(**options)
-
-
-def check_diffusion_names(options: Any) -> None:
-    """Raises a `UsageError` that names the nearest option of `GaussianDiffusion` for one that is none."""
-    check_names(options, DiffusionConfig, "GaussianDiffusion", prefix="")
 
 
 def trainer_config(**options: Any) -> tuple[TrainConfig, DataConfig]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from rin_video.errors import UsageError
 
@@ -17,19 +18,37 @@ def types_of(kind: type) -> dict[str, Any]:
 
 
 def names_of(kind: Any) -> tuple[str, ...]:
-    """The names that an option of a type takes, in order; none where it is free."""
+    """The names that an option of a type takes, in order; empty if any text is allowed."""
     if get_origin(kind) is Literal:
         return get_args(kind)
-    optional = type(None) in get_args(kind)
-    return tuple(name for member in get_args(kind) for name in names_of(member)) if optional else ()
+    members = [member for member in get_args(kind) if member is not type(None) and get_origin(member) is not dict]
+    return names_of(members[0]) if len(members) == 1 and get_origin(kind) in (Union, UnionType) else ()
+
+
+def takes_parameters(kind: Any) -> bool:
+    """Whether an option is a name that may come with parameters: `ddim`, or `{name: ddim, eta: 0.5}`."""
+    return bool(names_of(kind)) and any(get_origin(member) is dict for member in get_args(kind))
+
+
+def split_parameters(choice: Any) -> tuple[Any, dict[str, float]]:
+    """The name and the parameters of a choice: `ddim` or `{name: ddim, eta: 0.5}`; the name is None if it has none."""
+    if not isinstance(choice, Mapping):
+        return choice, {}
+    parameters = dict(choice)
+    return parameters.pop("name", None), parameters
 
 
 def check_choices(section: str, config: Any) -> None:
-    """Raises `UsageError` where a field is none of the names that its type lists."""
-    for name, kind in types_of(config.__class__).items():
-        value, names = getattr(config, name), names_of(kind)
-        if names and not (value is None and type(None) in get_args(kind)):
-            check_choice(f"{section}.{name}", value, names)
+    """Raises `UsageError` for a field that has none of the names that its type lists, or parameters not numbers."""
+    for field, kind in types_of(config.__class__).items():
+        if not (names := names_of(kind)):
+            continue
+        name, parameters = split_parameters(getattr(config, field))
+        if name is not None or type(None) not in get_args(kind):
+            check_choice(f"{section}.{field}", name, names)
+        for parameter, value in parameters.items():
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise UsageError(f"{section}.{field}.{parameter} is {value!r}: it must be a number")
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:

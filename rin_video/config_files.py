@@ -6,23 +6,23 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from rin_video.config import Config, ModelConfig, check_names
-from rin_video.config_checks import types_of
+from rin_video.config_checks import split_parameters, takes_parameters, types_of
 from rin_video.errors import UsageError
 
 Layer: TypeAlias = dict[str, dict[str, Any]]  # sections of options
-PARAMETERS = {  # of what is chosen by name
+NESTED = {  # options that held the parameters of others before these were nested
     "diffusion": {
-        "noise_schedule": "schedule_kwargs",
-        "loss_weight": "loss_weight_kwargs",
-        "time_sampling": "time_sampling_kwargs",
+        "schedule_kwargs": "noise_schedule",
+        "loss_weight_kwargs": "loss_weight",
+        "time_sampling_kwargs": "time_sampling",
     },
-    "sample": {"sampler": "sampler_kwargs", "schedule": "schedule_kwargs"},
+    "sample": {"sampler_kwargs": "sampler", "schedule_kwargs": "schedule"},
 }
 
 
@@ -39,11 +39,9 @@ def load_config(name_or_file: str | os.PathLike[str] | None = None, overrides: S
     `data.allow_pipe`. Raises `UsageError` for an unknown preset, key or value; an unknown key names the nearest one.
     """
     values = dataclasses.asdict(Config())
-    if name_or_file is not None:
-        values = _merge(values, _read_file(name_or_file))
-    layers = [_read_override(override) for override in overrides]
-    _forget_parameters(values, layers)
-    values = _merge(values, *layers)
+    file = [] if name_or_file is None else [_read_file(name_or_file)]
+    for layer in [*file, *map(_read_override, overrides)]:
+        values = _merge(values, layer)
     return Config(**{name: section(**values[name]) for name, section in types_of(Config).items()})
 
 
@@ -54,25 +52,38 @@ def is_set(key: str, name_or_file: str | os.PathLike[str] | None = None, overrid
     return any(name in layer.get(section, {}) for layer in layers)
 
 
-def _forget_parameters(values: Layer, overrides: Sequence[Layer]) -> None:
-    """The parameters of what a file chose are dropped where the overrides choose something else."""
-    for section, choices in PARAMETERS.items():
-        for name, parameters in choices.items():
-            chosen = [layer[section][name] for layer in overrides if name in layer.get(section, {})]
-            if chosen and chosen[-1] != values[section][name]:
-                values[section][parameters] = {}
+def nest_parameters(section: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of an earlier version, `sampler: ddim, sampler_kwargs: {eta: 1}`, as `sampler: {name: ddim, eta: 1}`."""
+    nested = dict(options)
+    for old, name in NESTED.get(section, {}).items():
+        if parameters := nested.pop(old, None):
+            nested[name] = {"name": nested[name], **parameters} if nested.get(name) is not None else parameters
+    return nested
 
 
-def _merge(*layers: Layer) -> Layer:
-    """Options replace those of earlier layers; a mapping adds to the one before, unless it is empty."""
+def _complete_choice(before: Any, choice: Any) -> Any:
+    """Parameters without a name are added to the choice before; a name alone has the default parameters."""
+    if not isinstance(choice, dict) or "name" in choice:
+        name, parameters = split_parameters(choice)
+    else:
+        name, parameters = split_parameters(before)
+        parameters = parameters | choice if choice else {}
+    return name if not parameters else parameters if name is None else {"name": name, **parameters}
+
+
+def _merge(values: Layer, layer: Layer) -> Layer:
+    """Options replace those before; a mapping adds to the one before, unless it is empty."""
     from omegaconf import OmegaConf
 
-    merged = OmegaConf.create(flags={"allow_objects": True})
-    for layer in layers:
-        for section, options in layer.items():
-            for name in [name for name, value in options.items() if value == {} and section in merged]:
-                merged[section][name] = {}
-        merged.merge_with(_map_text(_Text, layer))
+    for section, options in layer.items():
+        for name, value in options.items():
+            if takes_parameters(types_of(types_of(Config)[section])[name]):
+                options[name] = _complete_choice(values[section][name], value)
+                values[section][name] = None
+            elif value == {}:
+                values[section][name] = {}
+    merged = OmegaConf.create(_map_text(_Text, values), flags={"allow_objects": True})
+    merged.merge_with(_map_text(_Text, layer))
     return _map_text(None, OmegaConf.to_container(merged))
 
 
@@ -118,7 +129,8 @@ def _read_override(override: str) -> Layer:
         raise UsageError(f"cannot read {override!r}: overrides are written section.key=value")
     section, *path = key.split(".")
     kind = types_of(types_of(Config)[section]).get(path[0]) if section in types_of(Config) and path else None
-    verbatim = plain_yaml.is_text(kind) and not re.fullmatch(r"'.*'|\".*\"", text, flags=re.DOTALL)
+    yaml = r"'.*'|\".*\"" + (r"|\{.*\}" if takes_parameters(kind) else "")
+    verbatim = plain_yaml.is_text(kind) and not re.fullmatch(yaml, text, flags=re.DOTALL)
     node = plain_yaml.text_node(text) if verbatim else plain_yaml.parse(text, override)
     for part in reversed(path):
         node = plain_yaml.mapping_node(part, node)
@@ -134,13 +146,14 @@ def _read_layer(sections: dict[str, Any], origin: str) -> Layer:
     for section, node in sections.items():
         if not plain_yaml.is_mapping(node):
             raise UsageError(f"{origin}: {section} is a section: write {section}.key=value, or keys below {section}:")
-        kind = types_of(Config)[section]
+        kind, nested = types_of(Config)[section], NESTED.get(section, {})
         options = plain_yaml.read_items(node, origin)
-        check_names(options, kind, origin, prefix=f"{section}.")
-        layer[section] = {
-            name: plain_yaml.read_value(value, types_of(kind)[name], f"{section}.{name}", origin)
+        check_names([nested.get(name, name) for name in options], kind, origin, prefix=f"{section}.")
+        values = {
+            name: plain_yaml.read_value(value, types_of(kind)[nested.get(name, name)], f"{section}.{name}", origin)
             for name, value in options.items()
         }
+        layer[section] = nest_parameters(section, values)
     return layer
 
 
@@ -170,3 +183,8 @@ def _read_text(name_or_file: str | os.PathLike[str]) -> tuple[str, str]:
 def to_dict(config: Any) -> dict[str, Any]:
     """A configuration as JSON has it: tuples are lists."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def read_overrides(overrides: Sequence[str]) -> Layer:
+    """What `section.key=value` overrides set, without the defaults."""
+    return _merge(*map(_read_override, overrides))

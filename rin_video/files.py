@@ -1,12 +1,12 @@
-"""Files that are there whole or not at all."""
+"""Names of files, and writing files and folders atomically: a reader sees the complete new one, or the old one."""
 
 from __future__ import annotations
 
 import errno
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -14,19 +14,42 @@ from safetensors import SafetensorError
 from rin_video.errors import UsageError
 
 WEIGHTS, CONFIG = "model.safetensors", "config.yaml"
+HUB, PIPE = "hf:", "pipe:"  # what names of data begin with that are no paths
+ARRAY_SUFFIXES, ARRAY_KEY = (".npy", ".safetensors"), "samples"  # the key of an array in a safetensors file
+
+
+def remove_file(path: Path) -> None:
+    """Delete a file, if it is there."""
+    path.unlink(missing_ok=True)
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, renamed onto it when the block ends well and removed when it does not."""
-    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
+def atomic_write(
+    path: Path, *, remove: Callable[[Path], None] = remove_file, unique: bool = False, durable: bool = True
+) -> Iterator[Path]:
+    """A temporary path beside `path`, moved onto it if the block ends well and removed if it does not.
+
+    The block writes a file there, or makes a folder, which `remove` deletes. `unique` is for what several processes may
+    write at once. `durable`: it is on the disk when the block ends, and a full disk is a `UsageError`.
+    """
+    own = f".{os.getpid()}" if unique else ""
+    name = f".{path.stem}{own}.tmp{path.suffix}" if remove is remove_file else f"{path.name}{own}.tmp"
+    temporary = path.with_name(name)
     try:
-        with disk_full_handler(path):
+        with disk_full_handler(path) if durable else nullcontext():
             yield temporary
-            sync(temporary)
+            is_folder = temporary.is_dir()
+            if durable:
+                for part in (*(temporary.iterdir() if is_folder else ()), temporary):
+                    sync(part)
+            if is_folder:
+                remove(path)
             os.replace(temporary, path)
+            if durable:
+                sync(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            remove(temporary)
 
 
 def write_text(path: Path, text: str) -> None:

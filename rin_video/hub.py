@@ -10,9 +10,8 @@ from pathlib import Path
 
 from rin_video.config_files import load_config
 from rin_video.errors import UsageError, first_line
-from rin_video.files import CONFIG, WEIGHTS
+from rin_video.files import CONFIG, HUB, WEIGHTS
 
-PREFIX = "hf:"
 HUB_ID = re.compile(r"^(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>[\w./-]+))?$")
 
 
@@ -23,12 +22,12 @@ def fetch(source: str | os.PathLike[str]) -> Path:
     The prefix `hf:` states that the source is not a folder. Raises `UsageError` if there is no such repository, no
     access or no network, or if the repository holds no model of rin-video.
     """
-    match = HUB_ID.match(os.fspath(source).removeprefix(PREFIX))
+    match = HUB_ID.match(os.fspath(source).removeprefix(HUB))
     if match is None:
         raise UsageError(f"there is no folder {source}: pass the folder of a run, or a hub id user/name")
     repo, revision = match["repo"], match["revision"]
-    if not os.fspath(source).startswith(PREFIX) and Path(repo).parent.is_dir():
-        raise UsageError(f"{Path(repo).parent} has no folder {Path(repo).name}: for the hub, write {PREFIX}{source}")
+    if not os.fspath(source).startswith(HUB) and Path(repo).parent.is_dir():
+        raise UsageError(f"{Path(repo).parent} has no folder {Path(repo).name}: for the hub, write {HUB}{source}")
     from huggingface_hub import HfApi
 
     with plain_errors(repo, revision, "fetched"):

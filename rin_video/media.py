@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -27,14 +26,14 @@ from einops import rearrange
 from torch import Tensor
 
 from rin_video.errors import UsageError
+from rin_video.files import ARRAY_KEY, ARRAY_SUFFIXES, atomic_write
 
 StrPath = str | PathLike[str]
+Samples = Tensor | np.ndarray | Sequence[Tensor]  # a batch, or samples whose sizes may differ
 
 CHANNELS = (1, 3)
 VIDEO_SUFFIXES = (".mp4", ".gif")
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-ARRAY_SUFFIXES = (".npy", ".safetensors")
-ARRAY_KEY = "samples"
 DEFAULT_FPS = 8
 MAX_GIF_FPS = 50  # browsers slow down what is faster
 TOLERANCE = 1e-3  # how far outside [0, 1] a value may be
@@ -62,13 +61,16 @@ def write_video(clip: Tensor | np.ndarray, path: StrPath, fps: float = DEFAULT_F
 class VideoWriter:
     """Writes an H.264 MP4 part by part: memory does not grow with its length. A context manager.
 
-    `write` takes frames (C, F, H, W), C 1 or 3, all of one size. The file appears when the block ends well.
+    `write` takes frames (C, F, H, W), C 1 or 3, all of one size. The file appears when the block ends well. `crf` is
+    the quality, smaller is better; `options` are more of libx264's.
     """
 
-    def __init__(self, path: StrPath, fps: float = DEFAULT_FPS, *, crf: int = 18) -> None:
+    def __init__(self, path: StrPath, fps: float = DEFAULT_FPS, *, crf: int = 18, **options: str) -> None:
         if Path(path).suffix.lower() != ".mp4":
             raise UsageError(f"a clip is written part by part as .mp4 only, not {path}")
-        self.path, self.crf = Path(path), crf
+        # Without cpu-independent x264 reads beyond small frames where it plans bit rates: other bytes every time.
+        self.options = {"crf": str(crf), "x264-params": "cpu-independent=1", **options}
+        self.path = Path(path)
         self.rate = Fraction(fps).limit_denominator(1001)
         self._stack = ExitStack()
         self._stream: Any = None
@@ -98,9 +100,7 @@ class VideoWriter:
             self._container.mux(self._stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
 
     def _open_stream(self, height: int, width: int) -> Any:
-        # Without cpu-independent x264 reads beyond small frames where it plans bit rates: other bytes every time.
-        options = {"crf": str(self.crf), "x264-params": "cpu-independent=1"}
-        stream: Any = self._container.add_stream(ENCODER, rate=self.rate, options=options)
+        stream: Any = self._container.add_stream(ENCODER, rate=self.rate, options=self.options)
         stream.height, stream.width = height, width
         stream.pix_fmt = "yuv420p"
         context = stream.codec_context  # say which colours these are, or players guess: BT.601, limited range
@@ -110,37 +110,34 @@ class VideoWriter:
 
 
 def write_image_grid(
-    images: Tensor | np.ndarray,
+    images: Samples,
     path: StrPath,
     columns: int | None = None,
     upscale: int = 1,
     titles: Sequence[str] | None = None,
 ) -> None:
     """Write images (B, C, H, W) as one picture, `columns` in a row (as many as rows, if not given)."""
-    _write_picture(_grid(as_pixels(images), columns, upscale, titles), Path(path))
+    _write_picture(_grid([as_pixels(image) for image in images], columns, upscale, titles), Path(path))
 
 
 def contact_sheet(
-    clips: Tensor | np.ndarray,
+    clips: Samples,
     path: StrPath,
     max_frames: int = SHEET_FRAMES,
     upscale: int = 1,
     titles: Sequence[str] | None = None,
 ) -> None:
     """Write clips (B, C, F, H, W) as one picture: a clip a row, up to `max_frames` frames, evenly spaced."""
-    clips = as_pixels(clips)
-    chosen = _evenly_spaced(clips.shape[2], max_frames)
-    num_frames = len(chosen)
-    images = rearrange(clips[:, :, chosen], "b c f h w -> (b f) c h w")
-    above = [text for title in titles for text in (title, *[""] * (num_frames - 1))] if titles else None
-    _write_picture(_grid(images, num_frames, upscale, above), Path(path))
+    rows = [_row(as_pixels(clip), max_frames, upscale) for clip in clips]
+    _write_picture(_grid(rows, 1, titles=titles), Path(path))
 
 
 def video_grid(
-    clips: Tensor | np.ndarray, columns: int | None = None, upscale: int = 1, titles: Sequence[str] | None = None
+    clips: Samples, columns: int | None = None, upscale: int = 1, titles: Sequence[str] | None = None
 ) -> Tensor:
-    """Clips (B, C, F, H, W) side by side as one, uint8 (3, F, H', W')."""
-    frames = as_pixels(clips).unbind(2)
+    """Clips (B, C, F, H, W) side by side as one, uint8 (3, F, H', W'). Shorter ones end with a still frame."""
+    clips = [as_pixels(clip) for clip in clips]
+    frames = [[clip[:, min(f, clip.shape[1] - 1)] for clip in clips] for f in range(max(c.shape[1] for c in clips))]
     return torch.stack([_grid(images, columns, upscale, titles) for images in frames], dim=1)
 
 
@@ -350,29 +347,43 @@ def _write_array(samples: Tensor, path: Path) -> None:
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[str]:
-    """A temporary name beside `path`, with its suffix, that becomes `path` at the end."""
+    """`atomic_write` for what people look at: it makes missing folders, and an error names the file."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".writing-", dir=path.parent) as folder:
-            temporary = Path(folder, path.name)
+        with atomic_write(path, durable=False) as temporary:
             yield str(temporary)
-            os.replace(temporary, path)
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
-def _grid(images: Tensor, columns: int | None, upscale: int, titles: Sequence[str] | None = None) -> Tensor:
-    """uint8 (B, C, H, W) to (3, H', W'), or 4 channels where C is 4; one image gets no margin."""
+def _grid(
+    images: Sequence[Tensor], columns: int | None, upscale: int = 1, titles: Sequence[str] | None = None
+) -> Tensor:
+    """uint8 (C, H, W), as many as there are, to (3, H', W'), or 4 channels where C is 4; one image gets no margin."""
     from torchvision.utils import make_grid
 
-    if images.ndim != 4 or images.shape[1] not in (1, 3, 4) or not images.numel():
-        raise UsageError(f"images are (B, C, H, W) with 1, 3 or 4 channels, not {tuple(images.shape)}")
-    columns = columns or int(np.ceil(len(images) ** 0.5))
-    images = images.repeat_interleave(upscale, -2).repeat_interleave(upscale, -1)
+    for image in images:
+        if image.ndim != 3 or image.shape[0] not in (1, 3, 4) or not image.numel():
+            raise UsageError(f"images are (C, H, W) with 1, 3 or 4 channels, not {tuple(image.shape)}")
+    images = [image.repeat_interleave(upscale, -2).repeat_interleave(upscale, -1) for image in images]
     if titles:
-        above = [_title(title, *images.shape[1::2]) for title in titles]
-        images = torch.cat([torch.stack(above), images], dim=2)
-    return make_grid(images, nrow=columns, padding=MARGIN if len(images) > 1 else 0)
+        images = [
+            torch.cat([_title(title, *image.shape[::2]), image], dim=1)
+            for title, image in zip(titles, images, strict=True)
+        ]
+    H, W = (max(image.shape[axis] for image in images) for axis in (1, 2))
+    padded = [F.pad(image, (0, W - image.shape[2], 0, H - image.shape[1])) for image in images]
+    columns = columns or math.ceil(len(images) ** 0.5)
+    return make_grid(padded, nrow=columns, padding=MARGIN if len(images) > 1 else 0)
+
+
+def _row(clip: Tensor, max_frames: int, upscale: int) -> Tensor:
+    """Some frames of a clip (C, F, H, W) side by side, (C, H', W')."""
+    if clip.ndim != 4:
+        raise UsageError(f"clips are (C, F, H, W), not {tuple(clip.shape)}")
+    frames = clip[:, _evenly_spaced(clip.shape[1], max_frames)].repeat_interleave(upscale, -2)
+    frames = F.pad(frames.repeat_interleave(upscale, -1), (0, MARGIN))
+    return rearrange(frames, "c f h w -> c h (f w)")[..., :-MARGIN]
 
 
 @lru_cache(maxsize=1024)

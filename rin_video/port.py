@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from rin_video.config import SamplerName
+from rin_video.config import DiffusionConfig, SamplerName
 from rin_video.errors import UsageError
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -59,12 +59,14 @@ def diffusion_options(options: dict[str, Any]) -> tuple[dict[str, Any], SamplerN
     if clipped is not None:
         ours["loss_weight"] = "min_snr" if clipped else "none"
     if gamma is not None and clipped:
-        ours["loss_weight_kwargs"] = {"gamma": gamma}
+        ours["loss_weight"] = {"name": "min_snr", "gamma": gamma}
     elif gamma is not None and clipped is None:
         raise UsageError(
             f"GaussianDiffusion: min_snr_gamma={gamma} applies to one loss weight only: "
-            f"pass loss_weight='min_snr', loss_weight_kwargs={{'gamma': {gamma}}}"
+            f"pass loss_weight={{'name': 'min_snr', 'gamma': {gamma}}}"
         )
+    if parameters := ours.pop("schedule_kwargs", None):
+        ours["noise_schedule"] = {"name": ours.get("noise_schedule", DiffusionConfig.noise_schedule), **parameters}
     return ours, sampler
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rin_video.config import Config
-from rin_video.config_files import load_config, to_dict, to_yaml
+from rin_video.config_files import load_config, nest_parameters, to_dict, to_yaml
 from rin_video.errors import UsageError
 from rin_video.files import CONFIG, WEIGHTS, atomic_write, write_text
 from rin_video.hub import fetch
@@ -68,7 +68,7 @@ def check_origin(folder: Path, config: Config) -> None:
             continue
         now = to_dict(getattr(config, section))
         try:
-            then = dict(json.loads(metadata[section]))
+            then = nest_parameters(section, dict(json.loads(metadata[section])))
         except (ValueError, TypeError, RecursionError) as error:
             raise UsageError(f"{folder / WEIGHTS} is damaged: its header does not read ({error})") from None
         for key in sorted(then.keys() & now.keys()):

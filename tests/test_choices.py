@@ -1,6 +1,5 @@
 """Every list of names: the configuration accepts what is implemented, and the help says it."""
 
-import argparse
 from itertools import combinations
 from types import SimpleNamespace
 from typing import get_args
@@ -22,7 +21,8 @@ from rin_video.datasets.clip_sampler import ClipSampler
 from rin_video.datasets.extensions import KINDS
 from rin_video.datasets.index import INFOS
 from rin_video.datasets.resize_crop import ResizeCrop
-from rin_video.diffusion.conditions import Conditions, check_guidance
+from rin_video.diffusion.conditions import Conditions
+from rin_video.diffusion.guidance import Guidance
 from rin_video.diffusion.masks import ANY_GRID, KNOWN_MASKS
 from rin_video.diffusion.objectives import CLIPS, LOSS_WEIGHTS, OBJECTIVES, TIME_SAMPLINGS, target, to_x0_eps
 from rin_video.diffusion.precision import running_in
@@ -134,7 +134,7 @@ def test_lists_that_are_no_option_of_their_own():
     with pytest.raises(UsageError, match=f"choose {', '.join(KNOWN_MASKS)}$"):
         load_config(None, ["diffusion.known.other=1"])
     with pytest.raises(UsageError, match=f"takes {', '.join(get_args(config.GuidanceDropName))}$"):
-        check_guidance(1.0, "other", Conditions())
+        Guidance(1.0, drop="other").check(Conditions())
 
 
 @pytest.mark.parametrize(
@@ -149,11 +149,11 @@ def test_names_that_are_joined(option, names):
 
 
 def test_the_help_says_the_same():
-    (commands,) = (a for a in make_parser()._actions if isinstance(a, argparse._SubParsersAction))
     said = {
-        (command, action.dest): action.help
-        for command, parser in commands.choices.items()
+        (command, action.dest.rpartition(".")[2]): action.help
+        for command, parser in make_parser().commands.items()
         for action in parser._actions
+        if command != "peek"  # another name of preview
     }
     wanted = {("sample", name): OPTIONS[f"sample.{name}"] for name in ("sampler", "spacing", "schedule")}
     wanted |= {(command, name): OPTIONS["data.decoder"] for command, name in said if name == "decoder"}

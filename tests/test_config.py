@@ -97,7 +97,7 @@ WORDS = [
 def test_numbers_and_text_survive_the_round_trip(tmp_path_factory, number, word):
     config = Config()
     config.train.train_lr = number
-    config.diffusion.schedule_kwargs = {"tau": number}
+    config.diffusion.noise_schedule = {"name": "cosine", "tau": number}
     config.model.latent_self_attn_depth = [1, 2]
     config.data.path, config.data.classes, config.sample.label = word, [word, "x", word], word
     file = tmp_path_factory.getbasetemp() / "config.yaml"
@@ -133,42 +133,40 @@ def test_dataclass_then_preset_then_overrides(tmp_path):
     plain(config)
 
     file = tmp_path / "mine.yaml"
-    file.write_text("train: {train_lr: 1}\ndiffusion:\n  schedule_kwargs: {tau: 0.5}\n")
-    config = load_config(file, ["train.train_lr=2", "train.train_lr=5", "diffusion.schedule_kwargs.end=2"])
+    file.write_text("train: {train_lr: 1}\ndiffusion:\n  noise_schedule: {name: cosine, tau: 0.5}\n")
+    config = load_config(file, ["train.train_lr=2", "train.train_lr=5", "diffusion.noise_schedule.end=2"])
     assert config.train.train_lr == 5.0
-    assert config.diffusion.schedule_kwargs == {"tau": 0.5, "end": 2}
+    assert config.diffusion.noise_schedule == {"name": "cosine", "tau": 0.5, "end": 2}
     assert config.model == ModelConfig()
     plain(config)
 
 
 @pytest.mark.parametrize(
-    ("overrides", "loss_weight", "kwargs"),
+    ("overrides", "loss_weight"),
     [
-        ([], "power", {"power": 0.7}),
-        (["diffusion.loss_weight=none"], "none", {}),
-        (["diffusion.loss_weight_kwargs={}"], "power", {}),
-        (["diffusion.loss_weight_kwargs.gamma=3", "diffusion.loss_weight=min_snr"], "min_snr", {"gamma": 3}),
-        (["diffusion.loss_weight=power", "diffusion.loss_weight_kwargs.limit=5"], "power", {"power": 0.7, "limit": 5}),
+        ([], {"name": "power", "power": 0.7}),
+        (["loss_weight=none"], "none"),
+        (["loss_weight=power"], "power"),  # a name alone has its default parameters
+        (["loss_weight={}"], "power"),
+        (["loss_weight={name: min_snr, gamma: 3}"], {"name": "min_snr", "gamma": 3}),
+        (["loss_weight=min_snr", "loss_weight.gamma=3"], {"name": "min_snr", "gamma": 3}),
+        (["loss_weight.gamma=3", "loss_weight=min_snr"], "min_snr"),  # the last one counts
+        (["loss_weight.limit=5"], {"name": "power", "power": 0.7, "limit": 5}),
     ],
 )
-def test_another_choice_does_not_keep_the_parameters_of_the_one_before(tmp_path, overrides, loss_weight, kwargs):
+@pytest.mark.parametrize("form", ["loss_weight: {name: power, power: 0.7}",
+                                  "loss_weight: power, loss_weight_kwargs: {power: 0.7}"])  # fmt: skip
+def test_a_name_and_its_parameters(tmp_path, form, overrides, loss_weight):
+    """Both as they are written now and as an earlier version wrote them."""
     file = tmp_path / "mine.yaml"
-    file.write_text("diffusion: {loss_weight: power, loss_weight_kwargs: {power: 0.7}}\n")
-    config = load_config(file, overrides).diffusion
-    assert (config.loss_weight, config.loss_weight_kwargs) == (loss_weight, kwargs)
-
-
-def test_of_several_choices_the_last_one_counts(tmp_path):
-    file = tmp_path / "mine.yaml"
-    file.write_text("diffusion: {loss_weight: power, loss_weight_kwargs: {power: 0.7}}\n")
-    there_and_back = ["diffusion.loss_weight=none", "diffusion.loss_weight=power"]
-    assert load_config(file, there_and_back).diffusion.loss_weight_kwargs == {"power": 0.7}
+    file.write_text(f"diffusion: {{{form}}}\n")
+    assert load_config(file, [f"diffusion.{one}" for one in overrides]).diffusion.loss_weight == loss_weight
 
 
 def test_defaults_are_not_shared_between_configurations():
     one, other = load_config(), load_config()
     one.train.betas.append(3)
-    one.diffusion.schedule_kwargs["tau"] = 3
+    one.diffusion.known["first"] = 3
     assert other == Config() == load_config()
 
 
@@ -204,7 +202,7 @@ def test_none_can_be_asked_for(text):
         ("train.train_lr=1e-2", 0.01),
         ("train.train_lr=3", 3.0),
         ("train.train_num_steps=100_000", 100_000),
-        ("sample.sampler_kwargs.eta=.inf", float("inf")),
+        ("sample.sampler.eta=.inf", float("inf")),
         ("model.qk_norm=yes", True),
         ("model.image_size=[8,16]", [8, 16]),
         ("model.image_size=8", 8),
@@ -239,15 +237,15 @@ def test_the_type_of_an_option_decides_how_it_is_read(text, value):
         ("train.betas=0.9", "train.betas"),
         ("train.betas=[0.9,x]", "train.betas"),
         ("model.qk_norm=perhaps", "model.qk_norm"),
-        ("diffusion.schedule_kwargs.tau=x", "tau"),
+        ("diffusion.noise_schedule.tau=x", "diffusion.noise_schedule.tau is 'x': it must be a number"),
         (
-            "diffusion.schedule_kwarg={}",
-            "diffusion.schedule_kwarg: did you mean diffusion.schedule_kwargs?",
+            "diffusion.noise_shedule={}",
+            "diffusion.noise_shedule: did you mean diffusion.noise_schedule?",
         ),
-        ("sampel.sampler_kwargs={}", "unknown key sampel: did you mean sample?"),
+        ("sampel.sampler={}", "unknown key sampel: did you mean sample?"),
         (
-            "diffusion.schedule_kwargs=[1]",
-            "schedule_kwargs is a list: it must be a mapping, each value a number",
+            "diffusion.known=[1]",
+            "known is a list: it must be a mapping, each value a number",
         ),
         ("model.dim=null", "model.dim"),
         ("model.dim=[", "model.dim=["),

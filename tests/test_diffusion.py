@@ -94,7 +94,7 @@ def test_model_is_told_gamma_not_t():
     """Trap 10: which is why a model may be sampled with another schedule than it was trained with."""
     model = Recorder()
     diffusion = GaussianDiffusion(model, noise_schedule="cosine")
-    diffusion.sample(2, shape=(3,), steps=4, schedule="linear")
+    diffusion.sample(batch_size=2, shape=(3,), steps=4, schedule="linear")
     told = torch.stack([call["gamma"] for call in model.calls])
     assert_close(told, torch.tensor([1e-9, 0.25, 0.5, 0.75])[:, None].expand(4, 2))
 
@@ -105,7 +105,7 @@ def test_scale_is_applied_in_training_and_in_sampling():
     diffusion = GaussianDiffusion(model, scale=0.3, objective="x0", train_prob_self_cond=0)
     loss, _ = diffusion(torch.ones(64, 500), per_sample=True)  # 1 everywhere inside; zero is predicted
     assert_close(loss, torch.full((64,), 0.09))
-    samples = diffusion.sample(8, shape=(500,), steps=3)
+    samples = diffusion.sample(batch_size=8, shape=(500,), steps=3)
     assert_close(samples, torch.full((8, 500), 0.5))
     for call in model.calls:
         assert_close(call["x"].std(1), torch.ones(len(call["x"])))
@@ -169,28 +169,28 @@ def test_sample_i_does_not_depend_on_the_batch():
     torch.manual_seed(1)
     diffusion = GaussianDiffusion(RIN(**TINY, image_size=8, patch_size=4))
     options = {"steps": 3, "sampler": "ddpm", "seed": 5}
-    whole = diffusion.sample(7, **options)
-    assert_close(diffusion.sample(3, **options), whole[:3], rtol=0, atol=1e-5)
-    assert_close(diffusion.sample(1, **options), whole[:1], rtol=0, atol=1e-5)
-    assert_close(diffusion.sample(7, max_batch=3, **options), whole, rtol=0, atol=1e-5)
+    whole = diffusion.sample(batch_size=7, **options)
+    assert_close(diffusion.sample(batch_size=3, **options), whole[:3], rtol=0, atol=1e-5)
+    assert_close(diffusion.sample(batch_size=1, **options), whole[:1], rtol=0, atol=1e-5)
+    assert_close(diffusion.sample(batch_size=7, max_batch=3, **options), whole, rtol=0, atol=1e-5)
     noise = NoiseSource(5, range(7), (3, 8, 8), torch.device("cpu"))()
     assert_close(NoiseSource(5, [6], (3, 8, 8), torch.device("cpu"))()[0], noise[6], rtol=0, atol=0)
-    assert not torch.equal(diffusion.sample(1, steps=3, seed=6), whole[:1])
+    assert not torch.equal(diffusion.sample(batch_size=1, steps=3, seed=6), whole[:1])
 
 
 def test_sampling_leaves_the_mode_and_the_random_state_alone():
     diffusion = GaussianDiffusion(RIN(**TINY, image_size=8, patch_size=4)).train()
     state = torch.get_rng_state()
-    diffusion.sample(1, steps=1, seed=0)
+    diffusion.sample(batch_size=1, steps=1, seed=0)
     assert diffusion.training
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_timesteps_are_the_sampling_steps_where_none_are_asked_for(tmp_path):
     """As in the port. They had no effect above 50."""
-    for timesteps, steps, calls in ((60, None, 60), (60, 7, 7), (None, None, 50), (3, None, 3)):
+    for timesteps, options, calls in ((60, {}, 60), (60, {"steps": 7}, 7), (None, {}, 50), (3, {}, 3)):
         model = Recorder()
-        GaussianDiffusion(model, timesteps=timesteps).sample(1, shape=(2,), steps=steps)
+        GaussianDiffusion(model, timesteps=timesteps).sample(batch_size=1, shape=(2,), **options)
         assert len(model.calls) == calls
     diffusion = GaussianDiffusion(RIN(**TINY, image_size=8, patch_size=4), timesteps=60)
     diffusion.save_pretrained(tmp_path)
@@ -219,11 +219,11 @@ def test_mistakes_are_named():
     with pytest.raises(UsageError, match="scale is 0"):
         GaussianDiffusion(model, scale=0)
     with pytest.raises(UsageError, match="does not say its shape"):
-        GaussianDiffusion(model).sample(2)
-    with pytest.raises(UsageError, match=r"'dddim'.*ddim, euler, ddpm"):
-        GaussianDiffusion(model).sample(2, shape=(3,), sampler="dddim")
+        GaussianDiffusion(model).sample(batch_size=2)
+    with pytest.raises(UsageError, match=r"sample\.sampler=dddim is unknown: choose ddim, euler, ddpm"):
+        GaussianDiffusion(model).sample(batch_size=2, shape=(3,), sampler="dddim")
     with pytest.raises(UsageError, match="steps is -1"):
-        GaussianDiffusion(model).sample(2, shape=(3,), steps=-1)
+        GaussianDiffusion(model).sample(batch_size=2, shape=(3,), steps=-1)
 
 
 def test_map_tensors_keeps_the_form():
@@ -248,7 +248,7 @@ def test_carried_estimate_is_in_the_range_of_the_data(scale):
     model = Exact(x0=True)
     diffusion = GaussianDiffusion(model, objective="x0", scale=scale, train_prob_self_cond=1.0)
     diffusion(torch.rand(3, 2, 4))
-    diffusion.sample(2, shape=(2, 4), steps=3)
+    diffusion.sample(batch_size=2, shape=(2, 4), steps=3)
     carried = [call["x0"] for call in model.calls if "x0" in call]
     assert len(carried) == 3  # the second pass of training, and two of three sampling steps
     for x0 in carried:

@@ -9,6 +9,7 @@ from golden_files import GOLDEN, build, channels_first, load_weights
 from torch.testing import assert_close
 
 from rin_video.diffusion.conditions import Conditions
+from rin_video.diffusion.guidance import Guidance
 from rin_video.diffusion.objectives import eps_from_x0, to_x0_eps
 from rin_video.diffusion.process import GaussianDiffusion
 from rin_video.diffusion.samplers import get_sampler, make_levels
@@ -85,7 +86,7 @@ def golden_diffusion(info: dict) -> GaussianDiffusion:
     load_weights(model, network)
     name, numbers = info["schedule"].split("@")
     kwargs = dict(zip(("start", "end", "tau"), map(float, numbers.split(",")), strict=True))
-    return GaussianDiffusion(model, noise_schedule=name, schedule_kwargs=kwargs, objective="eps")
+    return GaussianDiffusion(model, noise_schedule={"name": name, **kwargs}, objective="eps")
 
 
 @runs
@@ -99,7 +100,7 @@ def test_whole_runs(file, run, batched):
     schedule = diffusion.schedule if schedule is None else make_schedule(schedule)
     noise = map(channels_first, arrays["gen.step_noise"])
     guidance = info["guidance_scale"] if "guided" in run else 0.0
-    denoise = diffusion.denoiser(Conditions(tensor(arrays, "gen.labels")), guidance, batched_guidance=batched)
+    denoise = diffusion.denoiser(Conditions(tensor(arrays, "gen.labels")), Guidance(guidance, batched=batched))
     levels = make_levels(schedule, info["steps"], time_difference=td, dtype=torch.float32)  # as the release has them
     steps = get_sampler(sampler)(denoise, channels_first(arrays["gen.init_noise"]), levels, lambda: next(noise))
     worst = 0.0

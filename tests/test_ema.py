@@ -61,7 +61,7 @@ def test_the_command_writes_folders_that_are_sampled_from(run, tmp_path, caplog)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ema-0.05", "ema-0.15"]
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("ema-0.05", "ema-0.15"))
     assert distance(one, other) > 0
-    assert GaussianDiffusion.from_pretrained(tmp_path / "ema-0.05").sample(1, steps=1).isfinite().all()
+    assert GaussianDiffusion.from_pretrained(tmp_path / "ema-0.05").sample(batch_size=1, steps=1).isfinite().all()
 
 
 def test_mistakes_are_named(run, tmp_path):

@@ -113,7 +113,7 @@ def test_training_memory_is_what_a_real_step_takes(checkpointing, conv_width):
         model = RIN(config.model)
         model.core.gradient_checkpointing = checkpointing
         weights = sum(p.numel() * 4 for p in model.parameters())
-        diffusion = GaussianDiffusion.from_config(model, config.diffusion)
+        diffusion = GaussianDiffusion(model, config.diffusion)
         diffusion(torch.rand(16, 3, 16, 16)).backward()
     step = training_memory(config) - 5 * weights - LIBRARIES
     assert weights + (step - weights) / MALLOC == pytest.approx(memory.peak, rel=0.02)

@@ -6,9 +6,10 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from rin_video import RIN, GaussianDiffusion, UsageError
-from rin_video.cli.commands import check_sampling
+from rin_video.cli.trained import check_sampling
 from rin_video.config_files import load_config
 from rin_video.diffusion.conditions import Conditions
+from rin_video.diffusion.guidance import Guidance
 from rin_video.diffusion.masks import KNOWN_MASKS, draw_known, place_context
 from rin_video.diffusion.noise import NoiseSource
 from rin_video.diffusion.objectives import OBJECTIVES
@@ -168,7 +169,7 @@ def test_samplers_draw_from_the_conditional(sampler, path, power):
     model = Correlated(0.8, power)
     diffusion = GaussianDiffusion(model, noise_schedule=path, objective="x0", clip_x0="none", shape=(1, 2))
     context, known = torch.full((1, 2), 0.6), torch.tensor([True, False])  # 0.2 in the range of diffusion
-    out = diffusion.sample(3000, steps=60, sampler=sampler, seed=0, context=context, known=known)
+    out = diffusion.sample(batch_size=3000, steps=60, sampler=sampler, seed=0, context=context, known=known)
     assert (out[:, 0, 0] == 0.6).all()
     # [0, 1] cuts the tails off; these two do not depend on them
     inside = 2 * out[:, 0, 1] - 1
@@ -195,7 +196,7 @@ def test_known_cells_come_back_bit_for_bit(sampler, clip_x0):
 def test_a_short_context_is_the_start_and_bytes_stay_exact():
     diffusion = make()
     context = torch.randint(0, 256, (1, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    out = diffusion.sample(2, context=context, steps=2, seed=0)
+    out = diffusion.sample(batch_size=2, context=context, steps=2, seed=0)
     assert out.shape == (2, 1, 4, 8, 8)
     assert ((out[:, :, :3] * 255).round().to(torch.uint8) == context).all()
     assert (out[:, :, :3] == context / 255).all()
@@ -215,9 +216,8 @@ def test_guidance_may_drop_the_known_part():
     x, values = torch.randn(2, 2, 1, 4, 8, 8)
     known = draw_known({"first": 1}, [2, 2], 2, (4, 8, 8))
     conditions, level = Conditions(known=known, values=values), NoiseLevel.from_gamma(0.5)
-    guided = [
-        diffusion.denoiser(conditions, 1.5, guidance_drop="known", batched_guidance=b)(x, level, None) for b in (0, 1)
-    ]
+    guidance = [Guidance(1.5, drop="known", batched=batched) for batched in (False, True)]
+    guided = [diffusion.denoiser(conditions, how)(x, level, None) for how in guidance]
     assert_close(guided[0][0], guided[1][0])
     with_known, _ = diffusion.predict(x, level, conditions, None)
     without, _ = diffusion.predict(x, level, Conditions(), None)
@@ -243,10 +243,10 @@ def test_mistakes_are_named():
         ({"context": clip[:, :2], "guidance": 1.0, "guidance_drop": "frames"}, "guidance_drop is frames"),
     ):
         with pytest.raises(UsageError, match=message):
-            diffusion.sample(1, steps=1, **options)
+            diffusion.sample(batch_size=1, steps=1, **options)
     unaware = RIN(**TINY, **(CLIP | {"known_mask": False}))
     with pytest.raises(UsageError, match="trained without known cells"):
-        GaussianDiffusion(unaware).sample(1, context=clip[:, :2])
+        GaussianDiffusion(unaware).sample(batch_size=1, context=clip[:, :2])
     with pytest.raises(UsageError, match=r"set model\.known_mask=true"):
         GaussianDiffusion(unaware, known={"first": 1})
     with pytest.raises(UsageError, match="known_mask=True"):

@@ -110,8 +110,8 @@ def test_one_checkpoint_samples_both_and_resumes_exactly(tmp_path):
     parts = train(tmp_path / "parts", 6)
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     diffusion = GaussianDiffusion.from_pretrained(tmp_path / "whole")
-    assert diffusion.sample(1, steps=1).shape == (1, 3, 4, 8, 8)
-    assert diffusion.sample(1, steps=1, shape=(3, 8, 8)).shape == (1, 3, 8, 8)
+    assert diffusion.sample(batch_size=1, steps=1).shape == (1, 3, 4, 8, 8)
+    assert diffusion.sample(batch_size=1, steps=1, shape=(3, 8, 8)).shape == (1, 3, 8, 8)
     names = {path.name for path in (tmp_path / "whole" / "samples").iterdir()}
     assert {"step-00000006.mp4", "step-00000006.png", "step-00000006-images.png"} <= names
 

@@ -69,7 +69,8 @@ def test_it_brings_the_command_and_the_licence(wheel, names):
 
 
 def test_every_extra_that_is_spoken_of_exists(wheel):
-    places = [CHECKOUT / "README.md", *CHECKOUT.glob("rin_video/**/*.py"), *CHECKOUT.glob("datasets/*.py")]
+    pages = [CHECKOUT / "README.md", *CHECKOUT.glob("docs/*.md")]
+    places = [*pages, *CHECKOUT.glob("rin_video/**/*.py"), *CHECKOUT.glob("datasets/*.py")]
     named = {extra for path in places for extra in re.findall(r"rin-video\[([a-z]+)\]", path.read_text("utf-8"))}
     with zipfile.ZipFile(wheel) as file:
         (metadata,) = (name for name in file.namelist() if name.endswith("/METADATA"))

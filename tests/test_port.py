@@ -44,12 +44,12 @@ DIFFUSION = [
     ("use_ddim", False, None),
     ("noise_schedule", "cosine", ("noise_schedule", "cosine")),
     ("objective", "x0", ("objective", "x0")),
-    ("schedule_kwargs", {"tau": 0.5}, ("schedule_kwargs", {"tau": 0.5})),
+    ("schedule_kwargs", {"tau": 0.5}, ("noise_schedule", {"name": "sigmoid", "tau": 0.5})),
     ("time_difference", 0.0, ("objective", "v")),
     ("time_difference", 0.02, r"in units of t in the port, .*sample\(steps=50, time_difference=1\)"),
     ("min_snr_loss_weight", True, ("loss_weight", "min_snr")),
     ("min_snr_loss_weight", False, ("loss_weight", "none")),
-    ("min_snr_gamma", 3, r"loss_weight='min_snr', loss_weight_kwargs=\{'gamma': 3\}"),
+    ("min_snr_gamma", 3, r"loss_weight=\{'name': 'min_snr', 'gamma': 3\}"),
     ("train_prob_self_cond", 0.5, ("train_prob_self_cond", 0.5)),
     ("scale", 0.5, ("scale", 0.5)),
 ]
@@ -129,10 +129,12 @@ def test_the_sampler_is_that_of_use_ddim():
     for use_ddim, name in ((True, "ddim"), (False, "ddpm")):
         diffusion = GaussianDiffusion(model, timesteps=4, use_ddim=use_ddim)
         plain = GaussianDiffusion(model, timesteps=4)
-        assert torch.equal(diffusion.sample(2, seed=3), plain.sample(2, seed=3, sampler=name))
-        assert torch.equal(diffusion.with_model(model).sample(2, seed=3), diffusion.sample(2, seed=3))
+        assert torch.equal(diffusion.sample(batch_size=2, seed=3), plain.sample(batch_size=2, seed=3, sampler=name))
+        assert torch.equal(
+            diffusion.with_model(model).sample(batch_size=2, seed=3), diffusion.sample(batch_size=2, seed=3)
+        )
     weighted = GaussianDiffusion(model, min_snr_loss_weight=True, min_snr_gamma=3)
-    assert weighted.config.loss_weight_kwargs == {"gamma": 3}
+    assert weighted.config.loss_weight == {"name": "min_snr", "gamma": 3}
 
 
 def test_a_program_of_the_port_runs(tmp_path, folder):
@@ -202,7 +204,9 @@ def conditional():
 def test_labels_in_any_form_are_the_same(label):
     diffusion, x = conditional(), torch.rand(2, 3, 8, 8)
     wanted = torch.tensor([2, 0])
-    assert torch.equal(diffusion.sample(2, label=label, seed=1), diffusion.sample(2, label=wanted, seed=1))
+    assert torch.equal(
+        diffusion.sample(batch_size=2, label=label, seed=1), diffusion.sample(batch_size=2, label=wanted, seed=1)
+    )
     losses = []
     for form in (label, wanted):
         torch.manual_seed(5)
@@ -213,7 +217,9 @@ def test_labels_in_any_form_are_the_same(label):
 @pytest.mark.parametrize("label", ["dog", 1, np.int64(1), np.array(1), torch.tensor(1)])
 def test_one_label_for_all(label):
     diffusion = conditional()
-    assert torch.equal(diffusion.sample(2, label=label, seed=1), diffusion.sample(2, label=[1, 1], seed=1))
+    assert torch.equal(
+        diffusion.sample(batch_size=2, label=label, seed=1), diffusion.sample(batch_size=2, label=[1, 1], seed=1)
+    )
 
 
 @pytest.mark.parametrize(
@@ -236,7 +242,7 @@ def test_labels_that_cannot_be_are_refused(label, said):
     with pytest.raises(UsageError, match=said):
         diffusion(torch.rand(2, 3, 8, 8), label)
     with pytest.raises(UsageError, match=said):
-        diffusion.sample(2, label=label)
+        diffusion.sample(batch_size=2, label=label)
 
 
 def test_arrays_serve_as_tensors():
@@ -250,7 +256,7 @@ def test_arrays_serve_as_tensors():
         diffusion((x * 255).astype(int))
     known = np.zeros((8, 8), bool)
     known[:4] = True
-    sampled = diffusion.sample(2, context=x.astype(np.float32), known=known, label=0, seed=0)
+    sampled = diffusion.sample(batch_size=2, context=x.astype(np.float32), known=known, label=0, seed=0)
     assert_close(sampled[:, :, :4], torch.from_numpy(x).float()[:, :, :4], rtol=0, atol=0)
 
 
@@ -259,6 +265,6 @@ def test_names_of_classes_travel_with_the_model(tmp_path):
     diffusion.save_pretrained(tmp_path)
     assert load_config(tmp_path / "config.yaml").data.classes == ["cat", "dog", "owl"]
     again = GaussianDiffusion.from_pretrained(tmp_path)
-    assert torch.equal(again.sample(1, label="owl", seed=0), diffusion.sample(1, label=2, seed=0))
+    assert torch.equal(again.sample(batch_size=1, label="owl", seed=0), diffusion.sample(batch_size=1, label=2, seed=0))
     save_model(tmp_path / "model", diffusion.model, Config(model=diffusion.model.config))
     assert GaussianDiffusion.from_pretrained(tmp_path / "model").classes == []

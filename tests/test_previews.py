@@ -103,7 +103,7 @@ def test_what_cannot_be_written_is_refused_before(tmp_path, name, channels, rank
 def test_the_command_refuses_before_it_samples(tmp_path, capsys, monkeypatch):
     model = RIN(**TINY, channels=4)
     save_model(tmp_path / "run", model, Config(model=model.config))
-    monkeypatch.setattr(GaussianDiffusion, "sample_from_config", None)
+    monkeypatch.setattr(GaussianDiffusion, "sample", None)
     assert cli.main(["sample", str(tmp_path / "run"), "--out", str(tmp_path / "x.jpg")]) == 2
     assert "cannot write transparency" in capsys.readouterr().err
 

@@ -160,7 +160,7 @@ def test_one_process_takes_up_what_two_wrote(runs, name, tmp_path):
     state, expected = newest_state(runs / name)[1], newest_state(runs / "one")[1]
     for part in ("model", "ema", "tracks"):
         assert_close(without_key_bias(state[part]), without_key_bias(expected[part]), rtol=0, atol=1e-4)
-    assert GaussianDiffusion.from_pretrained(runs / name).sample(1, steps=1).shape == (1, 3, 8, 8)
+    assert GaussianDiffusion.from_pretrained(runs / name).sample(batch_size=1, steps=1).shape == (1, 3, 8, 8)
     make_trainer(runs / name, train_num_steps=24, train_batch_size=4, gradient_accumulate_every=2).train()
     make_trainer(runs / "one", train_num_steps=24, train_batch_size=4, gradient_accumulate_every=2).train()
     assert_close(torch.tensor(losses(runs / name)), torch.tensor(losses(runs / "one")), rtol=1e-5, atol=0)
@@ -301,7 +301,7 @@ def test_callbacks_see_steps_lines_samples_checkpoints_and_measure(tmp_path):
 
         def evaluate(self, trainer, diffusion):
             torch.manual_seed(trainer.step)  # changes nothing in the training
-            return {"mean": diffusion.sample(2, steps=1, seed=0).mean().item()}
+            return {"mean": diffusion.sample(batch_size=2, steps=1, seed=0).mean().item()}
 
         def on_end(self, trainer):
             self.count("end")

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from rin_video import RIN, UsageError
 from rin_video.config import ModelConfig
 from rin_video.layers import AdaptiveLayerNorm, Attention, DropPath, LayerNorm, TransformerLayer
-from rin_video.model.conditioning import Condition, Conditioner
+from rin_video.model.conditioning import Condition, Conditioner, num_condition_latents
 from rin_video.model.info import model_info
 
 TINY = {
@@ -207,14 +207,16 @@ def test_the_noise_level_is_seen(place):
 
 @pytest.mark.parametrize(("time", "label"), list(itertools.product(PLACES, PLACES)))
 def test_conditions_go_where_they_are_sent(time, label):
-    conditioner = Conditioner(16, 24, num_classes=4, time_conditioning=time, class_conditioning=label)
+    places = {"time_conditioning": time, "class_conditioning": label}
+    config = ModelConfig(dim=16, dim_latent=24, num_classes=4, **places)
+    conditioner = Conditioner(config)
     gamma, y = torch.rand(3), torch.tensor([0, 1, 2])
     cond = conditioner(gamma, y)
     codes = {"time": conditioner.time(gamma), "label": conditioner.label(y, 3)}
     sent = {place: [codes[k] for k, p in (("time", time), ("label", label)) if p == place] for place in PLACES}
     for place, tokens, width in (("latent", cond.latents, 24), ("interface", cond.interface, 16)):
         assert_close(tokens, torch.stack(sent[place], 1) if sent[place] else torch.zeros(3, 0, width), rtol=0, atol=0)
-    assert conditioner.num_latents == len(sent["latent"])
+    assert num_condition_latents(config) == len(sent["latent"])
     if sent["adaln"]:
         assert_close(cond.modulation, sum(sent["adaln"]))
     else:

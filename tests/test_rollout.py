@@ -123,16 +123,16 @@ def test_a_video_written_in_parts_is_that_written_at_once(tmp_path, gradient):
 @pytest.mark.parametrize("position", ["sincos", "coordinate"])
 def test_sizes_never_seen(position):
     diffusion = GaussianDiffusion(RIN(**TINY, **(CLIP | {"position": position})))
-    assert diffusion.sample(1, shape=(3, 12, 16, 12), steps=2).shape == (1, 3, 12, 16, 12)
+    assert diffusion.sample(batch_size=1, shape=(3, 12, 16, 12), steps=2).shape == (1, 3, 12, 16, 12)
 
 
 def test_learned_positions_are_refused_or_interpolated():
     model = RIN(**TINY, **(CLIP | {"position": "learned"}))
     diffusion = GaussianDiffusion(model)
     with pytest.raises(UsageError, match=r"4x2x2 tokens and do not fit 6x2x2.*--interpolate-positions"):
-        diffusion.sample(1, shape=(3, 12, 8, 8), steps=1)
+        diffusion.sample(batch_size=1, shape=(3, 12, 8, 8), steps=1)
     model.interpolate_positions()
-    assert diffusion.sample(1, shape=(3, 12, 16, 8), steps=1).shape == (1, 3, 12, 16, 8)
+    assert diffusion.sample(batch_size=1, shape=(3, 12, 16, 8), steps=1).shape == (1, 3, 12, 16, 8)
 
 
 def test_interpolation_reads_a_ramp_in_between():
@@ -156,7 +156,7 @@ def test_one_core_serves_images_and_clips():
         model.zero_grad()
         diffusion(torch.rand(4, *shape)).backward()
         assert all(p.grad is not None for p in model.core.parameters())
-        assert diffusion.sample(2, shape=shape, steps=2).shape == (2, *shape)
+        assert diffusion.sample(batch_size=2, shape=shape, steps=2).shape == (2, *shape)
     touched = {name for name, p in model.named_parameters() if p.grad is None and "tokenizer" in name}
     assert all(name.startswith("tokenizer.") for name in touched)  # the last batch was of images
     alone = RIN(**TINY, **CLIP, interface_mixing="conv")

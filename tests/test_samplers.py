@@ -13,6 +13,7 @@ from rin_video import GaussianDiffusion, UsageError
 from rin_video.config import SampleConfig
 from rin_video.diffusion import sampling
 from rin_video.diffusion.conditions import Conditions
+from rin_video.diffusion.guidance import Guidance
 from rin_video.diffusion.noise import RNG
 from rin_video.diffusion.objectives import (
     LOSS_WEIGHTS,
@@ -156,7 +157,7 @@ def test_sampling_begins_with_the_first_level():
     for spacing in SPACINGS:
         diffusion.model.__dict__.pop("std", None)
         levels = make_levels(diffusion.schedule, 2, spacing=spacing)
-        diffusion.sample(4, shape=(20_000,), steps=2, sampler="heun", spacing=spacing, seed=0)
+        diffusion.sample(batch_size=4, shape=(20_000,), steps=2, sampler="heun", spacing=spacing, seed=0)
         assert diffusion.model.std == pytest.approx(levels[0][0].sigma, rel=5e-3)
     assert make_levels(diffusion.schedule, 2, spacing="karras", scale=0.2)[0][0].sigma == pytest.approx(16 / 17)
 
@@ -264,7 +265,7 @@ def test_guidance_batched_and_in_two_passes_are_the_same():
     level = NoiseLevel.from_gamma(0.5)
     results = []
     for batched in (True, False):
-        denoise = diffusion.denoiser(Conditions(label), 2.0, batched_guidance=batched)
+        denoise = diffusion.denoiser(Conditions(label), Guidance(2.0, batched=batched))
         _, _, self_cond = denoise(x, level, None)
         results.append(denoise(x, level, self_cond))
         assert diffusion.model.batch == (6 if batched else 3)
@@ -278,9 +279,9 @@ def test_guidance_interval_and_rescale():
     diffusion = GaussianDiffusion(Labelled(), objective="eps", clip_x0="none")
     x, label, level = torch.randn(3, 400), torch.tensor([1, 2, 3]), NoiseLevel.from_gamma(0.5)
     plain = diffusion.denoiser(Conditions(label))(x, level, None)
-    outside = diffusion.denoiser(Conditions(label), 2.0, guidance_interval=(0.6, 1))(x, level, None)
+    outside = diffusion.denoiser(Conditions(label), Guidance(2.0, interval=(0.6, 1)))(x, level, None)
     assert_close(outside, plain)
-    rescaled = diffusion.denoiser(Conditions(label), 2.0, guidance_rescale=1.0)(x, level, None)
+    rescaled = diffusion.denoiser(Conditions(label), Guidance(2.0, rescale=1.0))(x, level, None)
     assert_close(rescaled[1].std(1), plain[1].std(1), rtol=1e-4, atol=1e-4)
 
 
@@ -366,7 +367,7 @@ def test_logit_normal_times():
     ],
 )
 def test_parameters_of_loss_weights_are_checked(name, options, words):
-    with pytest.raises(UsageError, match=f"diffusion.loss_weight_kwargs.{words}"):
+    with pytest.raises(UsageError, match=f"diffusion.loss_weight.{words}"):
         make_loss_weight(name, "x0", options)
 
 
@@ -409,7 +410,7 @@ def test_scaled_data_are_sampled_without_bias(scale):
         diffusion = GaussianDiffusion(Plain(), scale=scale, noise_schedule="cosine", clip_x0="none")
     else:
         diffusion = GaussianDiffusion(model, scale=scale, noise_schedule="cosine", clip_x0="none")
-    samples = diffusion.sample(50, shape=(4000,), steps=50, seed=0, sampler="heun", spacing="karras")
+    samples = diffusion.sample(batch_size=50, shape=(4000,), steps=50, seed=0, sampler="heun", spacing="karras")
     inside = 2 * samples.double() - 1
     assert inside.std().item() == pytest.approx(std, rel=0.02)
     assert inside.mean().item() == pytest.approx(0, abs=0.01)
@@ -450,7 +451,7 @@ def test_trajectory_and_callback_see_the_estimates():
     diffusion = GaussianDiffusion(ScaledGaussian(0.5), noise_schedule="cosine")
     seen = []
     samples, trajectory = diffusion.sample(
-        5,
+        batch_size=5,
         shape=(16,),
         steps=4,
         seed=0,
@@ -469,34 +470,34 @@ def test_trajectory_and_callback_see_the_estimates():
 def test_mistakes_are_named():
     diffusion = GaussianDiffusion(ScaledGaussian(0.5))
     for options, message in (
-        ({"sampler": "ddim", "sampler_kwargs": {"etta": 1}}, r"sampler ddim has no option etta: it has eta"),
-        ({"spacing": "log"}, r"unknown spacing 'log': known are uniform"),
+        ({"sampler": {"name": "ddim", "etta": 1}}, r"sampler ddim has no option etta: it has eta"),
+        ({"spacing": "log"}, "sample.spacing=log is unknown: choose uniform"),
         ({"spacing": "karras", "time_difference": 1}, r"time_difference is 1"),
         ({"guidance": 1.0}, r"no label to be guided by"),
-        ({"clip_x0": "hard"}, r"unknown clip_x0 'hard'"),
+        ({"clip_x0": "hard"}, "sample.clip_x0=hard is unknown"),
     ):
         with pytest.raises(UsageError, match=message):
-            diffusion.sample(1, shape=(3,), steps=2, **options)
+            diffusion.sample(batch_size=1, shape=(3,), steps=2, **options)
     with pytest.raises(UsageError, match=r"loss_weight=snr is unknown: choose none, min_snr"):
         GaussianDiffusion(ScaledGaussian(0.5), loss_weight="snr")
     with pytest.raises(UsageError, match=r"loss_weight min_snr has no parameter k: it has gamma"):
-        GaussianDiffusion(ScaledGaussian(0.5), loss_weight="min_snr", loss_weight_kwargs={"k": 1})
+        GaussianDiffusion(ScaledGaussian(0.5), loss_weight={"name": "min_snr", "k": 1})
     with pytest.raises(UsageError, match="time_sampling=normal is unknown"):
         GaussianDiffusion(ScaledGaussian(0.5), time_sampling="normal")
-    with pytest.raises(UsageError, match=r"time_sampling_kwargs.std is -1: it must be above 0"):
-        GaussianDiffusion(ScaledGaussian(0.5), time_sampling="logit_normal", time_sampling_kwargs={"std": -1})
+    with pytest.raises(UsageError, match=r"time_sampling.std is -1: it must be above 0"):
+        GaussianDiffusion(ScaledGaussian(0.5), time_sampling={"name": "logit_normal", "std": -1})
 
 
 def test_the_spacing_suits_the_sampler_unless_it_is_chosen():
     """Karras for DPM-Solver++ and Heun; uniform for the others, and where a schedule or td speaks of time."""
-    draw = partial(GaussianDiffusion(ScaledGaussian(0.5)).sample, 2, shape=(3,), steps=5, seed=0)
+    draw = partial(GaussianDiffusion(ScaledGaussian(0.5)).sample, batch_size=2, shape=(3,), steps=5, seed=0)
     for options, spacing in (
         ({}, "karras"),
         ({"sampler": "heun"}, "karras"),
         ({"sampler": "ddim"}, "uniform"),
         ({"time_difference": 1.0}, "uniform"),
         ({"schedule": "linear"}, "uniform"),
-        ({"schedule_kwargs": {"tau": 0.5}}, "uniform"),
+        ({"schedule": {"tau": 0.5}}, "uniform"),
     ):
         other = "uniform" if spacing == "karras" else "quadratic"
         assert torch.equal(draw(**options), draw(**options, spacing=spacing)), options
@@ -505,20 +506,30 @@ def test_the_spacing_suits_the_sampler_unless_it_is_chosen():
 
 def test_another_sampler_than_the_configurations_leaves_its_parameters_out():
     diffusion = GaussianDiffusion(ScaledGaussian(0.5))
-    config = SampleConfig(sampler="ddim", sampler_kwargs={"eta": 0.5}, num_samples=2, steps=4)
+    config = SampleConfig(sampler={"name": "ddim", "eta": 0.5}, num_samples=2, steps=4)
     options = {"shape": (3,), "seed": 0}
-    found = diffusion.sample_from_config(config, sampler="ddpm", **options)
-    assert torch.equal(found, diffusion.sample(2, steps=4, sampler="ddpm", **options))
-    kept = diffusion.sample_from_config(config, **options)
-    assert torch.equal(kept, diffusion.sample(2, steps=4, sampler="ddim", sampler_kwargs={"eta": 0.5}, **options))
+    found = diffusion.sample(config, sampler="ddpm", **options)
+    assert torch.equal(found, diffusion.sample(batch_size=2, steps=4, sampler="ddpm", **options))
+    kept = diffusion.sample(config, **options)
+    assert torch.equal(kept, diffusion.sample(batch_size=2, steps=4, sampler={"name": "ddim", "eta": 0.5}, **options))
 
 
-def test_every_option_of_the_configuration_reaches_the_sampler(monkeypatch):
-    """`sample_from_config` hands on every field but the file's frame rate and the number of samples."""
-    seen = {}
-    monkeypatch.setattr(sampling, "sample", lambda diffusion, **options: seen.update(options))
-    GaussianDiffusion(ScaledGaussian(0.5)).sample_from_config(SampleConfig(num_samples=3))
-    assert set(vars(SampleConfig())) - {"num_samples", "fps"} <= set(seen)
+def test_every_option_of_the_configuration_is_read(monkeypatch):
+    """Sampling reads every field of `SampleConfig` but the frame rate of the file, and no other."""
+    read = set()
+
+    class Recorder:
+        def __init__(self, config):
+            self.config = config
+
+        def __getattr__(self, name):
+            read.add(name)
+            return getattr(self.config, name)
+
+    diffusion = GaussianDiffusion(ScaledGaussian(0.5))
+    monkeypatch.setattr(sampling.dataclasses, "replace", lambda config, **overrides: Recorder(config))
+    diffusion.sample(SampleConfig(num_samples=3), shape=(2,))
+    assert read == set(vars(SampleConfig())) - {"fps"}
 
 
 @pytest.mark.parametrize("name", ["none", *LOSS_WEIGHTS])

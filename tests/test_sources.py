@@ -115,6 +115,8 @@ def test_shard_patterns_and_pipes(tmp_path):
     assert expand("a{08..11}b{1..2}") == [f"a{i}b{j}" for i in ("08", "09", "10", "11") for j in (1, 2)]
     with pytest.raises(UsageError, match="the range goes up"):
         expand("{5..1}.tar")
+    with pytest.raises(UsageError, match="names 10000000 shards: the range goes up, to 1,000,000 at most"):
+        expand("{0..999}/{0..9999}.tar")
     write_tar(tmp_path / "000.tar", {})
     with pytest.raises(UsageError, match=r"there is no shard .*001\.tar \(1 of 2"):
         list_shards(f"{tmp_path}/{{000..001}}.tar")

@@ -1,5 +1,6 @@
 """Signals, kills, numbers that are none, no memory: a run that ends early says so and loses nothing."""
 
+import errno
 import json
 import os
 import signal
@@ -20,6 +21,7 @@ from torch.testing import assert_close
 from rin_video import UsageError, cli
 from rin_video.errors import Stopped
 from rin_video.training.callbacks import Callback
+from rin_video.training.locking import lock_run
 from rin_video.training.metrics import Metrics
 from rin_video.training.signals import StopSignals
 from rin_video.training.state import newest_state
@@ -135,7 +137,7 @@ def test_the_command_line_ends_with_a_code_of_its_own(monkeypatch, capsys):
     def stop(options):
         raise Stopped("stopped by SIGTERM at step 7")
 
-    monkeypatch.setattr("rin_video.cli.commands.info", stop)
+    monkeypatch.setattr("rin_video.cli.inspect.info", stop)
     assert cli.main(["info"]) == 75
     assert capsys.readouterr().err == "rin-video: stopped by SIGTERM at step 7\n"
 
@@ -246,19 +248,37 @@ def test_the_example_trains_on_tensors_of_its_own(tmp_path):
 
 
 def test_one_training_at_a_time_in_a_folder(tmp_path):
-    """The lock goes with the process that has it, even where it is killed."""
-    code = "import sys, time; from pathlib import Path; from rin_video.training.locking import lock_run"
-    code += "; file = lock_run(Path(sys.argv[1]))"
+    """The lock goes with the process that has it, even where it is killed and its children live on."""
+    code = "import os, sys, time; from pathlib import Path; from rin_video.training.locking import lock_run"
+    code += "; lock = lock_run(Path(sys.argv[1])); lock.__enter__(); child = os.fork(); child or os.close(1)"
     other = subprocess.Popen(
-        [sys.executable, "-c", f"{code}; print('locked', flush=True); time.sleep(60)", tmp_path / "run"],
+        [
+            sys.executable,
+            "-c",
+            f"{code}; child and print('locked', child, flush=True); time.sleep(60)",
+            tmp_path / "run",
+        ],
         stdout=subprocess.PIPE,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
     )
-    assert other.stdout.readline().strip() == b"locked"
+    said, child = other.stdout.readline().split()
+    assert said == b"locked"
     with pytest.raises(UsageError, match=r"another process is training in .*run: wait until it ends, stop it, or"):
         make_trainer(tmp_path / "run", train_num_steps=1).train()
     assert not (tmp_path / "run/metrics.jsonl").exists()
     other.kill()
     other.communicate()
-    make_trainer(tmp_path / "run", train_num_steps=1).train()
+    try:
+        make_trainer(tmp_path / "run", train_num_steps=1).train()
+    finally:
+        os.kill(int(child), signal.SIGKILL)
     assert (tmp_path / "run/model.safetensors").exists()
+
+
+def test_a_folder_without_locks_is_tolerated(tmp_path, monkeypatch, caplog):
+    def refuse(handle, operation):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with lock_run(tmp_path):
+        assert "cannot be locked" in caplog.text

@@ -410,7 +410,7 @@ def test_a_tokenizer_of_another_distribution_trains_and_samples(plugin):
     diffusion(torch.rand(4, 2, 16)).backward()
     optimizer.step()
     assert all((p != before[name]).any() for name, p in model.tokenizer.named_parameters())
-    samples = diffusion.sample(2, steps=2, seed=0)
+    samples = diffusion.sample(batch_size=2, steps=2, seed=0)
     assert samples.shape == (2, 2, 16)
     with pytest.raises(UsageError, match="conv_width is 8, but the tokenizer chords has no convolutions"):
         RIN(dim=16, tokenizer=plugin, sequence_length=16, channels=2, num_latents=4, conv_width=8)

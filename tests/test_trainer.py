@@ -119,7 +119,7 @@ def test_what_is_written(tmp_path):
     assert load_config(tmp_path / "config.yaml").model == run.config.model
     loaded = GaussianDiffusion.from_pretrained(tmp_path)
     assert_close(loaded.model.state_dict(), run.ema.ema_model.state_dict(), rtol=0, atol=0)
-    assert loaded.sample(1, steps=1).shape == (1, 3, 8, 8)
+    assert loaded.sample(batch_size=1, steps=1).shape == (1, 3, 8, 8)
 
 
 def test_average_is_not_the_raw_weights_and_follows_them(tmp_path):

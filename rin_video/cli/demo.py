@@ -4,29 +4,42 @@ from __future__ import annotations
 
 import logging
 import time
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from rin_video.config_files import load_config
-from rin_video.datasets.demo import SHAPES, write_demo_set
-from rin_video.datasets.open import open_dataset
-from rin_video.diffusion.process import GaussianDiffusion
-from rin_video.media import DEFAULT_FPS, contact_sheet, save_samples
-from rin_video.model.info import describe
-from rin_video.model.rin import RIN
-from rin_video.training.trainer import Trainer
 
 log = logging.getLogger("rin_video")
+
+
+def add_parsers(commands: Any) -> None:
+    command = commands.add_parser("demo", help="make clips, train a tiny model on them, sample: a few minutes on a CPU")
+    command.add_argument("--out", default="runs/demo", metavar="DIR", help="where everything is written (runs/demo)")
+    command.set_defaults(run=demo, overrides=[])
+
+
+def demo(options: Namespace) -> None:
+    """Run the demo."""
+    run_demo(Path(options.out), options.overrides)
 
 
 def run_demo(folder: Path, overrides: Sequence[str] = ()) -> None:
     """Write a demo set of clips, train the preset `demo` on it, and sample; all below `folder`.
 
-    Leaves `folder/data`, `folder/run`, `folder/sample.mp4` and `folder/contact_sheet.png`. Run again, it goes on where
-    it stopped.
+    Leaves `folder/data`, `folder/run`, `folder/sample.mp4` and `folder/contact_sheet.png`. Run again, it resumes.
     """
+    import torch
+
+    from rin_video.datasets.demo import SHAPES, write_demo_set
+    from rin_video.datasets.open import open_dataset
+    from rin_video.diffusion.process import GaussianDiffusion
+    from rin_video.media import DEFAULT_FPS, contact_sheet, save_samples
+    from rin_video.model.info import describe
+    from rin_video.model.rin import RIN
+    from rin_video.training.trainer import Trainer
+
     start = time.perf_counter()
     config = load_config("demo", overrides)
     clips = write_demo_set(folder / "data")
@@ -34,11 +47,11 @@ def run_demo(folder: Path, overrides: Sequence[str] = ()) -> None:
     log.info("1. %d clips of moving shapes (%s): %s", len(clips), ", ".join(SHAPES), folder / "data")
     log.info("2. training a small model on them\n%s", describe(config.model))
     torch.manual_seed(config.train.seed)
-    diffusion = GaussianDiffusion.from_config(RIN(config.model), config.diffusion)
+    diffusion = GaussianDiffusion(RIN(config.model), config.diffusion)
     trainer = Trainer(diffusion, dataset, results_folder=folder / "run", config=config)
     trainer.train()
     log.info("3. sampling new clips, a column for each class")
-    samples = trainer.averaged().sample_from_config(config.sample, seed=0, progress=True)
+    samples = trainer.averaged().sample(config.sample, seed=0, progress=True)
     save_samples(samples, folder / "sample.mp4", fps=config.sample.fps or DEFAULT_FPS)
     contact_sheet(samples, folder / "contact_sheet.png")
     minutes = (time.perf_counter() - start) / 60

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from argparse import Namespace
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -10,9 +9,9 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from rin_video.cli.options import parse_size
 from rin_video.config import SampleConfig
 from rin_video.diffusion.process import GaussianDiffusion
-from rin_video.diffusion.sampling import sample_options
 from rin_video.errors import UsageError
 from rin_video.ranks import is_first
 from rin_video.training.parallel_sampling import rank_part
@@ -74,9 +73,10 @@ def extend_parts(
     diffusion: GaussianDiffusion, wanted: SampleConfig, options: Namespace, pass_: Pass, common: dict[str, Any]
 ) -> Iterator[Tensor]:
     """The samples in parts (B, C, f, H, W), with a progress bar. `common` are arguments of `sample`."""
-    merged, gather = rank_part(diffusion, sample_options(diffusion, wanted) | common)
+    merged, gather = rank_part(diffusion, wanted, common)
     parts = diffusion.rollout(
         pass_.frames,
+        wanted,
         overlap=options.overlap,
         carry_latents=options.carry_latents,
         key_frames=options.key_frames,
@@ -86,11 +86,3 @@ def extend_parts(
         for part in parts:
             bar.update(part.shape[2])
             yield gather(part)
-
-
-def parse_size(text: str) -> int | list[int]:
-    """`64` or `48x64` (height x width)."""
-    if not re.fullmatch(r"\d+(x\d+)?", text):
-        raise UsageError(f"--size {text} is not understood: write 64, or 48x64 (height x width)")
-    numbers = [int(n) for n in text.split("x")]
-    return numbers[0] if len(numbers) == 1 else numbers

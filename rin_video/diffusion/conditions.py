@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from rin_video.config import GuidanceDropName
 from rin_video.diffusion.noise import RNG
-from rin_video.errors import UsageError
 from rin_video.tensors import append_dims
 
 
@@ -81,21 +79,3 @@ class Conditions(NamedTuple):
         offset = x.flatten(1) - ((x.flatten(1) * unknown).sum(1) / count.clamp(min=1))[:, None]
         variance = (offset.square() * unknown).sum(1) / (count - 1).clamp(min=1)
         return torch.where(count > 1, variance.sqrt(), 1)
-
-
-def check_guidance(guidance: float, drop: str, conditions: Conditions) -> None:
-    """Raises `UsageError` where guidance has nothing to drop."""
-    there: dict[GuidanceDropName, bool] = {
-        "label": conditions.label is not None or conditions.embedding is not None,
-        "known": conditions.known is not None,
-    }
-    parts: list[Any] = drop.split("+")
-    if unknown := set(parts) - set(there):
-        raise UsageError(
-            f"guidance_drop is {drop}: {', '.join(sorted(unknown))} is unknown, it takes {', '.join(there)}"
-        )
-    if missing := [part for part in parts if not there[part]]:
-        raise UsageError(
-            f"guidance is {guidance}, but there is no {' and no '.join(missing)} to be guided by: give one"
-            f"{', or guidance_drop=known' if conditions.known is not None else ''}"
-        )

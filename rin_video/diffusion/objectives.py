@@ -91,7 +91,7 @@ LOSS_WEIGHTS: dict[LossWeightName, Callable[..., Tensor]] = {
 
 
 def make_loss_weight(
-    name: LossWeightName, objective: ObjectiveName, loss_weight_kwargs: Mapping[str, float] | None = None
+    name: LossWeightName, objective: ObjectiveName, parameters: Mapping[str, float] | None = None
 ) -> Callable[[NoiseLevel], Any]:
     """The weight of the squared error of `objective` at a level: "none" (1), or one of `LOSS_WEIGHTS`.
 
@@ -101,7 +101,7 @@ def make_loss_weight(
     """
     if objective not in OBJECTIVES:
         raise UsageError(f"unknown objective {objective!r}: known are {', '.join(OBJECTIVES)}")
-    kwargs = dict(loss_weight_kwargs or {})
+    kwargs = dict(parameters or {})
     known = list(inspect.signature(LOSS_WEIGHTS[name]).parameters)[1:] if name in LOSS_WEIGHTS else []
     if name not in ("none", *LOSS_WEIGHTS):
         raise UsageError(f"unknown loss_weight {name!r}: known are none, {', '.join(LOSS_WEIGHTS)}")
@@ -113,7 +113,7 @@ def make_loss_weight(
         low = {"bias": -math.inf, "k": 0.0, "power": 0.0}.get(parameter, math.ulp(0.0))
         if isinstance(value, bool) or not isinstance(value, int | float) or not value >= low:
             wanted = {-math.inf: "a number", 0.0: "a number, at least 0"}.get(low, "a number above 0")
-            raise UsageError(f"diffusion.loss_weight_kwargs.{parameter} is {value!r}: it must be {wanted}")
+            raise UsageError(f"diffusion.loss_weight.{parameter} is {value!r}: it must be {wanted}")
     if name == "none":
         return lambda level: 1.0
     on_x0 = partial(LOSS_WEIGHTS[name], **kwargs)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,24 +17,21 @@ from rin_video.config import (
     Config,
     DataConfig,
     DiffusionConfig,
-    KnownKind,
-    LossWeightName,
     ModelConfig,
-    ObjectiveName,
     PrecisionName,
     SampleConfig,
-    ScheduleName,
-    TimeSamplingName,
     TrainConfig,
-    check_diffusion_names,
+    check_names,
 )
+from rin_video.config_checks import split_parameters
 from rin_video.diffusion.conditions import Conditions
+from rin_video.diffusion.guidance import Guidance
 from rin_video.diffusion.masks import ANY_GRID, draw_known
 from rin_video.diffusion.noise import RNG
 from rin_video.diffusion.objectives import CLIPS, TIME_SAMPLINGS, eps_from_x0, make_loss_weight, target, to_x0_eps
 from rin_video.diffusion.rollout import rollout
 from rin_video.diffusion.samplers import Denoise
-from rin_video.diffusion.sampling import sample, sample_from_config
+from rin_video.diffusion.sampling import sample
 from rin_video.diffusion.schedules import NoiseLevel, make_schedule
 from rin_video.errors import UsageError
 from rin_video.labels import Labels, check_labels
@@ -73,52 +71,22 @@ class GaussianDiffusion(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        timesteps: int | None = None,
-        noise_schedule: ScheduleName = "sigmoid",
-        schedule_kwargs: Mapping[str, float] | None = None,
-        objective: ObjectiveName = "v",
-        train_prob_self_cond: float = 0.9,
-        scale: float = 1.0,
+        config: DiffusionConfig | None = None,
+        /,
         *,
-        self_cond_gap: float = 0.0,
-        loss_weight: LossWeightName = "none",
-        loss_weight_kwargs: Mapping[str, float] | None = None,
-        time_sampling: TimeSamplingName = "uniform",
-        time_sampling_kwargs: Mapping[str, float] | None = None,
-        label_dropout: float = 0.0,
-        known: Mapping[KnownKind, float] | None = None,
-        known_frames: Sequence[int] = (),
-        clip_x0: ClippingName = "static",
         shape: tuple[int, ...] | None = None,
-        **port: Any,
+        **options: Any,
     ) -> None:
         super().__init__()
-        more, self.sampler = diffusion_options(port)
-        loss_weight = more.pop("loss_weight", loss_weight)
-        loss_weight_kwargs = more.pop("loss_weight_kwargs", loss_weight_kwargs)
-        if more:
-            check_diffusion_names(more)
+        options, self.sampler = diffusion_options(options)
+        check_names(options, DiffusionConfig, "GaussianDiffusion", prefix="")
         self.model = model
-        self.config = config = DiffusionConfig(
-            timesteps=timesteps,
-            noise_schedule=noise_schedule,
-            schedule_kwargs=dict(schedule_kwargs or {}),
-            objective=objective,
-            train_prob_self_cond=train_prob_self_cond,
-            scale=scale,
-            self_cond_gap=self_cond_gap,
-            loss_weight=loss_weight,
-            loss_weight_kwargs=dict(loss_weight_kwargs or {}),
-            time_sampling=time_sampling,
-            time_sampling_kwargs=dict(time_sampling_kwargs or {}),
-            label_dropout=label_dropout,
-            known=dict(known or {}),
-            known_frames=list(known_frames),
-            clip_x0=clip_x0,
-        )
-        self.schedule = make_schedule(noise_schedule, config.schedule_kwargs)
-        self.loss_weight = make_loss_weight(loss_weight, objective, config.loss_weight_kwargs)
-        self.draw_times = partial(TIME_SAMPLINGS[time_sampling], **config.time_sampling_kwargs)
+        self.config = config = dataclasses.replace(config or DiffusionConfig(), **options)
+        self.schedule = make_schedule(*split_parameters(config.noise_schedule))
+        loss_weight, parameters = split_parameters(config.loss_weight)
+        self.loss_weight = make_loss_weight(loss_weight, config.objective, parameters)
+        time_sampling, parameters = split_parameters(config.time_sampling)
+        self.draw_times = partial(TIME_SAMPLINGS[time_sampling], **parameters)
         self.shape: tuple[int, ...] | None = shape or getattr(model, "shape", None)
         self.classes: list[str] = []  # names, where training or a run's configuration says them
         self.unchecked = CHECKED_CALLS
@@ -126,17 +94,12 @@ class GaussianDiffusion(nn.Module):
         self._check_known()
 
     @classmethod
-    def from_config(cls, model: nn.Module, config: DiffusionConfig) -> GaussianDiffusion:
-        """The diffusion that a configuration describes."""
-        return cls(model, **vars(config))
-
-    @classmethod
     def from_pretrained(
         cls, source: str | os.PathLike[str], *, device: str | torch.device = "cpu"
     ) -> GaussianDiffusion:
         """Model and diffusion of a run: its folder (`config.yaml`, `model.safetensors`), or a hub id `user/name`."""
         model, config = load_model(source, device=device)
-        diffusion = cls.from_config(model, config.diffusion).to(device)
+        diffusion = cls(model, config.diffusion).to(device)
         diffusion.classes = list(config.data.classes)
         diffusion.precision = config.train.mixed_precision
         return diffusion
@@ -153,7 +116,7 @@ class GaussianDiffusion(nn.Module):
 
     def with_model(self, model: nn.Module) -> GaussianDiffusion:
         """The same diffusion around another model."""
-        other = GaussianDiffusion(model, **vars(self.config), shape=self.shape)
+        other = GaussianDiffusion(model, self.config, shape=self.shape)
         other.classes, other.sampler, other.precision = self.classes, self.sampler, self.precision
         return other
 
@@ -281,53 +244,33 @@ class GaussianDiffusion(nn.Module):
     def denoiser(
         self,
         conditions: Conditions = Conditions(),  # noqa: B008 (a tuple)
-        guidance: float = 0.0,
-        *,
-        guidance_drop: str = "label",
-        guidance_interval: Sequence[float] = (0.0, 1.0),
-        guidance_rescale: float = 0.0,
-        batched_guidance: bool = True,
+        guidance: Guidance = Guidance(),  # noqa: B008 (frozen)
         clip_x0: ClippingName | None = None,
     ) -> Denoise:
-        """`denoise(x, level, self_cond) -> (x0, eps, self_cond)` for samplers: x0 clipped, eps re-derived from it.
-
-        `guidance` w mixes (1 + w) * labelled - w * unlabelled predictions (Ho & Salimans 2022, arXiv 2207.12598), where
-        gamma lies in `guidance_interval` (Kynkaanniemi et al. 2024, arXiv 2404.07724). `guidance_drop` says what the
-        unlabelled one does without: label (and embedding), known, or label+known. Both see the same self-conditioning
-        state, only the labelled one's is passed on; one forward pass of both, or two without `batched_guidance` (less
-        memory).
-        `guidance_rescale` brings the spread of the guided prediction back towards that of the labelled one (Lin et al.
-        2023, arXiv 2305.08891, eq. 15 and 16).
-        """
-        low, high = guidance_interval
-        less = conditions.without(*guidance_drop.split("+"))
-
-        def predict(x: Tensor, level: NoiseLevel, self_cond: Any) -> tuple[Tensor, Any]:
-            if not guidance or not low <= level.gamma <= high:
-                return self.predict(x, level, conditions, self_cond)
-            if batched_guidance:
-                both = map_tensors(lambda h: torch.cat([h, h]), self_cond)
-                prediction, latents = self.predict(torch.cat([x, x]), level, conditions.followed_by(less), both)
-                labelled, unlabelled = prediction.chunk(2)
-                latents = map_tensors(lambda h: h.chunk(2)[0], latents)
-            else:
-                labelled, latents = self.predict(x, level, conditions, self_cond)
-                unlabelled, _ = self.predict(x, level, less, self_cond)
-            guided = (1 + guidance) * labelled - guidance * unlabelled
-            if guidance_rescale:
-                spread = conditions.masked_std(labelled) / conditions.masked_std(guided)
-                guided = guided * append_dims(guidance_rescale * spread + 1 - guidance_rescale, guided)
-            return guided, latents
+        """`denoise(x, level, self_cond) -> (x0, eps, self_cond)` for samplers: x0 is clipped, eps follows from it."""
+        predict = guidance.applied_to(self.predict)
 
         def denoise(x: Tensor, level: NoiseLevel, self_cond: Any) -> tuple[Tensor, Tensor, Any]:
-            prediction, latents = predict(x, level, self_cond)
+            prediction, latents = predict(x, level, conditions, self_cond)
             x0 = self.predict_x0(prediction, x, level, conditions, clip_x0)
             return x0, eps_from_x0(x0, x, level), self.self_cond_state(latents, x0)
 
         return denoise
 
-    # ---- sampling: functions of their own, methods here
+    # ---- sampling
 
-    sample = sample
-    rollout = rollout
-    sample_from_config = sample_from_config
+    def sample(self, config: SampleConfig | None = None, /, **options: Any) -> Any:
+        """Draw samples (B, C, *grid) in [0, 1]: `sample(batch_size=4)`, or `sample(config.sample, seed=0)`.
+
+        `options` are fields of `SampleConfig` (steps, sampler, guidance, ...) and arguments of
+        `rin_video.diffusion.sampling.sample`, which explains them: batch_size, shape, label, embedding, context, known,
+        seed, max_batch, progress, callback, ...
+        """
+        return sample(self, config, **options)
+
+    def rollout(self, frames: int, config: SampleConfig | None = None, /, **options: Any) -> Iterator[Tensor]:
+        """Draw clips of any number of frames, in parts (B, C, f, H, W) in [0, 1] on the CPU.
+
+        `options` are those of `rin_video.diffusion.rollout.rollout`, which explains them, and of `sample`.
+        """
+        return rollout(self, frames, config, **options)

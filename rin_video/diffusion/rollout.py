@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rin_video.config import SampleConfig
 from rin_video.diffusion.noise import derive_seed
 from rin_video.diffusion.sampling import Diffusion, sample
 from rin_video.errors import UsageError
@@ -21,6 +22,8 @@ from rin_video.tensors import to_unit_range
 def rollout(
     diffusion: Diffusion,
     frames: int,
+    config: SampleConfig | None = None,
+    /,
     *,
     batch_size: int | None = None,
     shape: tuple[int, ...] | None = None,
@@ -40,7 +43,7 @@ def rollout(
 
     With `key_frames` every (F - overlap)-th frame comes first, as if it were the next one, and the frames between two
     of them are filled in: steadier over long times, where training has seen such leaps (data.stride, or "ends" in
-    diffusion.known). `options` are those of `GaussianDiffusion.sample`. Raises `UsageError` for what does not fit.
+    diffusion.known). `config` and `options` are those of `sample`. Raises `UsageError` for what does not fit.
     """
     context = None if context is None else torch.as_tensor(context)
     shape = shape or diffusion.shape
@@ -65,9 +68,10 @@ def rollout(
             raise UsageError(f"context has {context.shape[2]} frames of {frames}: nothing is left to invent")
         batch_size = batch_size or len(context)
         context = context.expand(batch_size, -1, -1, -1, -1)
+    num = (config or SampleConfig()).num_samples
     seed = int(torch.randint(2**62, ())) if seed is None else seed
     run = _KeyFrames if key_frames else _Sliding
-    windows = run(diffusion, batch_size or 16, shape, overlap, carry_latents, options)
+    windows = run(diffusion, config, batch_size or num, shape, overlap, carry_latents, options)
     left = frames
     for part in windows.parts(context, frames, seed):
         yield part[:, :, :left]
@@ -82,13 +86,14 @@ class _Sliding:
     def __init__(
         self,
         diffusion: Diffusion,
+        config: SampleConfig | None,
         batch_size: int,
         shape: tuple[int, ...],
         overlap: int,
         carry_latents: bool,
         options: dict[str, Any],
     ) -> None:
-        self.diffusion, self.batch_size, self.shape = diffusion, batch_size, shape
+        self.diffusion, self.config, self.batch_size, self.shape = diffusion, config, batch_size, shape
         self.overlap, self.carry_latents, self.options = overlap, carry_latents, options
         self.window = shape[1]
         self.self_cond: Any = None
@@ -109,7 +114,8 @@ class _Sliding:
         """One window (B, C, F, H, W) that starts with frames, or keeps those that are known."""
         clip, self_cond = sample(
             self.diffusion,
-            self.batch_size,
+            self.config,
+            batch_size=self.batch_size,
             shape=self.shape,
             context=start,
             known=known,
@@ -128,7 +134,9 @@ class _KeyFrames(_Sliding):
 
     def parts(self, context: Tensor | None, frames: int, seed: int) -> Iterator[Tensor]:
         apart = self.window - self.overlap
-        sliding = _Sliding(self.diffusion, self.batch_size, self.shape, self.overlap, self.carry_latents, self.options)
+        sliding = _Sliding(
+            self.diffusion, self.config, self.batch_size, self.shape, self.overlap, self.carry_latents, self.options
+        )
         last = None if context is None else context[:, :, -1:]
         keys = (key for part in sliding.parts(last, frames, derive_seed(seed, 0)) for key in part.split(1, dim=2))
         first = next(keys)

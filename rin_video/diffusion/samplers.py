@@ -178,22 +178,22 @@ SAMPLERS: dict[SamplerName, Sampler] = {
 }
 
 
-def get_sampler(name: SamplerName, sampler_kwargs: Mapping[str, float] | None = None) -> Sampler:
+def get_sampler(name: SamplerName, parameters: Mapping[str, float] | None = None) -> Sampler:
     """The sampler called `name`, with its options (eta, churn) set. A `UsageError` lists the known ones."""
     if name not in SAMPLERS:
         raise UsageError(f"unknown sampler {name!r}: known are {', '.join(SAMPLERS)}")
     sampler = SAMPLERS[name]
     known = [p.name for p in inspect.signature(sampler).parameters.values() if p.kind is p.KEYWORD_ONLY]
     known = [option for option in known if option != "small"]
-    if unknown := set(sampler_kwargs or {}) - set(known):
+    if unknown := set(parameters or {}) - set(known):
         raise UsageError(
             f"sampler {name} has no option {', '.join(sorted(unknown))}: it has {', '.join(known) or 'none'}"
         )
-    for option, value in (sampler_kwargs or {}).items():
+    for option, value in (parameters or {}).items():
         most = {"eta": 1.0, "churn": math.inf}[option]
         if not (0 <= value <= most and math.isfinite(value)):
-            raise UsageError(f"sampler_kwargs.{option} is {value}: it lies in [0, {most:g}]")
-    return partial(sampler, **(sampler_kwargs or {}))
+            raise UsageError(f"sampler.{option} is {value}: it lies in [0, {most:g}]")
+    return partial(sampler, **(parameters or {}))
 
 
 # ---- which levels a run visits

@@ -106,14 +106,14 @@ SCHEDULES: dict[ScheduleName, Callable[..., Tensor | NoiseLevel]] = {
 Schedule = Callable[[Tensor], NoiseLevel]
 
 
-def make_schedule(name: ScheduleName, schedule_kwargs: Mapping[str, float] | None = None) -> Schedule:
+def make_schedule(name: ScheduleName, parameters: Mapping[str, float] | None = None) -> Schedule:
     """The function t -> `NoiseLevel` of the schedule called `name` (one of `SCHEDULES`), with its parameters.
 
     Raises `UsageError` for an unknown name or parameter, and for parameters that span nothing.
     """
     if name not in SCHEDULES:
         raise UsageError(f"unknown noise_schedule {name!r}: known are {', '.join(SCHEDULES)}")
-    function, kwargs = SCHEDULES[name], dict(schedule_kwargs or {})
+    function, kwargs = SCHEDULES[name], dict(parameters or {})
     known = list(inspect.signature(function).parameters)[1:]
     if unknown := set(kwargs) - set(known):
         raise UsageError(

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rin_video.config import ConditioningName, ModelConfig
 from rin_video.errors import UsageError
 from rin_video.layers import init_linears
 from rin_video.tokenizers.positions import LearnedPosition, sincos
@@ -96,45 +97,41 @@ class EmbeddingTokens(nn.Module):
         return self.projection(embedding) + self.position((self.num_tokens,))
 
 
+def condition_places(config: ModelConfig) -> dict[str, tuple[ConditioningName, int]]:
+    """The conditions that a model takes: where each enters the core, and how many vectors it is."""
+    found: dict[str, tuple[ConditioningName, int]] = {"time": (config.time_conditioning, 1)}
+    if config.num_classes:
+        found["class"] = (config.class_conditioning, 1)
+    if config.embedding_dim:
+        found["embedding"] = (config.embedding_conditioning, config.embedding_tokens)
+    return found
+
+
+def num_condition_latents(config: ModelConfig) -> int:
+    """The number of latent slots that hold conditions."""
+    return sum(count for place, count in condition_places(config).values() if place == "latent")
+
+
+def modulation_width(config: ModelConfig) -> int | None:
+    """The width of the vector that modulates the norms (adaLN); None if no condition does."""
+    return config.latent_width if any(place == "adaln" for place, _ in condition_places(config).values()) else None
+
+
 class Conditioner(nn.Module):
-    """(gamma, label, embedding) to a `Condition`. Where each goes is chosen: latent, interface or adaln."""
+    """Embeds gamma, label and embedding, and sends each to its place: latent slots, interface tokens or adaLN."""
 
-    def __init__(
-        self,
-        dim: int,
-        dim_latent: int,
-        *,
-        num_classes: int = 0,
-        embedding_dim: int = 0,
-        embedding_tokens: int = 1,
-        time_conditioning: str = "latent",
-        class_conditioning: str = "latent",
-        embedding_conditioning: str = "interface",
-        time_scaling: float = 1000.0,
-    ) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        width = {"latent": dim_latent, "interface": dim, "adaln": dim_latent}
-        self.dim, self.dim_latent, self.num_classes = dim, dim_latent, num_classes
-        self.time = TimeEmbedding(width[time_conditioning], time_scaling)
-        self.places = {"time": time_conditioning}
+        self.places = {name: place for name, (place, _) in condition_places(config).items()}
+        self.width = {"latent": config.latent_width, "interface": config.dim, "adaln": config.latent_width}
+        self.modulates = modulation_width(config) is not None
+        self.time = TimeEmbedding(self.width[config.time_conditioning], config.time_scaling)
         self.label = self.embedding = None
-        if num_classes:
-            self.places["class"] = class_conditioning
-            self.label = ClassEmbedding(num_classes, width[class_conditioning])
-        if embedding_dim:
-            self.places["embedding"] = embedding_conditioning
-            self.embedding = EmbeddingTokens(embedding_dim, embedding_tokens, width[embedding_conditioning])
-        self.counts = {"time": 1, "class": 1, "embedding": embedding_tokens}
-
-    @property
-    def num_latents(self) -> int:
-        """How many latent slots the condition takes."""
-        return sum(self.counts[name] for name, place in self.places.items() if place == "latent")
-
-    @property
-    def dim_modulation(self) -> int | None:
-        """Width of the modulation, or None where nothing modulates."""
-        return self.dim_latent if "adaln" in self.places.values() else None
+        if config.num_classes:
+            self.label = ClassEmbedding(config.num_classes, self.width[config.class_conditioning])
+        if config.embedding_dim:
+            width = self.width[config.embedding_conditioning]
+            self.embedding = EmbeddingTokens(config.embedding_dim, config.embedding_tokens, width)
 
     def forward(self, gamma: Tensor, label: Tensor | None = None, embedding: Tensor | None = None) -> Condition:
         tokens = {"time": self.time(gamma).unsqueeze(1)}
@@ -147,9 +144,8 @@ class Conditioner(nn.Module):
         elif embedding is not None:
             raise UsageError("embeddings were given to a model that takes none: build it with embedding_dim")
 
-        def at(place: str, dim: int) -> Tensor:
+        def at(place: str) -> Tensor:
             there = [tokens[name] for name, where in self.places.items() if where == place]
-            return torch.cat(there, dim=1) if there else gamma.new_zeros(len(gamma), 0, dim)
+            return torch.cat(there, dim=1) if there else gamma.new_zeros(len(gamma), 0, self.width[place])
 
-        modulation = at("adaln", self.dim_latent).sum(1) if self.dim_modulation else None
-        return Condition(at("latent", self.dim_latent), at("interface", self.dim), modulation)
+        return Condition(at("latent"), at("interface"), at("adaln").sum(1) if self.modulates else None)

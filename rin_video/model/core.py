@@ -5,17 +5,16 @@ Source: Jabri, Fleet & Chen 2022, "Scalable Adaptive Computation for Iterative G
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rin_video.config import LatentPositionName
+from rin_video.config import ModelConfig
 from rin_video.errors import UsageError
 from rin_video.layers import DepthwiseConv, FeedForward, LayerNorm, LinearAttention, TransformerLayer
-from rin_video.model.conditioning import Condition
+from rin_video.model.conditioning import Condition, modulation_width, num_condition_latents
 from rin_video.tokenizers.positions import make_position
 
 
@@ -41,48 +40,33 @@ class SelfConditioning(nn.Module):
 class Block(nn.Module):
     """Read, compute, write. With no compute layers a block only reads."""
 
-    def __init__(
-        self,
-        dim: int,
-        dim_latent: int,
-        num_layers: int,
-        *,
-        num_heads: int,
-        latent_num_heads: int,
-        mlp_ratio: float,
-        latent_mlp_ratio: float,
-        dropout: float,
-        drop_path: float,
-        norm_context: bool,
-        qk_norm: bool,
-        dim_cond: int | None,
-        mixers: Sequence[nn.Module] = (),
-    ) -> None:
+    def __init__(self, config: ModelConfig, num_layers: int, num_axes: int) -> None:
         super().__init__()
+        dim, dim_latent = config.dim, config.latent_width
+        both: dict[str, Any] = {"qk_norm": config.qk_norm, "dim_cond": modulation_width(config)}
         cross: dict[str, Any] = {
             "dim_inner": min(dim, dim_latent),
-            "num_heads": num_heads,
-            "norm_context": norm_context,
-            "qk_norm": qk_norm,
-            "dim_cond": dim_cond,
+            "num_heads": config.num_heads,
+            "norm_context": config.norm_context,
+            **both,
         }
-        self.mixers = nn.ModuleList(mixers)
-        self.read = TransformerLayer(dim_latent, dim, mlp_ratio=latent_mlp_ratio, **cross)
-        self.compute = nn.ModuleList(
-            TransformerLayer(
-                dim_latent,
-                None,
-                dim_inner=dim_latent,
-                num_heads=latent_num_heads,
-                mlp_ratio=latent_mlp_ratio,
-                qk_norm=qk_norm,
-                dropout=dropout,
-                drop_path=drop_path,
-                dim_cond=dim_cond,
-            )
-            for _ in range(num_layers)
-        )
-        self.write = TransformerLayer(dim, dim_latent, mlp_ratio=mlp_ratio, **cross) if num_layers else None
+        compute: dict[str, Any] = {
+            "dim_inner": dim_latent,
+            "num_heads": config.latent_num_heads,
+            "mlp_ratio": config.latent_mlp_ratio,
+            "dropout": config.dropout,
+            "drop_path": config.drop_path,
+            **both,
+        }
+        mixing = config.interface_mixing.split("+")
+        self.mixers = nn.ModuleList()
+        if "linear_attention" in mixing:
+            self.mixers.append(LinearAttention(dim, config.num_heads))
+        if "conv" in mixing:
+            self.mixers.append(DepthwiseConv(dim, num_axes))
+        self.read = TransformerLayer(dim_latent, dim, mlp_ratio=config.latent_mlp_ratio, **cross)
+        self.compute = nn.ModuleList(TransformerLayer(dim_latent, None, **compute) for _ in range(num_layers))
+        self.write = TransformerLayer(dim, dim_latent, mlp_ratio=config.mlp_ratio, **cross) if num_layers else None
 
     def forward(self, tokens: Tensor, latents: Tensor, cond: Condition, grid: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         for mix in self.mixers:
@@ -100,75 +84,33 @@ class RINCore(nn.Module):
     """Latents and blocks: `core(tokens, latents, cond) -> (tokens, latents)`. Images and video share it.
 
     `tokens` (B, N, dim) come from any tokenizer; `latents` (B, num_latents, dim_latent) are those of the previous pass,
-    or None; `cond` says the noise level and the class. `num_latents` counts the slots that the condition takes.
+    or None; `cond` is what `Conditioner` makes of noise level, class and embedding. The slots that hold conditions are
+    among the `num_latents`. `num_axes` is the number of axes of the token grid: convolutions need it. Raises
+    `UsageError` for more heads than width, or more conditions than latents.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        dim_latent: int,
-        num_latents: int,
-        compute_layers: Sequence[int],
-        *,
-        num_cond_latents: int = 0,
-        num_heads: int = 8,
-        latent_num_heads: int = 16,
-        mlp_ratio: float = 4,
-        latent_mlp_ratio: float = 4,
-        latent_position: LatentPositionName = "learned",
-        self_conditioning: Sequence[str] = ("latent",),
-        interface_mixing: Sequence[str] = (),
-        num_axes: int = 0,
-        dropout: float = 0.0,
-        drop_path: float = 0.0,
-        norm_context: bool = False,
-        qk_norm: bool = False,
-        dim_cond: int | None = None,
-    ) -> None:
+    def __init__(self, config: ModelConfig, num_axes: int = 2) -> None:
         super().__init__()
-        learned = num_latents - num_cond_latents
+        dim, dim_latent = config.dim, config.latent_width
+        num_conditions = num_condition_latents(config)
+        learned = config.num_latents - num_conditions
         if learned < 1:
-            raise UsageError(f"num_latents is {num_latents}, of which time and class take {num_cond_latents}: use more")
+            raise UsageError(
+                f"num_latents is {config.num_latents}, of which time and class take {num_conditions}: use more"
+            )
         for name, heads, width in (
-            ("num_heads", num_heads, min(dim, dim_latent)),
-            ("latent_num_heads", latent_num_heads, dim_latent),
+            ("num_heads", config.num_heads, min(dim, dim_latent)),
+            ("latent_num_heads", config.latent_num_heads, dim_latent),
         ):
             if heads > width:
                 raise UsageError(f"{name} is {heads}, more than the attention is wide ({width}): use fewer")
-        self.num_latents, self.dim_latent = num_latents, dim_latent
+        self.num_latents, self.dim_latent = config.num_latents, dim_latent
         self.gradient_checkpointing = False  # keep no activations of a block, compute it again for the gradient
-        self.latents = make_position(latent_position, (learned,), dim_latent)
-        self.latent_self_cond = (
-            SelfConditioning(dim_latent, latent_mlp_ratio) if "latent" in self_conditioning else None
-        )
-        self.interface_self_cond = SelfConditioning(dim, mlp_ratio) if "interface" in self_conditioning else None
-
-        def mixers() -> list[nn.Module]:
-            made: list[nn.Module] = []
-            if "linear_attention" in interface_mixing:
-                made.append(LinearAttention(dim, num_heads))
-            if "conv" in interface_mixing:
-                made.append(DepthwiseConv(dim, num_axes))
-            return made
-
-        self.blocks = nn.ModuleList(
-            Block(
-                dim,
-                dim_latent,
-                num_layers,
-                num_heads=num_heads,
-                latent_num_heads=latent_num_heads,
-                mlp_ratio=mlp_ratio,
-                latent_mlp_ratio=latent_mlp_ratio,
-                dropout=dropout,
-                drop_path=drop_path,
-                norm_context=norm_context,
-                qk_norm=qk_norm,
-                dim_cond=dim_cond,
-                mixers=mixers(),
-            )
-            for num_layers in compute_layers
-        )
+        self.latents = make_position(config.latent_position, (learned,), dim_latent)
+        carried = config.self_conditioning.split("+")
+        self.latent_self_cond = SelfConditioning(dim_latent, config.latent_mlp_ratio) if "latent" in carried else None
+        self.interface_self_cond = SelfConditioning(dim, config.mlp_ratio) if "interface" in carried else None
+        self.blocks = nn.ModuleList(Block(config, num_layers, num_axes) for num_layers in config.compute_layers)
 
     def forward(
         self,

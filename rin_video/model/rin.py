@@ -44,7 +44,6 @@ class RIN(nn.Module):
         parts = config.self_conditioning.split("+")
         self.x0_self_conditioning = "x0" in parts
         self.interface_self_conditioning = "interface" in parts
-        dim_latent = config.dim_latent or config.dim
         in_channels = config.channels * (1 + self.x0_self_conditioning) + config.known_mask
         first, *others = tokenizer_names(config)
         self.tokenizer: Any = make_tokenizer(config, in_channels, first)
@@ -52,37 +51,8 @@ class RIN(nn.Module):
         ranks = [len(shape) for shape in self.shapes]
         if len(set(ranks)) < len(ranks):
             raise UsageError(f"model.tokenizer={config.tokenizer} takes one kind of data twice: name each kind once")
-        self.conditioner = Conditioner(
-            config.dim,
-            dim_latent,
-            num_classes=config.num_classes,
-            embedding_dim=config.embedding_dim,
-            embedding_tokens=config.embedding_tokens,
-            time_conditioning=config.time_conditioning,
-            class_conditioning=config.class_conditioning,
-            embedding_conditioning=config.embedding_conditioning,
-            time_scaling=config.time_scaling,
-        )
-        self.core = RINCore(
-            config.dim,
-            dim_latent,
-            config.num_latents,
-            config.compute_layers,
-            num_cond_latents=self.conditioner.num_latents,
-            num_heads=config.num_heads,
-            latent_num_heads=config.latent_num_heads,
-            mlp_ratio=config.mlp_ratio,
-            latent_mlp_ratio=config.latent_mlp_ratio,
-            latent_position=config.latent_position,
-            self_conditioning=parts,
-            interface_mixing=config.interface_mixing.split("+"),
-            num_axes=max(ranks) - 1,
-            dropout=config.dropout,
-            drop_path=config.drop_path,
-            norm_context=config.norm_context,
-            qk_norm=config.qk_norm,
-            dim_cond=self.conditioner.dim_modulation,
-        )
+        self.conditioner = Conditioner(config)
+        self.core = RINCore(config, num_axes=max(ranks) - 1)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -184,7 +184,7 @@ def trajectory(diffusion: GaussianDiffusion, config: Config, num: int = 4) -> tu
         shares.append(_at_bounds(x0))
         columns.append((x0[:, :, x0.shape[2] // 2] if x0.ndim == 5 else x0).cpu())
 
-    diffusion.sample_from_config(options, seed=config.train.seed, callback=look, progress=True)
+    diffusion.sample(options, seed=config.train.seed, callback=look, progress=True)
     shown = torch.linspace(0, len(columns) - 1, min(SHEET_COLUMNS, len(columns))).round().long().tolist()
     return torch.stack([columns[i] for i in shown], dim=2), shares
 

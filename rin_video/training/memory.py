@@ -98,7 +98,7 @@ def _largest_that_runs(config: Config, device: torch.device, start: int, num_pro
         x = torch.rand(batch_size, *model.shape, device=device)
         label = torch.zeros(batch_size, dtype=torch.long, device=device) if config.model.num_classes else None
         with running_in(config.train.mixed_precision, device):
-            loss = GaussianDiffusion.from_config(model, config.diffusion)(x, label)
+            loss = GaussianDiffusion(model, config.diffusion)(x, label)
         loss.backward()
         del ballast
         return batch_size
@@ -160,7 +160,7 @@ def training_memory(config: Config, *, device: str = "cpu", num_processes: int =
     bf16 = options.mixed_precision in ("bf16", "fp16")
     with torch.device("meta"):
         model = RIN(config.model)
-    diffusion = GaussianDiffusion.from_config(model, config.diffusion)
+    diffusion = GaussianDiffusion(model, config.diffusion)
     with FakeTensorMode(allow_non_fake_inputs=True), PeakMemory() as memory, torch.device(device):
         model.to_empty(device=device)
         weights = memory.now

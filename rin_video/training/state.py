@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from rin_video.errors import UsageError
-from rin_video.files import disk_full_handler, sync
+from rin_video.files import atomic_write
 from rin_video.tensor_files import contributing, write_tensors
 from rin_video.weights import log, read_tensors
 
@@ -32,25 +30,14 @@ def save_state(folder: Path, state: dict[str, Any], *, write: bool = True) -> No
     if not write:
         write_tensors(None, tensors)
         return
-    temporary = folder.with_name(folder.name + ".tmp")
-    with disk_full_handler(folder):
+    with atomic_write(folder, remove=remove_state) as temporary:
         with contributing(tensors):
-            remove_state(temporary)
+            remove_state(temporary)  # left by a process that was killed
             temporary.mkdir(parents=True)
-        try:
-            write_tensors(temporary / STATE_FILES[0], tensors)
-            (temporary / STATE_FILES[1]).write_text(json.dumps(tree), encoding="utf-8")
-            digests = {name: file_digest(temporary / name) for name in STATE_FILES}
-            (temporary / MANIFEST).write_text(json.dumps(digests), encoding="utf-8")
-            for path in (*temporary.iterdir(), temporary):
-                sync(path)
-            remove_state(folder)
-            os.replace(temporary, folder)
-            sync(folder.parent)
-        except BaseException:
-            with suppress(OSError):
-                remove_state(temporary)
-            raise
+        write_tensors(temporary / STATE_FILES[0], tensors)
+        (temporary / STATE_FILES[1]).write_text(json.dumps(tree), encoding="utf-8")
+        digests = {name: file_digest(temporary / name) for name in STATE_FILES}
+        (temporary / MANIFEST).write_text(json.dumps(digests), encoding="utf-8")
 
 
 def load_state(folder: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset, default_collate
 from tqdm.auto import tqdm
 
 from rin_video.config import Config, ModelConfig, SampleConfig, trainer_config
-from rin_video.config_files import to_dict
+from rin_video.config_files import nest_parameters, to_dict
 from rin_video.datasets.adapters import ADAPTED, BatchCheck, adapt_for
 from rin_video.datasets.clips import ClipFolder
 from rin_video.datasets.embeddings import embedding_shape
@@ -531,7 +531,7 @@ class Trainer:
         """Take up a state. Raises `UsageError` where it is of another model, or of other data."""
         check_same_data(self.folder, state.get("data"), self.identity)
         for section, keys in KEPT.items():
-            then, now = state["config"][section], to_dict(getattr(self.config, section))
+            then, now = nest_parameters(section, state["config"][section]), to_dict(getattr(self.config, section))
             for key in keys or now:
                 if key in then and then[key] != now[key]:
                     raise UsageError(

@@ -8,9 +8,10 @@ import torch
 from accelerate.utils import gather_object
 
 from rin_video import RIN, GaussianDiffusion, UsageError
-from rin_video.cli import commands
+from rin_video.cli import train
 from rin_video.cli.rollout import Pass, extend_parts
 from rin_video.config import Config, SampleConfig
+from rin_video.training import memory
 from rin_video.training.distributed import first_then_others, in_all, meet
 from rin_video.training.parallel_sampling import sample_distributed
 
@@ -45,8 +46,8 @@ def main(folder: str) -> None:
     state = meet()
     rank = state.process_index
     # Memory for 284 samples in the first process, for 250 in the second.
-    commands.largest_batch = lambda *args, **options: (284, 250)[rank]
-    batch = commands.choose_batch(Config(), Path(folder), 10_000)
+    memory.largest_batch = lambda *args, **options: (284, 250)[rank]
+    batch = train.choose_batch(Config(), Path(folder), 10_000)
     order = Path(folder, "order.txt")
     was_there = first_then_others(lambda: order.exists() or order.write_text("indexed") < 0)
 

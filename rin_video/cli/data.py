@@ -1,0 +1,171 @@
+"""Commands on data alone: `rin-video index`, `preview` and `prepare`."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from argparse import Namespace
+from pathlib import Path
+from typing import Any, get_args
+
+from rin_video.cli.options import (
+    DATA_HELP,
+    SIZE_HELP,
+    add_data_options,
+    add_reading_options,
+    choose_preset,
+    kind_of,
+    one_of,
+    parse_size,
+    read_config,
+    say,
+)
+from rin_video.config import DataConfig, DataKind, FrameKind
+from rin_video.config_files import load_config
+from rin_video.errors import UsageError
+
+log = logging.getLogger("rin_video")
+
+
+def add_parsers(commands: Any) -> None:
+    command = commands.add_parser("index", help="look into every file once: what can be used, what cannot and why")
+    add = command.add_argument
+    add("data", metavar="DATA", help=DATA_HELP)
+    add("--kind", metavar="NAME", help=f"{one_of(DataKind)} (default: by what is in DATA)")
+    add("--out", metavar="FILE", help="the index (default: runs/NAME-OF-FOLDER/index.jsonl, as train)")
+    add_reading_options(command)
+    command.set_defaults(run=index, overrides=[])
+
+    command = commands.add_parser(
+        "preview", aliases=["peek"], help="what training will see: a sheet of samples, and statistics"
+    )
+    add = command.add_argument
+    add("data", metavar="DATA", help=DATA_HELP)
+    add_data_options(command)
+    add("--num", type=int, default=12, metavar="N", help="samples on the sheet (12)")
+    add("--out", metavar="FILE", help=".png, or .mp4 where they play (default: print only)")
+    command.set_defaults(run=preview, overrides=[])
+
+    command = commands.add_parser("prepare", help="transcode and crop once, into shards that load fast; resumes")
+    add = command.add_argument
+    add("data", metavar="DATA", help=DATA_HELP)
+    add("--size", required=True, metavar="N|HxW", help=SIZE_HELP)
+    add("--fps", dest="data.fps", type=float, metavar="N", help="resample clips to this rate (default: their own)")
+    add("--kind", metavar="NAME", help=f"{one_of(FrameKind)} (default: by what is in DATA)")
+    add("--out", required=True, metavar="DIR", help="for the shards")
+    add("--workers", type=int, metavar="N", help="processes (default: one for each core)")
+    add_reading_options(command)
+    command.set_defaults(run=prepare, overrides=[])
+
+
+def index(options: Namespace) -> None:
+    """Probe every file, and keep what was found."""
+    from rin_video.datasets.index import make_index
+    from rin_video.datasets.open import INDEX
+    from rin_video.training.identity import run_folder
+
+    data = read_files_config(options)
+    kind = options.kind or kind_of(options.data, data)
+    path = Path(options.out or run_folder(options.data) / INDEX)
+    found = make_index(options.data, kind, data, path=path, progress=True)
+    say(found.describe())
+    found.require_some(data.strict)
+    say(f"index: {path}")
+
+
+def preview(options: Namespace) -> None:
+    """Print statistics, and write a sheet of samples as training draws them."""
+    from rin_video.datasets.open import INDEX, open_dataset
+    from rin_video.datasets.preview import captions, check_sheet, draw_some, statistics, write_sheet
+    from rin_video.datasets.steady import frame_rate
+    from rin_video.media import DEFAULT_FPS
+    from rin_video.model.info import model_info
+    from rin_video.training.identity import run_folder
+
+    if options.command == "peek":
+        log.info("note: peek is now called preview: rin-video preview %s", options.data)
+    if options.num < 1:
+        raise UsageError(f"--num is {options.num}: it must be at least 1")
+    config = read_config(options, choose_preset(options))
+    if options.out:
+        check_sheet(Path(options.out))
+    known = run_folder(options.data) / INDEX  # where training left it; nothing is written there
+    dataset = open_dataset(
+        options.data,
+        model_info(config.model).shape,
+        config.data,
+        seed=config.train.seed,
+        index=known if known.exists() else None,
+    )
+    samples, chosen = draw_some(dataset, options.num)
+    say(dataset.describe())
+    for line in statistics(dataset, samples, chosen):
+        say(line)
+    if options.out:
+        write_sheet(samples, captions(dataset, chosen), options.out, frame_rate(dataset) or DEFAULT_FPS)
+        say(f"sheet: {options.out}")
+
+
+def prepare(options: Namespace) -> None:
+    """Write shards of resized and cropped files."""
+    from rin_video.datasets.prepare import prepare as write_shards
+
+    data = read_files_config(options)
+    if options.workers is not None and options.workers < 1:
+        raise UsageError(f"--workers is {options.workers}: it must be at least 1")
+    kind = options.kind or kind_of(options.data, data)
+    if kind not in get_args(FrameKind):
+        raise UsageError(
+            f"prepare takes clips or images, {options.data} is of kind {kind}: "
+            f"give --kind {' or '.join(get_args(FrameKind))}"
+        )
+    size = parse_size(options.size)
+    H, W = (size, size) if isinstance(size, int) else size
+    out = Path(options.out)
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out {out} is a file: give a folder")
+    if out.exists() and out.resolve() == Path(options.data).resolve():
+        raise UsageError(f"--out {out} is the data itself: give another folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out {out} cannot be made ({error.strerror}): give another folder") from error
+    for line in write_shards(options.data, kind, out, (H, W), data, workers=options.workers or os.cpu_count() or 1):
+        say(line)
+    say(compare_speed(options.data, out, kind, (H, W), data))
+    say(f"next: rin-video train --data {out}")
+
+
+def compare_speed(source: str, out: Path, kind: str, size: tuple[int, int], data: DataConfig, frames: int = 8) -> str:
+    """How fast samples load from the source and from the shards, in words; of clips with up to `frames` frames."""
+    from rin_video.datasets.clips import ClipFolder
+    from rin_video.datasets.images import ImageFolder
+    from rin_video.datasets.prepare import loading_speed
+
+    def speed(root: str | Path, index: str, fps: float | None) -> float:
+        config = dataclasses.replace(data, fps=fps)
+        if kind == "image":
+            return loading_speed(ImageFolder(root, size, index=out / index, config=config))
+        return loading_speed(ClipFolder(root, size, frames, index=out / index, config=config))
+
+    try:
+        before, after = speed(source, "source.jsonl", data.fps), speed(out, "index.jsonl", None)
+    except UsageError as error:  # all is done by now, and nothing of it may be lost to a measurement
+        if kind == "image" or frames == 1:
+            return f"the speed of loading is not measured: {error}"
+        return compare_speed(source, out, kind, size, data, frames // 2)
+    what = "images" if kind == "image" else f"clips of {frames} frames"
+    return f"{before:.1f} {what} a second before, {after:.1f} now ({after / before:.1f} times), in one process"
+
+
+def read_files_config(options: Namespace) -> DataConfig:
+    """The data section for commands that look at files alone. UsageError for what they would not heed."""
+    from rin_video.datasets.hub import is_hub
+
+    for override in options.overrides:
+        if not override.startswith("data."):
+            raise UsageError(f"{override}: {options.command} trains nothing, it takes data.key=value")
+    if is_hub(options.data):
+        raise UsageError(f"{options.data}: {options.command} takes files and shards; train and preview take hf: too")
+    return load_config(None, options.overrides).data

@@ -1,0 +1,138 @@
+"""Commands that look at models and runs: `rin-video info`, `diagnose`, `report` and `ema`."""
+
+from __future__ import annotations
+
+import json
+import logging
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from rin_video.cli.options import RUN_HELP, say
+from rin_video.config_files import load_config, presets
+from rin_video.errors import UsageError
+from rin_video.files import CONFIG
+
+log = logging.getLogger("rin_video")
+
+
+def add_parsers(commands: Any) -> None:
+    command = commands.add_parser("info", help="the presets, or what one model costs")
+    add = command.add_argument
+    add("model", nargs="?", metavar="DIR", help="the folder of a run")
+    add("--config", metavar="NAME|FILE", help="a preset, or a YAML file")
+    add("--json", action="store_true", help="print params, tokens, latents, gflops as JSON")
+    command.set_defaults(run=info, overrides=[])
+
+    command = commands.add_parser("diagnose", help="why samples look as they do: loss by noise level, pictures, words")
+    add = command.add_argument
+    add("model", metavar="DIR", help=RUN_HELP)
+    add("--data", metavar="FOLDER", help="clips or images (default: those of the training)")
+    add("--num", type=int, default=64, metavar="N", help="samples of the data to measure on (64)")
+    add("--out", metavar="DIR", help="for the pictures (default: DIR/diagnosis)")
+    command.set_defaults(run=diagnose, overrides=[])
+
+    command = commands.add_parser("report", help="one HTML page on a run: curves, samples, options, versions")
+    add = command.add_argument
+    add("model", metavar="DIR", help=RUN_HELP)
+    add("--out", metavar="FILE", help="the page (default: DIR/report.html)")
+    command.set_defaults(run=report)
+
+    command = commands.add_parser("ema", help="averaged weights of other lengths, without training again")
+    add = command.add_argument
+    add("model", metavar="DIR", help=RUN_HELP)
+    add(
+        "--sigma-rel",
+        type=float,
+        nargs="+",
+        required=True,
+        metavar="S",
+        help="lengths, as a share of the training: 0.05 0.1 0.15",
+    )
+    add("--out", metavar="DIR", help="for a folder ema-S each (default: DIR)")
+    command.set_defaults(run=ema)
+
+
+def info(options: Namespace) -> None:
+    """Print what the presets, or one model, cost."""
+    from rin_video.model.info import describe, model_info
+    from rin_video.training.memory import training_memory
+    from rin_video.weights import find_model
+
+    if options.model and options.config:
+        raise UsageError("give the folder of a run or --config, not both")
+    if options.overrides and not (options.model or options.config):
+        raise UsageError(f"{options.overrides[0]} changes no model: give --config NAME too")
+    if not (options.model or options.config):
+        rows = {name: model_info(load_config(name).model) for name in presets()}
+        if options.json:
+            say(json.dumps({name: _counts(row) for name, row in rows.items()}, indent=2))
+            return
+        say(f"{'preset':<20}{'sample':<14}{'tokens':>8}{'latents':>9}{'parameters':>13}{'GFLOPs':>9}")
+        for name, row in rows.items():
+            size = "x".join(map(str, row.shape[1:]))
+            say(f"{name:<20}{size:<14}{row.tokens:>8}{row.latents:>9}{row.params:>13,}{row.gflops:>9.2f}")
+        say("one in detail: rin-video info --config NAME")
+        return
+    source = find_model(options.model) / CONFIG if options.model else options.config
+    config = load_config(source, options.overrides)
+    if options.json:
+        say(json.dumps(_counts(model_info(config.model))))
+        return
+    say(describe(config.model))
+    batch = config.train.train_batch_size
+    say(f"  {'training':<11}about {training_memory(config) / 1e9:.1f} GB at batch size {batch}")
+
+
+def diagnose(options: Namespace) -> None:
+    """Measure a model on data, and print what looks wrong."""
+    from rin_video.cli.trained import allow_only, best_device, check_sampling, own_folder
+    from rin_video.datasets.open import open_dataset
+    from rin_video.diffusion.process import GaussianDiffusion
+    from rin_video.reports.diagnose import diagnose_run
+    from rin_video.weights import find_model
+
+    folder = find_model(options.model)
+    config = load_config(folder / CONFIG, options.overrides)
+    allow_only(options.overrides, "data.", "sample.")
+    check_sampling(config)
+    data = options.data or config.data.path
+    if data is None:
+        raise UsageError(f"{folder / CONFIG} does not say what it was trained on: give --data FOLDER")
+    if options.num < 2:
+        raise UsageError(f"--num is {options.num}: it must be at least 2")
+    diffusion = GaussianDiffusion.from_pretrained(folder, device=best_device())
+    dataset = open_dataset(data, diffusion.shape, config.data, seed=config.train.seed)
+    out = Path(options.out or own_folder(options.model) / "diagnosis")
+    diagnosis = diagnose_run(folder, diffusion, dataset, config, out, num=options.num)
+    say(
+        f"loss ({config.diffusion.objective}, not weighted), mean of {min(options.num, len(dataset))} samples of {data}"
+    )
+    say(diagnosis.table())
+    for finding in diagnosis.findings() or ["nothing looks wrong: every noise level is learnt, no latent is dead"]:
+        say(f"- {finding}")
+    say(f"pictures: {out / 'loss.png'}, {out / 'trajectory.png'} (a row for each sample, time from left to right)")
+
+
+def report(options: Namespace) -> None:
+    """Write the page of a run."""
+    from rin_video.reports.page import write_report
+
+    run = Path(options.model)
+    log.info("%s", write_report(run, Path(options.out or run / "report.html")))
+
+
+def ema(options: Namespace) -> None:
+    """Write averages of other lengths."""
+    from rin_video.training.ema import write_averages
+    from rin_video.weights import find_model
+
+    run = find_model(options.model)
+    for folder, error in write_averages(run, options.sigma_rel, Path(options.out) if options.out else None):
+        log.info("%s (its profile is met within %.2g %%): rin-video sample %s", folder, 100 * error, folder)
+        if error > 0.01:
+            log.warning("that is far off: more snapshots (train.ema_snapshot_every) meet a length this short better")
+
+
+def _counts(row: object) -> dict[str, object]:
+    return {key: getattr(row, key) for key in ("params", "tokens", "latents", "gflops")}

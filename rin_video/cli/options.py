@@ -1,0 +1,118 @@
+"""Options that several commands share, and what follows from them: the preset and the configuration.
+
+An option whose `dest` is a key of the configuration stands for `key=value`: see `cli.parser.read_options`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from argparse import Namespace
+from typing import Any, get_args
+
+from rin_video.config import Config, DataConfig, DataKind, DecoderOption
+from rin_video.config_files import load_config, read_overrides
+from rin_video.errors import UsageError
+
+DATA_HELP = "a folder of clips or images (sub-folders are classes), one file, shards 'x/{000..123}.tar', or hf:NAME"
+SIZE_HELP = "height and width, in pixels"
+RUN_HELP = "the folder that training wrote"
+
+
+def one_of(kind: Any) -> str:
+    """The names that an option takes, for its help."""
+    return ", ".join(get_args(kind))
+
+
+def add_data_options(command: argparse.ArgumentParser) -> None:
+    """What decides which samples are made of the data; the same for `train` and `preview`."""
+    add = command.add_argument
+    add("--frames", type=int, metavar="N", help="frames of a clip; 0 for images (default: by what is in DATA)")
+    add("--size", metavar="N|HxW", help=SIZE_HELP)
+    add(
+        "--images",
+        dest="data.images",
+        metavar="DATA",
+        help="images to mix with the clips, data.image_ratio of the steps",
+    )
+    add("--config", metavar="NAME|FILE", help="a preset, or a YAML file (default: by frames and size)")
+    for name in ("image", "label"):
+        help = "of a Hugging Face set (default: by type)"
+        add(f"--{name}-column", dest=f"data.{name}_column", metavar="NAME", help=help)
+    add_reading_options(command)
+
+
+def add_reading_options(command: argparse.ArgumentParser) -> None:
+    """How files are read."""
+    command.add_argument(
+        "--decoder", dest="data.decoder", metavar="NAME", help=f"data.decoder: {one_of(DecoderOption)}"
+    )
+    command.add_argument(
+        "--strict",
+        dest="data.strict",
+        action="store_true",
+        default=None,
+        help="refuse to start where a file cannot be used",
+    )
+
+
+def read_config(options: Namespace, preset: str) -> Config:
+    """The configuration that the options on data, frames and size ask for."""
+    shape = []
+    if options.frames is not None:
+        shape.append(f"model.frames={options.frames or 'null'}")
+    if options.size:
+        shape.append(f"model.image_size={parse_size(options.size)}")
+    config = load_config(preset, [*options.overrides, *shape])
+    config.data.path = os.fspath(options.data)
+    if config.data.images is not None:
+        if not config.model.frames:
+            raise UsageError("--images is mixed with clips: give --frames, or the images alone as --data")
+        if config.model.tokenizer in ("auto", "tube"):
+            config.model.tokenizer = "tube+image"
+    return config
+
+
+def choose_preset(options: Namespace) -> str:
+    """`--config`, or the preset that suits the data and the size."""
+    from rin_video.datasets.hub import is_hub, kind_of_hub
+
+    frames = options.frames
+    if frames is not None and frames < 0:
+        raise UsageError(f"--frames is {frames}: give the frames of a clip, or 0 for images")
+    if options.config is None and frames is None:
+        data = DataConfig(**read_overrides(options.overrides).get("data", {}))
+        find_kind = kind_of_hub if is_hub(options.data) else kind_of
+        frames = 0 if find_kind(options.data, data) == "image" else None
+    return options.config or default_preset(frames, options.size)
+
+
+def default_preset(frames: int | None, size: str | None) -> str:
+    """The preset for images (frames 0) or clips of a size: the smallest that was made for so much."""
+    height_width = parse_size(size) if size else 64
+    longest = height_width if isinstance(height_width, int) else max(height_width)
+    if frames == 0:
+        return "image64" if longest <= 64 else "image128" if longest <= 128 else "image256"
+    return "video64" if longest <= 64 else "video128"
+
+
+def kind_of(data: str, options: DataConfig) -> DataKind:
+    """Which kind of files the data is made of."""
+    from rin_video.datasets.folders import detect_kind
+    from rin_video.training.identity import run_folder
+
+    return detect_kind(data, allow_pipe=options.allow_pipe, cache=run_folder(data) / "pipes")
+
+
+def parse_size(text: str) -> int | list[int]:
+    """`64` or `48x64` (height x width)."""
+    if not re.fullmatch(r"\d+(x\d+)?", text):
+        raise UsageError(f"--size {text} is not understood: write 64, or 48x64 (height x width)")
+    numbers = [int(n) for n in text.split("x")]
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
+def say(text: str) -> None:
+    """Print what a command was asked for."""
+    print(text)

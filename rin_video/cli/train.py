@@ -1,0 +1,159 @@
+"""`rin-video train`."""
+
+from __future__ import annotations
+
+import logging
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from rin_video.cli.options import DATA_HELP, add_data_options, choose_preset, read_config
+from rin_video.config import Config
+from rin_video.config_files import is_set
+from rin_video.errors import UsageError
+
+log = logging.getLogger("rin_video")
+
+
+def add_parsers(commands: Any) -> None:
+    command = commands.add_parser(
+        "train",
+        help="train on a folder of clips or images; the same command again resumes",
+        description="Train on a folder of clips or images. The same command again resumes where it stopped.",
+        epilog="Any option of the configuration can be set as section.key=value: train.train_lr=3e-4 model.depth=4",
+    )
+    add = command.add_argument
+    add("--data", required=True, metavar="DATA", help=DATA_HELP)
+    add_data_options(command)
+    add(
+        "--embeddings",
+        dest="data.embeddings",
+        action="store_true",
+        default=None,
+        help="vectors beside the files are conditions (x.npy)",
+    )
+    add(
+        "--text-encoder",
+        dest="data.text_encoder",
+        metavar="NAME|DIR",
+        help="captions (x.txt) through it are conditions",
+    )
+    add(
+        "--init-from",
+        dest="train.init_from",
+        metavar="DIR",
+        help="start with the weights of another model, where they fit",
+    )
+    add(
+        "--out",
+        metavar="DIR",
+        help="where everything is written (default: runs/NAME-OF-FOLDER, runs/PARENT-NAME where that is taken)",
+    )
+    add("--steps", dest="train.train_num_steps", type=int, metavar="N", help="train.train_num_steps")
+    add(
+        "--batch-size",
+        type=batch_size,
+        metavar="N|auto",
+        help="train.train_batch_size; auto: the largest that fits",
+    )
+    command.set_defaults(run=train, overrides=[])
+
+
+def batch_size(text: str) -> int | str:
+    """A number, or auto."""
+    return text if text == "auto" else int(text)
+
+
+def train(options: Namespace) -> None:
+    """Train on a folder, or resume."""
+    import torch
+
+    from rin_video.cli.trained import check_sampling
+    from rin_video.datasets.open import INDEX, open_dataset
+    from rin_video.diffusion.process import GaussianDiffusion
+    from rin_video.model.info import describe, model_info
+    from rin_video.model.rin import RIN
+    from rin_video.training.distributed import first_then_others, heed_launcher
+    from rin_video.training.identity import run_folder
+    from rin_video.training.memory import training_memory
+    from rin_video.training.provenance import device_name
+    from rin_video.training.trainer import Trainer
+
+    if isinstance(options.batch_size, int):
+        options.overrides.append(f"train.train_batch_size={options.batch_size}")
+    preset = first_then_others(lambda: choose_preset(options))
+    config = read_config(options, preset)
+    if not is_set("train.warmup_steps", None, options.overrides):
+        shorten_warmup(config)
+    folder = Path(options.out or run_folder(options.data))
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--out {folder} is a file: give a folder")
+    shape, seed, index = model_info(config.model).shape, config.train.seed, folder / INDEX
+    dataset = first_then_others(lambda: open_dataset(options.data, shape, config.data, seed=seed, index=index))
+    suit_conditions(config, dataset, preset, options.overrides)
+    check_sampling(config, always_given=bool(config.diffusion.known) and not config.diffusion.known.get("none"))
+
+    log.info("data\n%s", "\n".join(f"  {line}" for line in dataset.describe().splitlines()))
+    log.info("model\n%s", describe(config.model))
+    heed_launcher(config.train)
+    if options.batch_size == "auto":
+        config.train.train_batch_size = choose_batch(config, folder, len(dataset))
+    torch.manual_seed(config.train.seed)
+    diffusion = GaussianDiffusion(RIN(config.model), config.diffusion)
+    trainer = Trainer(diffusion, dataset, results_folder=folder, config=config)
+    log.info(
+        "training\n  on %s, about %.1f GB, %d steps of %d samples, into %s",
+        device_name(trainer.accelerator.device),
+        training_memory(config, num_processes=trainer.accelerator.num_processes) / 1e9,
+        config.train.train_num_steps,
+        config.train.train_batch_size * config.train.gradient_accumulate_every,
+        folder,
+    )
+    trainer.train()
+    log.info("done: rin-video sample %s", folder)
+
+
+def shorten_warmup(config: Config) -> None:
+    """Limits a preset's warm-up to half of the steps, and logs it."""
+    wanted, most = config.train.warmup_steps, config.train.train_num_steps // 2
+    if wanted > most:
+        log.info(
+            "warm-up: %d steps, half of the training, instead of %d (train.warmup_steps=%d keeps it)",
+            most,
+            wanted,
+            wanted,
+        )
+        config.train.warmup_steps = most
+
+
+def suit_conditions(config: Config, dataset: Any, preset: str, overrides: list[str]) -> None:
+    """Give the model as many classes, and embeddings as wide, as the data has, where no option chose them."""
+    from rin_video.datasets.embeddings import embedding_shape
+
+    if not is_set("model.num_classes", preset, overrides):
+        config.model.num_classes = len(dataset.classes)
+    shape = embedding_shape(dataset)
+    if shape is not None and not is_set("model.embedding_dim", preset, overrides):
+        config.model.embedding_tokens, config.model.embedding_dim = shape
+
+
+def choose_batch(config: Config, folder: Path, num_samples: int) -> int:
+    """The largest batch that fits, or that of the run that is resumed: the order of the data depends on it.
+
+    Of several processes, the largest that fits into all of them.
+    """
+    from rin_video.training.distributed import in_all, meet
+    from rin_video.training.memory import largest_batch
+    from rin_video.training.provenance import device_name
+    from rin_video.training.state import newest_state
+
+    state = meet()
+
+    def choose() -> int:
+        if newest := newest_state(folder):
+            return newest[1]["config"]["train"]["train_batch_size"]
+        return largest_batch(config, state.device, num_processes=state.num_processes, limit=num_samples)
+
+    size = min(in_all(choose))
+    log.info("batch size %d, the largest that fits into %s", size, device_name(state.device))
+    return size
