@@ -1,4 +1,4 @@
-"""Transcode and crop once: a folder of anything to shards of small files that load fast."""
+"""Converts images or clips to shards of small files that load fast, by transcoding and cropping them once."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ from rin_video.media import VideoWriter, require_encoder
 MANIFEST = "prepare.json"
 FILES_PER_SHARD = 256
 BLOCK = 64  # frames decoded at a time
-KEY_EVERY = "8"  # frames from one keyframe to the next: a random start costs at most as many
+KEY_EVERY = "8"  # frames per keyframe, which limits the frames decoded before a random start
 QUALITY = 16  # CRF of H.264
 
 
 @dataclass(frozen=True)
 class Job:
-    """One shard."""
+    """The work for one shard."""
 
     path: Path
     entries: list[Entry]
@@ -61,10 +61,11 @@ def prepare(
     workers: int,
     files_per_shard: int = FILES_PER_SHARD,
 ) -> list[str]:
-    """Write `out/000000.tar`, ...: every usable file at `size` (and `options.fps`), with its class and caption.
+    """Write every usable file at `size` (and `options.fps`), with class and caption, to `out/000000.tar`, ...
 
-    `options.crop` center cuts the middle; random keeps the whole picture, its short side fitted, to be cropped later.
-    Shards that are there already stay. Returns a report. UsageError where `out` holds shards made otherwise.
+    If `options.crop` is "center", the pictures are cropped; if it is "random", they are only resized until they just
+    cover `size`, and training crops them. Existing shards are kept. Returns a report. Raises `UsageError` if `out`
+    contains shards that were made with other options, or if no file can be used.
     """
     index = make_index(root, kind, options, path=out / "source.jsonl", progress=True)
     index.require_some(options.strict)
@@ -104,25 +105,25 @@ def prepare(
     refuse_skipped(len(entries) - (len(failed) - len(index.unusable)), failed, options.strict)
     before, after = sum(e.bytes for e in entries), sum(job.path.stat().st_size for job in jobs)
     report = [
-        f"{len(entries)} files in {len(jobs)} shards ({len(jobs) - len(left)} were there already), {seconds:.1f} s",
+        f"{len(entries)} files in {len(jobs)} shards ({len(jobs) - len(left)} existed already), {seconds:.1f} s",
         f"{before / 1e6:.1f} MB before, {after / 1e6:.1f} MB now",
     ]
     varying = 0 if kind == "image" or options.fps else sum(not is_steady(entry.info.times) for entry in entries)
     if varying:
-        report.append(f"{varying} of {len(entries)} clips vary in frame rate: their nearest frames at a regular rate")
+        report.append(f"{varying} of {len(entries)} clips had a variable frame rate and were resampled (nearest frame)")
     damaged = [(entry.source, sound_part(entry.info)) for entry in entries if getattr(entry.info, "lost", ())]
-    report += [f"only frames {first} to {end - 1} of {shown(source)}: damage" for source, (first, end) in damaged[:10]]
-    return report + [f"left out: {reason}" for _, reason in failed[:10]]
+    report += [f"damaged: only frames {first} to {end - 1} of {shown(file)}" for file, (first, end) in damaged[:10]]
+    return report + [f"skipped: {reason}" for _, reason in failed[:10]]
 
 
 def sound_part(info: VideoInfo) -> tuple[int, int]:
-    """(first, end) of the longest stretch of frames that damage has left."""
+    """Return (first, end) of the longest range of undamaged frames."""
     edges = [0, *info.lost, info.num_frames]
     return max(zip(edges[::2], edges[1::2], strict=True), key=lambda part: part[1] - part[0])
 
 
 def loading_speed(dataset: Any, num: int = 64, seconds: float = 5.0) -> float:
-    """Samples a second in this process."""
+    """Measure the samples per second of a dataset in this process."""
     dataset.draw(0, 0)
     start, count = time.perf_counter(), 0
     while count < num and time.perf_counter() - start < seconds:
@@ -140,15 +141,15 @@ def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
         for key, value in manifest.items():
             if then.get(key) != value:
                 what = "the files have changed" if key == "content" else f"{key} was {then.get(key)}, now it is {value}"
-                raise UsageError(f"{path.parent} holds shards that were made otherwise ({what}): use another --out")
+                raise UsageError(f"{path.parent} contains shards from another source ({what}): use another --out")
         return
     if any(path.parent.glob("*.tar")):
-        raise UsageError(f"{path.parent} holds shards that prepare did not make: use another --out")
+        raise UsageError(f"{path.parent} contains shards that prepare did not write: use another --out")
     write_text(path, json.dumps(manifest) + "\n")
 
 
 def _write(job: Job) -> list[tuple[Any, str]]:
-    """Write one shard; what could not be read."""
+    """Write one shard; return (file, reason) of the files that could not be read."""
     torch.set_num_threads(1)
     files: dict[str, bytes] = {}
     failed = []

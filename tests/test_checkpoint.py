@@ -94,7 +94,7 @@ print(sorted(path.name for path in run.iterdir()), len(load_state(run / "step-1"
     error, left = done.stdout.splitlines()
     assert "step-2 could not be written" in error
     assert "MB are free" in error
-    assert "make room" in error
+    assert "free some space" in error
     assert left == "['step-1'] 1000"
 
 

@@ -274,7 +274,9 @@ def test_a_batch_of_slow_samples_takes_as_long_as_it_needs(caplog, monkeypatch):
         found = drawn(batches, 1)
     assert found == drawn(TrainLoader(Rogue(), DataConfig(num_workers=0), 4, seed=1), 1)
     assert (batches.crashes, batches.num_bad) == (0, 0)
-    assert re.search(rf"no batch for \d s; being read: sample ({'|'.join(map(str, found))}) for 0 s", caplog.text)
+    assert re.search(
+        rf"no batch for \d s; workers are reading: sample ({'|'.join(map(str, found))}) for 0 s", caplog.text
+    )
 
 
 class TwoArgumentsError(Exception):
@@ -370,7 +372,7 @@ def test_a_worker_killed_while_the_training_computes_is_replaced(caplog):
         found += drawn(batches, 4)
         assert found == expected
         assert (batches.crashes, batches.num_bad) == (1, 0)
-        assert "a worker that was reading no sample died (signal 9) and is replaced" in caplog.text
+        assert "an idle worker died (signal 9) and is replaced" in caplog.text
     assert active_children() == []
     assert torch.equal(torch.random.get_rng_state(), random)
     after = signal.getsignal(signal.SIGCHLD)

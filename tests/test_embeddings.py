@@ -70,7 +70,7 @@ def test_vectors_beside_the_files_come_with_the_samples(pictures):
     expected = torch.zeros(4, 2, 6)
     expected[0, 0], expected[1], expected[2, 0] = 0.5, torch.arange(12.0).reshape(2, 6), 1
     assert_close(told, expected, rtol=0, atol=0)
-    assert "2 vectors of 6, beside 3 of 4 files; the others are trained on without" in data.describe()
+    assert "2 vectors of width 6, for 3 of 4 files; the others get a null embedding" in data.describe()
     assert "embedding" not in ImageFolder(pictures, 16)[0]
 
 
@@ -114,7 +114,7 @@ def test_no_file_has_any(tmp_path):
     Image.new("RGB", (16, 16)).save(tmp_path / "x.png")
     with pytest.raises(UsageError, match=r"save them as NAME\.npy"):
         ImageFolder(tmp_path, 16, embeddings=True)
-    with pytest.raises(UsageError, match=r"write it as NAME\.txt"):
+    with pytest.raises(UsageError, match=r"write it to NAME\.txt"):
         ImageFolder(tmp_path, 16, text_encoder="nobody/nothing")
 
 
@@ -127,7 +127,7 @@ def test_the_width_of_clips_and_images_must_be_one(pictures, tmp_path, numbered)
     assert embedding_shape(mixed) == (3, 6)
     assert mixed[1]["embedding"].shape == (2, 6)
     np.save(tmp_path / "clips" / "x.npy", np.zeros((3, 5), np.float32))
-    with pytest.raises(UsageError, match="5 wide, those of images 6"):
+    with pytest.raises(UsageError, match="width 5, those of images 6"):
         embedding_shape(MixedDataset(ClipFolder(tmp_path / "clips", 16, 2, embeddings=True), images))
 
 

@@ -90,7 +90,7 @@ def test_a_backend_that_is_not_there_does_not_keep_curves_from_being_drawn(tmp_p
         ("x.jpg", 4, 4, "cannot write transparency"),
         ("x.jpeg", 4, 5, "cannot write transparency"),
         ("x.mp4", 4, 5, "clips have no 4 channels"),
-        ("x.png", 2, 4, r"pictures have no 2 channels: write \.npy or \.safetensors"),
+        ("x.png", 2, 4, r"pictures cannot have 2 channels: use \.npy or \.safetensors"),
         ("folder", 2, 5, "clips have no 2 channels"),
     ],
 )
@@ -111,7 +111,7 @@ def test_the_command_refuses_before_it_samples(tmp_path, capsys, monkeypatch):
 def test_an_encoder_that_is_missing_is_said_before(tmp_path, monkeypatch):
     monkeypatch.setattr(exporting, "ENCODER", "libx999")
     for name in ("x.mp4", "folder"):
-        with pytest.raises(UsageError, match=r"built without libx999: pip install av .*, or write \.gif or \.png"):
+        with pytest.raises(UsageError, match=r"built without libx999: pip install av .*, or use \.gif or \.png"):
             check_target(tmp_path / name, 5, 8, 3)
     check_target(tmp_path / "x.gif", 5, 8, 3)
 

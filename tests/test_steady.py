@@ -90,7 +90,7 @@ def test_a_variable_rate_is_exported_in_its_time(tmp_path, clips):
 def test_prepare_keeps_the_time_of_a_variable_rate(tmp_path, clips, monkeypatch, capsys, numbers):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["prepare", str(clips / "variable_rate.mp4"), "--size", "32x64", "--out", "shards"]) == 0
-    assert "1 of 1 clips vary in frame rate: their nearest frames at a regular rate" in capsys.readouterr().out
+    assert "1 of 1 clips had a variable frame rate and were resampled (nearest frame)" in capsys.readouterr().out
     (length,) = [info.num_frames for info in ClipFolder(tmp_path / "shards", (32, 64), 1).infos]
     data = ClipFolder(tmp_path / "shards", (32, 64), length)
     shown = numbers(data.draw(0, 0)["x"].transpose(0, 1))
