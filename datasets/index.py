@@ -68,6 +68,7 @@ class Probe:
     decoder: DecoderOption = "auto"  # or decord, which must be tested on each file
 
     def __call__(self, source: Source) -> tuple[Any, str]:
+        """Probe a file; return its info and the hash of its content. Raises `UsageError` if it cannot be used."""
         if self.kind == "image":
             info: Any = probe_image(source, max_pixels=self.max_pixels)
         elif self.kind == "array":
