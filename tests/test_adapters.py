@@ -1,4 +1,4 @@
-"""Data sets of people's own: usual forms are taken, others refused in one line; epochs and classes reach inner sets."""
+"""Users' datasets: common formats work, others raise one-line errors; epochs and classes reach inner datasets."""
 
 from collections import Counter
 
@@ -28,7 +28,7 @@ class Stream(IterableDataset):
 
 
 class Streamed:
-    """As `datasets.load_dataset(..., streaming=True)`: neither a length nor items by number."""
+    """A stream without length and indexing, like `datasets.load_dataset(..., streaming=True)`."""
 
     def __iter__(self):
         yield {"image": FIRST}
@@ -145,14 +145,14 @@ def test_items_of_several_sizes_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_error_of_the_data_set_ends_the_run_in_one_line_whoever_reads(workers):
+def test_an_error_of_the_dataset_ends_the_run_in_one_line_with_any_number_of_workers(workers):
     data = adapt([FIRST, {"a": 1}, FIRST, FIRST])
     with pytest.raises(UsageError, match=r"^sample 1 is a dict of a: name its data x or image$"):
         for _ in zip(range(8), TrainLoader(data, DataConfig(num_workers=workers), 2, seed=0), strict=False):
             pass
 
 
-def test_a_loader_s_data_set_is_taken_and_this_is_said(tmp_path, caplog):
+def test_the_dataset_of_a_loader_is_used_and_this_is_logged(tmp_path, caplog):
     data = TensorDataset(torch.rand(5, 3, 8, 8), torch.arange(5))
     run = Trainer(GaussianDiffusion(RIN(**TINY)), DataLoader(data, batch_size=2), results_folder=tmp_path)
     assert run.dataset.draw(4, 0)["label"] == 4
@@ -264,7 +264,7 @@ def test_buckets_stay_within_a_split(tmp_path):
         adapt(ConcatDataset([data, ImageFolder(tmp_path, 8)]))
 
 
-def test_a_data_set_with_set_epoch_is_told():
+def test_a_dataset_with_set_epoch_gets_the_epoch():
     class Turning(Dataset):
         epoch = 0
 

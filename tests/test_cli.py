@@ -1,4 +1,4 @@
-"""The command line: help without torch, one line for a mistake, and the whole way on tiny files made here."""
+"""The command line: help without torch, one-line errors, and the complete workflow on tiny generated files."""
 
 import json
 import logging
@@ -33,12 +33,12 @@ TINY = [
     "train.log_every=1",
     "train.warmup_steps=0",
 ]
-COMMANDS = [name for name in make_parser().commands if name != "peek"]  # another name of preview
+COMMANDS = [name for name in make_parser().commands if name != "peek"]  # an alias of preview
 
 
 @pytest.fixture
 def fails(capfd):
-    """Runs a command that must fail; its one line on stderr."""
+    """A function that runs a command that must fail, and returns its one line on stderr."""
 
     def run(*argv) -> str:
         capfd.readouterr()
@@ -67,7 +67,7 @@ def clips(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def train_clips(clips, tmp_path_factory):
-    """Trains 3 steps on them; the command, to be given again, and the folder of the run."""
+    """The command that trained 3 steps on the clips, to be repeated, and the folder of the run."""
     out = tmp_path_factory.mktemp("runs") / "clips"
     command = ["train", "--data", str(clips), "--frames", "4", "--size", "16", "--batch-size", "2", "--out", str(out)]
     assert cli.main([*command, "--steps", "3", *TINY]) == 0
@@ -311,7 +311,7 @@ def test_samples_come_as_any_kind_of_file(train_clips, tmp_path):
     assert cli.main([*common, str(tmp_path / "x.mp4")]) == 0
     video = decode(tmp_path / "x.mp4")
     assert video.shape[0] == 4
-    assert video.shape[1] >= 16  # two clips side by side, with a margin, both sides even
+    assert video.shape[1] >= 16  # a grid of two clips with a margin; both sizes are even
     assert video.shape[2] >= 32
     assert cli.main([*common, str(tmp_path / "x.gif"), "--fps", "5"]) == 0
     with Image.open(tmp_path / "x.gif") as image:
@@ -369,14 +369,14 @@ def test_diagnose_writes_pictures_and_words(train_clips, capsys):
     _, run = train_clips
     assert cli.main(["diagnose", str(run), "--num", "3"]) == 0
     said = capsys.readouterr().out
-    assert "untrained noise levels: at t = " in said  # three steps teach nothing
+    assert "untrained noise levels: at t = " in said  # three steps are not enough to learn anything
     report = json.loads((run / "diagnosis" / "diagnosis.json").read_text())
     assert len(report["t"]) == len(report["loss"]) == len(report["loss_raw"]) == 10
     assert len(report["clipped"]) == 2  # sampling steps
     assert len(report["latent_std"]) == 8
     assert all(f"- {finding}" in said for finding in report["findings"])
     with Image.open(run / "diagnosis" / "trajectory.png") as image:
-        assert image.height > image.width  # four samples, two steps
+        assert image.height > image.width  # a row per sample (4) and a column per step (2)
     with Image.open(run / "diagnosis" / "loss.png") as image:
         assert image.width >= 500
     with Image.open(run / "metrics.png") as image:
@@ -405,7 +405,7 @@ def test_images_in_folders_of_classes(fails, tmp_path):
         Image.fromarray(generator.integers(256, size=(20, 24, 3), dtype=np.uint8)).save(path)
     run = tmp_path / "run"
     argv = ["train", "--data", str(tmp_path / "pictures"), "--size", "8x16", "--steps", "2", "--batch-size", "2"]
-    assert cli.main([*argv, "--out", str(run), *TINY]) == 0  # by what the folder holds: no --frames
+    assert cli.main([*argv, "--out", str(run), *TINY]) == 0  # the kind follows from the folder, without --frames
     config = load_config(run / "config.yaml")
     assert (config.model.frames, config.model.num_classes, config.model.image_size) == (None, 2, [8, 16])
     common = ["sample", str(run), "--num", "4", "--steps", "2", "--guidance", "1", "--out"]
@@ -442,7 +442,7 @@ def test_export_turns_clips_and_arrays_into_each_other(clips, tmp_path):
 
 
 def test_info_lists_the_presets(capsys, monkeypatch):
-    """Of three: to count all of them takes seconds."""
+    """Lists three of the presets, because counting all of them takes seconds."""
     some = ["cifar10", "demo", "image64"]
     monkeypatch.setattr("rin_video.cli.inspect.presets", lambda: some)
     assert cli.main(["info"]) == 0

@@ -1,4 +1,4 @@
-"""Which frames a clip is made of, how often a file is drawn from, and what is done to its pixels."""
+"""The frames of a clip, the number of clips per file, and the transforms of the pixels."""
 
 from pathlib import Path
 
@@ -43,7 +43,7 @@ def test_over_time_long_files_come_more_often_and_the_parts_cover_the_file():
     assert ClipSampler(5, DataConfig(sampling="time", stride=2)).count(info(53)) == 5
     starts = [{clip[0] for clip in draws(windows, info(53), 300, part, 10)} for part in range(10)]
     assert sorted(set.union(*starts)) == list(range(49))
-    assert sum(map(len, starts)) == 49  # no start belongs to two parts
+    assert sum(map(len, starts)) == 49  # no start frame belongs to two parts
     assert ClipSampler(5, DataConfig(windows=3)).count(info(53)) == 3
 
 
@@ -84,7 +84,9 @@ def test_speed_and_reverse_keep_within_the_file():
     assert 60 < backwards < 140
     for clip in draws(ClipSampler(6, DataConfig(fps=4.0, augment_speed=[1.5, 1.5])), info(40)):
         assert clip[-1] - clip[0] in (14, 15, 16)
-    tight = draws(ClipSampler(6, DataConfig(augment_speed=[2.0, 2.0])), info(6), 3)  # too short for that: as it is
+    tight = draws(
+        ClipSampler(6, DataConfig(augment_speed=[2.0, 2.0])), info(6), 3
+    )  # too short for this speed: the original speed is used
     assert tight == [[0, 1, 2, 3, 4, 5]] * 3
 
 
@@ -103,7 +105,7 @@ def test_augmentations_are_the_same_for_all_frames():
 
 
 def test_what_is_enlarged_is_cut_first(monkeypatch):
-    """A picture of 20000x1 would otherwise become one of 1,280,000x64: gigabytes."""
+    """A picture of 20000x1 would otherwise become one of 1,280,000x64, which takes gigabytes."""
     from rin_video.datasets import resize_crop
 
     monkeypatch.setattr(resize_crop, "resize", lambda *_: pytest.fail("the whole picture is enlarged"))

@@ -1,4 +1,4 @@
-"""read([i]) is frame i: of every kind of file, in any order, by every decoder that takes the file."""
+"""read([i]) returns frame i, for every kind of file, in any order, with every decoder that supports the file."""
 
 import importlib.machinery
 import os
@@ -60,7 +60,7 @@ def test_every_frame_is_the_one_asked_for(clips, numbers, decoder, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_decoders_agree(clips, name):
-    """On pixels, and on pixels resized while decoding, which is no more than another rounding."""
+    """They agree on the pixels, and on pixels that are resized while decoding, apart from rounding."""
     info = probe_video(clips / name)
     frames, small = [], []
     for decoder in backends_for(info):
@@ -75,8 +75,8 @@ def test_decoders_agree(clips, name):
 
 
 @pytest.mark.parametrize("codec", ["libx264", "libx265", "mpeg4", "mpeg2video", "libsvtav1", "libvpx-vp9"])
-def test_frames_that_are_passed_over_change_no_pixel(tmp_path, codec):
-    """PyAV does not decode what is neither asked for nor referred to: most B frames on the way, where it can say so."""
+def test_skipped_frames_change_no_pixel(tmp_path, codec):
+    """PyAV skips frames that are neither requested nor referred to: most B frames, if the codec marks them."""
     path = tmp_path / "drift.mp4"
     noise = torch.randint(0, 256, (3, 64, 112), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     options = {"g": "12", "bf": "2", "x265-params": "log-level=none:keyint=12", "preset": "12"}
@@ -107,8 +107,8 @@ def test_auto_never_takes_decord_and_decord_only_what_is_plain(clips):
     assert backends_for(probe_video(clips / "animation.webp")) == ["pillow"]
 
 
-def test_torchcodec_that_does_not_work_is_passed_over_and_says_why(clips, monkeypatch):
-    """Without a shared FFmpeg it imports, and fails when a file is opened."""
+def test_torchcodec_that_does_not_work_is_skipped_with_the_reason(clips, monkeypatch):
+    """Without a shared FFmpeg it can be imported, but opening a file fails."""
     module = types.ModuleType("torchcodec")
     module.__spec__ = importlib.machinery.ModuleSpec("torchcodec", None)
     module.decoders = types.SimpleNamespace(VideoDecoder=lambda *_: (_ for _ in ()).throw(OSError("no libavutil.so")))
@@ -123,8 +123,8 @@ def test_torchcodec_that_does_not_work_is_passed_over_and_says_why(clips, monkey
         torchcodec_problem.cache_clear()
 
 
-def test_play_lists_lead_nowhere(tmp_path, clips):
-    """FFmpeg would open the files that these name."""
+def test_playlists_are_not_followed(tmp_path, clips):
+    """FFmpeg would open the files that playlists name."""
     for name, text in (
         ("list.mp4", f"ffconcat version 1.0\nfile {clips / 'plain.mp4'}\n"),
         ("live.mp4", f"#EXTM3U\n#EXT-X-TARGETDURATION:5\n#EXTINF:5,\n{clips / 'plain.mp4'}\n#EXT-X-ENDLIST\n"),
@@ -158,7 +158,7 @@ def test_another_backend_takes_over_where_one_fails_or_misfits(tmp_path, numbere
                 raise RuntimeError("as decord raises")
             return frames
 
-    class Misfit(PyAVReader):  # as decord and torchcodec check what comes
+    class Misfit(PyAVReader):  # like the checks of decord and torchcodec
         def read(self, indices, size):
             raise UsageError("another size")
 
@@ -174,7 +174,7 @@ def test_another_backend_takes_over_where_one_fails_or_misfits(tmp_path, numbere
         assert numbers(video.read([2, 3])) == [2, 3]
         assert video.backend == "torchcodec"
     with open_video(path, "torchcodec") as video:
-        for _ in range(2):  # a video whose read failed can be read again
+        for _ in range(2):  # a video can be read again after a failed read
             with pytest.raises(UsageError, match=r"a\.mp4 cannot be read: as decord raises"):
                 video.read([7, 2])
             assert numbers(video.read([2])) == [2]
@@ -207,8 +207,8 @@ def test_times_are_those_of_the_frames(clips):
 
 @pytest.mark.parametrize(("rotation", "corner"), [(90, (-1, 0)), (-90, (0, -1)), (180, (-1, -1))])
 def test_rotation_is_applied(tmp_path, numbered, decoder, rotation, corner):
-    """The white corner is at the upper left as stored."""
-    if decoder != "pyav":  # others are not given what is turned
+    """The white corner is at the upper left of the stored frames."""
+    if decoder != "pyav":  # other decoders are not used for rotated clips
         return
     try:
         path = numbered(tmp_path / "turned.mp4", frames=3, rotation=rotation)

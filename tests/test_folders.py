@@ -1,4 +1,4 @@
-"""Folders, shards and pictures as people have them: classes, splits, strays, captions, orientation, depth."""
+"""Real-world folders, shards and pictures: classes, splits, stray files, captions, orientation, bit depth."""
 
 import codecs
 
@@ -40,7 +40,7 @@ def test_folders_that_are_numbers_are_classes_in_their_order_and_mean_themselves
         class_index(0, data.classes, 12)
     assert class_index(3, ["01", "02", "03"], 3) == 2
     assert class_index("1", ["cat", "dog"], 2) == class_index(1, [], 2) == 1
-    assert class_index(2, ["0", "1", "10", "2"], 4) == 3  # a run from before, in another order
+    assert class_index(2, ["0", "1", "10", "2"], 4) == 3  # an earlier run with another order of classes
 
 
 @pytest.mark.parametrize("names", [("train", "val"), ("Train", "test", "valid"), ("training", "dev")])
@@ -68,7 +68,7 @@ def test_a_stray_file_does_not_switch_classes_off(tmp_path, caplog):
     assert "10 of 13 files are outside the folders cat, dog: the folders are not used as classes" in caplog.text
 
 
-def test_what_is_passed_over_is_counted_and_named(tmp_path, capsys, monkeypatch):
+def test_ignored_files_are_counted_and_named(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     pictures(tmp_path / "data", "a.png", "b.png")
     for name in ("a.txt", "b.npy", "clip.rmvb", "list.csv", "list2.csv", "c.txt", "LICENSE"):
@@ -90,7 +90,7 @@ def test_links_to_class_folders_are_said(tmp_path, caplog):
     assert "and is not followed" in caplog.text
 
 
-def test_gifs_of_one_frame_are_images_and_a_stray_animation_is_passed_over(tmp_path, numbered):
+def test_gifs_of_one_frame_are_images_and_a_stray_animation_is_ignored(tmp_path, numbered):
     pictures(tmp_path, "0.gif", *(f"{i}.png" for i in range(20)))
     assert detect_kind(tmp_path) == "image"
     assert len(ImageFolder(tmp_path, 8)) == 21
@@ -122,7 +122,7 @@ def test_clips_under_other_names(tmp_path, numbered, suffix):
 
 @pytest.mark.parametrize("suffix", [".mpg", ".mpeg", ".wmv", ".mts", ".m2ts", ".ogv", ".flv", ".3g2"])
 def test_clips_that_cannot_be_read_are_named(tmp_path, numbered, suffix):
-    """Whether FFmpeg can is seen by trying: none is passed over."""
+    """Every clip is tried, because only FFmpeg knows whether it can read it: none is skipped."""
     numbered(tmp_path / "a.mp4", frames=4)
     (tmp_path / f"b{suffix}").write_bytes(b"nothing of the kind" * 99)
     index = make_index(tmp_path, "video")

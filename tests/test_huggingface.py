@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face package as people have them: rows without a picture, columns of any name."""
+"""Real-world datasets of the Hugging Face package: rows without a picture, columns of any name."""
 
 import numpy as np
 import pytest
@@ -57,7 +57,7 @@ def test_windows_are_heeded(tmp_path, hub, clips, numbers):
 
 
 def test_columns_by_name(tmp_path, hub):
-    """Pictures as bytes of no type, labels as whole numbers and as text."""
+    """Pictures are untyped bytes; labels are integers or text."""
     columns = {
         "first": [png(tmp_path, i) for i in (1, 2, 3)],
         "photo": [png(tmp_path, i)["bytes"] for i in (10, 20, 30)],

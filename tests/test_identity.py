@@ -1,4 +1,4 @@
-"""A run is of its data: default folders do not collide, and a run goes on with the same data only."""
+"""A run belongs to its data: default folders do not collide, and a run only resumes with the same data."""
 
 import json
 import os
@@ -50,10 +50,10 @@ def test_default_folders_do_not_collide(tmp_path, monkeypatch, one, other):
         pictures(folder, "c")
     first = run_folder(one)
     make_index("x" if "{" in one else one, "image", path=first / INDEX)
-    if "{" in one:  # what an index of shards says of itself
+    if "{" in one:  # the header of an index of shards
         (first / INDEX).write_text(json.dumps({"root": os.path.abspath(one)}) + "\n")
     assert run_folder(other) != first
-    assert run_folder(one) == first  # the same command goes on
+    assert run_folder(one) == first  # the same command resumes
     assert run_folder(os.path.abspath(one)) == first
 
 
@@ -123,7 +123,7 @@ def test_a_checkpoint_of_before_is_taken(tmp_path, monkeypatch):
 
 
 def probed(monkeypatch, results):
-    """Replaces the search: gives `results` one after the other, and lists what was asked for."""
+    """Replace probing: return `results` one after the other, and list the requested files."""
     asked = []
 
     def run(tasks, work, **options):
@@ -208,6 +208,6 @@ def test_other_images_beside_the_same_clips_are_refused():
 def test_other_columns_of_a_data_set_are_refused():
     then = {"path": "hf:x", "images": None, "classes": [], "content": None, "columns": ["pic", "fine"]}
     check_same_data(Path("run"), then, then)
-    check_same_data(Path("run"), {name: then[name] for name in then if name != "columns"}, then)  # of before
+    check_same_data(Path("run"), {name: then[name] for name in then if name != "columns"}, then)  # of the earlier run
     with pytest.raises(UsageError, match=r"was trained on the columns pic and fine, now they are pic2 and fine"):
         check_same_data(Path("run"), then, {**then, "columns": ["pic2", "fine"]})

@@ -1,4 +1,4 @@
-"""Images come out as a person sees them, and what is drawn depends on (seed, epoch, index) alone."""
+"""Images are read as displayed, and items depend on (seed, epoch, index) alone."""
 
 import pickle
 
@@ -50,7 +50,7 @@ def test_exif_orientation_is_applied(tmp_path):
 
 
 def test_frames_reduce_to_a_single_pixel():
-    """torch 2.14 fails an assertion there for uint8."""
+    """torch 2.14 fails an assertion in this case for uint8."""
     frames = torch.tensor([[0, 100], [50, 90]], dtype=torch.uint8).expand(2, 3, 2, 2)
     assert torch.equal(ResizeCrop(1)(frames, np.random.default_rng(0)), torch.full((2, 3, 1, 1), 60, dtype=torch.uint8))
 

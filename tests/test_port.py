@@ -1,4 +1,4 @@
-"""Code written for the PyTorch port: its options one by one, and what people give for tensors and labels."""
+"""Code written for the PyTorch port: each of its options, and the accepted tensors and labels."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from rin_video.weights import save_model
 TINY = {"dim": 32, "image_size": 8, "patch_size": 4, "depth": 1, "num_latents": 6, "dim_latent": 32,
         "latent_self_attn_depth": 1, "num_heads": 2, "latent_num_heads": 2}  # fmt: skip
 
-# The signatures of rin-pytorch 0.8: an option, a value, and the field it becomes here, or what is said.
+# The signatures of rin-pytorch 0.8: an option, a value, and the field that it becomes here, or the error message.
 MODEL = [
     ("dim", 48, ("dim", 48)),
     ("image_size", 16, ("image_size", 16)),
@@ -175,7 +175,7 @@ def test_what_is_missing_or_said_twice(tmp_path, folder):
             wrong()
 
 
-def test_batches_for_every_process_are_told(folder, monkeypatch):
+def test_the_error_for_a_batch_size_per_process_names_the_global_one(folder, monkeypatch):
     from rin_video.port import trainer_options
 
     monkeypatch.setenv("WORLD_SIZE", "4")

@@ -1,4 +1,4 @@
-"""Images of every kind, shards, arrays, the Hugging Face package, preparing and peeking."""
+"""Images of all formats, shards, arrays, the Hugging Face package, `prepare` and `preview`."""
 
 import io
 import os
@@ -25,7 +25,7 @@ from rin_video.errors import UsageError
 
 
 def test_images_that_are_much_too_large_shrink_without_aliasing(tmp_path):
-    """A chessboard of single pixels is grey from afar; the plain antialiased resize is the oracle."""
+    """A chessboard of single pixels becomes grey; the oracle is a plain antialiased resize."""
     board = (np.indices((512, 768)).sum(0) % 2 * 255).astype(np.uint8)
     smooth = (np.indices((512, 768))[1] / 3).astype(np.uint8)
     for suffix in (".png", ".jpg"):
@@ -159,7 +159,7 @@ def test_arrays_of_any_rank(tmp_path):
     torch.testing.assert_close(data[2]["x"], torch.from_numpy(many[1]))
     torch.testing.assert_close(data[4]["x"], torch.from_numpy(one) / 2)
     said = data.describe()
-    assert "other.npy has shape (2, 3, 7), the model takes (2, 5, 7)" in said
+    assert "other.npy has shape (2, 3, 7), but the model has shape (2, 5, 7)" in said
     assert "object.npy" in said
     np.save(tmp_path / "a/one.npy", one * 3)
     with pytest.raises(UsageError, match=r"scale them to \[0, 1\]"):
@@ -227,7 +227,7 @@ def test_hugging_face_images(tmp_path, hub):
 
 @pytest.mark.parametrize("stored", ["bytes", "path"])
 def test_hugging_face_clips(tmp_path, clips, hub, numbers, stored):
-    """A column of type Video, saved to disk or found by its name, gives the frames that the files give."""
+    """A column of type Video, saved to disk or loaded by name, gives the same frames as the files."""
     names = ["plain.mp4", "short_gop.mp4", "vp9.webm"]
     cells = [
         {"bytes": (clips / name).read_bytes(), "path": name}
@@ -250,7 +250,7 @@ def test_hugging_face_clips(tmp_path, clips, hub, numbers, stored):
 
 
 def test_hugging_face_name_and_split(tmp_path, hub, monkeypatch):
-    """`hf:NAME:SPLIT`, where NAME is a folder in the hub's layout: the same code, without the network."""
+    """NAME in `hf:NAME:SPLIT` is a folder in the hub's layout, which runs the same code without the network."""
     monkeypatch.setattr(hub.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     for split, classes in {"train": "aabb", "test": "ab"}.items():
         for i, name in enumerate(classes):
@@ -265,7 +265,7 @@ def test_hugging_face_name_and_split(tmp_path, hub, monkeypatch):
 
 
 def test_photos_of_phones(tmp_path):
-    """HEIC with the package pillow-heif, else one line that says so."""
+    """HEIC is read with the package pillow-heif; without it there is a one-line error."""
     pillow_heif = pytest.importorskip("pillow_heif")
     pixels = np.full((16, 24, 3), (200, 30, 90), np.uint8)
     pillow_heif.from_bytes("RGB", (24, 16), pixels.tobytes()).save(tmp_path / "x.heic", quality=95)
@@ -281,7 +281,7 @@ def test_a_photo_of_a_phone_without_the_package(tmp_path, monkeypatch):
         ImageFolder(tmp_path, 8)
 
 
-def test_a_folder_called_datasets_is_told_from_the_package(monkeypatch):
+def test_a_folder_called_datasets_is_distinguished_from_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", types.ModuleType("datasets"))
     with pytest.raises(UsageError, match="not the Hugging Face package: run rin-video from another folder"):
         import_hub()
