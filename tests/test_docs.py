@@ -10,9 +10,11 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import torch
 from markdown_it import MarkdownIt
 from PIL import Image
 
+from rin_video import write_video
 from rin_video.cli import main
 from rin_video.cli.parser import make_parser, split_overrides
 from rin_video.config import Config
@@ -93,9 +95,10 @@ def test_every_command_is_one_and_its_options_load(page, capsys):
         if arguments is None:
             assert words[0] in OTHER_PROGRAMS | {"diff"}, words
             continue
-        rest, overrides = split_overrides(arguments)
+        parser = make_parser()
+        rest, overrides = split_overrides(parser, arguments)
         try:
-            options = make_parser().parse_args(rest)
+            options = parser.parse_args(rest)
         except SystemExit:
             pytest.fail(f"{shlex.join(words)}: {capsys.readouterr().err}")
         assert not overrides or "overrides" in options, words
@@ -222,20 +225,22 @@ def test_the_reference_has_every_command(generate):
 
 
 @pytest.fixture
-def sandbox(tmp_path, monkeypatch, numbered):
+def sandbox(tmp_path, monkeypatch):
     """A folder with the files that the pages mention, in which everything runs."""
     monkeypatch.chdir(tmp_path)
-    for colour, rgb in {"red": (200, 30, 30), "blue": (30, 30, 200)}.items():
-        for folder in ("clips", "pictures"):
-            (tmp_path / folder / colour).mkdir(parents=True)
-        for name in ("a", "b"):
-            numbered(tmp_path / f"clips/{colour}/{name}.mp4", frames=80, size=(32, 32))
-            np.save(tmp_path / f"clips/{colour}/{name}.npy", np.random.default_rng(0).normal(size=8).astype(np.float32))
-            Image.new("RGB", (32, 32), rgb).save(tmp_path / f"pictures/{colour}/{name}.png")
-    numbered(tmp_path / "clip.mp4", frames=40, size=(32, 32))
-    numbered(tmp_path / "clip.gif", codec="gif", size=(32, 32))
-    Image.new("RGB", (32, 32), (90, 120, 30)).save(tmp_path / "start.png")
-    np.save(tmp_path / "one.npy", np.ones(8, np.float32))
+    frames = torch.linspace(0, 1, 48)[:, None, None].expand(48, 32, 32)
+    clip = torch.stack([frames, 1 - frames, torch.linspace(0, 1, 32).expand(48, 32, 32)])
+    for folder in ("clips", "pictures"):
+        for label in ("red", "blue"):
+            Path(folder, label).mkdir(parents=True)
+    for name in ("red/a", "red/b", "blue/a", "blue/b"):
+        write_video(clip, f"clips/{name}.mp4", fps=8)
+        np.save(f"clips/{name}.npy", np.ones(8, np.float32))
+        Image.new("RGB", (32, 32), (90, 120, 30)).save(f"pictures/{name}.png")
+    write_video(clip, "clip.mp4", fps=8)
+    write_video(clip, "clip.gif", fps=8)
+    Image.new("RGB", (32, 32), (90, 120, 30)).save("start.png")
+    np.save("one.npy", np.ones(8, np.float32))
     return tmp_path
 
 
