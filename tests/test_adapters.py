@@ -183,7 +183,7 @@ def test_values_outside_the_range_are_refused(tmp_path, low, high, dtype, said):
         (torch.tensor([0.0, 1.0]), "no sample of the first batches has a label"),
     ],
 )
-def test_odd_values_are_said_once(x, said, caplog):
+def test_unusual_values_are_logged_once(x, said, caplog):
     check = BatchCheck(3)
     for _ in range(20):
         check(x[:, None], torch.tensor([-1, -1]))

@@ -90,7 +90,7 @@ def test_every_contender_of_ours_takes_a_step_on_its_data(run):
             assert contender.sample(2, 2).shape == x.shape
 
 
-def test_baselines_of_prediction_are_exact_where_they_should_be():
+def test_baselines_of_prediction_are_exact_for_simple_motion():
     prediction = load("prediction")
     start, step = torch.rand(2, 2, 3, 1, 4, 4, generator=torch.Generator().manual_seed(0)) / 20
     ramp = start + step * torch.arange(prediction.FRAMES).view(1, 1, -1, 1, 1)

@@ -65,7 +65,7 @@ def test_an_unfinished_checkpoint_is_skipped_and_named(run, caplog):
     assert not list(run.glob("checkpoints/*.tmp"))
 
 
-def test_where_all_are_damaged_nothing_is_overwritten(run):
+def test_if_all_checkpoints_are_damaged_nothing_is_overwritten(run):
     for folder in saved_states(run):
         damage_bit(folder / "state.safetensors")
     with pytest.raises(UsageError, match="none of the 3 checkpoints"):
@@ -122,7 +122,7 @@ def test_a_flipped_bit_in_the_weights_is_refused(trained, tmp_path):
 @pytest.mark.parametrize(
     ("old", "new"), [("num_heads: 2", "num_heads: 4"), ("objective: v", "objective: eps"), ("scale: 1.0", "scale: 0.5")]
 )
-def test_weights_beside_other_options_are_refused(trained, tmp_path, old, new):
+def test_weights_with_other_options_are_refused(trained, tmp_path, old, new):
     """num_heads changes no shape, and the objective does not affect the weights at all."""
     (tmp_path / "model.safetensors").write_bytes((trained / "model.safetensors").read_bytes())
     text = (trained / "config.yaml").read_text()

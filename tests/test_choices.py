@@ -148,7 +148,7 @@ def test_names_that_are_joined(option, names):
         load_config(None, [f"model.{option}={get_args(names)[0]}+other"])
 
 
-def test_the_help_says_the_same():
+def test_the_help_lists_the_same_names():
     said = {
         (command, action.dest.rpartition(".")[2]): action.help
         for command, parser in make_parser().commands.items()

@@ -95,7 +95,9 @@ def decode(path) -> np.ndarray:
         (["--steps", "4", "train.warmup_steps=4"], [0.25, 0.5], ""),
     ],
 )
-def test_a_warm_up_is_shortened_aloud_and_kept_where_it_is_given(clips, tmp_path, caplog, steps, lr, said):
+def test_a_default_warm_up_is_shortened_and_logged_but_an_explicit_one_is_kept(
+    clips, tmp_path, caplog, steps, lr, said
+):
     caplog.set_level(logging.INFO)
     command = ["train", "--data", str(clips), "--frames", "4", "--size", "16", "--batch-size", "2"]
     assert cli.main([*command, "--out", str(tmp_path), *TINY[:-1], *steps]) == 0
@@ -144,7 +146,7 @@ def test_version(capsys):
 # ---- parsing
 
 
-def test_overrides_may_stand_anywhere_but_for_an_option_s_value():
+def test_overrides_may_appear_anywhere_except_as_the_value_of_an_option():
     parser = make_parser()
     for argv in (
         ["a.b=1", "train", "--data", "x", "c.d=[1,2]"],
@@ -383,7 +385,7 @@ def test_diagnose_writes_pictures_and_words(train_clips, capsys):
         assert image.width >= 1500
 
 
-def test_the_same_command_goes_on(train_clips, caplog):
+def test_the_same_command_resumes(train_clips, caplog):
     command, run = train_clips
     with caplog.at_level(logging.INFO, logger="rin_video"):
         assert cli.main([*command, "--steps", "5", *TINY]) == 0

@@ -29,7 +29,7 @@ def draws(windows: ClipSampler, video: VideoInfo, num: int = 200, part: int = 0,
     return [windows.draw(video, part, parts, chance) for _ in range(num)]
 
 
-def test_whole_takes_frames_from_all_over_the_file():
+def test_span_whole_samples_frames_over_the_complete_file():
     assert draws(ClipSampler(5, DataConfig(span="whole")), info(41), 1) == [[0, 10, 20, 30, 40]]
     with pytest.raises(UsageError, match="has 4 frames, but 5 are needed"):
         ClipSampler(5, DataConfig(span="whole")).check(Path("a.mp4"), info(4))

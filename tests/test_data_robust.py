@@ -84,7 +84,7 @@ class Prepared:
         return self.ready and task
 
 
-def test_work_that_goes_on_and_what_it_imports_are_not_counted(monkeypatch):
+def test_work_with_progress_and_imports_do_not_count_towards_the_limit(monkeypatch):
     """Hashing and scene cuts may take long for a long file; the limit is only for work without progress."""
     monkeypatch.setattr(probing, "BEAT_EVERY", 0.05)
     assert dict(run_in_subprocess(["long", "b"], go_on, seconds=0.5)) == {0: "long", 1: "b"}
@@ -112,7 +112,7 @@ def test_a_child_does_not_tidy_up_what_it_inherits(monkeypatch):
     assert dict(run_in_subprocess(["a"], Tidying(), seconds=5.0)) == {0: "a"}
 
 
-def test_hashing_and_cuts_say_that_they_go_on(tmp_path, clips, monkeypatch):
+def test_hashing_and_scene_cuts_report_progress(tmp_path, clips, monkeypatch):
     from rin_video.datasets import index, probe
 
     beats = []
@@ -203,7 +203,7 @@ def calls_of(work):
 
 
 @pytest.mark.parametrize("num", [2000, pytest.param(100_000, marks=pytest.mark.slow)])
-def test_an_index_loads_whole_and_cheaply(tmp_path, clips, num):
+def test_an_index_loads_completely_and_cheaply(tmp_path, clips, num):
     info = probe_video(clips / "plain.mp4")
     entries = [
         Entry(Path(f"/data/{i % 7}/clip-{i:06d}.mp4"), 12345 + i, 1_700_000_000_000_000_000 + i, info, hash="0" * 32)
@@ -250,7 +250,7 @@ def drawn(batches, num):
 @pytest.mark.parametrize(
     ("bad", "said"), [("kills", "3 kills the process"), ("hangs", "3 hangs"), ("fails", "sample 3 is damaged")]
 )
-def test_a_sample_that_breaks_its_reader_is_replaced_and_the_run_goes_on(bad, said, caplog):
+def test_a_sample_that_breaks_its_reader_is_replaced_and_the_run_continues(bad, said, caplog):
     with TrainLoader(Rogue(**{bad: 3}), DataConfig(num_workers=1, read_timeout=0.6), 4, seed=1) as batches:
         found = drawn(batches, 6)
     clean = TrainLoader(Rogue(), DataConfig(num_workers=0), 4, seed=1)
@@ -475,7 +475,7 @@ def test_too_many_failures_end_the_run():
         drawn(batches, 9)
 
 
-def test_batches_go_on_where_they_stopped():
+def test_batches_resume_where_they_stopped():
     options = DataConfig(num_workers=1)
     whole = drawn(TrainLoader(Rogue(), options, 4, seed=3), 8)
     assert drawn(TrainLoader(Rogue(), options, 4, seed=3, first_batch=5), 3) == whole[20:]

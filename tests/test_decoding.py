@@ -150,7 +150,7 @@ def test_tables_survive_packing():
     assert len(pack_table(range(0, 10**6, 512))) < 100
 
 
-def test_another_backend_takes_over_where_one_fails_or_misfits(tmp_path, numbered, numbers, monkeypatch):
+def test_another_backend_is_used_if_one_fails_or_returns_other_frames(tmp_path, numbered, numbers, monkeypatch):
     class Failing(PyAVReader):
         def read(self, indices, size):
             frames = super().read(indices, None)
@@ -180,7 +180,7 @@ def test_another_backend_takes_over_where_one_fails_or_misfits(tmp_path, numbere
             assert numbers(video.read([2])) == [2]
 
 
-def test_decord_is_refused_where_its_pixels_are_others(clips, monkeypatch):
+def test_decord_is_refused_if_its_pixels_differ(clips, monkeypatch):
     pytest.importorskip("decord")
     path = clips / "short_gop.mp4"
     monkeypatch.setattr(backends, "_proved", set())
@@ -222,7 +222,7 @@ def test_rotation_is_applied(tmp_path, numbered, decoder, rotation, corner):
     assert frame[1][0, 0] < 100
 
 
-def test_truncated_file_is_read_to_where_it_ends(tmp_path, numbered, numbers):
+def test_a_truncated_file_is_read_to_its_end(tmp_path, numbered, numbers):
     whole = numbered(tmp_path / "whole.mkv", frames=20, options={"g": "4"}).read_bytes()
     path = tmp_path / "cut.mkv"
     path.write_bytes(whole[: len(whole) * 2 // 3])
@@ -233,7 +233,7 @@ def test_truncated_file_is_read_to_where_it_ends(tmp_path, numbered, numbers):
 
 
 @pytest.mark.parametrize("content", [random.Random(0).randbytes(20_000), b"", b"\0" * 5000, b"not a video"])
-def test_what_is_no_video_is_said_to_be_none(tmp_path, content):
+def test_files_that_are_not_videos_are_reported(tmp_path, content):
     path = tmp_path / "noise.mp4"
     path.write_bytes(content)
     with pytest.raises(UsageError, match=r"noise\.mp4 cannot be read" if content else r"noise\.mp4 is empty: download"):

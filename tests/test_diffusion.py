@@ -188,7 +188,7 @@ def test_sampling_leaves_the_mode_and_the_random_state_alone():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_timesteps_are_the_sampling_steps_where_none_are_asked_for(tmp_path):
+def test_timesteps_are_the_default_of_the_sampling_steps(tmp_path):
     """This is as in the port. They had no effect above 50."""
     for timesteps, options, calls in ((60, {}, 60), (60, {"steps": 7}, 7), (None, {}, 50), (3, {}, 3)):
         model = Recorder()
@@ -199,7 +199,7 @@ def test_timesteps_are_the_sampling_steps_where_none_are_asked_for(tmp_path):
     assert load_config(tmp_path / "config.yaml").sample.steps == 60  # which `rin-video sample` uses
 
 
-def test_usage_of_the_known_port_stands():
+def test_code_for_the_pytorch_port_works():
     """A small version of `RIN(dim=256, image_size=128, ...)` takes images in [0, 1] and returns (4, 3, H, W)."""
     model = RIN(dim=32, image_size=32, patch_size=8, depth=2, num_latents=8, dim_latent=64, latent_self_attn_depth=2)
     diffusion = GaussianDiffusion(model, timesteps=4, train_prob_self_cond=0.9, scale=1.0)
@@ -257,7 +257,7 @@ def test_carried_estimate_is_in_the_range_of_the_data(scale):
         assert_close(x0, torch.full_like(x0, 0.5))
 
 
-def test_no_first_pass_where_the_model_carries_nothing():
+def test_no_first_pass_without_a_self_conditioning_state():
     model = Recorder()
     model.self_conditioning = False
     GaussianDiffusion(model)(torch.rand(4, 2))

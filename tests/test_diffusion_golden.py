@@ -92,7 +92,7 @@ def golden_diffusion(info: dict) -> GaussianDiffusion:
 @runs
 @pytest.mark.parametrize(("run", "batched"), [*[(run, True) for run in RUNS], ("ddim.td0.guided", False)])
 @torch.no_grad()
-def test_whole_runs(file, run, batched):
+def test_complete_runs(file, run, batched):
     arrays = np.load(file)
     info = json.loads(str(arrays["info_json"]))
     diffusion = golden_diffusion(info)

@@ -63,7 +63,7 @@ def encoder(tmp_path_factory) -> Path:
 # ---- files
 
 
-def test_vectors_beside_the_files_come_with_the_samples(pictures):
+def test_vectors_next_to_the_files_are_returned_with_the_samples(pictures):
     data = ImageFolder(pictures, 16, embeddings=True)
     assert embedding_shape(data) == (2, 6)
     embeddings = torch.stack([data[i]["embedding"] for i in range(4)])

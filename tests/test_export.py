@@ -52,7 +52,7 @@ def test_the_same_frames_give_the_same_file(tmp_path):
         assert len(written) == 1
 
 
-def test_odd_sizes_are_padded_and_said(tmp_path, gradient):
+def test_odd_sizes_are_padded_with_a_warning(tmp_path, gradient):
     clip = gradient[:, :, :31, :45]
     with pytest.warns(UserWarning, match="padded from 31x45 to 32x46"):
         write_video(clip, tmp_path / "odd.mp4")
@@ -70,7 +70,7 @@ def test_gif_keeps_frames_and_rate(tmp_path, gradient, fps):
     assert psnr(read, gradient) > 23
 
 
-def test_numpy_uint8_and_grey_are_taken(tmp_path, gradient):
+def test_numpy_uint8_and_grey_are_accepted(tmp_path, gradient):
     write_video((gradient * 255).byte().numpy(), tmp_path / "a.mp4")
     write_video(gradient[:1], tmp_path / "b.mp4")
     with open_video(tmp_path / "b.mp4") as video:
@@ -232,7 +232,7 @@ def test_a_context_is_measured_before_it_is_read_and_read_small(tmp_path, number
 
 
 @pytest.mark.parametrize("shape", [(3, 3, 16, 16), (3, 1, 16, 16), (1, 3, 16, 16), (1, 1, 16, 16), (5, 3, 16, 16)])
-def test_an_array_of_rank_four_is_a_clip_where_a_clip_is_written(tmp_path, shape):
+def test_an_array_of_rank_four_is_written_as_a_clip_to_clip_formats(tmp_path, shape):
     """Channels come first, or frames if the first axis cannot be channels. As PNG it is a grid of images."""
     np.save(tmp_path / "x.npy", np.zeros(shape, np.uint8))
     export(tmp_path / "x.npy", tmp_path / "x.mp4")

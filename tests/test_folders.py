@@ -81,7 +81,7 @@ def test_ignored_files_are_counted_and_named(tmp_path, capsys, monkeypatch):
     assert "ignored: 5 files of other kinds" in ImageFolder(tmp_path / "data", 8).describe()
 
 
-def test_links_to_class_folders_are_said(tmp_path, caplog):
+def test_links_to_class_folders_are_reported(tmp_path, caplog):
     pictures(tmp_path / "data", "cat/1.png", "dog/1.png")
     pictures(tmp_path / "elsewhere", "1.png")
     (tmp_path / "data/owl").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
@@ -147,7 +147,7 @@ def test_keys_of_shards_end_at_the_first_dot(tmp_path):
 
 
 @pytest.mark.parametrize("beside", ["part.parquet", "_SUCCESS", "list.csv", "notes.md", "sizes.json"])
-def test_tables_beside_shards_do_not_hide_them(tmp_path, beside):
+def test_tables_next_to_shards_do_not_hide_them(tmp_path, beside):
     (tmp_path / "s").mkdir()
     write_shard(tmp_path / "s/0.tar", {"a.png": (pictures(tmp_path, "p.png") / "p.png").read_bytes()})
     (tmp_path / "s" / beside).write_bytes(b"")
@@ -216,7 +216,7 @@ def test_broken_exif_does_not_cost_the_picture(tmp_path, monkeypatch, what):
     assert read_image(tmp_path / "a.jpg").shape == (3, *size)
 
 
-def test_sixteen_bits_keep_their_transparency_and_twelve_are_said(tmp_path):
+def test_sixteen_bits_keep_their_transparency_and_twelve_are_reported(tmp_path):
     grey = (np.arange(48).reshape(6, 8) * 1000).astype(np.uint16)
     Image.fromarray(grey).save(tmp_path / "a.png", transparency=5000)
     image = read_image(tmp_path / "a.png", 4)
@@ -255,7 +255,7 @@ def test_one_animation_among_few_pictures_is_a_stray(tmp_path):
         (b'{"error": "expired"}', "is text (XML or JSON), perhaps a server error, not media"),
     ],
 )
-def test_what_is_no_media_is_said(tmp_path, content, said):
+def test_files_that_are_not_media_are_reported(tmp_path, content, said):
     for name in ("x.mp4", "x.png"):
         (tmp_path / name).write_bytes(content)
         assert said in not_media(tmp_path / name)

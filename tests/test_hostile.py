@@ -112,7 +112,7 @@ def test_folders_of_each_such_name_are_trained_on_and_written_to(name, pictures)
     train_in(name, f"{name}.run", ["other", name])
 
 
-def test_other_commands_take_folders_of_such_names(pictures, capsys):
+def test_other_commands_accept_folders_of_such_names(pictures, capsys):
     for name in NAMES:
         shutil.copytree("data", name)
         assert cli.main(["index", name, "--out", f"{name}.jsonl"]) == 0

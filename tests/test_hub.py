@@ -91,7 +91,7 @@ def test_a_run_is_pushed_and_sampled_from(run, hub, tmp_path, caplog):
     assert load_model("alice/balls")[1].data.classes == ["left", "right"]
 
 
-def test_the_card_says_how_it_was_made(run):
+def test_the_card_describes_how_the_model_was_made(run):
     text = model_card(run, "alice/balls")
     assert front_matter(text.encode())["library_name"] == "rin-video"
     assert "license" not in front_matter(text.encode())
@@ -152,7 +152,7 @@ def test_only_our_two_files_are_ever_fetched(run, hub):
         fetch("bob/pickled")
 
 
-def test_what_was_fetched_serves_without_a_network(run, hub, monkeypatch):
+def test_a_downloaded_model_works_offline(run, hub, monkeypatch):
     hub.commit("alice/balls", shared(run))
     folder = fetch("alice/balls")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -173,7 +173,7 @@ def test_what_was_fetched_serves_without_a_network(run, hub, monkeypatch):
         ("bob/--x", "could not be fetched: "),
     ],
 )
-def test_what_cannot_be_fetched_is_said(hub, capfd, repo, message):
+def test_errors_of_downloads(hub, capfd, repo, message):
     hub.commit("gated/model", {"config.yaml": b""})
     hub.commit("bob/bert", {"config.yaml": b"hidden_size: 8\n"})
     hub.commit("bob/empty", {"notes.txt": b""})
@@ -183,7 +183,7 @@ def test_what_cannot_be_fetched_is_said(hub, capfd, repo, message):
     assert re.search(message, lines[0])
 
 
-def test_what_cannot_be_pushed_is_said(run, hub, tmp_path, monkeypatch):
+def test_errors_of_pushes(run, hub, tmp_path, monkeypatch):
     for folder, repo, message in [
         (run, "balls", "balls is no name on the hub: give user/name"),
         (run, "alice/balls@v1", "is no name on the hub"),

@@ -100,7 +100,7 @@ def test_classes_labels_skips_and_enlargement_are_reported(tmp_path):
     assert [item["label"] for item in ImageFolder(tmp_path, 16)] == [0, 0, 1, -1]
 
 
-def test_folders_say_what_they_hold(tmp_path):
+def test_errors_report_what_a_folder_contains(tmp_path):
     with pytest.raises(UsageError, match="there is no file or folder"):
         find_files(tmp_path / "nowhere", IMAGE_EXTENSIONS)
     with pytest.raises(UsageError, match=r"contains no \.png"):

@@ -41,7 +41,7 @@ def test_a_model_without_blocks_cannot_be_checkpointed():
     checkpoint_blocks(torch.nn.Linear(1, 1), False)
 
 
-def test_peak_memory_is_that_of_what_lives_at_once():
+def test_peak_memory_is_that_of_tensors_alive_at_once():
     with PeakMemory() as memory:
         one = torch.zeros(1000)
         for _ in range(3):

@@ -48,7 +48,7 @@ def batches(data, first=0, count=12, group=1):
 
 @pytest.mark.parametrize("ratio", [0.5, 0.25, 0.7])
 @pytest.mark.parametrize("group", [1, 3])
-def test_the_ratio_is_met_in_whole_steps_and_every_epoch_draws_each_sample_once(ratio, group):
+def test_the_ratio_counts_complete_steps_and_every_epoch_draws_each_sample_once(ratio, group):
     sampler = MixtureSampler(mixture(ratio), 1, group=group, seed=0)
     kinds = [sampler.is_of_images(batch) for batch in range(40 * group)]
     assert abs(sum(kinds) - ratio * 40 * group) < group
@@ -60,7 +60,7 @@ def test_the_ratio_is_met_in_whole_steps_and_every_epoch_draws_each_sample_once(
 
 
 @pytest.mark.parametrize("first", [1, 7, 10])
-def test_batches_go_on_where_they_stopped(first):
+def test_batches_resume_where_they_stopped(first):
     whole, rest = batches(mixture(0.4), group=2), batches(mixture(0.4), first, 12 - first, group=2)
     for one, two in zip(whole[first:], rest, strict=True):
         assert_close(one.x, two.x, rtol=0, atol=0)
@@ -224,7 +224,7 @@ def test_another_core_is_refused_and_nothing_copied(tmp_path, option, value):
     assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
 
 
-def test_a_run_that_goes_on_keeps_its_weights(tmp_path, caplog):
+def test_a_resumed_run_keeps_its_weights(tmp_path, caplog):
     image_run(tmp_path / "images")
     caplog.set_level("INFO", logger="rin_video")
     started = train(tmp_path / "run", 3, init_from=str(tmp_path / "images"))

@@ -160,7 +160,7 @@ def test_a_program_of_the_port_runs(tmp_path, folder):
         other.load(7)
 
 
-def test_what_is_missing_or_said_twice(tmp_path, folder):
+def test_missing_and_contradictory_options(tmp_path, folder):
     diffusion = GaussianDiffusion(RIN(**TINY))
     for wrong, said in [
         (lambda: Trainer(diffusion), "given no data: a folder, or a Dataset"),
@@ -245,7 +245,7 @@ def test_labels_that_cannot_be_are_refused(label, said):
         diffusion.sample(batch_size=2, label=label)
 
 
-def test_arrays_serve_as_tensors():
+def test_arrays_are_accepted_like_tensors():
     diffusion, x = conditional(), np.random.default_rng(0).random((2, 3, 8, 8))
     losses = []
     for form in (x, torch.from_numpy(x), torch.from_numpy(x).float()):

@@ -44,7 +44,7 @@ def test_sampling_takes_the_precision_of_training_or_another():
     assert diffusion.model.types == {torch.bfloat16}
 
 
-def test_a_run_says_its_precision_to_those_who_sample_from_it(tmp_path):
+def test_sampling_uses_the_precision_of_the_run(tmp_path):
     run = make_trainer(tmp_path, mixed_precision="bf16", train_num_steps=1)
     backward = []
     run.diffusion.model.core.latents.table.register_hook(lambda grad: backward.append(torch.is_autocast_enabled("cpu")))

@@ -109,7 +109,7 @@ def test_the_command_refuses_before_it_samples(tmp_path, capsys, monkeypatch):
     assert "cannot write transparency" in capsys.readouterr().err
 
 
-def test_an_encoder_that_is_missing_is_said_before(tmp_path, monkeypatch):
+def test_a_missing_encoder_is_reported_before_the_work(tmp_path, monkeypatch):
     monkeypatch.setattr(exporting, "ENCODER", "libx999")
     for name in ("x.mp4", "folder"):
         with pytest.raises(UsageError, match=r"built without libx999: pip install av .*, or use \.gif or \.png"):

@@ -145,7 +145,7 @@ def test_ranks_take_consecutive_rows_of_a_batch_of_buckets():
         assert [draw for per_process_batch in shares for draw in next(per_process_batch)] == next(alone)
 
 
-def test_muon_sees_whole_matrices_where_they_are_sharded(runs):
+def test_muon_uses_complete_matrices_if_they_are_sharded(runs):
     """Its update depends on the complete matrix, not on the rows of a shard; the same holds for convolutions."""
     one, two = losses(runs / "one-muon"), losses(runs / "muon")
     assert len(one) == len(two) == SHORT
@@ -168,7 +168,7 @@ def test_one_process_takes_up_what_two_wrote(runs, name, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sharding", ["none", "fsdp2"])
-def test_two_processes_take_up_what_one_wrote(tmp_path, sharding):
+def test_two_processes_resume_what_one_wrote(tmp_path, sharding):
     make_trainer(tmp_path / "parts", train_num_steps=10, lr_schedule="constant").train()
     make_trainer(tmp_path / "whole", lr_schedule="constant").train()
     launch(str(tmp_path / "parts"), "train_num_steps=20", "lr_schedule=constant", f"sharding={sharding}")
@@ -244,7 +244,7 @@ def test_accumulation_sends_gradients_once_a_step(tmp_path, monkeypatch):
     assert len(calls) == 2
 
 
-def test_rows_draw_the_same_whoever_draws_them():
+def test_rows_draw_the_same_in_any_process():
     """No process draws for the others: one process with six rows equals three processes with two rows each."""
 
     def draw(rows):
@@ -269,7 +269,7 @@ def test_noise_of_a_batch_is_standard_normal():
     assert ((uniform.histc(10, 0, 1) - 256).abs() < 80).all()
 
 
-def test_a_batch_that_cannot_be_shared_out_is_said():
+def test_a_batch_size_that_cannot_be_divided_is_reported():
     assert per_process_batch(12, 4) == 3
     with pytest.raises(UsageError, match="train_batch_size is 10, to be shared out among 4 processes: use 8, or 12"):
         per_process_batch(10, 4)

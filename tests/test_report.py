@@ -68,7 +68,7 @@ def test_the_page_holds_everything_and_needs_nothing(run, tmp_path):
         (["1 May", "2 May"], "started today, resumed 2 times (begun 1 May)."),
     ],
 )
-def test_the_summary_says_how_often_a_run_was_resumed(tmp_path, starts, words):
+def test_the_summary_reports_how_often_a_run_was_resumed(tmp_path, starts, words):
     (tmp_path / "metrics.jsonl").write_text(
         json.dumps(
             {"step": 1, "loss": 1.0, "samples_per_second": 2.0, "lr": 1e-3, "grad_norm": 1.0, "loss_by_t": [1.0] * 10}

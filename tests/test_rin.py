@@ -155,7 +155,7 @@ def test_other_sizes_than_the_built_one(kind, grid, position, options):
     assert model(x, gamma, latents=latents)[0].shape == out.shape == x.shape
 
 
-def test_learned_positions_say_that_they_serve_one_size():
+def test_learned_positions_report_that_they_fit_one_size_only():
     model = build()
     with pytest.raises(UsageError, match="2x3 tokens and do not fit 4x3"):
         model(*inputs(model, grid=(16, 12)))
@@ -206,7 +206,7 @@ def test_the_noise_level_is_seen(place):
 
 
 @pytest.mark.parametrize(("time", "label"), list(itertools.product(PLACES, PLACES)))
-def test_conditions_go_where_they_are_sent(time, label):
+def test_conditions_reach_their_modules(time, label):
     places = {"time_conditioning": time, "class_conditioning": label}
     config = ModelConfig(dim=16, dim_latent=24, num_classes=4, **places)
     conditioner = Conditioner(config)
@@ -256,7 +256,7 @@ def test_mistakes_are_named_when_the_model_is_built(options, message):
     assert "\n" not in str(error.value)
 
 
-def test_the_time_token_counts_as_a_latent_only_where_it_is_one():
+def test_the_time_token_counts_as_a_latent_only_if_it_is_one():
     assert build(num_latents=1, time_conditioning="adaln", class_conditioning="interface").core.num_latents == 1
     with pytest.raises(UsageError, match="time and class take 1"):
         build(num_latents=1, class_conditioning="interface")

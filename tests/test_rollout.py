@@ -148,7 +148,7 @@ def test_interpolation_reads_a_ramp_in_between():
 # ---- images and clips on one core
 
 
-def test_one_core_serves_images_and_clips():
+def test_one_core_works_for_images_and_clips():
     model = RIN(**TINY, **CLIP, tokenizer="tube+image", interface_mixing="conv")
     assert model.shapes == [(3, 8, 8, 8), (3, 8, 8)]
     diffusion = GaussianDiffusion(model, known={"none": 1, "first": 1, "boxes": 1})

@@ -329,7 +329,7 @@ def test_prepare_keeps_images_exactly(tmp_path, monkeypatch, capsys):
     assert (item.permute(1, 2, 0).numpy() == pixels).all()
 
 
-def test_peek_and_index_say_and_show_what_there_is(two_classes, tmp_path, capsys, monkeypatch):
+def test_preview_and_index_report_the_data(two_classes, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (two_classes / "dog/broken.mp4").write_bytes(b"\0" * 99)
     options = ["--frames", "4", "--size", "16", "--num", "2"]

@@ -104,7 +104,7 @@ def assert_same_run(folder: Path, whole: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
-def test_a_signal_stops_kindly_and_nothing_is_lost(tmp_path, whole, name):
+def test_a_signal_stops_gracefully_and_nothing_is_lost(tmp_path, whole, name):
     """The signal arrives between two lines of metrics and between two checkpoints."""
     if not hasattr(signal, name):
         pytest.skip(f"no {name} here")
@@ -212,7 +212,7 @@ def test_the_first_bad_step_is_found_among_many():
 # ---- memory
 
 
-def test_no_memory_is_said_with_numbers(tmp_path, monkeypatch):
+def test_out_of_memory_errors_have_numbers(tmp_path, monkeypatch):
     run = make_trainer(tmp_path)
 
     def fail(*batch, **options):

@@ -80,7 +80,7 @@ def test_odd_folders_that_can_be_used(here, capsys, name):
     assert (here / "new/sheet.png").is_file()
 
 
-def test_what_may_not_be_read_is_said(here, capsys):
+def test_files_without_permission_are_reported(here, capsys):
     Image.new("RGB", (4, 4)).save(here / "images/secret.png")
     (here / "images/secret.png").chmod(0)
     if os.access(here / "images/secret.png", os.R_OK):

@@ -227,7 +227,7 @@ def test_auto_goes_by_what_the_data_is(options, name):
         ({"image_size": 8, "conv_width": 1.5}, "model.conv_width is 1.5"),
     ],
 )
-def test_what_a_configuration_lacks_is_said(options, words):
+def test_options_that_a_config_lacks_are_reported(options, words):
     with pytest.raises(UsageError, match=words):
         make_tokenizer(ModelConfig(dim=16, **options), 3)
 
@@ -307,7 +307,7 @@ def test_sincos_at_another_size_is_the_code_of_that_size():
 
 @settings(deadline=None, max_examples=20)
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=3))
-def test_coordinate_positions_serve_any_size_and_reach_every_parameter(grid):
+def test_coordinate_positions_fit_any_size_and_use_every_parameter(grid):
     position = CoordinatePosition(len(grid), 16)
     code = position(tuple(grid))
     assert code.shape == (np.prod(grid), 16)
@@ -417,7 +417,7 @@ def test_a_tokenizer_of_another_distribution_trains_and_samples(plugin):
     assert 0 <= samples.min() <= samples.max() <= 1
 
 
-def test_a_name_of_another_distribution_is_taken_too(plugin):
+def test_a_name_of_another_distribution_counts_as_taken(plugin):
     TOKENIZERS.get(plugin)
     with pytest.raises(ValueError, match="'chords'"):
         TOKENIZERS.register(plugin)(PatchTokenizer)

@@ -264,7 +264,7 @@ def test_the_precision_that_accelerate_launch_asks_for(tmp_path, monkeypatch, ca
         trainer(tmp_path, 1)
 
 
-def test_a_set_smaller_than_a_batch_is_said(tmp_path, caplog):
+def test_a_dataset_smaller_than_a_batch_is_reported(tmp_path, caplog):
     trainer(tmp_path, 1, train_batch_size=13)
     assert "a batch is" not in caplog.text
     trainer(tmp_path, 1, train_batch_size=14)
@@ -343,7 +343,7 @@ def begun(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(TrainConfig)])
-def test_after_a_resume_what_the_configuration_says_is_what_runs(begun, tmp_path, monkeypatch, name):
+def test_after_a_resume_the_config_takes_effect(begun, tmp_path, monkeypatch, name):
     """Every option of training with a changed value takes effect, or is refused."""
     base = {"train_batch_size": 4, "lr_schedule": "constant" if name != "lr_cosine_portion" else "cosine",
             "ema_sigma_rel": [0.05, 0.1] if name in ("ema_sigma_rel", "ema_snapshot_every") else [],
