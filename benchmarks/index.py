@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from rin_video.datasets.index import Entry, Index, Probe, entry_of, keeping_all, load_index
+from rin_video.datasets.index import Entry, Index, Probe, entry_of, gc_paused, load_index
 from rin_video.datasets.probe import probe_video
 from rin_video.datasets.video_info import VideoInfo
 from rin_video.files import write_text
@@ -60,12 +60,12 @@ def measure(num: int, rounds: int) -> dict[str, Any]:
         Index("/data", entries).save(path, probe)
 
         def index() -> list[Entry]:
-            with keeping_all():
+            with gc_paused():
                 rows = load_index(path, "/data", probe)
                 return [entry_of(entry.source, rows[str(entry.source)], VideoInfo) for entry in entries]
 
         def parsed() -> list[Any]:
-            with keeping_all(), path.open(encoding="ascii") as file:
+            with gc_paused(), path.open(encoding="ascii") as file:
                 return [json.loads(line) for line in file]
 
         assert index() == entries

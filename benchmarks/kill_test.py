@@ -131,7 +131,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "kill_test.json")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    chance = random.Random(options.seed)
+    rng = random.Random(options.seed)
     from rin_video.datasets.demo import write_demo_set
 
     with tempfile.TemporaryDirectory() as temporary:
@@ -147,7 +147,7 @@ def main() -> None:
             process = start(command(clips, killed))
             lives += 1
             if sum(kills.values()) < options.kills:
-                where = kill_somewhere(process, killed, chance)
+                where = kill_somewhere(process, killed, rng)
                 if where is not None:
                     kills[where] += 1
                     print(
@@ -171,19 +171,19 @@ def main() -> None:
             sys.exit(1)
 
 
-def kill_somewhere(process: subprocess.Popen[bytes], out: Path, chance: random.Random) -> str | None:
+def kill_somewhere(process: subprocess.Popen[bytes], out: Path, rng: random.Random) -> str | None:
     """Send SIGKILL at a random moment after the first new checkpoint of this process.
 
     Returns what the training was doing, or None if the process ended before.
     """
     seen = set(out.glob("checkpoints/*"))
-    in_write = chance.random() < 0.4
+    in_write = rng.random() < 0.4
     while process.poll() is None and seen == set(out.glob("checkpoints/*")):
         time.sleep(0.005)
-    time.sleep(chance.uniform(0, 0.5 if in_write else 1.5))
+    time.sleep(rng.uniform(0, 0.5 if in_write else 1.5))
     while in_write and process.poll() is None and not list(out.glob("checkpoints/*.tmp")):
         time.sleep(0.002)
-    time.sleep(chance.uniform(0, 0.15) if in_write else 0)
+    time.sleep(rng.uniform(0, 0.15) if in_write else 0)
     if process.poll() is not None:
         return None
     os.kill(process.pid, signal.SIGSTOP)  # so that the position does not change before the kill

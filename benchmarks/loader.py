@@ -190,13 +190,13 @@ def busy_seconds() -> float:
     return sum(one.user + one.system for one in times)
 
 
-def plan(data: ClipFolder, first: int, num: int) -> list[list[Work]]:
+def list_work(data: ClipFolder, first: int, num: int) -> list[list[Work]]:
     """Return the contents of the loader's batches, as work for the bare decoder."""
     batches = iter(EpochSampler(len(data), BATCH, seed=0, first_batch=first))
-    chance = np.random.default_rng(0)  # not used, because the crop is centred
+    rng = np.random.default_rng(0)  # not used, because the crop is centred
     return [
         [
-            (str(data.files[i]), data.frames_of(i, epoch), data.framing.plan(data.infos[i].size, chance).size)
+            (str(data.files[i]), data.frames_of(i, epoch), data.resize_crop.draw_params(data.infos[i].size, rng).size)
             for epoch, i in next(batches)
         ]
         for _ in range(num)
@@ -209,7 +209,7 @@ def measure(data: ClipFolder, decoder: str, workers: int, options: argparse.Name
     for turn in range(options.rounds):
         first = turn * options.batches
         sides = [
-            partial(bare, decoder, plan(data, first, options.batches), workers, options.limit),
+            partial(bare, decoder, list_work(data, first, options.batches), workers, options.limit),
             partial(loader, data, first, options.batches, workers, options.limit),
         ]
         try:

@@ -147,7 +147,7 @@ class Adapted(SampleDataset):
         if not isinstance(x, Tensor) or x.is_complex():
             hint = "pass the folder to the Trainer" if isinstance(x, str) else "decode it in the dataset"
             hint = hint if isinstance(x, str | bytes) else "return a tensor (C, *grid), an array or a Pillow image"
-            raise DatasetError(f"{self.name_of(index)} is {_kind(x)}: {hint}")
+            raise DatasetError(f"{self.name_of(index)} is {_type_text(x)}: {hint}")
         if x.dtype == torch.uint8 or x.dtype == torch.float32:
             return x
         if x.is_floating_point() or x.dtype == torch.bool:
@@ -161,19 +161,19 @@ class Adapted(SampleDataset):
 
     def _fitted(self, x: Tensor, index: int) -> Tensor:
         """Return x with channels first, in a shape that fits the model and the other samples of a batch."""
-        forms = _forms(x)
+        forms = _layouts(x)
         exact = next((form for form in forms if tuple(form.shape) in self.shapes), None)
         alike = [f for f in forms for shape in self.shapes if f.ndim == len(shape) and f.shape[0] == shape[0]]
         if exact is None and self.shapes and not (alike and self.any_size):
             raise DatasetError(
-                f"{self.name_of(index)} is {_times(x.shape)}, the model takes {' or '.join(map(_times, self.shapes))}: "
+                f"{self.name_of(index)} is {_size(x.shape)}, the model takes {' or '.join(map(_size, self.shapes))}: "
                 "resize and crop it in the dataset (torchvision's Resize, CenterCrop), or pass a folder to the Trainer"
             )
         found = exact if exact is not None else alike[0] if alike else x
         self.first_shape = self.first_shape or tuple(found.shape)
         if len(found.shape) == len(self.first_shape) and tuple(found.shape) != self.first_shape:
             raise DatasetError(
-                f"{self.name_of(index)} is {_times(found.shape)}, another sample {_times(self.first_shape)}: a batch "
+                f"{self.name_of(index)} is {_size(found.shape)}, another sample {_size(self.first_shape)}: a batch "
                 "requires equal sizes. Resize and crop them in the dataset (torchvision's Resize, CenterCrop)"
             )
         return found.contiguous()
@@ -187,7 +187,7 @@ class Adapted(SampleDataset):
                 return self.classes.index(label)
             if self.classes:
                 raise DatasetError(f"{self.name_of(index)} has the label {label!r}, which is none of the classes")
-            _say_once("the text of the samples is ignored: captions must be files, see data.text_encoder")
+            _warn_once("the text of the samples is ignored: captions must be files, see data.text_encoder")
             return -1
         if isinstance(label, list | tuple) or (isinstance(label, np.ndarray | Tensor) and math.prod(label.shape) > 1):
             return torch.as_tensor(label)
@@ -350,23 +350,23 @@ def _is_label(part: Any) -> bool:
     return isinstance(part, str | int | float | np.generic)
 
 
-def _forms(x: Tensor) -> list[Tensor]:
+def _layouts(x: Tensor) -> list[Tensor]:
     """Return x in all supported layouts: unchanged, with a channel axis, last axis first, axes 0 and 1 swapped."""
     forms = [x, x[None]]
     forms += [x.movedim(-1, 0)] if x.ndim >= 3 else []
     return forms + ([x.transpose(0, 1)] if x.ndim == 4 else [])
 
 
-def _times(shape: Sequence[int]) -> str:
+def _size(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape)) or "a single number"
 
 
-def _kind(x: Any) -> str:
+def _type_text(x: Any) -> str:
     text = repr(x) if isinstance(x, str | bytes) else ""
     return f"of type {type(x).__name__}" + (f" ({text[:60]})" if text else "")
 
 
-def _say_once(text: str) -> None:
+def _warn_once(text: str) -> None:
     worker = get_worker_info()
     if worker is None or worker.id == 0:
         _log_once(text)

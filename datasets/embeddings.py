@@ -68,8 +68,8 @@ class EmbeddingFiles:
 
     def __init__(self, sources: Sequence[Source]) -> None:
         shards = sorted({source.shard for source in sources if isinstance(source, Member)})
-        aside = companions([member for shard in shards for member in members_of(shard)[0]])
-        self.files = [_beside(source, aside) for source in sources]
+        by_key = companions([member for shard in shards for member in members_of(shard)[0]])
+        self.files = [_companion_of(source, by_key) for source in sources]
         self.infos = [None if file is None else probe_array(file) for file in self.files]
         first = next((i for i, info in enumerate(self.infos) if info is not None), None)
         if first is None:
@@ -155,10 +155,10 @@ def read_embedding(source: Source, info: ArrayInfo | None = None) -> Tensor:
     return values
 
 
-def _beside(source: Source, aside: dict[tuple[Path, str], dict[str, Member]]) -> Source | None:
+def _companion_of(source: Source, by_key: dict[tuple[Path, str], dict[str, Member]]) -> Source | None:
     """Return the array file with the same name, in the same folder or shard, or None."""
     if isinstance(source, Member):
-        found = (companion(aside, source, suffix) for suffix in ARRAY_SUFFIXES)
+        found = (companion(by_key, source, suffix) for suffix in ARRAY_SUFFIXES)
         return next((member for member in found if member is not None), None)
     if not isinstance(source, Path):
         return None

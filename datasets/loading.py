@@ -148,7 +148,7 @@ class TrainLoader:
             sampler=make_sampler(self.dataset, self.batch_size, **where),
             collate_fn=_unchanged,
             num_workers=workers,
-            worker_init_fn=partial(_begin, self.worker_init_fn),
+            worker_init_fn=partial(_init_worker, self.worker_init_fn),
             pin_memory=self.pin_memory,
             timeout=min(SECONDS_BETWEEN_LOOKS, self.options.read_timeout / 2) if workers else 0,
             prefetch_factor=self.options.prefetch if workers else None,
@@ -272,7 +272,7 @@ class _Quiet:
             self.previous(number, frame)
 
 
-def _begin(also: Callable[[int], None] | None, worker: int) -> None:
+def _init_worker(also: Callable[[int], None] | None, worker: int) -> None:
     """Initialise a worker."""
     gc.freeze()  # do not collect inherited objects: their cleanup may wait for threads that a fork does not copy
     end_with_parent()

@@ -20,11 +20,11 @@ from tqdm.auto import tqdm
 from rin_video.config import DataConfig, DataKind
 from rin_video.datasets.clip_sampler import nearest_in_time
 from rin_video.datasets.decoding import open_video
-from rin_video.datasets.images import make_framing
+from rin_video.datasets.images import make_resize_crop
 from rin_video.datasets.index import Entry, make_index, refuse_skipped
 from rin_video.datasets.probing import end_with_parent
 from rin_video.datasets.reading import read_image
-from rin_video.datasets.resize_crop import SampleRNG, resize, smaller
+from rin_video.datasets.resize_crop import SampleRNG, decoder_size, resize
 from rin_video.datasets.shards import write_shard
 from rin_video.datasets.sources import shown
 from rin_video.datasets.steady import is_steady, steady_clip
@@ -173,12 +173,12 @@ def _write(job: Job) -> list[tuple[Any, str]]:
 def _convert(entry: Entry, job: Job) -> dict[str, bytes]:
     from PIL import Image
 
-    framing = make_framing(job.size, DataConfig(crop="center"))
-    frame = framing.plan(entry.info.size, SampleRNG(0).draw(0, 0))
-    whole = job.options.crop == "random"
+    resize_crop = make_resize_crop(job.size, DataConfig(crop="center"))
+    params = resize_crop.draw_params(entry.info.size, SampleRNG(0).draw(0, 0))
+    resize_only = job.options.crop == "random"
     if job.kind == "image":
         image = read_image(entry.source, at_least=job.size, max_pixels=job.options.max_pixels)
-        pixels = resize(image, frame.size) if whole else framing.cut(image, frame)
+        pixels = resize(image, params.size) if resize_only else resize_crop.apply(image, params)
         buffer = io.BytesIO()
         Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(buffer, "png")
         return {".png": buffer.getvalue()}
@@ -191,13 +191,13 @@ def _convert(entry: Entry, job: Job) -> dict[str, bytes]:
     first, end = sound_part(info)
     indices = [index for index in indices if first <= index < end]
     with open_video(entry.source, job.options.decoder, info) as video:
-        size = frame.size if whole else smaller(frame.size, info.size)
+        size = params.size if resize_only else decoder_size(params.size, info.size)
         blocks = (video.read(indices[i : i + BLOCK], size) for i in range(0, len(indices), BLOCK))
         file = job.path.with_name(f".{job.path.stem}.mp4")
         try:
             with VideoWriter(file, fps, crf=QUALITY, g=KEY_EVERY, bf="0") as writer:
                 for block in blocks:
-                    writer.write((block if whole else framing.cut(block, frame)).transpose(0, 1))
+                    writer.write((block if resize_only else resize_crop.apply(block, params)).transpose(0, 1))
             return {".mp4": file.read_bytes()}
         finally:
             file.unlink(missing_ok=True)

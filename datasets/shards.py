@@ -136,9 +136,9 @@ def companions(members: list[Member]) -> dict[tuple[Path, str], dict[str, Member
     return found
 
 
-def companion(aside: Mapping[tuple[Path, str], Mapping[str, Member]], member: Member, suffix: str) -> Member | None:
+def companion(by_key: Mapping[tuple[Path, str], Mapping[str, Member]], member: Member, suffix: str) -> Member | None:
     """Return the companion of a member with a suffix: for `x.left.mp4` it is `x.left.txt`, otherwise `x.txt`."""
-    own = aside.get((member.shard, member.key), {})
+    own = by_key.get((member.shard, member.key), {})
     inner = member.extension[: -len(member.suffix)].lower() if member.suffix else ""
     return own.get(inner + suffix) or own.get(suffix)
 

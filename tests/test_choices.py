@@ -74,7 +74,7 @@ def window(**options):
 
 
 def crop(name):
-    frame = ResizeCrop(4, crop=name).plan((4, 400), np.random.default_rng(0))
+    frame = ResizeCrop(4, crop=name).draw_params((4, 400), np.random.default_rng(0))
     return frame.top, frame.left
 
 

@@ -25,8 +25,8 @@ def info(frames: int, fps: float = 8, cuts: tuple[int, ...] = ()) -> VideoInfo:
 
 
 def draws(windows: ClipSampler, video: VideoInfo, num: int = 200, part: int = 0, parts: int = 1) -> list[list[int]]:
-    chance = np.random.default_rng(0)
-    return [windows.draw(video, part, parts, chance) for _ in range(num)]
+    rng = np.random.default_rng(0)
+    return [windows.draw(video, part, parts, rng) for _ in range(num)]
 
 
 def test_span_whole_samples_frames_over_the_complete_file():
@@ -92,16 +92,16 @@ def test_speed_and_reverse_keep_within_the_file():
 
 def test_augmentations_are_the_same_for_all_frames():
     still = torch.randint(256, (1, 3, 40, 60), dtype=torch.uint8).expand(5, -1, -1, -1)
-    framing = ResizeCrop(16, crop="random", flip=True, crop_scale=(0.4, 1.0), color=1.0)
+    resize_crop = ResizeCrop(16, crop="random", flip=True, crop_scale=(0.4, 1.0), color=1.0)
     seen = []
     for seed in range(12):
-        frames = framing(still, np.random.default_rng(seed))
+        frames = resize_crop(still, np.random.default_rng(seed))
         assert frames.shape == (5, 3, 16, 16)
         assert (frames == frames[:1]).all()
         seen.append(frames[0].float().mean().item())
     assert np.std(seen) > 5
-    again = framing(still, np.random.default_rng(3))
-    torch.testing.assert_close(again, framing(still, np.random.default_rng(3)))
+    again = resize_crop(still, np.random.default_rng(3))
+    torch.testing.assert_close(again, resize_crop(still, np.random.default_rng(3)))
 
 
 def test_what_is_enlarged_is_cut_first(monkeypatch):

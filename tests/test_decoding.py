@@ -12,7 +12,7 @@ import torch
 
 from rin_video.datasets import backends
 from rin_video.datasets.backends import DECODERS, DecordReader, PyAVReader, suits, torchcodec_problem
-from rin_video.datasets.decoding import OPEN_FILES, Video, backends_for, kept_open, open_video, probe_video
+from rin_video.datasets.decoding import OPEN_FILES, Video, backends_for, open_cached, open_video, probe_video
 from rin_video.datasets.video_info import pack_table, unpack_table
 from rin_video.errors import UsageError
 
@@ -136,9 +136,9 @@ def test_playlists_are_not_followed(tmp_path, clips):
 
 def test_videos_that_stay_open_are_few_and_each_process_has_its_own(tmp_path, numbered):
     files = [numbered(tmp_path / f"{i}.mp4", frames=2) for i in range(OPEN_FILES + 3)]
-    videos = [kept_open(file, "pyav", probe_video(file)) for file in files]
-    assert kept_open(files[-1], "pyav", videos[-1].info) is videos[-1]
-    assert kept_open(files[0], "pyav", videos[0].info) is not videos[0]
+    videos = [open_cached(file, "pyav", probe_video(file)) for file in files]
+    assert open_cached(files[-1], "pyav", videos[-1].info) is videos[-1]
+    assert open_cached(files[0], "pyav", videos[0].info) is not videos[0]
     from rin_video.datasets import decoding
 
     assert len(decoding._open[os.getpid()]) == OPEN_FILES
@@ -183,10 +183,10 @@ def test_another_backend_is_used_if_one_fails_or_returns_other_frames(tmp_path, 
 def test_decord_is_refused_if_its_pixels_differ(clips, monkeypatch):
     pytest.importorskip("decord")
     path = clips / "short_gop.mp4"
-    monkeypatch.setattr(backends, "_proved", set())
+    monkeypatch.setattr(backends, "_verified", set())
     with open_video(path, "decord") as video:
         assert video.backend == "decord"
-    monkeypatch.setattr(backends, "_proved", set())
+    monkeypatch.setattr(backends, "_verified", set())
     right = DecordReader.read
     monkeypatch.setattr(DecordReader, "read", lambda self, i, size: right(self, [k // 4 * 4 for k in i], size))
     with pytest.raises(UsageError, match="decord returns other frames"):

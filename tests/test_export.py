@@ -40,12 +40,12 @@ def test_colours_are_kept(tmp_path):
 
 def test_the_same_frames_give_the_same_file(tmp_path):
     """Without cpu-independent x264 gives other bytes for a quarter of such clips: it reads uninitialised memory."""
-    chance = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     for seed in range(12):
         clip = torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (3, 12, 18, 32), dtype=np.uint8))
         written = set()
         for value in range(4):
-            rubbish = [np.full(size, value * 70, np.uint8) for size in chance.integers(1000, 100_000, 20)]
+            rubbish = [np.full(size, value * 70, np.uint8) for size in rng.integers(1000, 100_000, 20)]
             write_video(clip, tmp_path / "clip.mp4")
             written.add((tmp_path / "clip.mp4").read_bytes())
             del rubbish

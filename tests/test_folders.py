@@ -20,7 +20,7 @@ from rin_video.labels import class_index
 
 @pytest.fixture(autouse=True)
 def say_again():
-    finding._say_once.cache_clear()
+    finding._warn_once.cache_clear()
 
 
 def pictures(root, *names, size=(8, 8)):
@@ -127,7 +127,7 @@ def test_clips_that_cannot_be_read_are_named(tmp_path, numbered, suffix):
     (tmp_path / f"b{suffix}").write_bytes(b"nothing of the kind" * 99)
     index = make_index(tmp_path, "video")
     assert [path.name for path, _ in index.unusable] == [f"b{suffix}"]
-    assert not index.passed_over
+    assert not index.ignored
 
 
 # ---- shards

@@ -57,17 +57,17 @@ def test_frames_reduce_to_a_single_pixel():
 
 @settings(deadline=None, max_examples=30)
 @given(*[st.integers(1, 40)] * 4, st.sampled_from(["center", "random"]))
-def test_framing_fills_the_size_and_keeps_the_aspect(height, width, H, W, crop):
-    framing = ResizeCrop((H, W), crop=crop, flip=True)
+def test_resize_crop_fills_the_size_and_keeps_the_aspect(height, width, H, W, crop):
+    resize_crop = ResizeCrop((H, W), crop=crop, flip=True)
     frames = torch.full((2, 3, height, width), 7, dtype=torch.uint8)
-    out = framing(frames, np.random.default_rng(0))
+    out = resize_crop(frames, np.random.default_rng(0))
     torch.testing.assert_close(out, torch.full((2, 3, H, W), 7, dtype=torch.uint8))
 
 
-def test_framing_of_the_right_size_is_the_identity():
+def test_resize_crop_of_the_right_size_is_the_identity():
     frames = torch.randint(256, (2, 3, 9, 12), dtype=torch.uint8)
-    framing = ResizeCrop((9, 12), crop="random", flip=False)
-    torch.testing.assert_close(framing(frames, np.random.default_rng(0)), frames)
+    resize_crop = ResizeCrop((9, 12), crop="random", flip=False)
+    torch.testing.assert_close(resize_crop(frames, np.random.default_rng(0)), frames)
 
 
 @given(*[st.integers(0, 2**31)] * 3)

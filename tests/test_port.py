@@ -119,7 +119,7 @@ def test_options_of_the_trainer(tmp_path, folder, option, value, becomes):
         run = Trainer(diffusion, folder=str(folder), **options)
         assert getattr(getattr(run.config, section), name) == becomes[1]
         if section == "data":
-            assert run.dataset.framing.flip
+            assert run.dataset.resize_crop.flip
 
 
 def test_the_sampler_is_that_of_use_ddim():

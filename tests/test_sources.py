@@ -35,7 +35,7 @@ def test_images_that_are_much_too_large_shrink_without_aliasing(tmp_path):
         assert min(small.shape[1:]) in (32, 64)
         data = ImageFolder(tmp_path / f"board{suffix}", 16)
         assert (data[0]["x"].float() - 127.5).abs().max() < 3
-        exact = ImageFolder(tmp_path / f"smooth{suffix}", 16).framing(
+        exact = ImageFolder(tmp_path / f"smooth{suffix}", 16).resize_crop(
             read_image(tmp_path / f"smooth{suffix}"), np.random.default_rng(0)
         )
         found = ImageFolder(tmp_path / f"smooth{suffix}", 16)[0]["x"]
