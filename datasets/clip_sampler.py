@@ -49,10 +49,10 @@ class ClipSampler:
         length = self.frames / self.options.fps * info.fps if self.options.fps else self.frames * self.options.stride
         return self.options.windows * max(1, int(info.num_frames // length))
 
-    def draw(self, info: VideoInfo, part: int, parts: int, chance: np.random.Generator) -> list[int]:
+    def draw(self, info: VideoInfo, part: int, parts: int, rng: np.random.Generator) -> list[int]:
         """Draw a clip from the `part`-th of `parts` equal parts of the file; return its source frames in order."""
         low, high = self.options.augment_speed
-        speed = float(np.exp(chance.uniform(np.log(low), np.log(high)))) if low != high else low
+        speed = float(np.exp(rng.uniform(np.log(low), np.log(high)))) if low != high else low
         starts = self.starts(info, speed)
         if not starts.size:  # the file is too short for this speed
             speed, starts = 1.0, self.starts(info)
@@ -60,9 +60,9 @@ class ClipSampler:
             part * starts.size // parts,
             max((part + 1) * starts.size // parts, part * starts.size // parts + 1),
         )
-        start = int(starts[min(first + int(chance.integers(last - first)), starts.size - 1)])
+        start = int(starts[min(first + int(rng.integers(last - first)), starts.size - 1)])
         indices = self.indices(info, start, speed)
-        if self.options.augment_reverse and chance.random() < 0.5:
+        if self.options.augment_reverse and rng.random() < 0.5:
             indices.reverse()
         return indices
 

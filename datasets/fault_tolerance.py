@@ -106,8 +106,8 @@ class FaultTolerantDataset(Dataset[Any]):
             for index, sample in found:
                 try:
                     collate([samples[0], sample])
-                except Exception as smaller:  # noqa: PERF203
-                    odd, reason = index, smaller
+                except Exception as cause:  # noqa: PERF203
+                    odd, reason = index, cause
                     break
             raise UsageError(
                 f"{self.name_of(odd)} cannot be collated with {self.name_of(found[0][0])}: {_one_line(reason)}"

@@ -1,4 +1,4 @@
-"""Clips are the frames they should be, the same in every worker, and short or broken files are told."""
+"""Clips consist of the right frames, the same in every worker, and short or broken files are reported."""
 
 import pickle
 import shutil
@@ -13,7 +13,7 @@ from rin_video.errors import UsageError
 
 @pytest.fixture
 def folder(tmp_path, clips):
-    """Three clips that decord reads and one that it does not, in two classes, and two files that cannot be used."""
+    """Two classes with three clips that decord can read and one that it cannot, and two unusable files."""
     for name in ("a/plain.mp4", "a/short_gop.mp4", "b/vp9.webm", "b/mpeg4.avi", "b/one_frame.mp4"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(clips / name[2:], tmp_path / name)
@@ -30,7 +30,7 @@ def test_a_clip_is_its_frames_at_the_stride(clips, numbers):
         found = numbers(data[0]["x"].transpose(0, 1))
         assert found == list(range(found[0], found[0] + 13, 3))
         starts.add(found[0])
-    assert starts == set(range(8))  # 20 frames, 13 of them used
+    assert starts == set(range(8))  # 20 frames, of which 13 are used
 
 
 def test_fps_takes_the_nearest_frame_in_time(clips, numbers):

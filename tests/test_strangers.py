@@ -1,4 +1,4 @@
-"""Odd folders and odd options: one line that says what is wrong, and exit code 2."""
+"""Unusual folders and options give one line that states the problem, and exit code 2."""
 
 import os
 from pathlib import Path
@@ -12,7 +12,7 @@ from rin_video.cli import main
 
 @pytest.fixture
 def here(tmp_path, monkeypatch, clips) -> Path:
-    """A folder of odd folders, in which the commands run."""
+    """The working directory with unusual folders in which the commands run."""
     monkeypatch.chdir(tmp_path)
     for name in ("empty", "images", "nested/a/b c/ü", "both", "zero", "notes", "arrays", "links", "clips"):
         (tmp_path / name).mkdir(parents=True)
@@ -74,13 +74,13 @@ def test_odd_folders_that_can_be_used(here, capsys, name):
     (here / "loop").mkdir()
     (here / "loop/again").symlink_to(here / "loop", target_is_directory=True)
     (here / "loop/a.png").write_bytes((here / "images/a.png").read_bytes())
-    (here / "loop/b.png").symlink_to(here / "loop/b.png")  # to itself
+    (here / "loop/b.png").symlink_to(here / "loop/b.png")  # a link to itself
     assert main(["peek", name, "--size", "8", "--out", "new/sheet.png"]) == 0
     assert "1 sample of 3x8x8: mean 0.353 0.471 0.118, std 0.000 0.000 0.000" in capsys.readouterr().out
     assert (here / "new/sheet.png").is_file()
 
 
-def test_what_may_not_be_read_is_said(here, capsys):
+def test_files_without_permission_are_reported(here, capsys):
     Image.new("RGB", (4, 4)).save(here / "images/secret.png")
     (here / "images/secret.png").chmod(0)
     if os.access(here / "images/secret.png", os.R_OK):
