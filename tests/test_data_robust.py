@@ -129,7 +129,7 @@ def end_at_once(*_):
 
 
 def test_a_child_that_does_not_start_is_no_fault_of_a_file(monkeypatch):
-    monkeypatch.setattr(probing, "_serve", end_at_once)
+    monkeypatch.setattr(probing, "_child_main", end_at_once)
     with pytest.raises(UsageError, match=r"exited at its start \(code 1\).*__main__"):
         dict(run_in_subprocess(["a"], len, seconds=5.0))
 
@@ -164,7 +164,7 @@ def test_the_index_is_kept_updated_and_complete(tmp_path, numbered):
     assert "broken.mp4 cannot be read" in broken.error
     said = index.describe()
     assert "2 of 3 files can be used" in said
-    assert "1 are duplicates" in said
+    assert "1 duplicate" in said
     with pytest.raises(UsageError, match=r"1 of 3 files cannot be used, and --strict is on: .*broken"):
         index.require_some(strict=True)
     index.require_some(strict=False)
@@ -438,11 +438,10 @@ def test_too_little_for_the_second_worker_leaves_none(monkeypatch):
 
 
 class Unsendable(Rogue):
-    def draw(self, index, epoch):
-        class Local(dict):
-            pass
+    """Samples with a gradient, which a worker can collate but not send."""
 
-        return Local(x=torch.zeros(1))
+    def draw(self, index, epoch):
+        return {"x": 2 * torch.zeros(1, requires_grad=True)}
 
 
 def test_a_batch_that_never_arrives_ends_the_run(monkeypatch):

@@ -62,7 +62,7 @@ def test_a_stray_file_does_not_switch_classes_off(tmp_path, caplog):
     data = ImageFolder(tmp_path, 8)
     assert data.classes == ["cat", "dog"]
     assert data.labels == [0, 1, 1, -1]
-    assert "1 of 4 files are in no class folder: they get no label" in caplog.text
+    assert "1 of 4 files are in no class folder and get no label" in caplog.text
     pictures(tmp_path, *(f"{i}.png" for i in range(9)))
     assert ImageFolder(tmp_path, 8).classes == []
     assert "10 of 13 files are outside the folders cat, dog: the folders are not used as classes" in caplog.text
