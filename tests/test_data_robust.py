@@ -437,11 +437,14 @@ def test_too_little_for_the_second_worker_leaves_none(monkeypatch):
     assert active_children() == []
 
 
-class Unsendable(Rogue):
-    """Samples with a gradient, which a worker can collate but not send."""
+class UnsendableTensor(torch.Tensor):
+    def __reduce_ex__(self, protocol):
+        raise TypeError("this tensor cannot be pickled")
 
+
+class Unsendable(Rogue):
     def draw(self, index, epoch):
-        return {"x": 2 * torch.zeros(1, requires_grad=True)}
+        return {"x": torch.zeros(1).as_subclass(UnsendableTensor)}
 
 
 def test_a_batch_that_never_arrives_ends_the_run(monkeypatch):
