@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import count
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 
@@ -58,12 +57,3 @@ class EpochDataset(Dataset[Any]):
         epoch, index = place
         draw = getattr(self.dataset, "draw", None)
         return draw(index, epoch) if draw else self.dataset[index]
-
-
-def unpack(batch: Any) -> tuple[Tensor, Tensor | None]:
-    """A batch of any accepted form (tensor, (tensor, label) or {"x", "label"}) as (x, label)."""
-    if isinstance(batch, dict):
-        return batch["x"], batch.get("label")
-    if isinstance(batch, Sequence):
-        return batch[0], batch[1] if len(batch) > 1 else None
-    return batch, None

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset, default_collate, get_worker_info
+from torch.utils.data import Dataset, get_worker_info
 
+from rin_video.datasets.batch import Batch, collate
 from rin_video.datasets.epochs import EpochDataset
 from rin_video.datasets.sources import shown
 from rin_video.errors import DatasetError, UsageError, first_line
@@ -26,7 +27,7 @@ IDLE, STARTING = -1, -2  # states of a worker that is not reading a sample
 
 
 class FaultTolerantDataset(Dataset[Any]):
-    """A dataset whose items are batches: a list of (epoch, index) gives (indices, collated batch).
+    """A dataset whose items are batches: a list of (epoch, index) gives (indices, `Batch`).
 
     Records in shared memory which sample each worker is reading and since when, and substitutes a neighbour for samples
     that cannot be read. In a worker, an error that must end the run is returned as a `Failure` instead of the batch.
@@ -95,18 +96,18 @@ class FaultTolerantDataset(Dataset[Any]):
             if self.bucket_of is None or self.bucket_of[candidate] == self.bucket_of[index]:
                 yield candidate
 
-    def _collate(self, found: Sequence[tuple[int, Any]]) -> Any:
+    def _collate(self, found: Sequence[tuple[int, Any]]) -> Batch:
         samples = [sample for _, sample in found]
         try:
             with enough_shared_memory():
-                return default_collate(samples)
+                return collate(samples)
         except UsageError:
             raise
         except Exception as error:
             odd, reason = found[0][0], error
             for index, sample in found:
                 try:
-                    default_collate([samples[0], sample])
+                    collate([samples[0], sample])
                 except Exception as smaller:  # noqa: PERF203
                     odd, reason = index, smaller
                     break

@@ -25,6 +25,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from rin_video.config import DataConfig
+from rin_video.datasets.batch import Batch
 from rin_video.datasets.fault_tolerance import (
     IDLE,
     STARTING,
@@ -90,10 +91,10 @@ class TrainLoader:
         """How many samples are left out."""
         return int(self.draws.bad.sum())
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Batch]:
         return self
 
-    def __next__(self) -> Any:
+    def __next__(self) -> Batch:
         start = time.monotonic()
         while True:
             try:

@@ -259,7 +259,7 @@ def test_buckets_stay_within_a_split(tmp_path):
     part = adapt(Subset(data, [4, 1]))
     assert part.bucket_of == [data.bucket_of[4], data.bucket_of[1]]
     batch = next(TrainLoader(part, DataConfig(num_workers=0), 2, seed=0))
-    assert batch["x"].shape == (2, 3, 8, 12)
+    assert batch.x.shape == (2, 3, 8, 12)
     with pytest.raises(UsageError, match="different buckets"):
         adapt(ConcatDataset([data, ImageFolder(tmp_path, 8)]))
 

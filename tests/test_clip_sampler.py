@@ -172,7 +172,7 @@ def test_buckets_train_several_shapes(tmp_path, numbered):
         GaussianDiffusion(RIN(model)), tmp_path / "data", results_folder=tmp_path / "run", config=config, progress=False
     )
     batches = trainer.batches()
-    shapes = {tuple(next(batches)["x"].shape) for _ in range(4)}
+    shapes = {tuple(next(batches).x.shape) for _ in range(4)}
     assert shapes == {(2, 3, 4, 16, 16), (2, 3, 4, 16, 32)}
     trainer.train()
 

@@ -242,7 +242,7 @@ class Rogue(Dataset):
 
 
 def drawn(batches, num):
-    return [int(i) for _ in range(num) for i in next(batches)["x"].flatten()]
+    return [int(i) for _ in range(num) for i in next(batches).x.flatten()]
 
 
 @pytest.mark.parametrize(

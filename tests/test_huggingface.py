@@ -32,7 +32,7 @@ def test_a_row_that_lacks_its_picture_costs_itself(tmp_path, hub, caplog):
     with pytest.raises(UsageError, match=r"typed\[2\]: .*gone\.png cannot be read"):
         data.draw(2, 0)
     batches = TrainLoader(data, DataConfig(num_workers=0), 4, seed=0)
-    values = [int(value) for _ in range(2) for value in next(batches)["x"][:, 0, 0, 0]]
+    values = [int(value) for _ in range(2) for value in next(batches).x[:, 0, 0, 0]]
     assert sorted(set(values)) == [10, 40]
     assert batches.num_bad == 2
 

@@ -63,8 +63,8 @@ def test_the_ratio_is_met_in_whole_steps_and_every_epoch_draws_each_sample_once(
 def test_batches_go_on_where_they_stopped(first):
     whole, rest = batches(mixture(0.4), group=2), batches(mixture(0.4), first, 12 - first, group=2)
     for one, two in zip(whole[first:], rest, strict=True):
-        assert_close(one["x"], two["x"], rtol=0, atol=0)
-    assert {batch["x"].ndim for batch in whole} == {4, 5}
+        assert_close(one.x, two.x, rtol=0, atol=0)
+    assert {batch.x.ndim for batch in whole} == {4, 5}
 
 
 def test_classes_are_joined_by_name():

@@ -16,6 +16,7 @@ from rin_video import media as exporting
 from rin_video.config import Config
 from rin_video.datasets import ImageFolder
 from rin_video.media import check_target, sample_files
+from rin_video.training.previews import is_previewed
 from rin_video.weights import save_model
 
 TINY = {"dim": 32, "num_latents": 6, "dim_latent": 32, "depth": 1, "num_heads": 2, "latent_num_heads": 2,
@@ -48,7 +49,7 @@ def test_clips_that_cannot_be_encoded_leave_their_sheet(tmp_path, monkeypatch, c
         "step-00000001.png",
     ]
     assert "step-00000001.mp4 could not be made" in caplog.text
-    assert run.is_sampled()
+    assert is_previewed(tmp_path, 1)
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), MemoryError("no memory")])

@@ -19,6 +19,7 @@ from rin_video import RIN, GaussianDiffusion, Trainer, UsageError
 from rin_video.config import Config, DataConfig, TrainConfig
 from rin_video.config_files import load_config
 from rin_video.datasets.epochs import EpochDataset, EpochSampler
+from rin_video.training.previews import previews_of
 from rin_video.training.state import load_state, save_state
 from rin_video.training.trainer import Metrics, make_lr_schedule, make_optimizer
 
@@ -143,7 +144,7 @@ def test_accumulation_is_the_big_batch(tmp_path):
     run = trainer(tmp_path, 1, gradient_accumulate_every=2)
     batches = run.batches()
     run.diffusion.train()
-    loss = sum(run.diffusion(next(batches)["x"], rng=run.rng(micro)) for micro in range(2)) / 2
+    loss = sum(run.diffusion(next(batches).x, rng=run.rng(micro)) for micro in range(2)) / 2
     loss.backward()
     assert_close(torch.cat([p.grad.flatten() for p in run.diffusion.parameters()]), seen[0])
 
@@ -311,9 +312,9 @@ ANOTHER = {
     "ema_snapshot_every": (3, lambda run: 3 if (run.folder / "averages/step-00000003.safetensors").exists() else 0),
     "mixed_precision": ("bf16", lambda run: run.accelerator.mixed_precision),
     "gradient_checkpointing": (True, lambda run: run.unwrapped.model.core.gradient_checkpointing),
-    "compile": (True, lambda run: run.compiled),
+    "compile": (True, lambda run: run.compiler.worked),
     "sharding": ("fsdp2", lambda run: run.options.sharding),  # of a single process there is nothing to shard
-    "save_and_sample_every": (3, lambda run: 3 if run.pictures() else 0),
+    "save_and_sample_every": (3, lambda run: 3 if previews_of(run.folder, 3) else 0),
     "keep_checkpoints": (1, lambda run: len(run.checkpoints)),
     "keep_every": (2, lambda run: 2 if run.milestone("step-00000002").exists() else 0),
     "log_every": (3, lambda run: 3 if [line["step"] for line in lines(run.folder)][-1] == 3 else 0),

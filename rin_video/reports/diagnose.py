@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from rin_video.config import Config
 from rin_video.datasets.adapters import adapt_for
-from rin_video.datasets.epochs import unpack
+from rin_video.datasets.batch import Batch, collate
 from rin_video.datasets.mixed import MixedDataset
 from rin_video.diffusion.conditions import Conditions
 from rin_video.diffusion.masks import draw_known
@@ -123,7 +123,7 @@ def diagnose(
     data = adapt_for(diffusion, data)
     length = len(data)  # type: ignore[arg-type]
     chosen = torch.linspace(0, length - 1, min(num, length)).long().tolist()
-    batches = [_told(default_collate([data[i] for i in part]), diffusion) for part in _parts(chosen, BATCH)]
+    batches = [_with_conditions(collate([data[i] for i in part]), diffusion) for part in _parts(chosen, BATCH)]
     times = [(i + 0.5) / LEVELS for i in range(LEVELS)]
     raw = diffusion.with_model(raw_model) if raw_model is not None else None
     rows: dict[str, list[float]] = {name: [] for name in ("loss", "first", "raw", "zero", "copy", "log_snr")}
@@ -223,15 +223,14 @@ def _two_passes(
     return first, second, latents
 
 
-def _told(batch: Any, diffusion: GaussianDiffusion) -> tuple[Tensor, Conditions]:
-    """A batch as its data and what training tells of it: label, embedding, known cells (the same every time)."""
-    x, label = unpack(batch)
+def _with_conditions(batch: Batch, diffusion: GaussianDiffusion) -> tuple[Tensor, Conditions]:
+    """The data of a batch and its conditions as in training; the observed masks are the same every time."""
+    x, label, embedding = batch
     options, known = diffusion.config, None
     if options.known:
         generators = seeded_generators(0, range(len(x)))
         known = draw_known(options.known, options.known_frames, len(x), x.shape[2:], generators)
     label = label if getattr(diffusion.model, "num_classes", 0) else None
-    embedding = batch.get("embedding") if isinstance(batch, dict) else None
     device = next(diffusion.parameters()).device
     return x.to(device), Conditions(label, embedding, known).at(torch.arange(len(x)), device)
 

@@ -22,7 +22,7 @@ def read(data: ImageFolder, first: int) -> list[dict]:
     """The shape of every batch, and the names in it."""
     where = {"first_batch": first, "rank": dist.get_rank(), "num_ranks": dist.get_world_size()}
     batches = TrainLoader(data, data.config, 2, seed=5, **where)
-    found = [next(batches)["x"] for _ in range(first, BATCHES)]
+    found = [next(batches).x for _ in range(first, BATCHES)]
     batches.close()
     return [{"shape": x.shape, "names": x[:, 0, 0, 0].tolist()} for x in found]
 
