@@ -147,8 +147,17 @@ def comments_of(kind: Any) -> dict[str, str]:
             while not lines and above in alone:
                 above -= 1
             lines = lines or list(range(above + 1, node.lineno))
-            found[node.target.id] = " ".join(comments[n] for n in lines if n in comments)
+            found[node.target.id] = spell_out(" ".join(comments[n] for n in lines if n in comments))
     return found
+
+
+def spell_out(comment: str) -> str:
+    """A comment with the names that a type stands for instead of the type: `SelfConditioningName, joined by +`."""
+    kinds = {word: getattr(options, word, None) for word in re.findall(r"\b[A-Z]\w+\b", comment)}
+    for word, kind in kinds.items():
+        if get_origin(kind) is Literal:
+            comment = comment.replace(word, ", ".join(f"`{name}`" for name in get_args(kind)))
+    return comment
 
 
 def describe_type(hint: Any) -> str:
@@ -164,7 +173,7 @@ def describe_type(hint: Any) -> str:
     if origin is not None and issubclass(origin, dict):
         return f"map of {describe_type(parts[0])} to {describe_type(parts[1])}"
     if origin is not None:
-        return f"list of {describe_type(parts[0])}"
+        return f"list of {describe_type(parts[0])}" + "s" * (parts[0] in (int, float))
     if hint is type(None):
         return "`null`"
     if dataclasses.is_dataclass(hint):
@@ -207,7 +216,7 @@ def escape(text: str) -> str:
 
 def cli_reference() -> str:
     """The help of every command."""
-    with mock.patch.dict(os.environ, {"COLUMNS": "95", "NO_COLOR": "1"}):
+    with mock.patch.dict(os.environ, {"COLUMNS": "90", "NO_COLOR": "1"}):
         parser = make_parser()
         parts = [
             "# Command line",

@@ -73,8 +73,8 @@ def read_inline(page: str, kind: str) -> list:
 
 def read_commands(page: str) -> list[list[str]]:
     """The command lines of all blocks, as words."""
-    lines = [line for language, code in read_blocks(page) if language == "bash" for line in code.splitlines()]
-    return [words for line in lines if (words := shlex.split(line, comments=True))]
+    code = "\n".join(code for language, code in read_blocks(page) if language == "bash").replace("\\\n", " ")
+    return [words for line in code.splitlines() if (words := shlex.split(line, comments=True))]
 
 
 def inline_commands(page: str) -> list[list[str]]:
