@@ -436,7 +436,7 @@ class Unsendable(Rogue):
         class Local(dict):
             pass
 
-        return Local(x=torch.zeros(1))
+        return {"x": Local(values=torch.zeros(1))}
 
 
 def test_a_batch_that_never_arrives_ends_the_run(monkeypatch):
