@@ -18,7 +18,7 @@ from rin_video.datasets.extensions import CLIP_EXTENSIONS
 from rin_video.datasets.folders import sort_classes
 from rin_video.datasets.images import make_framing
 from rin_video.datasets.reading import read_image
-from rin_video.datasets.resize_crop import SampleRNG, class_list, smaller
+from rin_video.datasets.resize_crop import SampleRNG, class_list
 from rin_video.datasets.sources import Buffer, shown
 from rin_video.errors import UsageError, first_line
 from rin_video.files import HUB
@@ -117,8 +117,6 @@ class HubDataset(SampleDataset):
 
     def draw(self, index: int, epoch: int) -> dict[str, Tensor | int]:
         """Return item `index` of an epoch. Raises `UsageError` if the row has no readable picture."""
-        from torchvision.transforms.v2 import functional as transforms
-
         index = range(len(self))[index]
         row, part = divmod(index, self.parts_of_row)
         chance = self.chance.draw(index, epoch)
@@ -132,12 +130,9 @@ class HubDataset(SampleDataset):
         info = probe_video(source, max_pixels=self.config.max_pixels)
         self.windows.check(source, info)
         indices = self.windows.draw(info, part, self.parts_of_row, chance)
-        frame = self.framing.plan(info.size, chance)
         with open_video(source, self.config.decoder, info) as video:
-            frames = self.framing.cut(video.read(indices, smaller(frame.size, info.size)), frame)
-        if self.shape[0] == 1:
-            frames = transforms.rgb_to_grayscale(frames)
-        return {"x": frames.transpose(0, 1).contiguous(), "label": label}
+            x = self.framing.read_clip(video, indices, info.size, chance, self.shape[0])
+        return {"x": x, "label": label}
 
     def _source(self, row: int, index: int) -> Buffer:
         """Return the bytes of a row's picture. Raises `UsageError` if there are none."""
