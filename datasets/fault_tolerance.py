@@ -20,6 +20,7 @@ from rin_video.datasets.batch import Batch, collate
 from rin_video.datasets.epochs import EpochDataset, name_of
 from rin_video.datasets.sources import shown
 from rin_video.errors import DatasetError, UsageError, first_line
+from rin_video.wording import in_bytes
 
 log = logging.getLogger("rin_video")
 
@@ -105,8 +106,8 @@ class FaultTolerantDataset(Dataset[Any]):
             for index, sample in found:
                 try:
                     collate([samples[0], sample])
-                except Exception as smaller:  # noqa: PERF203
-                    odd, reason = index, smaller
+                except Exception as cause:  # noqa: PERF203
+                    odd, reason = index, cause
                     break
             raise UsageError(
                 f"{self.name_of(odd)} cannot be collated with {self.name_of(found[0][0])}: {_one_line(reason)}"
@@ -153,7 +154,7 @@ def enough_shared_memory() -> Iterator[None]:
 def shared_memory_error() -> UsageError:
     """Return the error for shared memory that is too small, with its size and the remedies."""
     folder = Path("/dev/shm")
-    size = f" ({folder}: {shutil.disk_usage(folder).total / 1e6:,.0f} MB)" if folder.is_dir() else ""
+    size = f" ({folder}: {in_bytes(shutil.disk_usage(folder).total)})" if folder.is_dir() else ""
     return UsageError(
         f"shared memory{size} is too small for the batches of the workers: give the container more (docker run "
         "--shm-size=8g), lower data.num_workers or data.prefetch, or set data.num_workers=0 to use no workers"

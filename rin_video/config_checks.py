@@ -52,11 +52,13 @@ def check_choices(section: str, config: Any) -> None:
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raise `UsageError` if `value` is not one of `choices`."""
     if value not in choices:
         raise UsageError(f"{name}={value} is unknown: choose {', '.join(choices)}")
 
 
 def check_at_least(name: str, value: Any, least: int, kind: type) -> None:
+    """Raise `UsageError` if `value` is not a number of at least `least`, and an integer if `kind` is int."""
     if kind is int and not is_whole(value, -(10**18)):
         raise UsageError(f"{name} is {value!r}: it must be a whole number")
     if not is_number(value) or value < least:
@@ -64,29 +66,35 @@ def check_at_least(name: str, value: Any, least: int, kind: type) -> None:
 
 
 def check_above(section: str, name: str, value: Any, bound: float) -> None:
+    """Raise `UsageError` if `value` is not a number above `bound`."""
     if not (is_number(value) and value > bound):
         raise UsageError(f"{section}.{name} is {value!r}: it must be above {bound}")
 
 
 def check_within(name: str, value: Any, low: float, high: float) -> None:
+    """Raise `UsageError` if `value` is not a number in [low, high]."""
     if not (is_number(value) and low <= value <= high):
         raise UsageError(f"{name} is {value!r}: it lies in [{low}, {high}]")
 
 
 def check_range(name: str, value: Any, low: float, high: float) -> None:
+    """Raise `UsageError` if `value` is not two ascending numbers in [low, high]."""
     if len(value) != 2 or not all(is_number(n) for n in value) or not low <= value[0] <= value[1] <= high:
         raise UsageError(f"{name} is {list(value)}: it takes two numbers, the smaller one first, in [{low}, {high}]")
 
 
 def is_number(value: Any) -> bool:
+    """Return whether a value is a finite number; booleans are not."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def is_whole(value: Any, least: int) -> bool:
+    """Return whether a value is an integer of at least `least`; booleans are not."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def read_numbers(name: str, value: Any, count: int, names: str) -> tuple[int, ...]:
+    """Return `count` positive integers, given as a list or as one number for all; raise `UsageError` otherwise."""
     numbers = tuple(value) if isinstance(value, list | tuple) else (value,) * count
     if len(numbers) != count or any(not is_whole(n, 1) for n in numbers):
         raise UsageError(f"{name} is {value}: it takes one number, or {count} ({names}), each at least 1")

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm.auto import tqdm
 
 from rin_video.config import Config
 from rin_video.config_files import to_dict
@@ -30,6 +29,7 @@ from rin_video.errors import Stopped, UsageError
 from rin_video.files import disk_full_handler
 from rin_video.media import DEFAULT_FPS
 from rin_video.model.transfer import transfer_weights
+from rin_video.progress import progress_bar
 from rin_video.tensor_files import full_tensor
 from rin_video.training.callbacks import Callback, append_line
 from rin_video.training.checkpoints import TrainingState, check_same_options, remove_old_states
@@ -170,11 +170,12 @@ class Trainer:
             write_provenance(self.folder, self.config, self.accelerator)
         path = self.folder / METRICS if main else None
         metrics = Metrics(path, self.step, state=self.pending, gather=self.accelerator.gather)
+        steps, shown = self.options.train_num_steps, self.progress and main
         self.call("on_start")
         try:
             with (
                 StopSignals() as signals,
-                self.progress_bar() as bar,
+                progress_bar(steps, "training", "step", initial=self.step, disable=not shown) as bar,
                 disk_full_handler(self.folder),
                 out_of_memory(self.config, self.accelerator.device, num_processes),
                 self.batches() as batches,
@@ -224,15 +225,6 @@ class Trainer:
         if self.accelerator.is_main_process:
             for callback in self.callbacks:
                 getattr(callback, name)(self, *arguments)
-
-    def progress_bar(self) -> Any:
-        return tqdm(
-            total=self.options.train_num_steps,
-            initial=self.step,
-            desc="training",
-            unit="step",
-            disable=not (self.progress and self.accelerator.is_main_process),
-        )
 
     def train_step(self, batches: TrainLoader) -> tuple[list[LossTerms], Tensor, float, list[list[int]]]:
         """One optimizer step over `gradient_accumulate_every` batches.
