@@ -19,7 +19,7 @@ from rin_video.datasets.epochs import SampleDataset
 from rin_video.datasets.folders import number_classes
 from rin_video.datasets.images import make_resize_crop
 from rin_video.datasets.index import Entry, describe_notes, describe_skipped, make_index, refuse_skipped
-from rin_video.datasets.resize_crop import SampleRNG, class_list, decoder_size, size_range
+from rin_video.datasets.resize_crop import SampleRNG, class_list, size_range
 from rin_video.datasets.sources import Source, shown
 from rin_video.errors import UsageError
 from rin_video.wording import counted, ranged
@@ -125,16 +125,13 @@ class ClipFolder(SampleDataset):
 
     def draw(self, index: int, epoch: int) -> dict[str, Tensor | int]:
         """Return item `index` of an epoch. Raises `UsageError` if the file cannot be read or is too damaged."""
-        from torchvision.transforms.v2 import functional as transforms
-
         index = range(len(self))[index]
         for _ in range(ATTEMPTS):
             file, indices, rng = self._draw_frames(index, epoch)
             resize_crop, info = self.resize_crops[self.bucket_of[index]], self.infos[file]
-            params = resize_crop.draw_params(info.size, rng)
             try:
                 video = open_cached(self.files[file], self.decoder, info)
-                frames = video.read(indices, decoder_size(params.size, info.size))
+                x = resize_crop.read_clip(video, indices, info.size, rng, self.shape[0])
                 break
             except LostFramesError as error:  # discard this clip, not the file
                 if not self._record_lost(file, error):
@@ -144,10 +141,7 @@ class ClipFolder(SampleDataset):
                 raise
         else:
             raise UsageError(f"{shown(self.files[file])} is too damaged: re-encode it or leave it out")
-        frames = resize_crop.apply(frames, params)
-        if self.shape[0] == 1:
-            frames = transforms.rgb_to_grayscale(frames)
-        item: dict[str, Tensor | int] = {"x": frames.transpose(0, 1).contiguous(), "label": self.labels[index]}
+        item: dict[str, Tensor | int] = {"x": x, "label": self.labels[index]}
         return item if self.embeddings is None else {**item, "embedding": self.embeddings[file]}
 
     def frames_of(self, index: int, epoch: int) -> list[int]:

@@ -21,7 +21,7 @@ from rin_video.datasets.extensions import CLIP_EXTENSIONS
 from rin_video.datasets.folders import find_files
 from rin_video.datasets.probe import probe_video
 from rin_video.datasets.reading import read_image
-from rin_video.datasets.resize_crop import ResizeCrop, decoder_size
+from rin_video.datasets.resize_crop import ResizeCrop
 from rin_video.datasets.video_info import VideoInfo
 from rin_video.diffusion.masks import known_frames_mask
 from rin_video.errors import UsageError
@@ -157,14 +157,8 @@ def _read_clip(
     file: Path, info: VideoInfo, indices: Sequence[int], shape: tuple[int, ...], options: DataConfig
 ) -> Tensor:
     resize_crop = ResizeCrop((shape[-2], shape[-1]))
-    params = resize_crop.draw_params(info.size, np.random.default_rng(0))
     with open_video(file, options.decoder, info) as video:
-        clip = resize_crop.apply(video.read(indices, decoder_size(params.size, info.size)), params)
-    if shape[0] == 1:
-        from torchvision.transforms.v2 import functional as transforms
-
-        clip = transforms.rgb_to_grayscale(clip)
-    return clip.transpose(0, 1)
+        return resize_crop.read_clip(video, indices, info.size, np.random.default_rng(0), shape[0])
 
 
 def _indices(file: Path, info: VideoInfo, options: DataConfig, frames: int | None) -> Sequence[int]:
