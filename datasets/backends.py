@@ -47,9 +47,9 @@ class TorchCodecReader:
 
     def __init__(self, source: Source, info: VideoInfo) -> None:
         if problem := torchcodec_problem():
-            raise UsageError(f"torchcodec cannot be used here ({problem}): use --decoder pyav")
+            raise UsageError(f"torchcodec cannot be used here ({problem}): use data.decoder=pyav")
         if not _suits_torchcodec(info):
-            raise UsageError(f"torchcodec would not find the right frames of {shown(source)}: use --decoder pyav")
+            raise UsageError(f"torchcodec would not find the right frames of {shown(source)}: use data.decoder=pyav")
         from torchcodec.decoders import VideoDecoder
 
         self.source, self._stack, self._times, self._size = source, ExitStack(), info.times, info.stored
@@ -88,10 +88,10 @@ class DecordReader:
         try:
             import decord
         except ImportError as error:
-            raise UsageError("decord is not installed: use --decoder pyav, or pip install decord") from error
+            raise UsageError("decord is not installed: use data.decoder=pyav, or pip install decord") from error
         decord.logging.set_level(decord.logging.QUIET)
         if not _suits_decord(info):
-            raise UsageError(f"decord would not find the right frames of {shown(source)}: use --decoder pyav")
+            raise UsageError(f"decord would not find the right frames of {shown(source)}: use data.decoder=pyav")
         self.source, self._size = source, info.stored
         try:
             with as_location(source) as location:
@@ -121,7 +121,7 @@ class PyAVReader:
 
     def __init__(self, source: Source, info: VideoInfo) -> None:
         if info.container == "webp":
-            raise UsageError(f"PyAV cannot read {shown(source)}: use --decoder pillow")
+            raise UsageError(f"PyAV cannot read {shown(source)}: use data.decoder=pillow")
         self.source, self.info = source, info
         self._stamps, self._entries = info.timestamps, info.entries
         self._lost = {index for first, end in info.lost_ranges for index in range(first, end)}
@@ -157,7 +157,7 @@ class PillowReader:
         from PIL import Image
 
         if info.container != "webp":
-            raise UsageError(f"Pillow reads WebP only, not {shown(source)}: use --decoder pyav")
+            raise UsageError(f"Pillow reads WebP only, not {shown(source)}: use data.decoder=pyav")
         self.source = source
         self._file = open_source(source)
         self._image = Image.open(self._file, formats=["WEBP"])
@@ -260,7 +260,7 @@ _proved: set[tuple[Source, str]] = set()
 
 
 def _misplaced(decoder: str, source: Source) -> UsageError:
-    return UsageError(f"{decoder} does not find the frames of {shown(source)} where they are: use --decoder pyav")
+    return UsageError(f"{decoder} does not find the frames of {shown(source)} where they are: use data.decoder=pyav")
 
 
 def _tiny_clip() -> bytes:

@@ -56,7 +56,7 @@ class HubDataset(SampleDataset):
         if len(shape) not in (3, 4) or not columns:
             raise UsageError(
                 f"{os.fspath(path)} has no column of type {kind}, the model takes {shape}; it has {_types(table)}: "
-                "name one with --image-column"
+                "name one with data.image_column=NAME"
             )
         if not len(table):
             raise UsageError(f"{os.fspath(path)} is empty: it has no row")
@@ -69,7 +69,7 @@ class HubDataset(SampleDataset):
         except Exception as error:
             raise UsageError(
                 f"{os.fspath(path)}: column {self.column} holds no {kind.lower()}s ({first_line(error)}): name another "
-                "with --image-column"
+                "with data.image_column=NAME"
             ) from error
         self.label, self.classes, self.labels = self._read_labels(table)
         self.whole_numbers = [n for n, feature in table.features.items() if "int" in str(getattr(feature, "dtype", ""))]

@@ -63,7 +63,7 @@ def _open_mixture(
     if shape is None or len(shape) != 4:
         raise UsageError(
             f"data.images={options.images} is mixed with clips, and the model takes {shape}: give --frames, or the "
-            "images alone as --data"
+            "images alone as data"
         )
     alone = replace(options, images=None)
     clips = open_dataset(path, shape, alone, seed=seed, index=index)

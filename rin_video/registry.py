@@ -42,7 +42,11 @@ class Registry(Generic[T]):
                     self._things.setdefault(name, thing)  # importing it may have registered it
                     break
             else:
-                raise UsageError(f"unknown {self.kind} {name!r}: known are {', '.join(self)}")
+                raise UsageError(
+                    f"unknown {self.kind} {name!r}: known are {', '.join(self)}. One that a script registers is known "
+                    f"to that script only: for all programs, name it in pyproject.toml as an entry point of the group "
+                    f"{self.group}, and install it"
+                )
         return self._things[name]
 
     def __iter__(self) -> Iterator[str]:
