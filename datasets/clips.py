@@ -21,7 +21,7 @@ from rin_video.datasets.images import make_resize_crop
 from rin_video.datasets.index import Entry, describe_notes, describe_skipped, make_index, refuse_skipped
 from rin_video.datasets.resize_crop import SampleRNG, class_list, size_range
 from rin_video.datasets.sources import Source, shown
-from rin_video.errors import UsageError
+from rin_video.errors import ShortClipError, UsageError
 from rin_video.wording import counted, ranged
 
 log = logging.getLogger("rin_video")
@@ -77,6 +77,7 @@ class ClipFolder(SampleDataset):
         self.clip_samplers = [ClipSampler(shape[0], self.config) for shape in shapes]
         shortest = min(self.clip_samplers, key=lambda sampler: sampler.frames)
         chosen: list[Entry] = []
+        short: list[ShortClipError] = []
         self.files: list[Source] = []
         self.infos: list[VideoInfo] = []
         names: list[str | None] = []
@@ -86,6 +87,7 @@ class ClipFolder(SampleDataset):
                 shortest.check(entry.source, entry.info)
             except UsageError as error:
                 self.skipped.append((entry.source, str(error)))
+                short += [error] if isinstance(error, ShortClipError) else []
                 continue
             parts = shortest.count(entry.info)
             self.places += [(len(self.files), part, parts) for part in range(parts)]
@@ -93,6 +95,12 @@ class ClipFolder(SampleDataset):
             self.files.append(entry.source)
             self.infos.append(entry.info)
             names.append(entry.class_name)
+        if short and not self.files:
+            longest = max(short, key=lambda error: error.fits)
+            if len(short) == 1:
+                raise longest
+            problem = f"none of {len(short)} clips is long enough: {longest.problem}"
+            raise ShortClipError(problem, f"use --frames {longest.fits}", longest.fits)
         refuse_skipped(len(self.files), self.skipped, self.config.strict)
         self.classes, labels = number_classes(names)
         self.labels = [labels[file] for file, _, _ in self.places]

@@ -56,7 +56,7 @@ class HubDataset(SampleDataset):
         if len(shape) not in (3, 4) or not columns:
             raise UsageError(
                 f"{os.fspath(path)} has no column of type {kind} for a model of shape {shape}; it has {_types(table)}: "
-                "name one with --image-column"
+                "name one with data.image_column=NAME"
             )
         if not len(table):
             raise UsageError(f"{os.fspath(path)} is empty: use a split with at least one row")
@@ -69,7 +69,7 @@ class HubDataset(SampleDataset):
         except Exception as error:
             raise UsageError(
                 f"{os.fspath(path)}: column {self.column} contains no {kind.lower()}s ({first_line(error)}): name "
-                "another with --image-column"
+                "another with data.image_column=NAME"
             ) from error
         self.label, self.classes, self.labels = self._read_labels(table)
         self.whole_numbers = [n for n, feature in table.features.items() if "int" in str(getattr(feature, "dtype", ""))]

@@ -165,7 +165,7 @@ def test_the_index_is_kept_updated_and_complete(tmp_path, numbered):
     said = index.describe()
     assert "2 of 3 files can be used" in said
     assert "1 duplicate" in said
-    with pytest.raises(UsageError, match=r"1 of 3 files cannot be used, and --strict is on: .*broken"):
+    with pytest.raises(UsageError, match=r"1 of 3 files cannot be used, and data.strict is true: .*broken"):
         index.require_some(strict=True)
     index.require_some(strict=False)
     rows = [json.loads(line) for line in path.read_text().splitlines()]

@@ -278,7 +278,7 @@ def test_estimates_hold_what_is_known(objective):
 
 def test_guidance_by_what_is_known_needs_no_classes():
     check_sampling(load_config("kinetics600_predict", ["sample.guidance=1", "sample.guidance_drop=known"]))
-    with pytest.raises(UsageError, match=r"no classes and no embeddings: .* --guidance-drop known"):
+    with pytest.raises(UsageError, match=r"no classes and no embeddings: .* sample.guidance_drop=known"):
         check_sampling(load_config("kinetics600_predict", ["sample.guidance=1"]))
     by_known = ["sample.guidance=1", "sample.guidance_drop=known"]
     for preset, always_given in (("video64", True), ("video_long", False)):

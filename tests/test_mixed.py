@@ -141,7 +141,7 @@ def test_on_the_command_line(tmp_path, numbered, capsys):
     images = ["sample", str(run), "--num", "2", "--steps", "2", "--frames", "0", "--out", str(tmp_path / "images.png")]
     assert cli.main(images) == 0
     assert cli.main(["train", *data, "--frames", "0", "--out", str(tmp_path / "other"), *words[2:]]) == 2
-    assert "--images is mixed with clips" in capsys.readouterr().err
+    assert "(--images) is mixed with clips" in capsys.readouterr().err
     assert len((run / "metrics.jsonl").read_text().splitlines()) >= 1
     assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 4
 
