@@ -14,7 +14,7 @@ from rin_video import RIN, GaussianDiffusion, Trainer, UsageError
 from rin_video.datasets import index as indexing
 from rin_video.datasets.index import make_index
 from rin_video.datasets.open import INDEX
-from rin_video.datasets.probing import _died
+from rin_video.datasets.probing import _crash_error
 from rin_video.errors import TimeLimitError, TransientError
 from rin_video.training.identity import check_same_data, run_folder
 
@@ -182,9 +182,9 @@ def test_refusals_that_were_not_the_file_s_are_tried_again(tmp_path, monkeypatch
 
 
 def test_which_refusals_are_not_the_file_s(tmp_path):
-    assert isinstance(_died("x", -9), TransientError)
-    assert isinstance(_died("x", -signal.SIGTERM), TransientError)
-    assert not isinstance(_died("x", -signal.SIGSEGV), TransientError)
+    assert isinstance(_crash_error("x", -9), TransientError)
+    assert isinstance(_crash_error("x", -signal.SIGTERM), TransientError)
+    assert not isinstance(_crash_error("x", -signal.SIGSEGV), TransientError)
 
 
 def test_a_long_indexing_logs_what_is_saved(tmp_path, monkeypatch, caplog):
