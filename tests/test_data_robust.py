@@ -129,7 +129,7 @@ def end_at_once(*_):
 
 
 def test_a_child_that_does_not_start_is_no_fault_of_a_file(monkeypatch):
-    monkeypatch.setattr(probing, "_serve", end_at_once)
+    monkeypatch.setattr(probing, "_child_main", end_at_once)
     with pytest.raises(UsageError, match=r"exited at its start \(code 1\).*__main__"):
         dict(run_in_subprocess(["a"], len, seconds=5.0))
 
