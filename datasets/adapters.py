@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, get_worker_info
 
 from rin_video.datasets.buckets import Buckets
-from rin_video.datasets.epochs import SampleDataset
+from rin_video.datasets.epochs import SampleDataset, name_of
 from rin_video.datasets.folders import sort_classes
 from rin_video.datasets.reading import to_pixels
 from rin_video.errors import DatasetError, UsageError
@@ -112,8 +112,7 @@ class Adapted(SampleDataset):
 
     def name_of(self, index: int) -> str:
         """Return the name of an item: by the dataset's `name_of`, its `files`, or "sample N"."""
-        own, files = getattr(self.dataset, "name_of", None), getattr(self.dataset, "files", None)
-        return str(own(index) if own else files[index] if files else f"sample {index}")
+        return name_of(self.dataset, index)
 
     def _parts(self, item: Any, index: int) -> tuple[Any, Any, Any]:
         """Return (x, label, embedding) of an item of any supported form."""

@@ -15,6 +15,7 @@ from rin_video.datasets.array_files import ArrayInfo, read_array
 from rin_video.datasets.epochs import SampleDataset
 from rin_video.datasets.sources import Source, shown
 from rin_video.errors import UsageError
+from rin_video.wording import counted
 
 
 class ArrayFolder(SampleDataset):
@@ -86,7 +87,10 @@ class ArrayFolder(SampleDataset):
 
         size = "x".join(map(str, self.shape))
         kinds = ", ".join(sorted({info.dtype for info in self.infos}))
-        lines = [f"{len(self)} arrays of shape {size} ({kinds}) in {len(self.files)} files{class_list(self.classes)}"]
+        lines = [
+            f"{counted(len(self), 'array')} of shape {size} ({kinds}) in {counted(len(self.files), 'file')}"
+            f"{class_list(self.classes)}"
+        ]
         return "\n".join(lines + describe_skipped(self.skipped))
 
     def _num_samples(self, info: ArrayInfo) -> int | None:

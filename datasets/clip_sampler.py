@@ -12,6 +12,7 @@ from rin_video.config import DataConfig
 from rin_video.datasets.sources import Source, shown
 from rin_video.datasets.video_info import VideoInfo, frames_text
 from rin_video.errors import UsageError
+from rin_video.wording import counted
 
 
 class ClipSampler:
@@ -32,13 +33,13 @@ class ClipSampler:
             raise UsageError(self._too_short(source, info))
         if info.lost and not ClipSampler(self.frames, replace(self.options, avoid_cuts=False)).starts(info).size:
             raise UsageError(
-                f"clip {shown(source)} has no {self.frames} consecutive frames that can be decoded "
+                f"clip {shown(source)} has no {counted(self.frames, 'consecutive frame')} that can be decoded "
                 f"({frames_text(info.lost_ranges)} cannot): use fewer --frames, or re-encode it"
             )
         if self.options.avoid_cuts and not self.starts(info).size:
             raise UsageError(
-                f"clip {shown(source)} has no scene of {self.frames} frames (cuts at {list(info.cuts or ())[:8]}): "
-                "use fewer --frames, or data.avoid_cuts=false"
+                f"clip {shown(source)} has no scene of {counted(self.frames, 'frame')} "
+                f"(cuts at {list(info.cuts or ())[:8]}): use fewer --frames, or data.avoid_cuts=false"
             )
 
     def count(self, info: VideoInfo) -> int:
@@ -115,17 +116,18 @@ class ClipSampler:
     def _too_short(self, source: Source, info: VideoInfo) -> str:
         name, frames, fps, stride = shown(source), self.frames, self.options.fps, self.options.stride
         if self.options.span == "whole":
-            return f"clip {name} has {info.num_frames} frames, but {frames} are needed: use --frames {info.num_frames}"
+            has = counted(info.num_frames, "frame")
+            return f"clip {name} has {has}, but {frames} are needed: use --frames {info.num_frames}"
         if fps is None:
             fits = (info.num_frames - 1) // stride + 1
             return (
-                f"clip {name} has {info.num_frames} frames, but {(frames - 1) * stride + 1} are needed "
+                f"clip {name} has {counted(info.num_frames, 'frame')}, but {(frames - 1) * stride + 1} are needed "
                 f"for {frames} at stride {stride}: use --frames {fits}, or a smaller stride"
             )
         fits = int((info.times[-1] + 0.5 / info.fps) * fps) + 1
         return (
             f"clip {name} lasts {info.times[-1] + 1 / info.fps:.2f} s, but {frames / fps:.2f} s are needed "
-            f"for {frames} frames at {fps:g} fps: use --frames {fits}, or a higher fps"
+            f"for {counted(frames, 'frame')} at {fps:g} fps: use --frames {fits}, or a higher fps"
         )
 
 

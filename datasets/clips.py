@@ -22,6 +22,7 @@ from rin_video.datasets.index import Entry, describe_notes, describe_skipped, ma
 from rin_video.datasets.resize_crop import SampleRNG, class_list, decoder_size, size_range
 from rin_video.datasets.sources import Source, shown
 from rin_video.errors import UsageError
+from rin_video.wording import counted, ranged
 
 log = logging.getLogger("rin_video")
 
@@ -163,18 +164,18 @@ class ClipFolder(SampleDataset):
         sizes = [info.size for info in self.infos]
         decoders = ", ".join(f"{name} for {count}" for name, count in sorted(self.backends.items()))
         lines = [
-            f"{len(self.files)} clips, {size_range(sizes)}, {min(counts)} to {max(counts)} frames at {min(rates):g} to "
-            f"{max(rates):g} fps{class_list(self.classes)}",
+            f"{counted(len(self.files), 'clip')}, {size_range(sizes)}, {ranged(min(counts), max(counts), 'frame')} at "
+            f"{rate_range(rates)} fps{class_list(self.classes)}",
             f"decoders: {decoders}",
         ]
         if len(self) != len(self.files):
-            lines.append(f"{len(self)} clips per epoch")
+            lines.append(f"{counted(len(self), 'clip')} per epoch")
         fps = self.config.fps
         if not fps and self.config.span != "whole" and (differ := _rates_differ(rates)):
             lines.append(differ)
         slow = sum(rate < fps for rate in rates) if fps else 0
         if slow:
-            lines.append(f"{slow} of {len(self.files)} have less than {fps:g} fps: some of their frames repeat")
+            lines.append(f"{slow} of {counted(len(self.files), 'clip')} below {fps:g} fps: some frames repeat")
         lines += [self.embeddings.describe()] if self.embeddings else []
         lines += self.buckets.describe(self.bucket_of)
         lines += describe_notes(self.infos) + self.resize_crop.describe_enlarged(sizes) + describe_skipped(self.skipped)
@@ -203,6 +204,12 @@ class ClipFolder(SampleDataset):
             log.warning("using another clip of the file: %s", error)
         self._lost[file] = known.union(error.frames)
         return True
+
+
+def rate_range(rates: list[float]) -> str:
+    """`8`, or `8 to 30`."""
+    low, high = f"{min(rates):.4g}", f"{max(rates):.4g}"
+    return low if low == high else f"{low} to {high}"
 
 
 def _rates_differ(rates: list[float]) -> str:

@@ -17,6 +17,7 @@ from rin_video.datasets.shards import companion, companions, members_of
 from rin_video.datasets.sources import Member, Source, shown
 from rin_video.errors import UsageError
 from rin_video.files import ARRAY_SUFFIXES, atomic_write
+from rin_video.wording import counted
 
 CACHE = ".captions.safetensors"  # replaces the suffix of the index file
 
@@ -194,4 +195,4 @@ def _vectors(shape: tuple[int, int]) -> str:
 
 
 def _of(there: int, count: int) -> str:
-    return f"{there} of {count} files" + ("; the others get a null embedding" if there < count else "")
+    return f"{there} of {counted(count, 'file')}" + ("; the others get a null embedding" if there < count else "")

@@ -58,3 +58,9 @@ class EpochDataset(Dataset[Any]):
         epoch, index = place
         draw = getattr(self.dataset, "draw", None)
         return draw(index, epoch) if draw else self.dataset[index]
+
+
+def name_of(dataset: Any, index: int) -> str:
+    """A sample's name: its file, where the dataset has files."""
+    own, files = getattr(dataset, "name_of", None), getattr(dataset, "files", None)
+    return str(own(index) if own else files[index] if files else f"sample {index}")

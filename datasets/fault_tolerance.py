@@ -17,9 +17,10 @@ import torch
 from torch.utils.data import Dataset, get_worker_info
 
 from rin_video.datasets.batch import Batch, collate
-from rin_video.datasets.epochs import EpochDataset
+from rin_video.datasets.epochs import EpochDataset, name_of
 from rin_video.datasets.sources import shown
 from rin_video.errors import DatasetError, UsageError, first_line
+from rin_video.wording import in_bytes
 
 log = logging.getLogger("rin_video")
 
@@ -57,10 +58,7 @@ class FaultTolerantDataset(Dataset[Any]):
 
     def name_of(self, index: int) -> str:
         """Return a sample's name on one line: its file, if the dataset has files."""
-        dataset = self.draws.dataset
-        files = getattr(dataset, "files", None)
-        name_of = getattr(dataset, "name_of", files.__getitem__ if files else "sample {}".format)
-        return shown(str(name_of(index)))
+        return shown(name_of(self.draws.dataset, index))
 
     def note(self, at: int) -> None:
         """Record the sample that this process starts to read (an index), or its state (IDLE, STARTING)."""
@@ -156,7 +154,7 @@ def enough_shared_memory() -> Iterator[None]:
 def shared_memory_error() -> UsageError:
     """Return the error for shared memory that is too small, with its size and the remedies."""
     folder = Path("/dev/shm")
-    size = f" ({folder}: {shutil.disk_usage(folder).total / 1e6:,.0f} MB)" if folder.is_dir() else ""
+    size = f" ({folder}: {in_bytes(shutil.disk_usage(folder).total)})" if folder.is_dir() else ""
     return UsageError(
         f"shared memory{size} is too small for the batches of the workers: give the container more (docker run "
         "--shm-size=8g), lower data.num_workers or data.prefetch, or set data.num_workers=0 to use no workers"

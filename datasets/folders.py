@@ -16,6 +16,7 @@ from rin_video.datasets.shards import is_shards, list_shards, members_of
 from rin_video.datasets.sources import Member, Source, open_source, shown
 from rin_video.datasets.video_info import is_webp
 from rin_video.errors import UsageError
+from rin_video.wording import counted
 
 log = logging.getLogger("rin_video")
 
@@ -64,11 +65,11 @@ def split_sources(
         return sources, [other for other in others if not os.path.basename(str(other)).startswith(".")]
     advice = ""
     if extensions == CLIP_EXTENSIONS and (images := [one for one in every if _is_of(one, IMAGE_EXTENSIONS)]):
-        advice = f"; it contains {len(images)} images: leave out --frames to train on images"
+        advice = f"; it contains {counted(len(images), 'image')}: leave out --frames to train on images"
         if row := numbered_rows(images):
             advice += f"; {_describe_row(row)}: {MAKE_CLIPS}"
     elif extensions == IMAGE_EXTENSIONS and (clips := _count(every, CLIP_EXTENSIONS)):
-        advice = f"; it contains {clips} clips: use --frames 16 to train on clips"
+        advice = f"; it contains {counted(clips, 'clip')}: use --frames 16 to train on clips"
     raise UsageError(f"{shown(os.fspath(root))} contains no {' '.join(extensions)} file{advice}{_links_advice(root)}")
 
 
@@ -88,8 +89,9 @@ def detect_kind(root: str | PathLike[str], *, allow_pipe: bool = False, cache: P
     )
     if counts["image"] and counts["video"] and not animated:
         raise UsageError(
-            f"{shown(os.fspath(root))} contains {counts['image']} images and {counts['video']} clips: "
-            "choose the clips (--frames 16, or --kind video) or the images (--frames 0, or --kind image)"
+            f"{shown(os.fspath(root))} contains {counted(counts['image'], 'image')} and "
+            f"{counted(counts['video'], 'clip')}: choose the clips (--frames 16, or --kind video) or the images "
+            "(--frames 0, or --kind image)"
         )
     for kind in KINDS:
         if counts[kind]:
@@ -119,11 +121,12 @@ def number_classes(names: Sequence[str | None]) -> tuple[list[str], list[int]]:
         if len(classes) > 1:
             listed = f"{', '.join(map(shown, classes[:3]))}{', ...' * (len(classes) > 3)}"
             _warn_once(
-                f"{without} of {len(names)} files are outside the folders {listed}: the folders are not used as classes"
+                f"{without} of {counted(len(names), 'file')} are outside the folders {listed}: "
+                "the folders are not used as classes"
             )
         return [], [-1] * len(names)
     if without:
-        _warn_once(f"{without} of {len(names)} files are in no class folder: they get no label")
+        _warn_once(f"{without} of {counted(len(names), 'file')} are in no class folder and get no label")
     numbers = {name: number for number, name in enumerate(classes)}
     return classes, [numbers[name] if name else -1 for name in names]
 

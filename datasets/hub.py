@@ -22,6 +22,7 @@ from rin_video.datasets.resize_crop import SampleRNG, class_list, decoder_size
 from rin_video.datasets.sources import Buffer, shown
 from rin_video.errors import UsageError, first_line
 from rin_video.files import HUB
+from rin_video.wording import counted
 
 
 def is_hub(path: str | os.PathLike[str]) -> bool:
@@ -160,7 +161,7 @@ class HubDataset(SampleDataset):
         """Return a summary in a few lines: rows, classes, clips per epoch."""
         lines = [f"{len(self.table)} rows of column {self.column}{class_list(self.classes)}"]
         if self.parts_of_row > 1:
-            lines.append(f"{len(self)} clips per epoch")
+            lines.append(f"{counted(len(self), 'clip')} per epoch")
         if not self.label and (numbers := self.whole_numbers):
             lines.append(f"no labels; integer columns: {', '.join(numbers)}; --label-column {numbers[0]} uses one")
         return "\n".join(lines)

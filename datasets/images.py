@@ -18,6 +18,7 @@ from rin_video.datasets.index import describe_skipped, make_index
 from rin_video.datasets.reading import PIL_MODES, read_image
 from rin_video.datasets.resize_crop import ResizeCrop, SampleRNG, class_list, size_range
 from rin_video.errors import UsageError
+from rin_video.wording import counted
 
 __all__ = ["ImageFolder", "read_image"]
 
@@ -98,7 +99,7 @@ class ImageFolder(SampleDataset):
 
     def describe(self) -> str:
         """Return a summary in a few lines: files, classes, sizes, enlarged images, skipped files."""
-        lines = [f"{len(self)} images, {size_range(self.sizes)}{class_list(self.classes)}"]
+        lines = [f"{counted(len(self), 'image')}, {size_range(self.sizes)}{class_list(self.classes)}"]
         lines += [self.embeddings.describe()] if self.embeddings else []
         lines += self.buckets.describe(self.bucket_of)
         lines += self.resize_crop.describe_enlarged(self.sizes) + describe_skipped(self.skipped)

@@ -16,8 +16,6 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from rin_video.config import DataConfig, DataKind, DecoderOption
 from rin_video.datasets.array_files import ArrayInfo, probe_array
 from rin_video.datasets.backends import torchcodec_problem
@@ -32,6 +30,8 @@ from rin_video.datasets.sources import Member, Source, decode_text, open_source,
 from rin_video.datasets.video_info import MAX_PIXELS, VideoInfo
 from rin_video.errors import TimeLimitError, TransientError, UsageError
 from rin_video.files import atomic_write
+from rin_video.progress import progress_bar
+from rin_video.wording import counted, in_bytes
 
 log = logging.getLogger("rin_video")
 
@@ -123,11 +123,13 @@ class Index:
     def describe(self) -> str:
         """Return a summary in a few lines: counts, durations, codecs, duplicates, unusable files."""
         good = self.usable
-        lines = [f"{len(good)} of {len(self.entries)} files can be used, {sum(e.bytes for e in good) / 1e6:.1f} MB"]
+        lines = [
+            f"{len(good)} of {counted(len(self.entries), 'file')} can be used, {in_bytes(sum(e.bytes for e in good))}"
+        ]
         videos = [entry.info for entry in good if isinstance(entry.info, VideoInfo)]
         if videos:
             seconds = sum(info.duration for info in videos)
-            lines.append(f"{sum(info.num_frames for info in videos):,} frames, {seconds:.1f} s")
+            lines.append(f"{counted(sum(info.num_frames for info in videos), 'frame')}, {seconds:.1f} s")
             kinds = ("container", "codec", "decoder")
             lines += [f"{kind}: {_counted(getattr(info, kind) for info in videos)}" for kind in kinds]
             if any(info.cuts is not None for info in videos):
@@ -139,7 +141,7 @@ class Index:
         lines += [f"classes: {_counted(entry.class_name for entry in good)}"] if classes else []
         lines += [f"captions: {n}"] if (n := sum(entry.caption is not None for entry in good)) else []
         copies = len(good) - len({entry.hash for entry in good})
-        lines += [f"{copies} are duplicates"] if copies else []
+        lines += [counted(copies, "duplicate")] if copies else []
         notes = [f"{shown(entry.source)}: {note}" for entry in good for note in getattr(entry.info, "notes", ())]
         lines += notes[:NOTES] if good and isinstance(good[0].info, ImageInfo) else []
         return "\n".join(lines + describe_skipped(self.unusable, limit=20) + self.describe_ignored(limit=20))
@@ -151,7 +153,7 @@ class Index:
         kinds = _counted(other.suffix.lower() or "no extension" for other in self.ignored)
         names = ", ".join(shown(Path(str(other)).name) for other in self.ignored[:limit])
         more = ", ..." if len(self.ignored) > limit else ""
-        return [f"ignored: {len(self.ignored)} files of other kinds ({kinds}): {names}{more}"]
+        return [f"ignored: {counted(len(self.ignored), 'file')} of other kinds ({kinds}): {names}{more}"]
 
     def save(self, path: Path, probe: Probe) -> None:
         """Write the index file atomically; several processes may do so at the same time.
@@ -257,11 +259,10 @@ def make_index(
             entry.class_name, entry.caption = _class_and_caption(root, source, by_key)
             entries.append(entry)
     refuse_splits(root, {entry.class_name for entry in entries})
-    bar = tqdm(total=len(changed), desc="indexing files", unit="file", disable=not progress, delay=2)
     if progress and len(changed) >= MANY:
         alone = f"`rin-video index {os.fspath(root)}`"
         kept = f"the index is saved ({alone} only indexes)" if path else f"the index is not saved: {alone} saves it"
-        log.info("indexing %d files; %s", len(changed), kept)
+        log.info("indexing %s; %s", counted(len(changed), "file"), kept)
     passing: set[int] = set()  # entries with errors that are not the file's fault, which are not saved
     saved = time.monotonic()
 
@@ -270,7 +271,7 @@ def make_index(
         if path:
             Index(root, found).save(path, probe)
 
-    with bar:
+    with progress_bar(len(changed), "looking into files", "file", delay=2, disable=not progress) as bar:
         try:
             for i, result in run_in_subprocess(
                 [entry.source for entry in changed], probe, seconds=options.read_timeout
@@ -315,7 +316,7 @@ def refuse_skipped(num_usable: int, skipped: Sequence[tuple[Source, str]], stric
     reasons = "; ".join(reason for _, reason in skipped[:3])
     total = num_usable + len(skipped)
     if num_usable:
-        raise UsageError(f"{len(skipped)} of {total} files cannot be used, and --strict is on: {reasons}")
+        raise UsageError(f"{len(skipped)} of {counted(total, 'file')} cannot be used, and --strict is on: {reasons}")
     raise UsageError(f"none of {total} files can be used: {reasons}" if total > 1 else reasons)
 
 

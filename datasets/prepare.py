@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from rin_video.config import DataConfig, DataKind
 from rin_video.datasets.clip_sampler import nearest_in_time
@@ -32,6 +31,8 @@ from rin_video.datasets.video_info import VideoInfo
 from rin_video.errors import UsageError
 from rin_video.files import write_text
 from rin_video.media import VideoWriter, require_encoder
+from rin_video.progress import progress_bar
+from rin_video.wording import counted, in_bytes
 
 MANIFEST = "prepare.json"
 FILES_PER_SHARD = 256
@@ -95,7 +96,9 @@ def prepare(
             mp_context=get_context("spawn" if os.name == "nt" else None),
             initializer=end_with_parent,
         ) as pool,
-        tqdm(total=len(entries), initial=len(entries) - sum(len(job.entries) for job in left), unit="file") as bar,
+        progress_bar(
+            len(entries), "preparing", "file", initial=len(entries) - sum(len(job.entries) for job in left)
+        ) as bar,
     ):
         running = {pool.submit(_write, job): job for job in left}
         for done in as_completed(running):
@@ -105,12 +108,15 @@ def prepare(
     refuse_skipped(len(entries) - (len(failed) - len(index.unusable)), failed, options.strict)
     before, after = sum(e.bytes for e in entries), sum(job.path.stat().st_size for job in jobs)
     report = [
-        f"{len(entries)} files in {len(jobs)} shards ({len(jobs) - len(left)} existed already), {seconds:.1f} s",
-        f"{before / 1e6:.1f} MB before, {after / 1e6:.1f} MB now",
+        f"{counted(len(entries), 'file')} in {counted(len(jobs), 'shard')} ({len(jobs) - len(left)} existed already), "
+        f"{seconds:.1f} s",
+        f"{in_bytes(before)} before, {in_bytes(after)} now",
     ]
     varying = 0 if kind == "image" or options.fps else sum(not is_steady(entry.info.times) for entry in entries)
     if varying:
-        report.append(f"{varying} of {len(entries)} clips had a variable frame rate and were resampled (nearest frame)")
+        report.append(
+            f"{varying} of {counted(len(entries), 'clip')} had a variable frame rate and used the nearest frames"
+        )
     damaged = [(entry.source, sound_part(entry.info)) for entry in entries if getattr(entry.info, "lost", ())]
     report += [f"damaged: only frames {first} to {end - 1} of {shown(file)}" for file, (first, end) in damaged[:10]]
     return report + [f"skipped: {reason}" for _, reason in failed[:10]]

@@ -15,6 +15,7 @@ from rin_video.datasets.sources import shown
 from rin_video.datasets.video_info import VideoInfo
 from rin_video.errors import UsageError
 from rin_video.media import contact_sheet, video_grid, write_image_grid, write_video
+from rin_video.wording import counted
 
 CELL = 96  # pixels: smaller pictures are enlarged to about this size
 SUFFIXES = (".png", ".jpg", ".webp", ".mp4", ".gif")
@@ -96,10 +97,10 @@ def statistics(dataset: Any, samples: list[Tensor], chosen: list[int]) -> list[s
     values = torch.cat([x.flatten(1).float() / 255 for x in samples], dim=1)
     mean, std = (" ".join(f"{v:.3f}" for v in part.tolist()) for part in (values.mean(1), values.std(1)))
     shapes = Counter("x".join(map(str, x.shape)) for x in samples)
-    drawn = " and ".join(f"{count} samples of {shape}" for shape, count in shapes.items())
+    drawn = " and ".join(f"{counted(number, 'sample')} of {shape}" for shape, number in shapes.items())
     lines.append(f"{drawn}: mean {mean}, std {std}")
     still = sum(bool((x[:, 1:] == x[:, :-1]).all()) for x in samples if x.ndim == 4 and x.shape[1] > 1)
     flat = [dataset.name_of(i) for x, i in zip(samples, chosen, strict=True) if int(x.max()) - int(x.min()) < 8]
-    lines += [f"{still} of {len(samples)} are static"] if still else []
-    lines += [f"{len(flat)} of {len(samples)} have a single colour: {', '.join(map(shown, flat[:3]))}"] if flat else []
+    lines += [f"static: {still} of {counted(len(samples), 'sample')}"] if still else []
+    lines += [f"a single colour: {len(flat)} of {len(samples)} ({', '.join(map(shown, flat[:3]))})"] if flat else []
     return lines

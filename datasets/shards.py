@@ -23,6 +23,7 @@ from pathlib import Path, PurePosixPath
 from rin_video.datasets.sources import Member, decode_text, open_source, shown
 from rin_video.errors import UsageError
 from rin_video.files import PIPE, atomic_write
+from rin_video.wording import counted
 
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 MAX_SHARDS = 1_000_000
@@ -124,7 +125,8 @@ def _members(shard: Path, modified: int) -> tuple[list[Member], list[tuple[str, 
             raise UsageError(
                 f"{shown(shard)} cannot be read as an uncompressed tar file ({shown(str(error))}): create it again"
             ) from error
-        refused.append((shard.name, f"{shown(shard)} is truncated after {len(members)} files ({shown(str(error))})"))
+        reason = f"{shown(shard)} is truncated after {counted(len(members), 'file')} ({shown(str(error))})"
+        refused.append((shard.name, reason))
     return members, refused
 
 

@@ -7,7 +7,6 @@ the argument parser, the API from docstrings, the results from `benchmarks/`. No
 from __future__ import annotations
 
 import ast
-import contextlib
 import dataclasses
 import inspect
 import io
@@ -68,8 +67,10 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Links in docs/ lead to files of the repository by `../`; in the site these lie beside the pages."""
-    return markdown.replace("](../", "](") if "/" not in page.file.src_uri else markdown
+    """Links between docs/ and the rest of the repository: in the site all of it lies in one folder."""
+    if "/" in page.file.src_uri:
+        return markdown
+    return markdown.replace("](../", "](").replace("](docs/", "](")
 
 
 # ---- the configuration
@@ -84,6 +85,7 @@ def config_reference() -> str:
     ]
     for section, kind in get_type_hints(options.Config).items():
         parts.append(section_reference(section, kind))
+    parts.append(parameters_reference())
     return "\n\n".join(parts) + "\n"
 
 
@@ -101,6 +103,36 @@ def section_reference(section: str, kind: Any) -> str:
     return "\n\n".join([*lines, "\n".join(rows), *nested])
 
 
+def parameters_reference() -> str:
+    """The parameters of every choice that has some, from the signatures of the functions that implement it."""
+    from rin_video.diffusion.objectives import LOSS_WEIGHTS, TIME_SAMPLINGS
+    from rin_video.diffusion.samplers import SAMPLERS
+    from rin_video.diffusion.schedules import SCHEDULES
+
+    tables: dict[str, Any] = {
+        "diffusion.noise_schedule, sample.schedule": SCHEDULES,
+        "diffusion.loss_weight": LOSS_WEIGHTS,
+        "diffusion.time_sampling": TIME_SAMPLINGS,
+        "sample.sampler": SAMPLERS,
+    }
+    rows = ["| option | name | parameters | |", "|---|---|---|---|"]
+    for option, table in tables.items():
+        for name, function in table.items():
+            found = inspect.signature(function).parameters.values()
+            numbers = ", ".join(f"`{p.name}: {p.default}`" for p in found if isinstance(p.default, float))
+            if numbers:
+                options_ = ", ".join(f"`{part}`" for part in option.split(", "))
+                rows.append(f"| {options_} | `{name}` | {numbers} | {escape(doc_of(function))} |")
+    return "\n\n".join(
+        [
+            "## Parameters of names { #parameters }",
+            "Some options take a name, or a map of the name and its parameters: `sampler: {name: ddim, eta: 0.5}` in "
+            "YAML, `sample.sampler=ddim sample.sampler.eta=0.5` on the command line. Parameters and their defaults:",
+            "\n".join(rows),
+        ]
+    )
+
+
 def comments_of(kind: Any) -> dict[str, str]:
     """The comment of each field of a dataclass: on its own lines, or else on the lines just above."""
     source = inspect.getsource(kind)
@@ -115,8 +147,17 @@ def comments_of(kind: Any) -> dict[str, str]:
             while not lines and above in alone:
                 above -= 1
             lines = lines or list(range(above + 1, node.lineno))
-            found[node.target.id] = " ".join(comments[n] for n in lines if n in comments)
+            found[node.target.id] = spell_out(" ".join(comments[n] for n in lines if n in comments))
     return found
+
+
+def spell_out(comment: str) -> str:
+    """A comment with the names that a type stands for instead of the type: `SelfConditioningName, joined by +`."""
+    kinds = {word: getattr(options, word, None) for word in re.findall(r"\b[A-Z]\w+\b", comment)}
+    for word, kind in kinds.items():
+        if get_origin(kind) is Literal:
+            comment = comment.replace(word, ", ".join(f"`{name}`" for name in get_args(kind)))
+    return comment
 
 
 def describe_type(hint: Any) -> str:
@@ -124,12 +165,15 @@ def describe_type(hint: Any) -> str:
     origin, parts = get_origin(hint), get_args(hint)
     if origin is Literal:
         return ", ".join(f"`{name}`" for name in parts)
+    if origin in (Union, UnionType) and options.Parameters in parts:
+        names = ", ".join(describe_type(part) for part in parts if part != options.Parameters)
+        return f"{names}; with [parameters](#parameters)"
     if origin in (Union, UnionType):
         return ", ".join(dict.fromkeys(describe_type(part) for part in parts))
     if origin is not None and issubclass(origin, dict):
         return f"map of {describe_type(parts[0])} to {describe_type(parts[1])}"
     if origin is not None:
-        return f"list of {describe_type(parts[0])}"
+        return f"list of {describe_type(parts[0])}" + "s" * (parts[0] in (int, float))
     if hint is type(None):
         return "`null`"
     if dataclasses.is_dataclass(hint):
@@ -172,24 +216,17 @@ def escape(text: str) -> str:
 
 def cli_reference() -> str:
     """The help of every command."""
-    summary = help_of()
-    names = re.findall(r"^    ([a-z]+)", summary, re.MULTILINE)
-    parts = [
-        "# Command line",
-        "This page is generated from the argument parser: it is what `rin-video COMMAND --help` prints.",
-        f"```text\n{summary}```",
-    ]
-    parts += [f"## {name}\n\n```text\n{help_of(name)}```" for name in names]
+    with mock.patch.dict(os.environ, {"COLUMNS": "90", "NO_COLOR": "1"}):
+        parser = make_parser()
+        parts = [
+            "# Command line",
+            "This page is generated from the argument parser: it is what `rin-video COMMAND --help` prints.",
+            f"```text\n{parser.format_help()}```",
+        ]
+        names = {id(command): name for name, command in reversed(parser.commands.items())}  # without other names of one
+        commands = [(name, parser.commands[name]) for name in reversed(names.values())]
+        parts += [f"## {name}\n\n```text\n{command.format_help()}```" for name, command in commands]
     return "\n\n".join(parts) + "\n"
-
-
-def help_of(*command: str) -> str:
-    """What `--help` prints."""
-    text = io.StringIO()
-    wide = mock.patch.dict(os.environ, {"COLUMNS": "95", "NO_COLOR": "1"})
-    with wide, contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
-        make_parser().parse_args([*command, "--help"])
-    return text.getvalue()
 
 
 # ---- the API

@@ -12,6 +12,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from rin_video.errors import UsageError
+from rin_video.wording import in_bytes
 
 WEIGHTS, CONFIG = "model.safetensors", "config.yaml"
 HUB, PIPE = "hf:", "pipe:"  # prefixes of names of data that are not paths
@@ -80,7 +81,7 @@ def disk_full_handler(path: Path) -> Iterator[None]:
             raise
         free = shutil.disk_usage(next(p for p in path.absolute().parents if p.is_dir())).free
         raise UsageError(
-            f"{path} could not be written, {free / 1e6:,.0f} MB are free ({error}): free some space, or lower "
+            f"{path} could not be written, {in_bytes(free)} are free ({error}): free some space, or lower "
             "train.keep_checkpoints. Earlier checkpoints are complete: the same command resumes from them"
         ) from None
 

@@ -93,7 +93,7 @@ print(sorted(path.name for path in run.iterdir()), len(load_state(run / "step-1"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     error, left = done.stdout.splitlines()
     assert "step-2 could not be written" in error
-    assert "MB are free" in error
+    assert "B are free" in error
     assert "free some space" in error
     assert left == "['step-1'] 1000"
 

@@ -466,7 +466,7 @@ def test_info_of_a_run_and_of_a_preset(train_clips, capsys):
     assert row["latents"] == 64
     assert row["params"] < 30951180 / 2
     assert cli.main(["info", str(run), "--memory"]) == 0
-    assert "GB at batch size 2" in capsys.readouterr().out
+    assert "MB at batch size 2" in capsys.readouterr().out
 
 
 def test_what_the_system_refuses_is_one_line(fails, clips, train_clips, tmp_path):

@@ -62,7 +62,7 @@ def test_a_stray_file_does_not_switch_classes_off(tmp_path, caplog):
     data = ImageFolder(tmp_path, 8)
     assert data.classes == ["cat", "dog"]
     assert data.labels == [0, 1, 1, -1]
-    assert "1 of 4 files are in no class folder: they get no label" in caplog.text
+    assert "1 of 4 files are in no class folder and get no label" in caplog.text
     pictures(tmp_path, *(f"{i}.png" for i in range(9)))
     assert ImageFolder(tmp_path, 8).classes == []
     assert "10 of 13 files are outside the folders cat, dog: the folders are not used as classes" in caplog.text
@@ -97,7 +97,7 @@ def test_gifs_of_one_frame_are_images_and_a_stray_animation_is_ignored(tmp_path,
     numbered(tmp_path / "moving.gif", codec="gif", frames=3)
     assert detect_kind(tmp_path) == "image"
     said = ImageFolder(tmp_path, 8).describe()
-    assert "ignored: 1 files of other kinds (.gif 1): " in said
+    assert "ignored: 1 file of other kinds (.gif 1): " in said
     assert "moving.gif" in said
     assert len(ClipFolder(tmp_path, 8, 3)) == 1
 
@@ -239,7 +239,7 @@ def test_one_animation_among_few_pictures_is_a_stray(tmp_path):
     assert detect_kind(tmp_path) == "image"
     (tmp_path / "0.png").unlink()
     (tmp_path / "1.png").unlink()
-    with pytest.raises(UsageError, match="contains 1 images and 1 clips"):
+    with pytest.raises(UsageError, match="contains 1 image and 1 clip"):
         detect_kind(tmp_path)
 
 

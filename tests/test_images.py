@@ -107,10 +107,10 @@ def test_errors_report_what_a_folder_contains(tmp_path):
         ImageFolder(tmp_path, 8)
     (tmp_path / "a.gif").touch()
     assert detect_kind(tmp_path) == "video"
-    with pytest.raises(UsageError, match="it contains 1 clips: use --frames 16"):
+    with pytest.raises(UsageError, match="it contains 1 clip: use --frames 16"):
         ImageFolder(tmp_path, 8)
     (tmp_path / "b.JPG").touch()
-    with pytest.raises(UsageError, match="1 images and 1 clips"):
+    with pytest.raises(UsageError, match="1 image and 1 clip"):
         detect_kind(tmp_path)
     with pytest.raises(UsageError, match=r"b\.JPG is empty: download the file again"):
         ImageFolder(tmp_path, 8)

@@ -164,7 +164,7 @@ def test_what_cannot_be_built_is_refused_with_the_words_of_the_model(options):
 
 
 def test_a_tokenizer_of_others_is_built_to_be_counted(monkeypatch):
-    monkeypatch.setitem(TOKENIZERS._things, "own", TOKENIZERS.get("image"))
+    monkeypatch.setitem(TOKENIZERS._objects, "own", TOKENIZERS.get("image"))
     config = ModelConfig(dim=32, image_size=16, num_latents=6, depth=1)
     assert model_info(dataclasses.replace(config, tokenizer="own")) == model_info(config)
 

@@ -7,7 +7,8 @@ from pathlib import Path
 CHECKOUT = Path(__file__).parents[1]
 HOMES = {"rin_video": "rin_video", "datasets": "rin_video.datasets", "tokenizers": "rin_video.tokenizers"}
 FLOORS = [  # from the ground up: a module imports from lower layers, or from its own without a circle
-    {"errors", "registry", "files", "tensors", "layers", "ranks", "plain_yaml", "tensor_files", "labels"},
+    {"errors", "registry", "files", "tensors", "layers", "ranks", "plain_yaml", "tensor_files", "labels"}
+    | {"progress", "wording"},
     {"config", "config_checks", "config_files", "port"},
     {"media", "hub", "weights"},
     {"datasets", "tokenizers"},

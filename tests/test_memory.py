@@ -68,7 +68,7 @@ def test_the_largest_batch_fits_and_the_next_does_not(monkeypatch):
     assert largest_batch(config, torch.device("cpu"), limit=10) == 10
     assert largest_batch(config, torch.device("cpu"), num_processes=4, limit=10) == 8
     monkeypatch.setattr("rin_video.training.memory.free_memory", lambda device: 1e6)
-    with pytest.raises(UsageError, match=r"needs \d\.\d GB with a batch of 1, 0\.0 GB can be used"):
+    with pytest.raises(UsageError, match=r"needs [\d.]+ MB with a batch of 1, 900 kB can be used"):
         largest_batch(config, torch.device("cpu"))
 
 

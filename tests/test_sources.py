@@ -304,7 +304,7 @@ def test_prepare_writes_shards_resumes_and_refuses_others(two_classes, tmp_path,
     command = ["prepare", str(two_classes), "--size", "16x32", "--fps", "4", "--out", "shards", "--workers", "1"]
     assert main(command) == 0
     said = capsys.readouterr().out
-    assert "2 files in 1 shards (0 existed already)" in said
+    assert "2 files in 1 shard (0 existed already)" in said
     assert "a second before" in said
     first = (tmp_path / "shards/000000.tar").read_bytes()
     assert main(command) == 0

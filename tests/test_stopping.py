@@ -219,7 +219,7 @@ def test_out_of_memory_errors_have_numbers(tmp_path, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
 
     monkeypatch.setattr(run.diffusion, "forward", fail)
-    with pytest.raises(UsageError, match=r"out of memory on cpu: a batch of 8 needs about .* GB are free") as error:
+    with pytest.raises(UsageError, match=r"out of memory on cpu: a batch of 8 needs about .* [MG]B are free") as error:
         run.train()
     for way in (
         "--batch-size 4 with train.gradient_accumulate_every=2 (the same step) needs",

@@ -35,14 +35,14 @@ def here(tmp_path, monkeypatch, clips) -> Path:
         ("index notes", "notes contains no .png"),
         ("index links", "links to folders are not followed"),
         ("index zero", "a.png is empty: download the file again"),
-        ("index both", "contains 1 images and 1 clips: choose the clips (--frames 16, or --kind video)"),
+        ("index both", "contains 1 image and 1 clip: choose the clips (--frames 16, or --kind video)"),
         ("index images --kind audio", "unknown kind 'audio': use one of image, video, array"),
-        ("index images --kind video", "it contains 1 images"),
+        ("index images --kind video", "it contains 1 image"),
         ("index images --out clips", "the index clips cannot be written"),
         ("index images --out file/index.jsonl", "cannot be written"),
         ("index images train.train_lr=1", "train.train_lr=1: index trains nothing, it takes data.key=value"),
         ("index hf:someone/something", "index takes files and shards"),
-        ("peek images --frames 4", "it contains 1 images: leave out --frames"),
+        ("peek images --frames 4", "it contains 1 image: leave out --frames"),
         ("peek clips --frames 4 --num 0", "--num is 0: it must be at least 1"),
         ("peek clips --frames 4 --size 7", "height 7 is not a multiple of its patch size"),
         ("peek clips --frames 4 data.fps=10 data.stride=2", "both choose frames: leave one out"),
@@ -76,7 +76,7 @@ def test_odd_folders_that_can_be_used(here, capsys, name):
     (here / "loop/a.png").write_bytes((here / "images/a.png").read_bytes())
     (here / "loop/b.png").symlink_to(here / "loop/b.png")  # a link to itself
     assert main(["peek", name, "--size", "8", "--out", "new/sheet.png"]) == 0
-    assert "1 samples of 3x8x8: mean 0.353 0.471 0.118, std 0.000 0.000 0.000" in capsys.readouterr().out
+    assert "1 sample of 3x8x8: mean 0.353 0.471 0.118, std 0.000 0.000 0.000" in capsys.readouterr().out
     assert (here / "new/sheet.png").is_file()
 
 

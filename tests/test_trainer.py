@@ -316,7 +316,7 @@ ANOTHER = {
     "sharding": ("fsdp2", lambda run: run.options.sharding),  # a single process has nothing to shard
     "save_and_sample_every": (3, lambda run: 3 if previews_of(run.folder, 3) else 0),
     "keep_checkpoints": (1, lambda run: len(run.checkpoints)),
-    "keep_every": (2, lambda run: 2 if run.milestone("step-00000002").exists() else 0),
+    "keep_every": (2, lambda run: 2 if (run.folder / "checkpoints/step-00000002").exists() else 0),
     "log_every": (3, lambda run: 3 if [line["step"] for line in lines(run.folder)][-1] == 3 else 0),
     "trackers": (["jsonl"], lambda run: [*run.options.trackers]),
 }

@@ -25,6 +25,7 @@ from rin_video.datasets.resize_crop import ResizeCrop, decoder_size
 from rin_video.datasets.video_info import VideoInfo
 from rin_video.diffusion.masks import known_frames_mask
 from rin_video.errors import UsageError
+from rin_video.wording import counted, ranged
 
 log = logging.getLogger("rin_video")
 
@@ -93,7 +94,8 @@ def read_embedding_options(options: Namespace, config: Config) -> dict[str, Any]
         for file, vectors in zip(files, told, strict=True):
             if vectors.shape[1] != width or len(vectors) > most:
                 raise UsageError(
-                    f"{file} holds {len(vectors)} vectors of {vectors.shape[1]}, the model takes 1 to {most} of {width}"
+                    f"{file} holds {counted(len(vectors), 'vector')} of {vectors.shape[1]}, the model takes "
+                    f"1 to {most} of {width}"
                 )
     longest = max(len(vectors) for vectors in told)
     padded = torch.stack([torch.nn.functional.pad(v, (0, 0, 0, longest - len(v))) for v in told])
@@ -125,7 +127,9 @@ def read_context(
             f"use --context-frames 1 to {limit}, or more --frames"
         )
     if len(lengths) > 1:
-        raise UsageError(f"the clips of {path} have {min(lengths)} to {max(lengths)} frames: give --context-frames")
+        raise UsageError(
+            f"the clips of {path} have {ranged(min(lengths), max(lengths), 'frame')}: give --context-frames"
+        )
     clips = [_read_clip(*clip, shape, options) for clip in zip(files, infos, chosen, strict=True)]
     return torch.stack([clips[i % len(clips)] for i in range(num)])
 
@@ -172,6 +176,6 @@ def _indices(file: Path, info: VideoInfo, options: DataConfig, frames: int | Non
         indices = nearest_in_time(info.times, wanted)
     if frames is not None and frames > len(indices):
         raise UsageError(
-            f"{file} has {len(indices)} frames at this stride or rate, not {frames}: lower --context-frames"
+            f"{file} has {counted(len(indices), 'frame')} at this stride or rate, not {frames}: lower --context-frames"
         )
     return indices[:frames]

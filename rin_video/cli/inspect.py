@@ -12,6 +12,7 @@ from rin_video.cli.options import RUN_HELP, say
 from rin_video.config_files import load_config, presets
 from rin_video.errors import UsageError
 from rin_video.files import CONFIG
+from rin_video.wording import counted, in_bytes
 
 log = logging.getLogger("rin_video")
 
@@ -82,7 +83,7 @@ def info(options: Namespace) -> None:
         from rin_video.training.memory import training_memory
 
         batch = config.train.train_batch_size
-        say(f"  {'training':<11}about {training_memory(config) / 1e9:.1f} GB at batch size {batch}")
+        say(f"  {'training':<11}about {in_bytes(training_memory(config))} at batch size {batch}")
 
 
 def find_config(model: str) -> Path:
@@ -116,9 +117,8 @@ def diagnose(options: Namespace) -> None:
     dataset = open_dataset(data, diffusion.shape, config.data, seed=config.train.seed)
     out = Path(options.out or own_folder(options.model) / "diagnosis")
     diagnosis = diagnose_run(folder, diffusion, dataset, config, out, num=options.num)
-    say(
-        f"loss ({config.diffusion.objective}, not weighted), mean of {min(options.num, len(dataset))} samples of {data}"
-    )
+    samples = counted(min(options.num, len(dataset)), "sample")
+    say(f"loss ({config.diffusion.objective}, not weighted), mean of {samples} of {data}")
     say(diagnosis.table())
     for finding in diagnosis.findings() or ["nothing looks wrong: every noise level is learnt, no latent is dead"]:
         say(f"- {finding}")

@@ -18,6 +18,7 @@ from rin_video.model.costs import (
     tokenizer_cost,
     tokenizer_names,
 )
+from rin_video.wording import counted, in_flops
 
 
 @dataclass(frozen=True)
@@ -79,12 +80,12 @@ def describe(config: ModelConfig) -> str:
     info = model_info(config)
     channels, *grid = info.shape
     lines = {
-        "sample": f"{channels} channels, {'x'.join(map(str, grid))}"
-        + (f", {config.num_classes} classes" if config.num_classes else ""),
-        "interface": f"{info.tokens} tokens of width {config.dim}, {config.position} positions",
+        "sample": f"{counted(channels, 'channel')}, {'x'.join(map(str, grid))}"
+        + (f", {counted(config.num_classes, 'class')}" if config.num_classes else ""),
+        "interface": f"{counted(info.tokens, 'token')} of width {config.dim}, {config.position} positions",
         "latents": f"{info.latents} of width {config.latent_width}",
         "blocks": f"{config.depth}, with {', '.join(map(str, config.compute_layers))} compute layers",
         "parameters": f"{info.params:,}",
-        "forward": f"{info.gflops:.2f} GFLOPs a sample",
+        "forward": f"{in_flops(info.gflops)} a sample",
     }
     return "\n".join(f"  {name:<11}{text}" for name, text in lines.items())

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from tqdm.auto import tqdm
 
 from rin_video.config import Config
 from rin_video.datasets.adapters import adapt_for
@@ -26,10 +25,12 @@ from rin_video.diffusion.objectives import target
 from rin_video.diffusion.process import GaussianDiffusion
 from rin_video.files import write_text
 from rin_video.media import can_be_picture, contact_sheet
+from rin_video.progress import progress_bar
 from rin_video.tensors import to_diffusion_range
 from rin_video.training.plots import draw_figure
 from rin_video.training.previews import harmless
 from rin_video.training.state import load_state, saved_states
+from rin_video.wording import counted
 
 log = logging.getLogger("rin_video")
 
@@ -100,8 +101,9 @@ class Diagnosis:
         active = sum(share > self.clipped_data + 0.05 for share in self.clipped)
         if active > len(self.clipped) / 2:
             found.append(
-                f"clipping is active in {active} of {len(self.clipped)} steps: more of the estimate lies at the bounds "
-                f"than of the data ({self.clipped_data:.0%}). Train longer, lower guidance, or try clip_x0=dynamic"
+                f"clipping is active in {active} of {counted(len(self.clipped), 'step')}: more of the estimate lies at "
+                f"the bounds than of the data ({self.clipped_data:.0%}). Train longer, lower guidance, or try "
+                "clip_x0=dynamic"
             )
         dead = sum(spread < 0.01 for spread in self.latent_std)
         if dead:
@@ -128,7 +130,7 @@ def diagnose(
     raw = diffusion.with_model(raw_model) if raw_model is not None else None
     rows: dict[str, list[float]] = {name: [] for name in ("loss", "first", "raw", "zero", "copy", "log_snr")}
     latents: list[Tensor] = []
-    with tqdm(total=len(times), desc="noise levels", unit="level") as bar:
+    with progress_bar(len(times), "noise levels", "level") as bar:
         for index, t in enumerate(times):
             sums = torch.zeros(5, dtype=torch.float64)
             for number, (x, conditions) in enumerate(batches):

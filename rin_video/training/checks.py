@@ -9,6 +9,7 @@ from typing import Any
 from rin_video.datasets.adapters import ADAPTED
 from rin_video.datasets.clips import ClipFolder
 from rin_video.datasets.embeddings import embedding_shape
+from rin_video.datasets.epochs import name_of
 from rin_video.datasets.images import ImageFolder
 from rin_video.datasets.mixed import MixedDataset
 from rin_video.diffusion.process import GaussianDiffusion
@@ -65,9 +66,7 @@ def check_embeddings(diffusion: GaussianDiffusion, data: Any) -> None:
 
 def not_finite_error(failure: Failure, data: Any, checkpoint: Path | None) -> UsageError:
     """Names the step, the samples that it was of and the last good checkpoint."""
-    files = getattr(data, "files", None)
-    name_of = getattr(data, "name_of", files.__getitem__ if files else "sample {}".format)
-    names = [str(name_of(index)) for index in failure.samples]
+    names = [name_of(data, index) for index in failure.samples]
     named = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
     return UsageError(
         f"the {'loss' if failure.of_loss else 'gradient'} of step {failure.step} is not a number. It came with "

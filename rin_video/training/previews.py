@@ -33,11 +33,19 @@ def harmless(what: object) -> Iterator[None]:
         log.warning("%s could not be made, and the run goes on: %s", what, first_line(error))
 
 
-def write_previews(samples: Tensor, name: Path, fps: float) -> None:
+def write_previews(samples: Tensor, images: Tensor | None, run: Path, step: int, fps: float) -> list[Path]:
+    """Write the samples of a step, images that come beside clips first; returns the files that were written."""
+    name = run / "samples" / f"step-{step:08d}"
+    if images is not None:
+        write_preview(images, name.with_name(f"{name.name}-images"), fps)
+    write_preview(samples, name, fps)
+    return previews_of(run, step)
+
+
+def write_preview(samples: Tensor, name: Path, fps: float) -> None:
     """Write samples (B, C, *grid) as `name`.png; clips as `name`.mp4 and, a row for each, .png; else .safetensors."""
     picture = name.with_suffix(".png" if can_be_picture(samples.shape) else ".safetensors")
     with harmless(picture):
-        name.parent.mkdir(parents=True, exist_ok=True)
         if samples.ndim == 5 and picture.suffix == ".png":
             contact_sheet(samples, picture)
         else:

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm.auto import tqdm
 
 from rin_video.config import Config
 from rin_video.config_files import to_dict
@@ -30,6 +29,7 @@ from rin_video.errors import Stopped, UsageError
 from rin_video.files import disk_full_handler
 from rin_video.media import DEFAULT_FPS
 from rin_video.model.transfer import transfer_weights
+from rin_video.progress import progress_bar
 from rin_video.tensor_files import full_tensor
 from rin_video.training.callbacks import Callback, append_line
 from rin_video.training.checkpoints import TrainingState, check_same_options, remove_old_states
@@ -50,11 +50,11 @@ from rin_video.training.memory import checkpoint_blocks, out_of_memory
 from rin_video.training.metrics import Metrics, describe_line, read_lines, trim_lines
 from rin_video.training.optimizers import make_lr_schedule, make_optimizer
 from rin_video.training.plots import plot_metrics
-from rin_video.training.previews import draw_previews, harmless, is_previewed, previews_of, write_previews
+from rin_video.training.previews import draw_previews, harmless, is_previewed, write_previews
 from rin_video.training.provenance import write_provenance
 from rin_video.training.setup import find_inputs, make_config, open_data
 from rin_video.training.signals import StopSignals, ignore_signals
-from rin_video.training.state import load_state, newest_state, save_state, saved_states
+from rin_video.training.state import CHECKPOINTS, load_milestone, newest_state, save_state, saved_states
 from rin_video.training.tracking import Tracking, check_trackers
 from rin_video.weights import save_weights
 
@@ -170,11 +170,12 @@ class Trainer:
             write_provenance(self.folder, self.config, self.accelerator)
         path = self.folder / METRICS if main else None
         metrics = Metrics(path, self.step, state=self.pending, gather=self.accelerator.gather)
+        steps, shown = self.options.train_num_steps, self.progress and main
         self.call("on_start")
         try:
             with (
                 StopSignals() as signals,
-                self.progress_bar() as bar,
+                progress_bar(steps, "training", "step", initial=self.step, disable=not shown) as bar,
                 disk_full_handler(self.folder),
                 out_of_memory(self.config, self.accelerator.device, num_processes),
                 self.batches() as batches,
@@ -224,15 +225,6 @@ class Trainer:
         if self.accelerator.is_main_process:
             for callback in self.callbacks:
                 getattr(callback, name)(self, *arguments)
-
-    def progress_bar(self) -> Any:
-        return tqdm(
-            total=self.options.train_num_steps,
-            initial=self.step,
-            desc="training",
-            unit="step",
-            disable=not (self.progress and self.accelerator.is_main_process),
-        )
 
     def train_step(self, batches: TrainLoader) -> tuple[list[LossTerms], Tensor, float, list[list[int]]]:
         """One optimizer step over `gradient_accumulate_every` batches.
@@ -324,12 +316,8 @@ class Trainer:
             with harmless(self.folder / "metrics.png"):
                 plot_metrics(read_lines(self.folder / METRICS), self.folder / "metrics.png")
         self.evaluate(averaged)
-        name = self.folder / "samples" / f"step-{self.step:08d}"
-        fps = self.config.sample.fps or DEFAULT_FPS
-        if images is not None:
-            write_previews(images, name.with_name(f"{name.name}-images"), fps)
-        write_previews(samples, name, fps)
-        self.call("on_sample", samples, previews_of(self.folder, self.step))
+        paths = write_previews(samples, images, self.folder, self.step, self.config.sample.fps or DEFAULT_FPS)
+        self.call("on_sample", samples, paths)
 
     def evaluate(self, averaged: GaussianDiffusion) -> None:
         """Write down what the callbacks measure."""
@@ -370,7 +358,8 @@ class Trainer:
             "data": self.identity,
         }
         save_weights(self.folder, self.ema.ema_model.state_dict(), self.config, write=write)
-        folder = self.milestone(f"step-{self.step:08d}" if milestone is None else f"milestone-{milestone}")
+        name = f"step-{self.step:08d}" if milestone is None else f"milestone-{milestone}"
+        folder = self.folder / CHECKPOINTS / name
         save_state(folder, state, write=write)
         if write:
             keep, keep_every = self.options.keep_checkpoints, self.options.keep_every
@@ -379,19 +368,8 @@ class Trainer:
 
     def load(self, milestone: int | str) -> None:
         """Go back to what `save(milestone)` wrote: `train()` goes on from there. `UsageError` where there is none."""
-        folder = self.milestone(f"milestone-{milestone}")
-        if not folder.is_dir():
-            there = sorted(p.name.removeprefix("milestone-") for p in folder.parent.glob("milestone-*"))
-            raise UsageError(
-                f"{self.folder} has no milestone {milestone}: {', '.join(there) or 'none was saved'} (checkpoints of "
-                "other packages, model-N.pt, do not fit this network)"
-            )
-        self.restore(folder, load_state(folder))
+        self.restore(*load_milestone(self.folder, milestone))
         self.loaded = True
-
-    def milestone(self, name: str) -> Path:
-        """The folder of a state."""
-        return self.folder / "checkpoints" / name
 
     def snapshot(self) -> None:
         """Write down the averages of all lengths, for `rin-video ema`."""
