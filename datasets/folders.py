@@ -76,8 +76,8 @@ def split_sources(
 def detect_kind(root: str | PathLike[str], *, allow_pipe: bool = False, cache: Path | None = None) -> DataKind:
     """Return the kind of the files in `root`: "image", "video" or "array".
 
-    Raises `UsageError` if there are no such files, or both images and clips. A GIF is a clip if it is animated; up to
-    10 % of animated GIFs among images are ignored.
+    A GIF is a clip if it is animated; a few of them among images (10 %, or one) are ignored. Raises `UsageError` if
+    there are no such files, or both images and clips.
     """
     every = all_sources(root, allow_pipe=allow_pipe, cache=cache)
     counts = {kind: _count(every, extensions) for kind, extensions in KINDS.items()}

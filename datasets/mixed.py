@@ -27,7 +27,7 @@ class MixedDataset(SampleDataset):
 
     def __init__(self, clips: Dataset[Any], images: Dataset[Any], image_ratio: float = DataConfig.image_ratio) -> None:
         if not 0 < image_ratio < 1:
-            raise UsageError(f"image_ratio is {image_ratio:g}: this fraction of the steps must be between 0 and 1")
+            raise UsageError(f"image_ratio is {image_ratio:g}: the fraction of steps must be above 0 and below 1")
         clips, images = adapt(clips), adapt(images)
         self.clips, self.images, self.image_ratio = clips, images, image_ratio
         self.parts: tuple[Any, Any] = (clips, images)
