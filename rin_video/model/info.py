@@ -1,4 +1,4 @@
-"""What a model costs: parameters, tokens, floating-point operations, memory. Nothing is computed: shapes only."""
+"""The cost of a model: parameters, tokens and floating-point operations, counted from shapes alone."""
 
 from __future__ import annotations
 
@@ -15,8 +15,12 @@ from rin_video.model.rin import RIN
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """`gflops` counts a multiply-add as 2: dense layers, convolutions and attention products of one forward pass of one
-    sample that has a previous one. Norms, softmax, activations, biases and residual sums are not counted."""
+    """Counts for one model.
+
+    `shape` is the shape of one sample, (C, *grid). `gflops` are the 10^9 floating-point operations of one forward pass
+    of one sample, including self-conditioning on a previous pass. A multiply-add counts as 2. Dense layers,
+    convolutions and attention products are counted; norms, softmax, activations, biases and residual sums are not.
+    """
 
     shape: tuple[int, ...]
     tokens: int
@@ -26,7 +30,7 @@ class ModelInfo:
 
 
 def model_info(config: ModelConfig) -> ModelInfo:
-    """Counts for a model, without allocating its weights. Raises `UsageError` for a model that cannot be."""
+    """Count for a model without allocating its weights. Raises `UsageError` for a configuration that is not valid."""
     with torch.device("meta"):
         model = RIN(config)
         x = torch.empty(1, *model.shape)
@@ -45,7 +49,7 @@ def model_info(config: ModelConfig) -> ModelInfo:
 
 
 def describe(config: ModelConfig) -> str:
-    """A model in a few lines for people."""
+    """Return a summary of a model for people, in a few lines of text."""
     info = model_info(config)
     channels, *grid = info.shape
     lines = {
