@@ -59,14 +59,14 @@ Parameters: TypeAlias = dict[str, float | str]
 
 @dataclass
 class ModelConfig:
-    """The network: tokenizer, conditioning and core. The defaults are the published block."""
+    """The network: tokenizer, conditioning and core. The defaults build the block as published."""
 
-    dim: int = 256  # width of the interface tokens
+    dim: int = 256  # width of the interface tokens, each of which holds a patch of the data
     image_size: int | Sequence[int] | None = None  # size in pixels: one number, or [height, width]; null for sequences
     # size of the patch of a token, which must divide the size of the data: one number (images, sequences),
     # [height, width] (images) or [frames, height, width] (clips)
     patch_size: int | Sequence[int] = 4
-    frames: int | None = None  # frames of a clip; null: images or sequences
+    frames: int | None = None  # number of frames of a clip; null: images or sequences
     channels: int = 3  # channels of the data: 3 for RGB
     sequence_length: int | None = None  # length of a sample, for the tokenizer `sequence`; null for images and clips
     # auto (tube if `frames` is set, sequence if `sequence_length` is set, else image), image, tube, sequence, or a
@@ -80,24 +80,26 @@ class ModelConfig:
     depth: int = 6  # number of blocks; each block reads, computes and writes
     # compute layers per block: one number, or a list with one number for each block; a block with 0 only reads
     latent_self_attn_depth: int | Sequence[int] = 2
-    num_latents: int = 256  # number of latents, including those that hold conditions
+    num_latents: int = 256  # number of latent vectors, including those that hold conditions
     dim_latent: int | None = None  # width of a latent; null: the same as `dim`
     num_heads: int = 8  # attention heads of the read and write layers
     latent_num_heads: int = 16  # attention heads of the compute layers
     mlp_ratio: float = 4  # hidden width of the feed-forward layers on interface tokens, relative to `dim`
     latent_mlp_ratio: float = 4  # hidden width of the feed-forward layers on latents, relative to `dim_latent`
     latent_position: LatentPositionName = "learned"  # position codes of the latents
-    dropout: float = 0.0  # dropout probability in the feed-forward layers of the compute layers; 0: none
+    dropout: float = 0.0  # dropout probability in the feed-forward part of the compute layers; 0: none
     drop_path: float = 0.0  # probability that a sample skips a residual branch of a compute layer; 0: none
 
     known_mask: bool = False  # add an input channel for the observed mask, as `diffusion.known` and contexts require
     num_classes: int = 0  # number of classes; 0: the model takes no labels
     embedding_dim: int = 0  # width of the vectors (of a text or another signal) that condition a sample; 0: none
     embedding_tokens: int = 1  # maximum number of these vectors per sample
-    time_conditioning: ConditioningName = "latent"  # where the noise level enters; interface: read-only; adaln: norms
+    # where the noise level enters; latent: as a latent, interface: as a read-only interface token, adaln: in the norms
+    time_conditioning: ConditioningName = "latent"
     class_conditioning: ConditioningName = "latent"  # where the class label enters, with the same choices
     embedding_conditioning: EmbeddingConditioningName = "interface"  # where the embedding vectors enter
-    self_conditioning: str = "latent"  # self-conditioning state: latent, interface, x0, several joined by +, or none
+    # state that a pass receives from the previous, noisier pass: latent, interface, x0, several joined by +, or none
+    self_conditioning: str = "latent"
     time_scaling: float = 1000.0  # factor of the noise level gamma before its sin-cos code
 
     interface_mixing: str = "none"  # mixing of tokens before a read: linear_attention, conv, both joined by +, or none
@@ -167,10 +169,11 @@ class DiffusionConfig:
     """The training objective, the noise levels and the observed masks."""
 
     timesteps: int | None = None  # default number of sampling steps in Python; null: that of `sample.steps`
-    # decrease of the signal power gamma over time; parameters of cosine and sigmoid: start, end, tau
+    # signal power gamma as a function of time t; parameters of cosine and sigmoid: start, end, tau
     noise_schedule: ScheduleName | Parameters = "sigmoid"
-    objective: ObjectiveName = "v"  # what the network predicts; velocity is that of rectified flow
-    train_prob_self_cond: float = 0.9  # fraction of the training samples with self-conditioning; 0: no first pass
+    objective: ObjectiveName = "v"  # prediction target: eps (noise), x0 (data), v (of both), velocity (rectified flow)
+    # fraction of the training samples that are self-conditioned on the state of a first pass; 0: no first pass
+    train_prob_self_cond: float = 0.9
     # maximum distance in time (t runs from 0 to 1) from the main pass to the noisier first pass; 1 / (sampling steps)
     # helps if the steps are few; 0: both passes at the same time
     self_cond_gap: float = 0.0
@@ -179,11 +182,11 @@ class DiffusionConfig:
     loss_weight: LossWeightName | Parameters = "none"
     # distribution of training times; low_discrepancy: evenly spaced over a batch; parameters of logit_normal: mean, std
     time_sampling: TimeSamplingName | Parameters = "uniform"
-    scale: float = 1.0  # factor of the data; below 1, every noise level becomes noisier
+    scale: float = 1.0  # factor of the data before noise is added; below 1, every noise level becomes noisier
     label_dropout: float = 0.0  # fraction of samples trained without label and embedding, for classifier-free guidance
     # observed masks in training: each kind with its weight, for example {none: 1, first: 2}; empty: no masks
     known: dict[KnownKind, float] = field(default_factory=dict)
-    known_frames: list[int] = field(default_factory=list)  # [least, most] number of known frames; empty: 1 to half
+    known_frames: list[int] = field(default_factory=list)  # [least, most] known frames; empty: 1 to half of all
     clip_x0: ClippingName = "static"  # clipping of x0 estimates in sampling: to the range of the data, dynamic, or none
 
     def __post_init__(self) -> None:
@@ -231,17 +234,20 @@ class DataConfig:
     windows: int = 1  # clips per file and epoch; with sampling=time, this number for each clip that fits into the file
     avoid_cuts: bool = False  # take only clips without a scene change
     crop: CropName = "center"  # position of the crop
-    crop_scale: list[float] = field(default_factory=lambda: [1.0, 1.0])  # range of the crop's side; 1: the largest crop
+    # range of the side of the crop as a fraction of the largest possible crop, in [0.05, 1]
+    crop_scale: list[float] = field(default_factory=lambda: [1.0, 1.0])
     augment_horizontal_flip: bool = False  # mirror half of the samples
-    augment_color: float = 0.0  # strength of changes in brightness, contrast, saturation and hue, 0 to 1
+    augment_color: float = 0.0  # random changes of brightness, contrast, saturation and hue, 0 (none) to 1 (strong)
     augment_reverse: bool = False  # reverse half of the clips in time
-    augment_speed: list[float] = field(default_factory=lambda: [1.0, 1.0])  # range of the speed; 2: twice as fast
-    buckets: list[str] = field(default_factory=list)  # shapes of batches, as 48x80, or 16x48x80 for clips; empty: one
+    # range of the random playback speed of clips, in [0.1, 10]; 1: unchanged, 2: twice as fast
+    augment_speed: list[float] = field(default_factory=lambda: [1.0, 1.0])
+    # shapes in one run, one per batch: 48x80 for images, 16x48x80 for clips; empty: only the shape of the model
+    buckets: list[str] = field(default_factory=list)
     decoder: DecoderOption = "auto"  # decoder of clips; auto: torchcodec if it works, else pyav
-    num_workers: int = 2  # processes that load data; 0: the training process does, so that a crash or a hang ends it
+    num_workers: int = 2  # processes that load data; 0: the training process loads it, so a bad file can end the run
     prefetch: int = 2  # batches that each of these processes loads in advance
     strict: bool = False  # refuse to start if there are files that cannot be used
-    max_failures: int = 100  # samples that may fail in training, each replaced by another; more stop the run
+    max_failures: int = 100  # samples that may fail and be replaced during training; one more stops the run
     read_timeout: float = 60.0  # maximum time to read a file, in seconds; slower files are not used
     max_pixels: int = 100_000_000  # largest image or frame, in pixels; larger files are refused
     allow_pipe: bool = False  # allow shards pipe:COMMAND, which run a command; cannot be set in a file
@@ -280,14 +286,14 @@ class TrainConfig:
     """Optimisation, averaged weights, checkpoints and logging."""
 
     train_num_steps: int = 100_000  # number of optimizer steps
-    train_batch_size: int = 16  # samples per forward pass in all processes together (global batch size)
-    gradient_accumulate_every: int = 1  # forward passes per optimizer step
+    train_batch_size: int = 16  # samples per forward pass, summed over all processes (the global batch)
+    gradient_accumulate_every: int = 1  # forward passes per optimizer step; their gradients are averaged
     optimizer: OptimizerName = "adamw"  # muon: Muon for matrices and AdamW for other parameters
     train_lr: float = 1e-4  # maximum learning rate
     weight_decay: float = 0.01  # weight decay, except on biases, norms and embeddings; 0: none
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # decay of first and second moments
-    lr_schedule: LRScheduleName = "cosine"  # learning rate after the warm-up
-    lr_cosine_portion: float = 1.0  # fraction of the half period that the run covers; 1: down to a learning rate of 0
+    lr_schedule: LRScheduleName = "cosine"  # course of the learning rate after the warm-up
+    lr_cosine_portion: float = 1.0  # fraction of the cosine's half period that the run covers; 1: down to 0
     warmup_steps: int = 0  # steps over which the learning rate rises linearly from 0; 0: no warm-up
     max_grad_norm: float = 1.0  # maximum norm of the gradient, to which larger ones are scaled; 0: no clipping
     ema_decay: float = 0.9999  # decay per step of the EMA of the weights, independent of `ema_update_every`
@@ -297,15 +303,15 @@ class TrainConfig:
     # training in [0.01, 0.28]; empty: none
     ema_sigma_rel: list[float] = field(default_factory=lambda: [0.05, 0.1])
     ema_snapshot_every: int = 5000  # steps between snapshots of the power-function EMAs
-    mixed_precision: PrecisionName = "no"  # precision of activations; no: float32
+    mixed_precision: PrecisionName = "no"  # precision of activations; no: float32; tf32: the same with TF32 products
     # recompute the activations of each block in the backward pass: less memory, more time
     gradient_checkpointing: bool = False
     compile: bool = False  # use torch.compile; if compilation fails, training continues without it
     sharding: ShardingName = "none"  # none: each process holds the full model (DDP); fsdp2: a part
     init_from: str | None = None  # run folder or hub id of a model whose weights are loaded where they fit; null: none
     seed: int = 0  # seed of the initial weights, the order of the data, the noise and the samples
-    save_and_sample_every: int = 1000  # steps between checkpoints, which are also the steps at which samples are drawn
-    keep_checkpoints: int = 2  # number of the latest checkpoints that are kept
+    save_and_sample_every: int = 1000  # steps between checkpoints; samples are drawn at the same steps
+    keep_checkpoints: int = 2  # number of most recent checkpoints to keep
     keep_every: int = 0  # checkpoints at multiples of this number of steps are never deleted; 0: none
     log_every: int = 10  # steps between lines of metrics.jsonl
     trackers: list[str] = field(default_factory=list)  # tensorboard, wandb or another of accelerate; empty: none
@@ -356,22 +362,24 @@ class SampleConfig:
 
     num_samples: int = 16  # number of samples
     steps: int = 50  # sampling steps; each is one network call, or two with heun
-    sampler: SamplerName | Parameters = "dpmpp_2m_sde"  # parameters: eta (ddim), churn (heun)
+    # sampling method, compared in benchmarks/README.md; parameters: eta of ddim, in [0, 1]; churn of heun, at least 0
+    sampler: SamplerName | Parameters = "dpmpp_2m_sde"
     # spacing of the steps: uniform and quadratic in t, karras and logsnr in sigma / alpha; null: karras for dpmpp and
     # heun, and uniform for other samplers and with `schedule` or `time_difference`
     spacing: SpacingName | None = None
     # asymmetric time intervals: each step goes this many steps further than the clock; 0: none
     time_difference: float = 0.0
-    schedule: ScheduleName | Parameters | None = None  # noise schedule; null: that of training
+    schedule: ScheduleName | Parameters | None = None  # noise schedule to sample with; null: that of training
     label: int | str | None = None  # class of all samples, by name or number, -1 for no class; null: each class in turn
     guidance: float = 0.0  # scale of classifier-free guidance; 0: no guidance
     guidance_drop: str = "label"  # conditions that the unconditional prediction omits: label, known, or label+known
-    guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])  # range of gamma with guidance
+    # range [low, high] of gamma in which guidance is applied; 0: noise, 1: clean
+    guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])
     # both predictions of guidance in one forward pass; false: in two, which need less memory
     batched_guidance: bool = True
     guidance_rescale: float = 0.0  # how far to restore the std of the conditional prediction, from 0 (not) to 1 (fully)
     clip_x0: ClippingName | None = None  # clipping of x0 estimates; null: `diffusion.clip_x0`
-    precision: PrecisionName | None = None  # null: that of training, or float32 on a CPU
+    precision: PrecisionName | None = None  # precision of the network; null: that of training, or float32 on a CPU
     fps: float | None = None  # frame rate of the written clips, in frames per second; null: that of the data
 
     def __post_init__(self) -> None:
