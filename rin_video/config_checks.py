@@ -58,7 +58,7 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 
 
 def check_at_least(name: str, value: Any, least: int, kind: type) -> None:
-    """Raise `UsageError` if `value` is not a number of at least `least`, or not whole if `kind` is int."""
+    """Raise `UsageError` if `value` is not a number of at least `least`, or not a whole number if `kind` is int."""
     if kind is int and not is_whole(value, -(10**18)):
         raise UsageError(f"{name} is {value!r}: it must be a whole number")
     if not is_number(value) or value < least:

@@ -113,7 +113,7 @@ def _read_file(name_or_file: str | os.PathLike[str]) -> Layer:
     node = plain_yaml.parse(text, origin)
     if not plain_yaml.is_mapping(node):
         raise UsageError(
-            f"{origin} is not a mapping of sections: its keys are model:, diffusion:, data:, train: and sample:"
+            f"{origin} is not a mapping of sections: its keys must be model:, diffusion:, data:, train: and sample:"
         )
     layer = _read_layer(plain_yaml.read_items(node, origin), origin)
     layer.get("data", {}).pop("allow_pipe", None)

@@ -231,8 +231,8 @@ def test_conditions_go_where_they_are_sent(time, label):
     [
         ({"dimm": 3}, r"unknown key dimm: did you mean dim\?$"),
         ({"train_lr": 3}, r"unknown key train_lr: did you mean train.train_lr\?"),
-        ({"num_heads": 17}, "^num_heads is 17, but the attention is only 16 wide"),
-        ({"latent_num_heads": 25}, "latent_num_heads is 25, but the attention is only 24 wide"),
+        ({"num_heads": 17}, "^num_heads is 17, but the attention has a width of 16"),
+        ({"latent_num_heads": 25}, "latent_num_heads is 25, but the attention has a width of 24"),
         ({"num_latents": 2}, "num_latents is 2, of which conditions take 2"),
         ({"num_latents": 0}, "num_latents is 0"),
         ({"depth": 0}, "depth is 0"),

@@ -45,7 +45,7 @@ class Conditions(NamedTuple):
         return Conditions(label, embedding, known, values)
 
     def drop(self, probability: float, rng: RNG) -> Conditions:
-        """Replace label and embedding by their null values, for each sample with the given probability."""
+        """Replace label and embedding by their null values, for each sample with a probability in [0, 1]."""
         present = next((part for part in (self.label, self.embedding) if part is not None), None)
         if present is None or not probability:
             return self

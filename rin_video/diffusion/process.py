@@ -181,8 +181,8 @@ class GaussianDiffusion(nn.Module):
             known = draw_known(kinds, frames, len(x), x.shape[2:], rng.generators())
             known = (known.pin_memory() if x.is_cuda else known).to(x.device, non_blocking=True)
         conditions = Conditions(label, embedding, known, x0).drop(self.config.label_dropout, rng)
-        self_conditions = self.config.train_prob_self_cond and getattr(self.model, "self_conditioning", True)
-        self_cond = self.first_pass(x0, eps, t, conditions, rng) if self_conditions else None
+        has_first_pass = self.config.train_prob_self_cond and getattr(self.model, "self_conditioning", True)
+        self_cond = self.first_pass(x0, eps, t, conditions, rng) if has_first_pass else None
         prediction, _ = self.predict(x_t, level, conditions, self_cond)
         error = (prediction - target(self.config.objective, x0, eps, level)) ** 2
         return LossTerms(conditions.masked_mean(self.loss_weight(level) * error), t)
@@ -233,7 +233,7 @@ class GaussianDiffusion(nn.Module):
         else:  # filled on the device: a copy would make the host wait
             gamma = torch.full((len(x_t),), level.gamma, dtype=torch.float32, device=x_t.device)
         prediction, latents = self.model(x_t, gamma, **inputs)
-        return prediction.to(x_t.dtype), latents  # half precision under autocast; samplers compute in that of x_t
+        return prediction.to(x_t.dtype), latents  # half precision under autocast; samplers need the dtype of x_t
 
     def self_cond_state(self, latents: Any, x0: Tensor) -> dict[str, Any]:
         """Return the self-conditioning state for the next pass. An estimate in it is divided by `scale`."""

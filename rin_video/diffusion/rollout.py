@@ -1,6 +1,6 @@
 """Rollouts: clips of any length, window by window, each conditioned on the last frames of the one before.
 
-Frames are yielded as they are generated, so that memory holds one window only.
+Frames are yielded as they are generated, and only one window is kept in memory.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class _Sliding:
 
     def draw(self, start: Tensor | None, known: Tensor | None, seed: int) -> Tensor:
         """Generate a window (B, C, F, H, W) that begins with the frames `start`, or keeps their pixels in `known`."""
-        result: tuple[Tensor, dict[str, Any]] = sample(
+        sampled: tuple[Tensor, dict[str, Any]] = sample(
             self.diffusion,
             self.config,
             batch_size=self.batch_size,
@@ -130,7 +130,7 @@ class _Sliding:
             return_self_cond=True,
             **self.options,
         )
-        clip, self_cond = result
+        clip, self_cond = sampled
         if self.carry_latents:
             self.self_cond = {"latents": self_cond["latents"]}
         return clip.cpu()

@@ -115,7 +115,7 @@ class RINCore(nn.Module):
             ("latent_num_heads", config.latent_num_heads, dim_latent),
         ):
             if heads > width:
-                raise UsageError(f"{name} is {heads}, but the attention is only {width} wide: use fewer heads")
+                raise UsageError(f"{name} is {heads}, but the attention has a width of {width}: use fewer heads")
         self.num_latents, self.dim_latent = config.num_latents, dim_latent
         self.gradient_checkpointing = False  # recompute the activations of each block in the backward pass
         self.latents = make_position(config.latent_position, (learned,), dim_latent)
