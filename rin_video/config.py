@@ -367,7 +367,7 @@ class SampleConfig:
     # spacing of the steps: uniform and quadratic in t, karras and logsnr in sigma / alpha; null: karras for dpmpp and
     # heun, and uniform for other samplers and with `schedule` or `time_difference`
     spacing: SpacingName | None = None
-    # asymmetric time intervals: each step goes this many steps further than the clock; 0: none
+    # asymmetric time intervals: each step goes to the noise level of this many steps later; 0: none
     time_difference: float = 0.0
     schedule: ScheduleName | Parameters | None = None  # noise schedule to sample with; null: that of training
     label: int | str | None = None  # class of all samples, by name or number, -1 for no class; null: each class in turn

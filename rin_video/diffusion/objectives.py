@@ -100,8 +100,8 @@ def make_loss_weight(
 
     `name` is "none" (weight 1) or a key of `LOSS_WEIGHTS`, and `parameters` are its arguments. The weight on the
     squared error of x0 is divided by the ratio of the squared error of the objective to that of x0. On a
-    variance-preserving path, this ratio is snr for eps and snr + 1 for v. Min-SNR for v is therefore min(snr, gamma) /
-    (snr + 1). Raises `UsageError` for unknown names, unknown parameters and values out of range.
+    variance-preserving path, this ratio is snr for eps and snr + 1 for v, so that min-SNR for v is
+    min(snr, gamma) / (snr + 1). Raises `UsageError` for unknown names, unknown parameters and values out of range.
     """
     if objective not in OBJECTIVES:
         raise UsageError(f"unknown objective {objective!r}: choose {', '.join(OBJECTIVES)}")

@@ -235,12 +235,12 @@ def make_levels(
     """Return `steps` pairs (level, next level) from noise to data.
 
     The values are floats, computed in `dtype`, so that no step waits for a device. The spacings uniform and quadratic
-    (denser near the data) are in t. The spacings karras (rho = 7; Karras et al. 2022, eq. 5) and logsnr are in sigma /
-    alpha, and their last step goes to the clean end of the schedule. Their range is [0.002, 80] times `scale`, the
-    factor of the data, limited by the ends of the schedule. The clean end counts as t = 0.001 there, and is multiplied
-    by `scale` too.
+    (denser near the data) are in t. The spacings karras (rho = 7; Karras et al. 2022, eq. 5) and logsnr are in the
+    ratio sigma / alpha, and their last step goes to the clean end of the schedule. The ratio is limited to [0.002, 80]
+    times `scale`, the factor of the data. It is also limited by the ends of the schedule, where the clean end is the
+    ratio at t = 0.001 times `scale`.
 
-    With `time_difference` td, each step goes td steps further than the clock (the authors' asymmetric time intervals;
+    With `time_difference` td, each step goes to the level of td steps later (the authors' asymmetric time intervals;
     Chen et al. 2022, arXiv 2208.04202, sec. 3.2). This requires a spacing in t. Raises `UsageError` for unknown names
     and values out of range.
     """
