@@ -1,4 +1,4 @@
-"""Arrays as a dataset for any modality: .npy and .safetensors files, of one sample each or of many."""
+"""The dataset of arrays, for any modality: .npy and .safetensors files with one sample or many."""
 
 from __future__ import annotations
 
@@ -15,14 +15,17 @@ from rin_video.datasets.array_files import ArrayInfo, read_array
 from rin_video.datasets.epochs import SampleDataset
 from rin_video.datasets.sources import Source, shown
 from rin_video.errors import UsageError
+from rin_video.wording import counted
 
 
 class ArrayFolder(SampleDataset):
-    """Arrays of a folder, or of one file; item: `{"x": uint8 or float32 (C, *grid), "label": class or -1}`.
+    """A dataset of the arrays in a folder, a file or tar shards.
 
-    A file holds one sample (C, *grid) or many (N, C, *grid), uint8 or floats in [0, 1]; in shards too. Only
-    the sample is read of a file. Raises UsageError where no file is of that `shape`, and for values outside [0, 1] when
-    they are drawn.
+    Items are `{"x": uint8 or float32 (C, *grid), "label": class or -1}`. A file contains one sample (C, *grid) or many
+    (N, C, *grid), uint8 or floats in [0, 1]; only the requested sample is read. `index` is a file that caches the
+    properties of the data between runs; the other options are the fields of `DataConfig`, passed by name or as one
+    `config`. Raises `UsageError` if no file has samples of that `shape`, and when an item is drawn with values outside
+    [0, 1].
     """
 
     def __init__(
@@ -73,24 +76,31 @@ class ArrayFolder(SampleDataset):
         return {"x": x, "label": self.labels[index]}
 
     def name_of(self, index: int) -> str:
+        """Return the name of the item's file, and its row if the file has many."""
         file, place = self.places[index]
         return f"{self.files[file]}" + (f" [{place}]" if place is not None else "")
 
     def describe(self) -> str:
+        """Return a summary in a few lines: arrays, shape, dtypes, classes, skipped files."""
         from rin_video.datasets.index import describe_skipped
         from rin_video.datasets.resize_crop import class_list
 
         size = "x".join(map(str, self.shape))
         kinds = ", ".join(sorted({info.dtype for info in self.infos}))
-        lines = [f"{len(self)} arrays of {size} ({kinds}) in {len(self.files)} files{class_list(self.classes)}"]
+        lines = [
+            f"{counted(len(self), 'array')} of shape {size} ({kinds}) in {counted(len(self.files), 'file')}"
+            f"{class_list(self.classes)}"
+        ]
         return "\n".join(lines + describe_skipped(self.skipped))
 
     def _num_samples(self, info: ArrayInfo) -> int | None:
-        """None: the file is one sample; 0: it does not fit."""
+        """Return the number of samples in a file: None if the file is one sample, 0 if its shape does not fit."""
         if info.shape == self.shape:
             return None
         return info.shape[0] if info.shape[1:] == self.shape else 0
 
     def _misfit(self, source: Source, info: ArrayInfo) -> str:
         shape = ", ".join(map(str, self.shape))
-        return f"{shown(source)} has shape {info.shape}, the model takes ({shape}), or (N, {shape}) for many"
+        return (
+            f"{shown(source)} has shape {info.shape}, but the model has shape ({shape}): save ({shape}) or (N, {shape})"
+        )

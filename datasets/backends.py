@@ -67,16 +67,16 @@ class TorchCodecReader:
         except Exception as error:
             raise unreadable(source, error) from error
         if len(self._decoder) != info.num_frames:
-            raise _misplaced("torchcodec", source)
-        _prove(self, "torchcodec", source, info)
+            raise _wrong_frames("torchcodec", source)
+        _verify_pixels(self, "torchcodec", source, info)
 
     def read(self, indices: Sequence[int], size: tuple[int, int] | None) -> Tensor:
         """Return the frames `indices` as uint8 (F, 3, H, W) of the stored size."""
         batch = self._decoder.get_frames_at(list(indices))
         if not np.allclose(batch.pts_seconds.numpy() - self._begin, self._times[list(indices)], atol=TIME_TOLERANCE):
-            raise _misplaced("torchcodec", self.source)
+            raise _wrong_frames("torchcodec", self.source)
         if tuple(batch.data.shape[2:]) != self._size:
-            raise _misplaced("torchcodec", self.source)
+            raise _wrong_frames("torchcodec", self.source)
         return batch.data
 
     def close(self) -> None:
@@ -110,15 +110,15 @@ class DecordReader:
         except Exception as error:
             raise unreadable(source, error) from error
         if len(times) != info.num_frames or not np.allclose(times - times[0], info.times, atol=TIME_TOLERANCE):
-            raise _misplaced("decord", source)
-        _prove(self, "decord", source, info)
+            raise _wrong_frames("decord", source)
+        _verify_pixels(self, "decord", source, info)
 
     def read(self, indices: Sequence[int], size: tuple[int, int] | None) -> Tensor:
         """Return the frames `indices` as uint8 (F, 3, H, W) of the stored size."""
         frames = torch.from_numpy(self._reader.get_batch(list(indices)).asnumpy()).permute(0, 3, 1, 2)
         self._reader.seek(0)  # otherwise it decodes the rest of the video into memory
         if tuple(frames.shape[2:]) != self._size:
-            raise _misplaced("decord", self.source)
+            raise _wrong_frames("decord", self.source)
         return frames
 
     def close(self) -> None:
@@ -258,12 +258,12 @@ def _suits_torchcodec(info: VideoInfo) -> bool:
     return info.container in SOUGHT_CONTAINERS and info.plain and info.bits == 8
 
 
-def _prove(reader: FrameReader, name: str, source: Source, info: VideoInfo) -> None:
+def _verify_pixels(reader: FrameReader, name: str, source: Source, info: VideoInfo) -> None:
     """Compare the reader's pixels with PyAV's for three frames between keyframes, once per file and process.
 
     Raises `UsageError` if they differ.
     """
-    if info.decoder == name or (source, name) in _proved:
+    if info.decoder == name or (source, name) in _verified:
         return
     places = sorted({info.num_frames * part // 7 for part in (1, 3, 6)})
     if info.num_frames > 2:  # use the following frames, because comparing keyframes would not suffice
@@ -276,7 +276,7 @@ def _prove(reader: FrameReader, name: str, source: Source, info: VideoInfo) -> N
             errors = (reader.read([place], None).int() - pictures).abs().float().mean((1, 2, 3))
             error = errors[around.index(place)]
             if error > SAME_PIXELS or error > errors.min() + 0.01:
-                raise _misplaced(name, source)
+                raise _wrong_frames(name, source)
     except UsageError:
         raise
     except Exception as error:
@@ -284,13 +284,13 @@ def _prove(reader: FrameReader, name: str, source: Source, info: VideoInfo) -> N
     finally:
         right.close()
     if not isinstance(source, Buffer):  # it would stay in memory
-        _proved.add((source, name))
+        _verified.add((source, name))
 
 
-_proved: set[tuple[Source, str]] = set()
+_verified: set[tuple[Source, str]] = set()
 
 
-def _misplaced(decoder: str, source: Source) -> UsageError:
+def _wrong_frames(decoder: str, source: Source) -> UsageError:
     return UsageError(f"{decoder} returns other frames of {shown(source)} than PyAV: use --decoder pyav")
 
 

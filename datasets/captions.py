@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from rin_video.errors import UsageError, first_line
+from rin_video.progress import progress_bar
 
 
 class TextEncoder:
@@ -55,20 +55,24 @@ class TextEncoder:
         """
         most = min(getattr(self.tokenizer, "model_max_length", 512), 512)
         rows, cut = [torch.zeros(0, num_tokens, self.dim)], 0
-        for start in tqdm(range(0, len(captions), batch_size), desc="captions", delay=2, disable=not progress):
-            part = [*captions[start : start + batch_size]]
-            room = most if num_tokens == 1 else min(most, num_tokens)
-            cut += sum(len(ids) > room for ids in self.tokenizer(part, truncation=False, verbose=False)["input_ids"])
-            words = self.tokenizer(part, truncation=True, max_length=room, padding=True, return_tensors="pt")
-            words = words.to(self.device)
-            states = self.model(**words).last_hidden_state.float()
-            mask = words["attention_mask"].unsqueeze(-1).to(states)
-            states = states * mask
-            if num_tokens == 1:
-                states = states.sum(1, keepdim=True) / mask.sum(1, keepdim=True)
-            row = torch.zeros(len(part), num_tokens, self.dim)
-            row[:, : states.shape[1]] = states.cpu()
-            rows.append(row)
+        with progress_bar(len(captions), "captions", "caption", delay=2, disable=not progress) as bar:
+            for start in range(0, len(captions), batch_size):
+                part = [*captions[start : start + batch_size]]
+                room = most if num_tokens == 1 else min(most, num_tokens)
+                cut += sum(
+                    len(ids) > room for ids in self.tokenizer(part, truncation=False, verbose=False)["input_ids"]
+                )
+                words = self.tokenizer(part, truncation=True, max_length=room, padding=True, return_tensors="pt")
+                words = words.to(self.device)
+                states = self.model(**words).last_hidden_state.float()
+                mask = words["attention_mask"].unsqueeze(-1).to(states)
+                states = states * mask
+                if num_tokens == 1:
+                    states = states.sum(1, keepdim=True) / mask.sum(1, keepdim=True)
+                row = torch.zeros(len(part), num_tokens, self.dim)
+                row[:, : states.shape[1]] = states.cpu()
+                rows.append(row)
+                bar.update(len(part))
         return torch.cat(rows), cut
 
 

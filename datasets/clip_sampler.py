@@ -12,6 +12,7 @@ from rin_video.config import DataConfig
 from rin_video.datasets.sources import Source, shown
 from rin_video.datasets.video_info import VideoInfo, frames_text
 from rin_video.errors import UsageError
+from rin_video.wording import counted
 
 
 class ClipSampler:
@@ -32,13 +33,13 @@ class ClipSampler:
             raise UsageError(self._too_short(source, info))
         if info.lost and not ClipSampler(self.frames, replace(self.options, avoid_cuts=False)).starts(info).size:
             raise UsageError(
-                f"clip {shown(source)} has no {self.frames} consecutive frames that can be decoded "
+                f"clip {shown(source)} has no {counted(self.frames, 'consecutive frame')} that can be decoded "
                 f"({frames_text(info.lost_ranges)} cannot): use fewer --frames, or re-encode it"
             )
         if self.options.avoid_cuts and not self.starts(info).size:
             raise UsageError(
-                f"clip {shown(source)} has no scene of {self.frames} frames (cuts at {list(info.cuts or ())[:8]}): "
-                "use fewer --frames, or data.avoid_cuts=false"
+                f"clip {shown(source)} has no scene of {counted(self.frames, 'frame')} "
+                f"(cuts at {list(info.cuts or ())[:8]}): use fewer --frames, or data.avoid_cuts=false"
             )
 
     def count(self, info: VideoInfo) -> int:
@@ -48,10 +49,10 @@ class ClipSampler:
         length = self.frames / self.options.fps * info.fps if self.options.fps else self.frames * self.options.stride
         return self.options.windows * max(1, int(info.num_frames // length))
 
-    def draw(self, info: VideoInfo, part: int, parts: int, chance: np.random.Generator) -> list[int]:
+    def draw(self, info: VideoInfo, part: int, parts: int, rng: np.random.Generator) -> list[int]:
         """Draw a clip from the `part`-th of `parts` equal parts of the file; return its source frames in order."""
         low, high = self.options.augment_speed
-        speed = float(np.exp(chance.uniform(np.log(low), np.log(high)))) if low != high else low
+        speed = float(np.exp(rng.uniform(np.log(low), np.log(high)))) if low != high else low
         starts = self.starts(info, speed)
         if not starts.size:  # the file is too short for this speed
             speed, starts = 1.0, self.starts(info)
@@ -59,9 +60,9 @@ class ClipSampler:
             part * starts.size // parts,
             max((part + 1) * starts.size // parts, part * starts.size // parts + 1),
         )
-        start = int(starts[min(first + int(chance.integers(last - first)), starts.size - 1)])
+        start = int(starts[min(first + int(rng.integers(last - first)), starts.size - 1)])
         indices = self.indices(info, start, speed)
-        if self.options.augment_reverse and chance.random() < 0.5:
+        if self.options.augment_reverse and rng.random() < 0.5:
             indices.reverse()
         return indices
 
@@ -115,17 +116,18 @@ class ClipSampler:
     def _too_short(self, source: Source, info: VideoInfo) -> str:
         name, frames, fps, stride = shown(source), self.frames, self.options.fps, self.options.stride
         if self.options.span == "whole":
-            return f"clip {name} has {info.num_frames} frames, but {frames} are needed: use --frames {info.num_frames}"
+            has = counted(info.num_frames, "frame")
+            return f"clip {name} has {has}, but {frames} are needed: use --frames {info.num_frames}"
         if fps is None:
             fits = (info.num_frames - 1) // stride + 1
             return (
-                f"clip {name} has {info.num_frames} frames, but {(frames - 1) * stride + 1} are needed "
+                f"clip {name} has {counted(info.num_frames, 'frame')}, but {(frames - 1) * stride + 1} are needed "
                 f"for {frames} at stride {stride}: use --frames {fits}, or a smaller stride"
             )
         fits = int((info.times[-1] + 0.5 / info.fps) * fps) + 1
         return (
             f"clip {name} lasts {info.times[-1] + 1 / info.fps:.2f} s, but {frames / fps:.2f} s are needed "
-            f"for {frames} frames at {fps:g} fps: use --frames {fits}, or a higher fps"
+            f"for {counted(frames, 'frame')} at {fps:g} fps: use --frames {fits}, or a higher fps"
         )
 
 

@@ -13,15 +13,16 @@ from torch import Tensor
 from rin_video.config import DataConfig, data_config
 from rin_video.datasets.buckets import Buckets
 from rin_video.datasets.clip_sampler import ClipSampler
-from rin_video.datasets.decoding import LostFramesError, VideoInfo, backends_for, kept_open, let_go
+from rin_video.datasets.decoding import LostFramesError, VideoInfo, backends_for, close_cached, open_cached
 from rin_video.datasets.embeddings import open_embeddings
 from rin_video.datasets.epochs import SampleDataset
 from rin_video.datasets.folders import number_classes
-from rin_video.datasets.images import make_framing
+from rin_video.datasets.images import make_resize_crop
 from rin_video.datasets.index import Entry, describe_notes, describe_skipped, make_index, refuse_skipped
-from rin_video.datasets.resize_crop import SampleRNG, class_list, size_range, smaller
+from rin_video.datasets.resize_crop import SampleRNG, class_list, decoder_size, size_range
 from rin_video.datasets.sources import Source, shown
 from rin_video.errors import UsageError
+from rin_video.wording import counted, ranged
 
 log = logging.getLogger("rin_video")
 
@@ -56,10 +57,10 @@ class ClipFolder(SampleDataset):
             raise UsageError(f"clips must have 1 or 3 channels, not {channels}")
         self.config = config or data_config(**options)
         self.root, self.frames, self.decoder = Path(root), frames, self.config.decoder
-        self.framing = make_framing(image_size, self.config)
-        self.windows = ClipSampler(frames, self.config)
-        self.shape = (channels, frames, *self.framing.size)
-        self.chance = SampleRNG(seed)
+        self.resize_crop = make_resize_crop(image_size, self.config)
+        self.clip_sampler = ClipSampler(frames, self.config)
+        self.shape = (channels, frames, *self.resize_crop.size)
+        self.rng = SampleRNG(seed)
         self.index = make_index(root, "video", self.config, path=index, progress=True)
         self.index.require_some(self.config.strict)
         self.skipped = self.index.unusable
@@ -71,10 +72,10 @@ class ClipFolder(SampleDataset):
 
     def _choose(self) -> list[Entry]:
         """Select the files that are long enough; set the clips per epoch of each, and the bucket of each clip."""
-        shapes = self.buckets.shapes or [(self.frames, *self.framing.size)]
-        self.framings = [make_framing(shape[1:], self.config) for shape in shapes]
-        self.lengths = [ClipSampler(shape[0], self.config) for shape in shapes]
-        shortest = min(self.lengths, key=lambda windows: windows.frames)
+        shapes = self.buckets.shapes or [(self.frames, *self.resize_crop.size)]
+        self.resize_crops = [make_resize_crop(shape[1:], self.config) for shape in shapes]
+        self.clip_samplers = [ClipSampler(shape[0], self.config) for shape in shapes]
+        shortest = min(self.clip_samplers, key=lambda sampler: sampler.frames)
         chosen: list[Entry] = []
         self.files: list[Source] = []
         self.infos: list[VideoInfo] = []
@@ -105,22 +106,22 @@ class ClipFolder(SampleDataset):
 
     def _longest(self, info: VideoInfo) -> int:
         """Return the number of frames of the longest bucket that the file can fill."""
-        return max(w.frames for w in self.lengths if w.starts(info).size)
+        return max(sampler.frames for sampler in self.clip_samplers if sampler.starts(info).size)
 
     @property
     def seed(self) -> int:
         """The seed of the random numbers."""
-        return self.chance.seed
+        return self.rng.seed
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch of `dataset[index]`, in all workers."""
-        self.chance.set_epoch(epoch)
+        self.rng.set_epoch(epoch)
 
     def __len__(self) -> int:
         return len(self.places)
 
     def __getitem__(self, index: int) -> dict[str, Tensor | int]:
-        return self.draw(index, self.chance.epoch)
+        return self.draw(index, self.rng.epoch)
 
     def draw(self, index: int, epoch: int) -> dict[str, Tensor | int]:
         """Return item `index` of an epoch. Raises `UsageError` if the file cannot be read or is too damaged."""
@@ -128,22 +129,22 @@ class ClipFolder(SampleDataset):
 
         index = range(len(self))[index]
         for _ in range(ATTEMPTS):
-            file, indices, chance = self._plan(index, epoch)
-            framing, info = self.framings[self.bucket_of[index]], self.infos[file]
-            frame = framing.plan(info.size, chance)
+            file, indices, rng = self._draw_frames(index, epoch)
+            resize_crop, info = self.resize_crops[self.bucket_of[index]], self.infos[file]
+            params = resize_crop.draw_params(info.size, rng)
             try:
-                video = kept_open(self.files[file], self.decoder, info)
-                frames = video.read(indices, smaller(frame.size, info.size))
+                video = open_cached(self.files[file], self.decoder, info)
+                frames = video.read(indices, decoder_size(params.size, info.size))
                 break
             except LostFramesError as error:  # discard this clip, not the file
-                if not self._learn(file, error):
+                if not self._record_lost(file, error):
                     raise
             except Exception:
-                let_go(self.files[file], self.decoder)
+                close_cached(self.files[file], self.decoder)
                 raise
         else:
             raise UsageError(f"{shown(self.files[file])} is too damaged: re-encode it or leave it out")
-        frames = framing.cut(frames, frame)
+        frames = resize_crop.apply(frames, params)
         if self.shape[0] == 1:
             frames = transforms.rgb_to_grayscale(frames)
         item: dict[str, Tensor | int] = {"x": frames.transpose(0, 1).contiguous(), "label": self.labels[index]}
@@ -151,7 +152,7 @@ class ClipFolder(SampleDataset):
 
     def frames_of(self, index: int, epoch: int) -> list[int]:
         """Return the source frames of item `index` of an epoch."""
-        return self._plan(range(len(self))[index], epoch)[1]
+        return self._draw_frames(range(len(self))[index], epoch)[1]
 
     def name_of(self, index: int) -> str:
         """Return the name of the item's file."""
@@ -163,38 +164,38 @@ class ClipFolder(SampleDataset):
         sizes = [info.size for info in self.infos]
         decoders = ", ".join(f"{name} for {count}" for name, count in sorted(self.backends.items()))
         lines = [
-            f"{len(self.files)} clips, {size_range(sizes)}, {min(counts)} to {max(counts)} frames at {min(rates):g} to "
-            f"{max(rates):g} fps{class_list(self.classes)}",
+            f"{counted(len(self.files), 'clip')}, {size_range(sizes)}, {ranged(min(counts), max(counts), 'frame')} at "
+            f"{rate_range(rates)} fps{class_list(self.classes)}",
             f"decoders: {decoders}",
         ]
         if len(self) != len(self.files):
-            lines.append(f"{len(self)} clips per epoch")
+            lines.append(f"{counted(len(self), 'clip')} per epoch")
         fps = self.config.fps
         if not fps and self.config.span != "whole" and (differ := _rates_differ(rates)):
             lines.append(differ)
         slow = sum(rate < fps for rate in rates) if fps else 0
         if slow:
-            lines.append(f"{slow} of {len(self.files)} have less than {fps:g} fps: some of their frames repeat")
+            lines.append(f"{slow} of {counted(len(self.files), 'clip')} below {fps:g} fps: some frames repeat")
         lines += [self.embeddings.describe()] if self.embeddings else []
         lines += self.buckets.describe(self.bucket_of)
-        lines += describe_notes(self.infos) + self.framing.describe_enlarged(sizes) + describe_skipped(self.skipped)
-        return "\n".join(lines + self.index.describe_passed_over())
+        lines += describe_notes(self.infos) + self.resize_crop.describe_enlarged(sizes) + describe_skipped(self.skipped)
+        return "\n".join(lines + self.index.describe_ignored())
 
-    def _plan(self, index: int, epoch: int) -> tuple[int, list[int], Any]:
+    def _draw_frames(self, index: int, epoch: int) -> tuple[int, list[int], Any]:
         """Return (file, frames, generator) of the first of several draws without known damage.
 
         The result is the same in every process: one that does not know of the damage finds it and draws again.
         """
         file, part, parts = self.places[index]
-        windows, lost = self.lengths[self.bucket_of[index]], self._lost.get(file, frozenset())
+        clip_sampler, lost = self.clip_samplers[self.bucket_of[index]], self._lost.get(file, frozenset())
         for attempt in range(ATTEMPTS):
-            chance = self.chance.draw(index, epoch, attempt)
-            indices = windows.draw(self.infos[file], part, parts, chance)
+            rng = self.rng.draw(index, epoch, attempt)
+            indices = clip_sampler.draw(self.infos[file], part, parts, rng)
             if not lost.intersection(indices):
                 break
-        return file, indices, chance
+        return file, indices, rng
 
-    def _learn(self, file: int, error: LostFramesError) -> bool:
+    def _record_lost(self, file: int, error: LostFramesError) -> bool:
         """Record frames that cannot be decoded; return False if they were known."""
         known = self._lost.get(file, frozenset())
         if known.issuperset(error.frames):
@@ -203,6 +204,12 @@ class ClipFolder(SampleDataset):
             log.warning("using another clip of the file: %s", error)
         self._lost[file] = known.union(error.frames)
         return True
+
+
+def rate_range(rates: list[float]) -> str:
+    """`8`, or `8 to 30`."""
+    low, high = f"{min(rates):.4g}", f"{max(rates):.4g}"
+    return low if low == high else f"{low} to {high}"
 
 
 def _rates_differ(rates: list[float]) -> str:

@@ -35,7 +35,7 @@ __all__ = [
     "Video",
     "VideoInfo",
     "backends_for",
-    "kept_open",
+    "open_cached",
     "open_video",
     "probe_video",
 ]
@@ -147,15 +147,15 @@ def backends_for(info: VideoInfo, decoder: DecoderOption = "auto", *, strict: bo
         raise UsageError(f"unknown decoder {decoder!r}: use one of auto, {', '.join(DECODERS)}")
     if strict:
         return [decoder]
-    unproved = decoder == "decord" and info.decoder not in ("", decoder)  # the index tried decord, and it failed
-    first = [decoder] if suits(decoder, info) and not unproved else []
+    unverified = decoder == "decord" and info.decoder not in ("", decoder)  # the index tried decord, and it failed
+    first = [decoder] if suits(decoder, info) and not unverified else []
     return first + [name for name in names if name != decoder]
 
 
-def kept_open(source: Source, decoder: DecoderOption, info: VideoInfo) -> Video:
+def open_cached(source: Source, decoder: DecoderOption, info: VideoInfo) -> Video:
     """Open a video through a cache of the last OPEN_FILES of this process.
 
-    Do not close the video; remove it from the cache with `let_go`.
+    Do not close the video; remove it from the cache with `close_cached`.
     """
     videos = _open.setdefault(os.getpid(), OrderedDict())
     key = (source, decoder)
@@ -167,7 +167,7 @@ def kept_open(source: Source, decoder: DecoderOption, info: VideoInfo) -> Video:
     return videos[key]
 
 
-def let_go(source: Source, decoder: str) -> None:
+def close_cached(source: Source, decoder: str) -> None:
     """Close a video that failed and remove it from the cache, so that the next request opens it again."""
     video = _open.get(os.getpid(), OrderedDict()).pop((source, decoder), None)
     if video is not None:

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset, default_collate, get_worker_info
+from torch.utils.data import Dataset, get_worker_info
 
-from rin_video.datasets.epochs import EpochDataset
+from rin_video.datasets.batch import Batch, collate
+from rin_video.datasets.epochs import EpochDataset, name_of
 from rin_video.datasets.sources import shown
 from rin_video.errors import DatasetError, UsageError, first_line
+from rin_video.wording import in_bytes
 
 log = logging.getLogger("rin_video")
 
@@ -26,7 +28,7 @@ IDLE, STARTING = -1, -2  # states of a worker that is not reading a sample
 
 
 class FaultTolerantDataset(Dataset[Any]):
-    """A dataset whose items are batches: a list of (epoch, index) gives (indices, collated batch).
+    """A dataset whose items are batches: a list of (epoch, index) gives (indices, `Batch`).
 
     Records in shared memory which sample each worker is reading and since when, and substitutes a neighbour for samples
     that cannot be read. In a worker, an error that must end the run is returned as a `Failure` instead of the batch.
@@ -56,10 +58,7 @@ class FaultTolerantDataset(Dataset[Any]):
 
     def name_of(self, index: int) -> str:
         """Return a sample's name on one line: its file, if the dataset has files."""
-        dataset = self.draws.dataset
-        files = getattr(dataset, "files", None)
-        name_of = getattr(dataset, "name_of", files.__getitem__ if files else "sample {}".format)
-        return shown(str(name_of(index)))
+        return shown(name_of(self.draws.dataset, index))
 
     def note(self, at: int) -> None:
         """Record the sample that this process starts to read (an index), or its state (IDLE, STARTING)."""
@@ -95,20 +94,20 @@ class FaultTolerantDataset(Dataset[Any]):
             if self.bucket_of is None or self.bucket_of[candidate] == self.bucket_of[index]:
                 yield candidate
 
-    def _collate(self, found: Sequence[tuple[int, Any]]) -> Any:
+    def _collate(self, found: Sequence[tuple[int, Any]]) -> Batch:
         samples = [sample for _, sample in found]
         try:
             with enough_shared_memory():
-                return default_collate(samples)
+                return collate(samples)
         except UsageError:
             raise
         except Exception as error:
             odd, reason = found[0][0], error
             for index, sample in found:
                 try:
-                    default_collate([samples[0], sample])
-                except Exception as smaller:  # noqa: PERF203
-                    odd, reason = index, smaller
+                    collate([samples[0], sample])
+                except Exception as cause:  # noqa: PERF203
+                    odd, reason = index, cause
                     break
             raise UsageError(
                 f"{self.name_of(odd)} cannot be collated with {self.name_of(found[0][0])}: {_one_line(reason)}"
@@ -155,7 +154,7 @@ def enough_shared_memory() -> Iterator[None]:
 def shared_memory_error() -> UsageError:
     """Return the error for shared memory that is too small, with its size and the remedies."""
     folder = Path("/dev/shm")
-    size = f" ({folder}: {shutil.disk_usage(folder).total / 1e6:,.0f} MB)" if folder.is_dir() else ""
+    size = f" ({folder}: {in_bytes(shutil.disk_usage(folder).total)})" if folder.is_dir() else ""
     return UsageError(
         f"shared memory{size} is too small for the batches of the workers: give the container more (docker run "
         "--shm-size=8g), lower data.num_workers or data.prefetch, or set data.num_workers=0 to use no workers"

@@ -16,6 +16,7 @@ from rin_video.datasets.shards import is_shards, list_shards, members_of
 from rin_video.datasets.sources import Member, Source, open_source, shown
 from rin_video.datasets.video_info import is_webp
 from rin_video.errors import UsageError
+from rin_video.wording import counted
 
 log = logging.getLogger("rin_video")
 
@@ -56,17 +57,19 @@ def split_sources(
             ]  # fmt: skip
         named = extensions == IMAGE_EXTENSIONS and "frame" in os.path.basename(str(sources[0])).lower()
         if named and (row := numbered_rows(sources)):
-            _say_once(f"{shown(os.fspath(root))}: {_describe_row(row)}; they are used as separate images. {MAKE_CLIPS}")
+            _warn_once(
+                f"{shown(os.fspath(root))}: {_describe_row(row)}; they are used as separate images. {MAKE_CLIPS}"
+            )
         if is_shards(root) and Path(root).is_dir():  # such as a list or table next to the shards
             others += [path for path in sorted(Path(root).iterdir()) if path.is_file() and path.suffix != ".tar"]
         return sources, [other for other in others if not os.path.basename(str(other)).startswith(".")]
     advice = ""
     if extensions == CLIP_EXTENSIONS and (images := [one for one in every if _is_of(one, IMAGE_EXTENSIONS)]):
-        advice = f"; it contains {len(images)} images: leave out --frames to train on images"
+        advice = f"; it contains {counted(len(images), 'image')}: leave out --frames to train on images"
         if row := numbered_rows(images):
             advice += f"; {_describe_row(row)}: {MAKE_CLIPS}"
     elif extensions == IMAGE_EXTENSIONS and (clips := _count(every, CLIP_EXTENSIONS)):
-        advice = f"; it contains {clips} clips: use --frames 16 to train on clips"
+        advice = f"; it contains {counted(clips, 'clip')}: use --frames 16 to train on clips"
     raise UsageError(f"{shown(os.fspath(root))} contains no {' '.join(extensions)} file{advice}{_links_advice(root)}")
 
 
@@ -86,8 +89,9 @@ def detect_kind(root: str | PathLike[str], *, allow_pipe: bool = False, cache: P
     )
     if counts["image"] and counts["video"] and not animated:
         raise UsageError(
-            f"{shown(os.fspath(root))} contains {counts['image']} images and {counts['video']} clips: "
-            "choose the clips (--frames 16, or --kind video) or the images (--frames 0, or --kind image)"
+            f"{shown(os.fspath(root))} contains {counted(counts['image'], 'image')} and "
+            f"{counted(counts['video'], 'clip')}: choose the clips (--frames 16, or --kind video) or the images "
+            "(--frames 0, or --kind image)"
         )
     for kind in KINDS:
         if counts[kind]:
@@ -116,12 +120,13 @@ def number_classes(names: Sequence[str | None]) -> tuple[list[str], list[int]]:
     if len(classes) < 2 or 2 * without > len(names):
         if len(classes) > 1:
             listed = f"{', '.join(map(shown, classes[:3]))}{', ...' * (len(classes) > 3)}"
-            _say_once(
-                f"{without} of {len(names)} files are outside the folders {listed}: the folders are not used as classes"
+            _warn_once(
+                f"{without} of {counted(len(names), 'file')} are outside the folders {listed}: "
+                "the folders are not used as classes"
             )
         return [], [-1] * len(names)
     if without:
-        _say_once(f"{without} of {len(names)} files are in no class folder: they get no label")
+        _warn_once(f"{without} of {counted(len(names), 'file')} are in no class folder and get no label")
     numbers = {name: number for number, name in enumerate(classes)}
     return classes, [numbers[name] if name else -1 for name in names]
 
@@ -207,7 +212,7 @@ def all_sources(root: str | PathLike[str], *, allow_pipe: bool = False, cache: P
         message = f"the folder {shown(str(error.filename))} cannot be read ({error.strerror})"
         if Path(error.filename) == root:
             raise UsageError(message) from None
-        _say_once(f"{message}: its files are skipped")
+        _warn_once(f"{message}: its files are skipped")
 
     for folder, subfolders, names in os.walk(root, onerror=unreadable):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
@@ -215,7 +220,7 @@ def all_sources(root: str | PathLike[str], *, allow_pipe: bool = False, cache: P
             if os.path.islink(os.path.join(folder, name)):
                 link = os.path.join(folder, name)
                 target = shown(os.path.realpath(link))
-                _say_once(f"{shown(link)} is a link to the folder {target} and is not followed")
+                _warn_once(f"{shown(link)} is a link to the folder {target} and is not followed")
         files += [
             (path.as_posix()[length:], path)
             for path in (Path(folder, name) for name in names if not name.startswith("."))
@@ -224,7 +229,7 @@ def all_sources(root: str | PathLike[str], *, allow_pipe: bool = False, cache: P
 
 
 @lru_cache(maxsize=1024)
-def _say_once(text: str) -> None:
+def _warn_once(text: str) -> None:
     log.warning("%s", text)
 
 

@@ -16,12 +16,13 @@ from rin_video.datasets.decoding import VideoInfo, open_video, probe_video
 from rin_video.datasets.epochs import SampleDataset
 from rin_video.datasets.extensions import CLIP_EXTENSIONS
 from rin_video.datasets.folders import sort_classes
-from rin_video.datasets.images import make_framing
+from rin_video.datasets.images import make_resize_crop
 from rin_video.datasets.reading import read_image
-from rin_video.datasets.resize_crop import SampleRNG, class_list, smaller
+from rin_video.datasets.resize_crop import SampleRNG, class_list, decoder_size
 from rin_video.datasets.sources import Buffer, shown
 from rin_video.errors import UsageError, first_line
 from rin_video.files import HUB
+from rin_video.wording import counted
 
 
 def is_hub(path: str | os.PathLike[str]) -> bool:
@@ -46,8 +47,8 @@ class HubDataset(SampleDataset):
     ) -> None:
         hub = import_hub()
         table = load_table(os.fspath(path))
-        self.path, self.shape, self.config, self.chance = path, tuple(shape), options, SampleRNG(seed)
-        _refuse_unheeded(path, options)
+        self.path, self.shape, self.config, self.rng = path, tuple(shape), options, SampleRNG(seed)
+        _refuse_unsupported(path, options)
         kind = "Image" if len(shape) == 3 else "Video"
         columns = columns_of(table, kind)
         if options.image_column is not None:
@@ -72,15 +73,15 @@ class HubDataset(SampleDataset):
             ) from error
         self.label, self.classes, self.labels = self._read_labels(table)
         self.whole_numbers = [n for n, feature in table.features.items() if "int" in str(getattr(feature, "dtype", ""))]
-        self.framing = make_framing(shape[-2:], options)
-        self.windows = ClipSampler(shape[1], options) if len(shape) == 4 else None
+        self.resize_crop = make_resize_crop(shape[-2:], options)
+        self.clip_sampler = ClipSampler(shape[1], options) if len(shape) == 4 else None
         self.frames = shape[1]
-        self.parts_of_row = options.windows if self.windows else 1
+        self.parts_of_row = options.windows if self.clip_sampler else 1
         self.skipped: list[tuple[Any, str]] = []
         self.infos = self._first_info()  # of one clip, for the frame rate
 
     def _first_info(self) -> list[VideoInfo]:
-        if self.windows is None:
+        if self.clip_sampler is None:
             return []
         for row in range(min(len(self.table), 8)):
             with suppress(UsageError):
@@ -107,13 +108,13 @@ class HubDataset(SampleDataset):
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch of `dataset[index]`, in all workers."""
-        self.chance.set_epoch(epoch)
+        self.rng.set_epoch(epoch)
 
     def __len__(self) -> int:
         return len(self.table) * self.parts_of_row
 
     def __getitem__(self, index: int) -> dict[str, Tensor | int]:
-        return self.draw(index, self.chance.epoch)
+        return self.draw(index, self.rng.epoch)
 
     def draw(self, index: int, epoch: int) -> dict[str, Tensor | int]:
         """Return item `index` of an epoch. Raises `UsageError` if the row has no readable picture."""
@@ -121,20 +122,20 @@ class HubDataset(SampleDataset):
 
         index = range(len(self))[index]
         row, part = divmod(index, self.parts_of_row)
-        chance = self.chance.draw(index, epoch)
+        rng = self.rng.draw(index, epoch)
         source = self._source(row, index)
         label = self.labels[row] if self.label else -1
-        if self.windows is None:
-            can_reduce = self.framing.scales == (1.0, 1.0)  # a small crop needs the full resolution
-            size = self.framing.size if can_reduce else None
+        if self.clip_sampler is None:
+            can_reduce = self.resize_crop.scales == (1.0, 1.0)  # a small crop needs the full resolution
+            size = self.resize_crop.size if can_reduce else None
             image = read_image(source, self.shape[0], at_least=size, max_pixels=self.config.max_pixels)
-            return {"x": self.framing(image, chance), "label": label}
+            return {"x": self.resize_crop(image, rng), "label": label}
         info = probe_video(source, max_pixels=self.config.max_pixels)
-        self.windows.check(source, info)
-        indices = self.windows.draw(info, part, self.parts_of_row, chance)
-        frame = self.framing.plan(info.size, chance)
+        self.clip_sampler.check(source, info)
+        indices = self.clip_sampler.draw(info, part, self.parts_of_row, rng)
+        params = self.resize_crop.draw_params(info.size, rng)
         with open_video(source, self.config.decoder, info) as video:
-            frames = self.framing.cut(video.read(indices, smaller(frame.size, info.size)), frame)
+            frames = self.resize_crop.apply(video.read(indices, decoder_size(params.size, info.size)), params)
         if self.shape[0] == 1:
             frames = transforms.rgb_to_grayscale(frames)
         return {"x": frames.transpose(0, 1).contiguous(), "label": label}
@@ -160,7 +161,7 @@ class HubDataset(SampleDataset):
         """Return a summary in a few lines: rows, classes, clips per epoch."""
         lines = [f"{len(self.table)} rows of column {self.column}{class_list(self.classes)}"]
         if self.parts_of_row > 1:
-            lines.append(f"{len(self)} clips per epoch")
+            lines.append(f"{counted(len(self), 'clip')} per epoch")
         if not self.label and (numbers := self.whole_numbers):
             lines.append(f"no labels; integer columns: {', '.join(numbers)}; --label-column {numbers[0]} uses one")
         return "\n".join(lines)
@@ -199,7 +200,7 @@ def _types(table: Any) -> str:
     return ", ".join(f"{name} ({type(feature).__name__})" for name, feature in table.features.items())
 
 
-def _refuse_unheeded(path: str | os.PathLike[str], options: DataConfig) -> None:
+def _refuse_unsupported(path: str | os.PathLike[str], options: DataConfig) -> None:
     """Raise `UsageError` for options that require every clip to be indexed before the first is drawn."""
     default = DataConfig()
     for name in ("buckets", "avoid_cuts", "sampling"):

@@ -18,6 +18,7 @@ from rin_video.datasets.index import describe_skipped, make_index
 from rin_video.datasets.reading import PIL_MODES, read_image
 from rin_video.datasets.resize_crop import ResizeCrop, SampleRNG, class_list, size_range
 from rin_video.errors import UsageError
+from rin_video.wording import counted
 
 __all__ = ["ImageFolder", "read_image"]
 
@@ -46,9 +47,9 @@ class ImageFolder(SampleDataset):
             raise UsageError(f"images must have 1, 3 or 4 channels, not {channels}")
         self.config = config or data_config(**options)
         self.root, self.channels = Path(root), channels
-        self.framing = make_framing(image_size, self.config)
-        self.shape = (channels, *self.framing.size)
-        self.chance = SampleRNG(seed)
+        self.resize_crop = make_resize_crop(image_size, self.config)
+        self.shape = (channels, *self.resize_crop.size)
+        self.rng = SampleRNG(seed)
         self.index = make_index(root, "image", self.config, path=index, progress=True)
         self.index.require_some(self.config.strict)
         self.skipped = self.index.unusable
@@ -58,35 +59,37 @@ class ImageFolder(SampleDataset):
         self.embeddings = open_embeddings(entries, self.config, index)
         self.buckets = Buckets(self.config.buckets, rank=2)
         self.bucket_of = self.buckets.assign([(1, *size) for size in self.sizes])
-        self.framings = [make_framing(shape, self.config) for shape in self.buckets.shapes] or [self.framing]
+        self.resize_crops = [make_resize_crop(shape, self.config) for shape in self.buckets.shapes] or [
+            self.resize_crop
+        ]
 
     @property
     def seed(self) -> int:
         """The seed of the random numbers."""
-        return self.chance.seed
+        return self.rng.seed
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch of `dataset[index]`, in all workers."""
-        self.chance.set_epoch(epoch)
+        self.rng.set_epoch(epoch)
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> dict[str, Tensor | int]:
-        return self.draw(index, self.chance.epoch)
+        return self.draw(index, self.rng.epoch)
 
     def draw(self, index: int, epoch: int) -> dict[str, Tensor | int]:
         """Return item `index` of an epoch. Raises `UsageError` if the file cannot be read."""
         index = range(len(self))[index]
-        framing = self.framings[self.bucket_of[index]]
-        can_reduce = framing.scales == (1.0, 1.0)  # a small crop needs the full resolution
+        resize_crop = self.resize_crops[self.bucket_of[index]]
+        can_reduce = resize_crop.scales == (1.0, 1.0)  # a small crop needs the full resolution
         image = read_image(
             self.files[index],
             self.channels,
-            at_least=framing.size if can_reduce else None,
+            at_least=resize_crop.size if can_reduce else None,
             max_pixels=self.config.max_pixels,
         )
-        x = framing(image, self.chance.draw(index, epoch))
+        x = resize_crop(image, self.rng.draw(index, epoch))
         item: dict[str, Tensor | int] = {"x": x, "label": self.labels[index]}
         return item if self.embeddings is None else {**item, "embedding": self.embeddings[index]}
 
@@ -96,16 +99,16 @@ class ImageFolder(SampleDataset):
 
     def describe(self) -> str:
         """Return a summary in a few lines: files, classes, sizes, enlarged images, skipped files."""
-        lines = [f"{len(self)} images, {size_range(self.sizes)}{class_list(self.classes)}"]
+        lines = [f"{counted(len(self), 'image')}, {size_range(self.sizes)}{class_list(self.classes)}"]
         lines += [self.embeddings.describe()] if self.embeddings else []
         lines += self.buckets.describe(self.bucket_of)
-        lines += self.framing.describe_enlarged(self.sizes) + describe_skipped(self.skipped)
+        lines += self.resize_crop.describe_enlarged(self.sizes) + describe_skipped(self.skipped)
         notes = Counter(note for entry in self.index.usable for note in entry.info.notes)
         lines += [f"{count} of {len(self)}: {note}" for note, count in notes.most_common(3)]
-        return "\n".join(lines + self.index.describe_passed_over())
+        return "\n".join(lines + self.index.describe_ignored())
 
 
-def make_framing(size: Any, options: DataConfig) -> ResizeCrop:
+def make_resize_crop(size: Any, options: DataConfig) -> ResizeCrop:
     """Build the resize-crop transform to `size` (a number or (H, W)) with the options of the data."""
     return ResizeCrop(
         size,

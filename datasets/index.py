@@ -16,8 +16,6 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from rin_video.config import DataConfig, DataKind, DecoderOption
 from rin_video.datasets.array_files import ArrayInfo, probe_array
 from rin_video.datasets.backends import torchcodec_problem
@@ -32,6 +30,8 @@ from rin_video.datasets.sources import Member, Source, decode_text, open_source,
 from rin_video.datasets.video_info import MAX_PIXELS, VideoInfo
 from rin_video.errors import TimeLimitError, TransientError, UsageError
 from rin_video.files import atomic_write
+from rin_video.progress import progress_bar
+from rin_video.wording import counted, in_bytes
 
 log = logging.getLogger("rin_video")
 
@@ -68,6 +68,7 @@ class Probe:
     decoder: DecoderOption = "auto"  # or decord, which must be tested on each file
 
     def __call__(self, source: Source) -> tuple[Any, str]:
+        """Probe a file; return its info and the hash of its content. Raises `UsageError` if it cannot be used."""
         if self.kind == "image":
             info: Any = probe_image(source, max_pixels=self.max_pixels)
         elif self.kind == "array":
@@ -100,10 +101,10 @@ class Probe:
 
 
 class Index:
-    """The entries of a dataset, sorted by name; `passed_over` has the files of other kinds."""
+    """The entries of a dataset, sorted by name; `ignored` has the files of other kinds."""
 
-    def __init__(self, root: str | PathLike[str], entries: Sequence[Entry], passed_over: Sequence[Source] = ()) -> None:
-        self.root, self.entries, self.passed_over = root, list(entries), list(passed_over)
+    def __init__(self, root: str | PathLike[str], entries: Sequence[Entry], ignored: Sequence[Source] = ()) -> None:
+        self.root, self.entries, self.ignored = root, list(entries), list(ignored)
 
     @property
     def usable(self) -> list[Entry]:
@@ -122,11 +123,13 @@ class Index:
     def describe(self) -> str:
         """Return a summary in a few lines: counts, durations, codecs, duplicates, unusable files."""
         good = self.usable
-        lines = [f"{len(good)} of {len(self.entries)} files can be used, {sum(e.bytes for e in good) / 1e6:.1f} MB"]
+        lines = [
+            f"{len(good)} of {counted(len(self.entries), 'file')} can be used, {in_bytes(sum(e.bytes for e in good))}"
+        ]
         videos = [entry.info for entry in good if isinstance(entry.info, VideoInfo)]
         if videos:
             seconds = sum(info.duration for info in videos)
-            lines.append(f"{sum(info.num_frames for info in videos):,} frames, {seconds:.1f} s")
+            lines.append(f"{counted(sum(info.num_frames for info in videos), 'frame')}, {seconds:.1f} s")
             kinds = ("container", "codec", "decoder")
             lines += [f"{kind}: {_counted(getattr(info, kind) for info in videos)}" for kind in kinds]
             if any(info.cuts is not None for info in videos):
@@ -138,19 +141,19 @@ class Index:
         lines += [f"classes: {_counted(entry.class_name for entry in good)}"] if classes else []
         lines += [f"captions: {n}"] if (n := sum(entry.caption is not None for entry in good)) else []
         copies = len(good) - len({entry.hash for entry in good})
-        lines += [f"{copies} are duplicates"] if copies else []
+        lines += [counted(copies, "duplicate")] if copies else []
         notes = [f"{shown(entry.source)}: {note}" for entry in good for note in getattr(entry.info, "notes", ())]
         lines += notes[:NOTES] if good and isinstance(good[0].info, ImageInfo) else []
-        return "\n".join(lines + describe_skipped(self.unusable, limit=20) + self.describe_passed_over(limit=20))
+        return "\n".join(lines + describe_skipped(self.unusable, limit=20) + self.describe_ignored(limit=20))
 
-    def describe_passed_over(self, limit: int = 3) -> list[str]:
+    def describe_ignored(self, limit: int = 3) -> list[str]:
         """Return a line about the files of other kinds, or no line if there are none."""
-        if not self.passed_over:
+        if not self.ignored:
             return []
-        kinds = _counted(other.suffix.lower() or "no extension" for other in self.passed_over)
-        names = ", ".join(shown(Path(str(other)).name) for other in self.passed_over[:limit])
-        more = ", ..." if len(self.passed_over) > limit else ""
-        return [f"ignored: {len(self.passed_over)} files of other kinds ({kinds}): {names}{more}"]
+        kinds = _counted(other.suffix.lower() or "no extension" for other in self.ignored)
+        names = ", ".join(shown(Path(str(other)).name) for other in self.ignored[:limit])
+        more = ", ..." if len(self.ignored) > limit else ""
+        return [f"ignored: {counted(len(self.ignored), 'file')} of other kinds ({kinds}): {names}{more}"]
 
     def save(self, path: Path, probe: Probe) -> None:
         """Write the index file atomically; several processes may do so at the same time.
@@ -184,7 +187,7 @@ def load_index(path: Path, root: str | PathLike[str], probe: Probe) -> dict[str,
         return {}
 
 
-def own_index(path: Path, root: str | PathLike[str]) -> Path:
+def index_path_for(path: Path, root: str | PathLike[str]) -> Path:
     """Return `path`, or another path next to it if that file indexes other data, which may have taken an hour."""
     try:
         with path.open(encoding="ascii") as file:
@@ -207,7 +210,7 @@ def entry_of(source: Source, row: list[Any], info_of: type) -> Entry:
 
 
 @contextmanager
-def keeping_all() -> Iterator[None]:
+def gc_paused() -> Iterator[None]:
     """Disable garbage collection in the block, which creates no garbage; it would take half of the time."""
     collecting = gc.isenabled()
     gc.disable()
@@ -234,7 +237,7 @@ def make_index(
     options = options or DataConfig()
     if kind not in KINDS:
         raise UsageError(f"unknown kind {kind!r}: use one of {', '.join(KINDS)}")
-    path = path and own_index(path, root)
+    path = path and index_path_for(path, root)
     sources, others = split_sources(
         root, KINDS[kind], allow_pipe=options.allow_pipe, cache=path.parent / "pipes" if path else None
     )
@@ -242,9 +245,9 @@ def make_index(
     probe = Probe(kind, options.avoid_cuts and kind == "video", options.max_pixels, decoder)
     entries, changed = [], []
     modified: dict[Path, tuple[int, int]] = {}
-    with keeping_all():
+    with gc_paused():
         known = load_index(path, root, probe) if path else {}
-        aside = _companions_of(root, sources)
+        by_key = _companions_of(root, sources)
         for source in sources:
             size, when = _state(source, modified)
             row = known.get(str(source))
@@ -253,14 +256,13 @@ def make_index(
             else:
                 entry = Entry(source, size, when)
                 changed.append(entry)
-            entry.class_name, entry.caption = _about(root, source, aside)
+            entry.class_name, entry.caption = _class_and_caption(root, source, by_key)
             entries.append(entry)
     refuse_splits(root, {entry.class_name for entry in entries})
-    bar = tqdm(total=len(changed), desc="indexing files", unit="file", disable=not progress, delay=2)
     if progress and len(changed) >= MANY:
         alone = f"`rin-video index {os.fspath(root)}`"
         kept = f"the index is saved ({alone} only indexes)" if path else f"the index is not saved: {alone} saves it"
-        log.info("indexing %d files; %s", len(changed), kept)
+        log.info("indexing %s; %s", counted(len(changed), "file"), kept)
     passing: set[int] = set()  # entries with errors that are not the file's fault, which are not saved
     saved = time.monotonic()
 
@@ -269,7 +271,7 @@ def make_index(
         if path:
             Index(root, found).save(path, probe)
 
-    with bar:
+    with progress_bar(len(changed), "looking into files", "file", delay=2, disable=not progress) as bar:
         try:
             for i, result in run_in_subprocess(
                 [entry.source for entry in changed], probe, seconds=options.read_timeout
@@ -314,7 +316,7 @@ def refuse_skipped(num_usable: int, skipped: Sequence[tuple[Source, str]], stric
     reasons = "; ".join(reason for _, reason in skipped[:3])
     total = num_usable + len(skipped)
     if num_usable:
-        raise UsageError(f"{len(skipped)} of {total} files cannot be used, and --strict is on: {reasons}")
+        raise UsageError(f"{len(skipped)} of {counted(total, 'file')} cannot be used, and --strict is on: {reasons}")
     raise UsageError(f"none of {total} files can be used: {reasons}" if total > 1 else reasons)
 
 
@@ -360,13 +362,13 @@ def _companions_of(root: str | PathLike[str], sources: Sequence[Source]) -> dict
     return companions([member for shard in shards for member in members_of(shard)[0]])
 
 
-def _about(
-    root: str | PathLike[str], source: Source, aside: dict[tuple[Path, str], dict[str, Member]]
+def _class_and_caption(
+    root: str | PathLike[str], source: Source, by_key: dict[tuple[Path, str], dict[str, Member]]
 ) -> tuple[str | None, str | None]:
     """Return (class, caption) of a file: its folder, or `.cls` in a shard; the text of its `.txt` file."""
     name = first_folder(root, source)
     if isinstance(source, Member):
-        class_file, text_file = (companion(aside, source, suffix) for suffix in (".cls", ".txt"))
+        class_file, text_file = (companion(by_key, source, suffix) for suffix in (".cls", ".txt"))
         name = name if class_file is None else read_text(class_file)
         return name, None if text_file is None else read_text(text_file)
     text = Path(str(source)).with_suffix(".txt")

@@ -15,6 +15,7 @@ from rin_video.datasets.buckets import BucketSampler
 from rin_video.datasets.epochs import EpochSampler, SampleDataset
 from rin_video.datasets.folders import sort_classes
 from rin_video.errors import UsageError
+from rin_video.wording import counted
 
 
 class MixedDataset(SampleDataset):
@@ -62,7 +63,7 @@ class MixedDataset(SampleDataset):
 
     def describe(self) -> str:
         """Return a summary of both parts in a few lines."""
-        lines = [getattr(part, "describe", lambda p=part: f"{len(p)} samples")() for part in self.parts]
+        lines = [getattr(part, "describe", lambda p=part: counted(len(p), "sample"))() for part in self.parts]
         lines.append(f"{self.image_ratio:.0%} of the steps use images")
         if self.classes and not all(self.renumber):
             lines.append(f"the {'images' if self.renumber[0] else 'clips'} have no classes and get no labels")

@@ -143,14 +143,14 @@ def _notes(video: VideoStream) -> list[Packet]:
 
 
 @dataclass
-class _Shown:
+class _Decoded:
     """The pictures that decoding output, in order."""
 
     stamps: list[int | None] = field(default_factory=list)
     keys: set[int] = field(default_factory=set)  # stamps of frames that decode independently
     lost: set[int] = field(default_factory=set)
     gaps: set[int] = field(default_factory=set)  # numbers of the pictures that follow lost ones
-    marks: list[bytes] = field(default_factory=list)  # thumbnails of the pictures
+    thumbnails: list[bytes] = field(default_factory=list)  # small grey versions, for comparison
     sizes: set[tuple[int, int]] = field(default_factory=set)
     interlaced: bool = False
 
@@ -162,7 +162,7 @@ class _Shown:
                 self.lost.add(stamp)
             return
         self.stamps.append(stamp)
-        self.marks.append(_mark(frame))
+        self.thumbnails.append(_thumbnail(frame))
         self.sizes.add((frame.height, frame.width))
         self.interlaced |= bool(frame.interlaced_frame)
         if stamp is not None and frame.key_frame and int(frame.pict_type) in (0, 1):  # unknown, or I
@@ -226,40 +226,42 @@ def _from_decoded(
     source: Source,
     info: VideoInfo,
     packets: list[Packet],
-    shown_: _Shown,
+    decoded: _Decoded,
     notes: tuple[str, ...],
     missing: int,
     alpha: bool,
 ) -> VideoInfo:
     """Return the info of a file that was decoded completely."""
-    if not shown_.stamps:
+    if not decoded.stamps:
         raise UsageError(f"{shown(source)} cannot be read: not one frame can be decoded; leave it out")
-    count = len(shown_.stamps)
+    count = len(decoded.stamps)
     decoding = [packet.dts for packet in packets if packet.dts is not None]
-    in_turn = all(sooner <= later for sooner, later in pairwise(decoding))  # no edit repeats or reorders a part
-    if shown_.ordered and in_turn:
-        stamps: list[Any] = shown_.stamps
-        lost = {stamp for stamp in shown_.lost if stamps[0] < stamp < stamps[-1]}
-        info = _with_table(info, packets, sorted({*stamps, *lost}), lost, _entries(packets, shown_.keys))
-    if not (shown_.ordered and in_turn and _seeks_agree(source, info, dict(zip(stamps, shown_.marks, strict=True)))):
-        info = _with_table(info, packets, _fallback_times(shown_, packets, info), set(), [])
-        gaps = sorted(gap for gap in shown_.gaps if 0 < gap < count)
+    in_turn = all(before <= after for before, after in pairwise(decoding))  # no edit repeats or reorders a part
+    if decoded.ordered and in_turn:
+        stamps: list[Any] = decoded.stamps
+        lost = {stamp for stamp in decoded.lost if stamps[0] < stamp < stamps[-1]}
+        info = _with_table(info, packets, sorted({*stamps, *lost}), lost, _entries(packets, decoded.keys))
+    if not (
+        decoded.ordered and in_turn and _seeks_agree(source, info, dict(zip(stamps, decoded.thumbnails, strict=True)))
+    ):
+        info = _with_table(info, packets, _fallback_times(decoded, packets, info), set(), [])
+        gaps = sorted(gap for gap in decoded.gaps if 0 < gap < count)
         info = replace(info, trusted=False, plain=False, lost=tuple(edge for gap in gaps for edge in (gap, gap)))
         if gaps:
             notes += ("damaged: some of its pictures cannot be decoded, clips avoid them",)
-    if shown_.ordered:
-        last: Any = shown_.stamps[-1]
-        tail = max(missing, sum(stamp > last for stamp in shown_.lost))
+    if decoded.ordered:
+        last: Any = decoded.stamps[-1]
+        tail = max(missing, sum(stamp > last for stamp in decoded.lost))
         if tail:
             notes += (f"truncated: only the first {info.num_frames} of {info.num_frames + tail} frames",)
     if info.lost and info.trusted:
         notes += (f"damaged: {frames_text(info.lost_ranges)} cannot be decoded, clips avoid them",)
-    if shown_.interlaced:
+    if decoded.interlaced:
         notes += ("interlaced: moving edges show combing",)
-    if len(shown_.sizes) > 1:
-        sizes = ", ".join(f"{H}x{W}" for H, W in sorted(shown_.sizes))
+    if len(decoded.sizes) > 1:
+        sizes = ", ".join(f"{H}x{W}" for H, W in sorted(decoded.sizes))
         notes += (f"size changes: {sizes}, all frames are scaled to {info.size[0]}x{info.size[1]}",)
-    plain = info.plain and not alpha and not shown_.interlaced and len(shown_.sizes) == 1 and len(packets) == count
+    plain = info.plain and not alpha and not decoded.interlaced and len(decoded.sizes) == 1 and len(packets) == count
     plain = plain and len(info.entries) == sum(
         packet.key for packet in packets
     )  # of a container with a table of keyframes
@@ -293,17 +295,17 @@ def _with_table(
 
 def _simple(packets: list[Packet], stamps: list[int]) -> bool:
     """Return whether every packet is a picture and every seek is exact, as simple decoders assume."""
-    shown_ = [packet.stamp for packet in packets]
-    if None in shown_ or any(packet.hidden for packet in packets) or sorted(shown_) != list(stamps):  # type: ignore
+    packet_stamps = [packet.stamp for packet in packets]
+    if None in packet_stamps or any(packet.hidden for packet in packets) or sorted(packet_stamps) != list(stamps):  # type: ignore
         return False
     keys = [i for i, packet in enumerate(packets) if packet.key]
     if not keys or keys[0]:
         return False
     # Containers seek by decoding times: the next keyframe may be decoded before this one is displayed.
-    for key, later in pairwise(keys):
-        if packets[later].dts is None or packets[later].dts <= packets[key].stamp:  # type: ignore[operator]
+    for key, following in pairwise(keys):
+        if packets[following].dts is None or packets[following].dts <= packets[key].stamp:  # type: ignore[operator]
             return False
-    return bool(np.array_equal(np.searchsorted(stamps, [shown_[i] for i in keys]), keys))  # type: ignore[arg-type]
+    return bool(np.array_equal(np.searchsorted(stamps, [packet_stamps[i] for i in keys]), keys))  # type: ignore[arg-type]
 
 
 def _entries(packets: list[Packet], alone: set[int] | None) -> list[int]:
@@ -319,7 +321,7 @@ def _doubtful(video: VideoStream, packets: list[Packet], frame: Any) -> bool:
     decoding = [packet.dts for packet in packets if packet.dts is not None]
     return (
         not stamps
-        or any(later < sooner for sooner, later in pairwise(decoding))  # edits repeat or reorder a part
+        or any(after < before for before, after in pairwise(decoding))  # edits repeat or reorder a part
         or None in stamps
         or len(set(stamps)) < len(stamps)
         or not any(packet.key for packet in packets)
@@ -338,7 +340,7 @@ def _expected(source: Source, index: int, packets: list[Packet]) -> list[int] | 
     first = None
     with VideoStream(source, index) as video:
         for start in (None, int(entries[len(entries) // 2]), int(entries[-1])):
-            sample = _Shown()
+            sample = _Decoded()
             for stamp, frame in video.pictures_from(start, entries):
                 if start is None or (stamp is not None and stamp >= start):
                     sample.add(stamp, frame)
@@ -357,15 +359,15 @@ def _expected(source: Source, index: int, packets: list[Packet]) -> list[int] | 
     return stamps
 
 
-def _decode_all(source: Source, index: int) -> _Shown:
-    found = _Shown()
+def _decode_all(source: Source, index: int) -> _Decoded:
+    found = _Decoded()
     with VideoStream(source, index) as video:
         for stamp, frame in video.pictures():
             found.add(stamp, frame)
     return found
 
 
-def _seeks_agree(source: Source, info: VideoInfo, marks: dict[int, bytes]) -> bool:
+def _seeks_agree(source: Source, info: VideoInfo, thumbnails: dict[int, bytes]) -> bool:
     """Return whether seeking finds the same pictures as sequential decoding, at three entries and at the end."""
     stamps, entries = info.timestamps, info.entries
     if len(entries) < 2:
@@ -373,19 +375,19 @@ def _seeks_agree(source: Source, info: VideoInfo, marks: dict[int, bytes]) -> bo
     places = {len(entries) // 2, 1, len(entries) - 1}
     behind = [int(np.searchsorted(stamps, entries[place])) for place in places]
     indices = sorted({min(i + step, len(stamps) - 1) for i in behind for step in (0, 3)} | {len(stamps) - 1})
-    indices = [i for i in indices if int(stamps[i]) in marks]
+    indices = [i for i in indices if int(stamps[i]) in thumbnails]
     with VideoStream(source, info.stream) as video:
         for index in indices:
             for _, frame in video.find([index], stamps, entries, seekable=True):
-                if frame is None or _mark(frame) != marks[int(stamps[index])]:
+                if frame is None or _thumbnail(frame) != thumbnails[int(stamps[index])]:
                     return False
     return True
 
 
-def _fallback_times(shown_: _Shown, packets: list[Packet], info: VideoInfo) -> list[int]:
+def _fallback_times(decoded: _Decoded, packets: list[Packet], info: VideoInfo) -> list[int]:
     """Return ascending times for pictures whose own timestamps are missing or out of order."""
-    count = len(shown_.stamps)
-    stamps = {stamp for stamp in shown_.stamps if stamp is not None}
+    count = len(decoded.stamps)
+    stamps = {stamp for stamp in decoded.stamps if stamp is not None}
     if len(stamps) == count:
         return sorted(stamps)
     decoding = sorted({packet.dts for packet in packets if packet.dts is not None})
@@ -407,7 +409,7 @@ def _notes_on_first(frame: Any, video: VideoStream, aspect: float, opaque: bool)
     return tuple(notes)
 
 
-def _mark(frame: Any) -> bytes:
+def _thumbnail(frame: Any) -> bytes:
     return converted(frame, "gray", (16, 16)).tobytes()
 
 

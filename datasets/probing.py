@@ -60,7 +60,7 @@ def run_in_subprocess(
     end = partial(_end, children, os.getpid())
     atexit.register(end)
     try:
-        busy = [child for child in children if _give(child, tasks, waiting)]
+        busy = [child for child in children if _send_task(child, tasks, waiting)]
         while busy:
             due = min(child.since + (seconds if child.started else 0) for child in busy)
             ready = wait([child.pipe for child in busy], timeout=max(0.0, due - time.monotonic()))
@@ -78,14 +78,14 @@ def run_in_subprocess(
                         yield child.task, message
                     except (EOFError, OSError):
                         child.process.join()
-                        _must_have_started(child)
-                        yield child.task, _died(tasks[child.task], child.process.exitcode)
+                        _check_started(child)
+                        yield child.task, _crash_error(tasks[child.task], child.process.exitcode)
                         _replace(child, work, daemon)
                 elif time.monotonic() - child.since > (seconds if child.started else 0) and not child.pipe.poll():
                     if _start_again(child, work, daemon):
                         child.pipe.send(tasks[child.task])
                         continue
-                    _must_have_started(child)
+                    _check_started(child)
                     yield (
                         child.task,
                         TimeLimitError(
@@ -98,7 +98,7 @@ def run_in_subprocess(
                     continue
                 if not child.process.is_alive():
                     _replace(child, work, daemon)
-                if not _give(child, tasks, waiting):
+                if not _send_task(child, tasks, waiting):
                     busy.remove(child)
     finally:
         atexit.unregister(end)
@@ -160,7 +160,7 @@ _beats: _Beats | None = None  # in a child
 def _start(work: Callable[[T], Any], daemon: bool) -> _Child:
     context = get_context()
     ours, theirs = context.Pipe()
-    process: Any = context.Process(target=_serve, args=(theirs, ours, work), daemon=daemon)
+    process: Any = context.Process(target=_child_main, args=(theirs, ours, work), daemon=daemon)
     process.start()
     theirs.close()
     return _Child(process, ours)
@@ -174,7 +174,7 @@ def _replace(child: _Child, work: Callable[[T], Any], daemon: bool) -> None:
     child.process, child.pipe, child.started = fresh.process, fresh.pipe, False
 
 
-def _give(child: _Child, tasks: Sequence[T], waiting: Iterator[int]) -> bool:
+def _send_task(child: _Child, tasks: Sequence[T], waiting: Iterator[int]) -> bool:
     child.task = next(waiting, None)
     child.since = time.monotonic() + (0.0 if child.started else _seconds_to_start())
     if child.task is not None:
@@ -183,7 +183,7 @@ def _give(child: _Child, tasks: Sequence[T], waiting: Iterator[int]) -> bool:
     return child.task is not None
 
 
-def _serve(pipe: Connection, other_end: Connection, work: Callable[[T], Any]) -> None:
+def _child_main(pipe: Connection, other_end: Connection, work: Callable[[T], Any]) -> None:
     """The main loop of a child process."""
     import torch
 
@@ -234,13 +234,13 @@ def _seconds_to_start() -> float:
     return SECONDS_TO_START / _tries()
 
 
-def _must_have_started(child: _Child) -> None:
+def _check_started(child: _Child) -> None:
     """Raise `UsageError` if a child has not started: then the file is not at fault."""
     if not child.started:
         raise did_not_start(child.process.exitcode)
 
 
-def _died(task: Any, code: int | None) -> UsageError:
+def _crash_error(task: Any, code: int | None) -> UsageError:
     kind = TransientError if code in (-signal.SIGTERM, -getattr(signal, "SIGKILL", 9)) else UsageError
     return kind(f"{shown(str(task))} makes its decoder crash ({how_it_ended(code)}): re-encode it or leave it out")
 

@@ -52,7 +52,7 @@ def read_image(
     `UsageError` if the file cannot be read or has more than `max_pixels` pixels.
     """
     source = Path(source) if isinstance(source, str | PathLike) else source
-    with _opened(source, max_pixels) as image:
+    with _OpenedImage(source, max_pixels) as image:
         try:
             _reduce_while_reading(image, at_least)
             return to_pixels(_upright(image), channels, source, at_least=at_least)
@@ -70,7 +70,7 @@ def read_animation(
     Raises `UsageError` if the file cannot be read or has more than `max_pixels` pixels.
     """
     source = Path(source) if isinstance(source, str | PathLike) else source
-    with _opened(source, max_pixels) as image:
+    with _OpenedImage(source, max_pixels) as image:
         try:
             if getattr(image, "n_frames", 1) < 2:
                 return None
@@ -113,7 +113,7 @@ def to_pixels(image: Any, channels: int, source: Source | str, *, at_least: tupl
 
 def probe_image(source: Source, *, max_pixels: int = MAX_PIXELS) -> ImageInfo:
     """Return the properties of an image file and decode its pixels once; raise `UsageError` if that fails."""
-    with _opened(source, max_pixels) as image:
+    with _OpenedImage(source, max_pixels) as image:
         try:
             kind, mode = image.format or "", image.mode
             W, H = _upright(image).size
@@ -130,7 +130,7 @@ def probe_image(source: Source, *, max_pixels: int = MAX_PIXELS) -> ImageInfo:
     return info
 
 
-class _opened:  # noqa: N801 (reads as a verb)
+class _OpenedImage:
     """A context manager for a Pillow image of a supported format with at most `max_pixels` pixels."""
 
     def __init__(self, source: Source, max_pixels: int) -> None:

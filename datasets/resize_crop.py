@@ -54,39 +54,39 @@ class ResizeCrop:
         self.flip, self.color = flip, color
         self.scales = tuple(crop_scale)
 
-    def plan(self, size: tuple[int, int], chance: np.random.Generator) -> CropParams:
+    def draw_params(self, size: tuple[int, int], rng: np.random.Generator) -> CropParams:
         """Draw the crop parameters for a picture of `size` (H, W)."""
         H, W = self.size
         height, width = size
         scale = max(H / height, W / width)
         if self.scales != (1.0, 1.0):
-            scale /= chance.uniform(self.scales[0], self.scales[1])
+            scale /= rng.uniform(self.scales[0], self.scales[1])
         height, width = max(H, round(height * scale)), max(W, round(width * scale))
         top, left = (height - H) // 2, (width - W) // 2
         if self.random_crop:
-            top, left = int(chance.integers(height - H + 1)), int(chance.integers(width - W + 1))
-        mirrored = self.flip and chance.random() < 0.5
-        return CropParams((height, width), top, left, mirrored, int(chance.integers(2**31)) if self.color else None)
+            top, left = int(rng.integers(height - H + 1)), int(rng.integers(width - W + 1))
+        mirrored = self.flip and rng.random() < 0.5
+        return CropParams((height, width), top, left, mirrored, int(rng.integers(2**31)) if self.color else None)
 
-    def cut(self, frames: Tensor, frame: CropParams) -> Tensor:
+    def apply(self, frames: Tensor, params: CropParams) -> Tensor:
         """Crop uint8 frames (..., C, height, width), at their original or resized size, to (..., C, H, W)."""
         from torchvision.transforms import v2
 
-        frames = resize_part(frames, frame.size, (frame.top, frame.left), self.size)
-        if frame.mirrored:
+        frames = resize_part(frames, params.size, (params.top, params.left), self.size)
+        if params.mirrored:
             frames = frames.flip(-1)
-        if frame.color_seed is not None:
+        if params.color_seed is not None:
             c = self.color / 2
             with torch.random.fork_rng(devices=[]):  # v2 uses torch's global generator
-                torch.manual_seed(frame.color_seed)
+                torch.manual_seed(params.color_seed)
                 colours = v2.ColorJitter(c, c, c, HUE * self.color)(frames[..., :3, :, :])
             frames = torch.cat([colours, frames[..., 3:, :, :]], dim=-3)  # keep alpha
         return frames.contiguous()
 
-    def __call__(self, frames: Tensor, chance: np.random.Generator) -> Tensor:
+    def __call__(self, frames: Tensor, rng: np.random.Generator) -> Tensor:
         """Transform uint8 frames (..., C, height, width) to (..., C, H, W)."""
         height, width = frames.shape[-2:]
-        return self.cut(frames, self.plan((height, width), chance))
+        return self.apply(frames, self.draw_params((height, width), rng))
 
     def describe_enlarged(self, sizes: Sequence[tuple[int, int]]) -> list[str]:
         """Return a line with the number of pictures that are enlarged, or no line if there are none."""
@@ -106,9 +106,9 @@ def resize(frames: Tensor, size: tuple[int, int]) -> Tensor:
     return transforms.resize(frames, list(size), antialias=True)
 
 
-def smaller(size: tuple[int, int], than: tuple[int, int]) -> tuple[int, int] | None:
+def decoder_size(size: tuple[int, int], source_size: tuple[int, int]) -> tuple[int, int] | None:
     """Return the size to request from a decoder: `size` if it reduces, which is cheap there; None if it enlarges."""
-    return size if size[0] * size[1] < than[0] * than[1] else None
+    return size if size[0] * size[1] < source_size[0] * source_size[1] else None
 
 
 def resize_part(frames: Tensor, size: tuple[int, int], corner: tuple[int, int], part: tuple[int, int]) -> Tensor:

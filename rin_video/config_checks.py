@@ -94,7 +94,7 @@ def is_whole(value: Any, least: int) -> bool:
 
 
 def read_numbers(name: str, value: Any, count: int, names: str) -> tuple[int, ...]:
-    """Return one number, repeated, or a list as `count` numbers. Raises `UsageError` if `value` is neither."""
+    """Return `count` positive integers from a list, or from one number for all. Raises `UsageError` otherwise."""
     numbers = tuple(value) if isinstance(value, list | tuple) else (value,) * count
     if len(numbers) != count or any(not is_whole(n, 1) for n in numbers):
         raise UsageError(f"{name} is {value}: it must be one number or {count} ({names}), each at least 1")

@@ -187,4 +187,8 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def read_overrides(overrides: Sequence[str]) -> Layer:
     """Return what `section.key=value` overrides set, without the defaults."""
-    return _merge(*map(_read_override, overrides))
+    values: Layer = {}
+    for layer in map(_read_override, overrides):
+        for section, options in layer.items():
+            values.setdefault(section, {}).update(options)
+    return values

@@ -1,4 +1,4 @@
-"""The command line: help without torch, one line for a mistake, and the whole way on tiny files made here."""
+"""The command line: help without torch, one-line errors, and the complete workflow on tiny generated files."""
 
 import json
 import logging
@@ -16,7 +16,7 @@ from PIL import Image
 from rin_video import cli
 from rin_video.cli import options
 from rin_video.cli.parser import make_parser, read_options, split_overrides
-from rin_video.config_files import load_config, to_yaml
+from rin_video.config_files import load_config, presets, to_yaml
 from rin_video.media import write_video
 
 TINY = [
@@ -33,12 +33,12 @@ TINY = [
     "train.log_every=1",
     "train.warmup_steps=0",
 ]
-COMMANDS = [name for name in make_parser().commands if name != "peek"]  # another name of preview
+COMMANDS = [name for name in make_parser().commands if name != "peek"]  # an alias of preview
 
 
 @pytest.fixture
 def fails(capfd):
-    """Runs a command that must fail; its one line on stderr."""
+    """A function that runs a command that must fail, and returns its one line on stderr."""
 
     def run(*argv) -> str:
         capfd.readouterr()
@@ -67,7 +67,7 @@ def clips(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def train_clips(clips, tmp_path_factory):
-    """Trains 3 steps on them; the command, to be given again, and the folder of the run."""
+    """The command that trained 3 steps on the clips, to be repeated, and the folder of the run."""
     out = tmp_path_factory.mktemp("runs") / "clips"
     command = ["train", "--data", str(clips), "--frames", "4", "--size", "16", "--batch-size", "2", "--out", str(out)]
     assert cli.main([*command, "--steps", "3", *TINY]) == 0
@@ -95,7 +95,9 @@ def decode(path) -> np.ndarray:
         (["--steps", "4", "train.warmup_steps=4"], [0.25, 0.5], ""),
     ],
 )
-def test_a_warm_up_is_shortened_aloud_and_kept_where_it_is_given(clips, tmp_path, caplog, steps, lr, said):
+def test_a_default_warm_up_is_shortened_and_logged_but_an_explicit_one_is_kept(
+    clips, tmp_path, caplog, steps, lr, said
+):
     caplog.set_level(logging.INFO)
     command = ["train", "--data", str(clips), "--frames", "4", "--size", "16", "--batch-size", "2"]
     assert cli.main([*command, "--out", str(tmp_path), *TINY[:-1], *steps]) == 0
@@ -144,7 +146,7 @@ def test_version(capsys):
 # ---- parsing
 
 
-def test_overrides_may_stand_anywhere_but_for_an_option_s_value():
+def test_overrides_may_appear_anywhere_except_as_the_value_of_an_option():
     parser = make_parser()
     for argv in (
         ["a.b=1", "train", "--data", "x", "c.d=[1,2]"],
@@ -166,7 +168,7 @@ def test_overrides_may_stand_anywhere_but_for_an_option_s_value():
 @pytest.mark.parametrize(
     ("argv", "overrides"),
     [
-        (["train", "--data", "x", "--steps", "10", "train.seed=1"], ["train.seed=1", "train.train_num_steps=10"]),
+        (["train", "--data", "x", "--steps", "10", "train.seed=1"], ["train.train_num_steps=10", "train.seed=1"]),
         (["train", "--data", "x", "--strict", "--init-from", "y"], ["data.strict=True", "train.init_from=y"]),
         (["sample", "x", "--class", "all", "--guidance", "2"], ["sample.label=null", "sample.guidance=2.0"]),
         (["sample", "x", "--spacing", "null", "--num", "3"], ["sample.num_samples=3", "sample.spacing=null"]),
@@ -243,10 +245,10 @@ def test_mistakes_before_any_file_is_read(fails, clips, tmp_path):
         (("train", "--data", empty), "contains no"),
         (("train", "--data", empty, "--frames", "4"), "contains no"),
         (("train", "--data", clips, "--frames", "0", "--size", "16"), "it contains 3 clips: use --frames 16"),
-        ((*train[:-1], 8, "--size", "16", *TINY), "6 frames, 8 "),
-        (("sample", empty), "holds no config.yaml"),
+        ((*train[:-1], 8, "--size", "16", *TINY), "6 frames, but 8 "),
+        (("sample", empty), "has no config.yaml"),
         (("sample", tmp_path / "nowhere"), "there is no folder"),
-        (("info", empty), "holds no config.yaml"),
+        (("info", empty), "has no config.yaml"),
         (("info", empty, "--config", "demo"), "not both"),
         (("export", tmp_path / "nowhere.gif", tmp_path / "x.mp4"), "there is no file or folder"),
         (("export", clips / "0.mp4", tmp_path / "x.doc"), "x.doc"),
@@ -273,7 +275,7 @@ def test_mistakes_with_a_run(fails, train_clips):
         (("sample", run, "--guidance", "nan"), "sample.guidance is nan"),
         (("sample", run, "--fps", "inf"), "fps is inf"),
         (("sample", run, "--out", run / "config.yaml" / "x.png"), "config.yaml is a file"),
-        (("sample", run / "config.yaml"), "config.yaml is a file: give the folder of a run"),
+        (("sample", run / "config.yaml"), "config.yaml is a file: pass the folder of a run"),
         (("sample", run, "--steps", "0"), "steps"),
         (("sample", run, "--guidance", "2", "--steps", "1", "--num", "1"), "guidance is 2"),
         (("sample", run, "sample.stps=3"), "unknown key sample.stps: did you mean sample.steps?"),
@@ -311,7 +313,7 @@ def test_samples_come_as_any_kind_of_file(train_clips, tmp_path):
     assert cli.main([*common, str(tmp_path / "x.mp4")]) == 0
     video = decode(tmp_path / "x.mp4")
     assert video.shape[0] == 4
-    assert video.shape[1] >= 16  # two clips side by side, with a margin, both sides even
+    assert video.shape[1] >= 16  # a grid of two clips with a margin; both sizes are even
     assert video.shape[2] >= 32
     assert cli.main([*common, str(tmp_path / "x.gif"), "--fps", "5"]) == 0
     with Image.open(tmp_path / "x.gif") as image:
@@ -369,21 +371,21 @@ def test_diagnose_writes_pictures_and_words(train_clips, capsys):
     _, run = train_clips
     assert cli.main(["diagnose", str(run), "--num", "3"]) == 0
     said = capsys.readouterr().out
-    assert "untrained noise levels: at t = " in said  # three steps teach nothing
+    assert "untrained noise levels: at t = " in said  # three steps are not enough to learn anything
     report = json.loads((run / "diagnosis" / "diagnosis.json").read_text())
     assert len(report["t"]) == len(report["loss"]) == len(report["loss_raw"]) == 10
     assert len(report["clipped"]) == 2  # sampling steps
     assert len(report["latent_std"]) == 8
     assert all(f"- {finding}" in said for finding in report["findings"])
     with Image.open(run / "diagnosis" / "trajectory.png") as image:
-        assert image.height > image.width  # four samples, two steps
+        assert image.height > image.width  # a row per sample (4) and a column per step (2)
     with Image.open(run / "diagnosis" / "loss.png") as image:
         assert image.width >= 500
     with Image.open(run / "metrics.png") as image:
         assert image.width >= 1500
 
 
-def test_the_same_command_goes_on(train_clips, caplog):
+def test_the_same_command_resumes(train_clips, caplog):
     command, run = train_clips
     with caplog.at_level(logging.INFO, logger="rin_video"):
         assert cli.main([*command, "--steps", "5", *TINY]) == 0
@@ -405,7 +407,7 @@ def test_images_in_folders_of_classes(fails, tmp_path):
         Image.fromarray(generator.integers(256, size=(20, 24, 3), dtype=np.uint8)).save(path)
     run = tmp_path / "run"
     argv = ["train", "--data", str(tmp_path / "pictures"), "--size", "8x16", "--steps", "2", "--batch-size", "2"]
-    assert cli.main([*argv, "--out", str(run), *TINY]) == 0  # by what the folder holds: no --frames
+    assert cli.main([*argv, "--out", str(run), *TINY]) == 0  # the kind follows from the folder, without --frames
     config = load_config(run / "config.yaml")
     assert (config.model.frames, config.model.num_classes, config.model.image_size) == (None, 2, [8, 16])
     common = ["sample", str(run), "--num", "4", "--steps", "2", "--guidance", "1", "--out"]
@@ -441,16 +443,13 @@ def test_export_turns_clips_and_arrays_into_each_other(clips, tmp_path):
 # ---- info
 
 
-def test_info_lists_the_presets(capsys, monkeypatch):
-    """Of three: to count all of them takes seconds."""
-    some = ["cifar10", "demo", "image64"]
-    monkeypatch.setattr("rin_video.cli.inspect.presets", lambda: some)
+def test_info_lists_the_presets(capsys):
     assert cli.main(["info"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[1:-1]] == some
+    assert [line.split()[0] for line in lines[1:-1]] == presets()
     assert cli.main(["info", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
-    assert list(rows) == some
+    assert list(rows) == presets()
     assert all(set(row) == {"params", "tokens", "latents", "gflops"} for row in rows.values())
 
 
@@ -466,8 +465,8 @@ def test_info_of_a_run_and_of_a_preset(train_clips, capsys):
     row = json.loads(capsys.readouterr().out)
     assert row["latents"] == 64
     assert row["params"] < 30951180 / 2
-    assert cli.main(["info", str(run)]) == 0
-    assert "GB at batch size 2" in capsys.readouterr().out
+    assert cli.main(["info", str(run), "--memory"]) == 0
+    assert "MB at batch size 2" in capsys.readouterr().out
 
 
 def test_what_the_system_refuses_is_one_line(fails, clips, train_clips, tmp_path):

@@ -1,4 +1,4 @@
-"""Configuration: precedence, presets, the round trip through YAML, and what a wrong key or value is told."""
+"""Configs: precedence, presets, the round trip through YAML, and the errors for wrong keys and values."""
 
 import dataclasses
 import subprocess
@@ -36,7 +36,7 @@ def preset_text(name):
 
 
 def plain(value, path="config"):
-    """Fails where anything but Python's own types and our dataclasses is found."""
+    """Fail if a value is neither a builtin type nor one of our dataclasses."""
     if type(value) in (Config, *SECTIONS.values()):
         for field in dataclasses.fields(value):
             plain(getattr(value, field.name), f"{path}.{field.name}")
@@ -146,18 +146,18 @@ def test_dataclass_then_preset_then_overrides(tmp_path):
     [
         ([], {"name": "power", "power": 0.7}),
         (["loss_weight=none"], "none"),
-        (["loss_weight=power"], "power"),  # a name alone has its default parameters
+        (["loss_weight=power"], "power"),  # a name alone uses its default parameters
         (["loss_weight={}"], "power"),
         (["loss_weight={name: min_snr, gamma: 3}"], {"name": "min_snr", "gamma": 3}),
         (["loss_weight=min_snr", "loss_weight.gamma=3"], {"name": "min_snr", "gamma": 3}),
-        (["loss_weight.gamma=3", "loss_weight=min_snr"], "min_snr"),  # the last one counts
+        (["loss_weight.gamma=3", "loss_weight=min_snr"], "min_snr"),  # the last one wins
         (["loss_weight.limit=5"], {"name": "power", "power": 0.7, "limit": 5}),
     ],
 )
 @pytest.mark.parametrize("form", ["loss_weight: {name: power, power: 0.7}",
                                   "loss_weight: power, loss_weight_kwargs: {power: 0.7}"])  # fmt: skip
 def test_a_name_and_its_parameters(tmp_path, form, overrides, loss_weight):
-    """Both as they are written now and as an earlier version wrote them."""
+    """Both the current form and that of an earlier version work."""
     file = tmp_path / "mine.yaml"
     file.write_text(f"diffusion: {{{form}}}\n")
     assert load_config(file, [f"diffusion.{one}" for one in overrides]).diffusion.loss_weight == loss_weight
@@ -263,7 +263,7 @@ def test_the_type_of_an_option_decides_how_it_is_read(text, value):
         ("data.crop=middle", "data.crop=middle is unknown: choose center, random"),
     ],
 )
-def test_a_wrong_override_is_told_in_one_line_what_is_wrong(override, words):
+def test_the_error_of_a_wrong_override_is_one_line(override, words):
     with pytest.raises(UsageError) as error:
         load_config("cifar10", [override])
     assert words in one_line(error)

@@ -1,4 +1,4 @@
-"""The diffusion algebra and whole sampling runs against the authors' release (tests/golden)."""
+"""Diffusion formulas and complete sampling runs against the authors' release (tests/golden)."""
 
 import json
 
@@ -16,9 +16,9 @@ from rin_video.diffusion.samplers import get_sampler, make_levels
 from rin_video.diffusion.schedules import NoiseLevel, make_schedule
 
 FILES = sorted(GOLDEN.glob("diffusion_steps*.npz"))
-NETWORK = GOLDEN / "image_rin.npz"  # whose weights the runs in those files used
+NETWORK = GOLDEN / "image_rin.npz"  # the weights of the runs in those files
 OBJECTIVES = {"eps": "eps", "x": "x0", "v": "v"}
-RUNS = {  # name in the file: sampler, time difference, schedule of sampling
+RUNS = {  # by name in the file: sampler, time difference, sampling schedule
     "ddim.td0": ("ddim", 0, None),
     "ddim.td1": ("ddim", 1, None),
     "ddpm.td0": ("ddpm", 0, None),
@@ -92,7 +92,7 @@ def golden_diffusion(info: dict) -> GaussianDiffusion:
 @runs
 @pytest.mark.parametrize(("run", "batched"), [*[(run, True) for run in RUNS], ("ddim.td0.guided", False)])
 @torch.no_grad()
-def test_whole_runs(file, run, batched):
+def test_complete_runs(file, run, batched):
     arrays = np.load(file)
     info = json.loads(str(arrays["info_json"]))
     diffusion = golden_diffusion(info)
@@ -101,7 +101,7 @@ def test_whole_runs(file, run, batched):
     noise = map(channels_first, arrays["gen.step_noise"])
     guidance = info["guidance_scale"] if "guided" in run else 0.0
     denoise = diffusion.denoiser(Conditions(tensor(arrays, "gen.labels")), Guidance(guidance, batched=batched))
-    levels = make_levels(schedule, info["steps"], time_difference=td, dtype=torch.float32)  # as the release has them
+    levels = make_levels(schedule, info["steps"], time_difference=td, dtype=torch.float32)  # as in the release
     steps = get_sampler(sampler)(denoise, channels_first(arrays["gen.init_noise"]), levels, lambda: next(noise))
     worst = 0.0
     for i, ((level, next_level), step) in enumerate(zip(levels, steps, strict=True)):
@@ -126,6 +126,6 @@ def test_hidden_states_of_the_first_pass(file):
     _, latents = diffusion.predict(
         channels_first(arrays["selfcond.x_noised"]), level, Conditions(tensor(arrays, "gen.labels")), None
     )
-    theirs = tensor(arrays, "selfcond.latent")  # by share: the first of two samples keeps its states
+    theirs = tensor(arrays, "selfcond.latent")  # the rate keeps the state of the first of two samples
     assert_close(latents[:1], theirs[:1], rtol=0, atol=5e-4)
     assert (theirs[1:] == 0).all()

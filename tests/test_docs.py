@@ -1,4 +1,4 @@
-"""README, CONTRIBUTING and docs/: commands parse, options load, links work; all of it runs in tiny form (slow)."""
+"""README, CONTRIBUTING and docs/: commands parse, options load, links work; a tiny version of all runs (slow)."""
 
 import importlib.util
 import re
@@ -10,9 +10,11 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import torch
 from markdown_it import MarkdownIt
 from PIL import Image
 
+from rin_video import write_video
 from rin_video.cli import main
 from rin_video.cli.parser import make_parser, split_overrides
 from rin_video.config import Config
@@ -30,7 +32,7 @@ OPTION = re.compile(rf"({'|'.join(types_of(Config))})(\.[a-z]\w*)+(=.*)?")
 NO_OPTIONS = {"model.safetensors", "diffusion.sample", "diffusion.rollout"}
 FILE = re.compile(r"(rin_video|tokenizers|datasets|configs|tests|benchmarks|examples)/[a-z_/]+\.(py|yaml|slurm)")
 
-# What makes a command tiny: words that are added at its end, where they win.
+# Options that make a command tiny: they are appended, so that they take precedence.
 TINY = {
     "train": "--steps 2 --batch-size 2 --size 16 model.dim=32 model.dim_latent=32 model.num_latents=8 model.depth=1 "
     "model.latent_self_attn_depth=1 train.save_and_sample_every=2 train.ema_snapshot_every=1 data.num_workers=0 "
@@ -47,9 +49,9 @@ TINY_PYTHON = {
     r"\bsteps=\d+": "steps=2",
     r"\btrain_num_steps=\d[\d_]*": "train_num_steps=2, train_batch_size=2, num_workers=0",
 }
-# These are only parsed: they need a hub, a package that no test installs, or files that nobody has.
+# These are only parsed: they require a hub, a package that the tests do not install, or files that do not exist.
 PARSED_ONLY = ("USER/NAME", "push_to_hub(", "--text-encoder", "runs/text", "{000000..000123}", "tensorboard")
-BEFORE = "rin-video train --data clips/ --frames 16 --out runs/clips"  # on pages that speak of a model, but make none
+BEFORE = "rin-video train --data clips/ --frames 16 --out runs/clips"  # on pages that use a model but do not train one
 NEED_A_RUN = {"evaluate.md", "share.md", "troubleshooting.md"}
 
 
@@ -64,25 +66,25 @@ def read_blocks(page: str) -> list[Block]:
 
 
 def read_inline(page: str, kind: str) -> list:
-    """What stands within paragraphs and tables: tokens of a kind."""
+    """Return the tokens of a kind within paragraphs and tables."""
     tokens = MarkdownIt().enable("table").parse(PAGES[page].read_text(encoding="utf-8"))
     return [part for token in tokens for part in token.children or () if part.type == kind]
 
 
 def read_commands(page: str) -> list[list[str]]:
-    """The command lines of all blocks, as words."""
+    """Return the command lines of all blocks, as words."""
     lines = [line for language, code in read_blocks(page) if language == "bash" for line in code.splitlines()]
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
 def inline_commands(page: str) -> list[list[str]]:
-    """The same within text, but for the mere names of commands."""
+    """Return the command lines within text, except those that are only the name of a command."""
     words = [shlex.split(part.content) for part in read_inline(page, "code_inline") if " " in part.content]
     return [line for line in words if len(line) > 2 and line[0] in {"rin-video", "torchrun", "accelerate"}]
 
 
 def arguments_of(words: list[str]) -> list[str] | None:
-    """What is given to rin-video, be it behind a launcher."""
+    """Return the arguments of rin-video, with or without a launcher."""
     return words[words.index("rin-video") + 1 :] if "rin-video" in words else None
 
 
@@ -93,9 +95,10 @@ def test_every_command_is_one_and_its_options_load(page, capsys):
         if arguments is None:
             assert words[0] in OTHER_PROGRAMS | {"diff"}, words
             continue
-        rest, overrides = split_overrides(arguments)
+        parser = make_parser()
+        rest, overrides = split_overrides(parser, arguments)
         try:
-            options = make_parser().parse_args(rest)
+            options = parser.parse_args(rest)
         except SystemExit:
             pytest.fail(f"{shlex.join(words)}: {capsys.readouterr().err}")
         assert not overrides or "overrides" in options, words
@@ -128,7 +131,7 @@ def test_every_block_has_a_language_and_reads(page, tmp_path):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_file_that_is_named_is_there(page):
-    """Links (`make docs` looks at those to pages that it makes), scripts, targets of make."""
+    """Checks links (`make docs` checks those to generated pages), scripts and targets of make."""
     for link in read_inline(page, "link_open"):
         target = str(link.attrs["href"]).partition("#")[0]
         if target and not target.startswith(("http", "reference/")):
@@ -222,20 +225,22 @@ def test_the_reference_has_every_command(generate):
 
 
 @pytest.fixture
-def sandbox(tmp_path, monkeypatch, numbered):
-    """A folder with the files that the pages speak of, in which everything runs."""
+def sandbox(tmp_path, monkeypatch):
+    """A folder with the files that the pages mention, in which everything runs."""
     monkeypatch.chdir(tmp_path)
-    for colour, rgb in {"red": (200, 30, 30), "blue": (30, 30, 200)}.items():
-        for folder in ("clips", "pictures"):
-            (tmp_path / folder / colour).mkdir(parents=True)
-        for name in ("a", "b"):
-            numbered(tmp_path / f"clips/{colour}/{name}.mp4", frames=80, size=(32, 32))
-            np.save(tmp_path / f"clips/{colour}/{name}.npy", np.random.default_rng(0).normal(size=8).astype(np.float32))
-            Image.new("RGB", (32, 32), rgb).save(tmp_path / f"pictures/{colour}/{name}.png")
-    numbered(tmp_path / "clip.mp4", frames=40, size=(32, 32))
-    numbered(tmp_path / "clip.gif", codec="gif", size=(32, 32))
-    Image.new("RGB", (32, 32), (90, 120, 30)).save(tmp_path / "start.png")
-    np.save(tmp_path / "one.npy", np.ones(8, np.float32))
+    frames = torch.linspace(0, 1, 48)[:, None, None].expand(48, 32, 32)
+    clip = torch.stack([frames, 1 - frames, torch.linspace(0, 1, 32).expand(48, 32, 32)])
+    for folder in ("clips", "pictures"):
+        for label in ("red", "blue"):
+            Path(folder, label).mkdir(parents=True)
+    for name in ("red/a", "red/b", "blue/a", "blue/b"):
+        write_video(clip, f"clips/{name}.mp4", fps=8)
+        np.save(f"clips/{name}.npy", np.ones(8, np.float32))
+        Image.new("RGB", (32, 32), (90, 120, 30)).save(f"pictures/{name}.png")
+    write_video(clip, "clip.mp4", fps=8)
+    write_video(clip, "clip.gif", fps=8)
+    Image.new("RGB", (32, 32), (90, 120, 30)).save("start.png")
+    np.save("one.npy", np.ones(8, np.float32))
     return tmp_path
 
 
@@ -251,7 +256,7 @@ def test_everything_runs_in_tiny_form(page, sandbox, capfd):
             assert main([*words[1:], *TINY.get(words[1], "").split()]) == 0, f"{line}\n{capfd.readouterr().err}"
     for language, code in read_blocks(page):
         for line in code.splitlines() if language == "bash" else ():
-            if line.startswith("diff "):  # of two runs that must be equal
+            if line.startswith("diff "):  # two runs that must be equal
                 subprocess.run(["bash", "-c", line], check=True)
     codes = [code for language, code in read_blocks(page) if language == "python"]
     script = "\n".join(code for code in codes if not any(part in code for part in PARSED_ONLY))

@@ -1,4 +1,4 @@
-"""Folders, shards and pictures as people have them: classes, splits, strays, captions, orientation, depth."""
+"""Real-world folders, shards and pictures: classes, splits, stray files, captions, orientation, bit depth."""
 
 import codecs
 
@@ -20,7 +20,7 @@ from rin_video.labels import class_index
 
 @pytest.fixture(autouse=True)
 def say_again():
-    finding._say_once.cache_clear()
+    finding._warn_once.cache_clear()
 
 
 def pictures(root, *names, size=(8, 8)):
@@ -40,7 +40,7 @@ def test_folders_that_are_numbers_are_classes_in_their_order_and_mean_themselves
         class_index(0, data.classes, 12)
     assert class_index(3, ["01", "02", "03"], 3) == 2
     assert class_index("1", ["cat", "dog"], 2) == class_index(1, [], 2) == 1
-    assert class_index(2, ["0", "1", "10", "2"], 4) == 3  # a run from before, in another order
+    assert class_index(2, ["0", "1", "10", "2"], 4) == 3  # an earlier run with another order of classes
 
 
 @pytest.mark.parametrize("names", [("train", "val"), ("Train", "test", "valid"), ("training", "dev")])
@@ -62,13 +62,13 @@ def test_a_stray_file_does_not_switch_classes_off(tmp_path, caplog):
     data = ImageFolder(tmp_path, 8)
     assert data.classes == ["cat", "dog"]
     assert data.labels == [0, 1, 1, -1]
-    assert "1 of 4 files are in no class folder: they get no label" in caplog.text
+    assert "1 of 4 files are in no class folder and get no label" in caplog.text
     pictures(tmp_path, *(f"{i}.png" for i in range(9)))
     assert ImageFolder(tmp_path, 8).classes == []
     assert "10 of 13 files are outside the folders cat, dog: the folders are not used as classes" in caplog.text
 
 
-def test_what_is_passed_over_is_counted_and_named(tmp_path, capsys, monkeypatch):
+def test_ignored_files_are_counted_and_named(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     pictures(tmp_path / "data", "a.png", "b.png")
     for name in ("a.txt", "b.npy", "clip.rmvb", "list.csv", "list2.csv", "c.txt", "LICENSE"):
@@ -81,7 +81,7 @@ def test_what_is_passed_over_is_counted_and_named(tmp_path, capsys, monkeypatch)
     assert "ignored: 5 files of other kinds" in ImageFolder(tmp_path / "data", 8).describe()
 
 
-def test_links_to_class_folders_are_said(tmp_path, caplog):
+def test_links_to_class_folders_are_reported(tmp_path, caplog):
     pictures(tmp_path / "data", "cat/1.png", "dog/1.png")
     pictures(tmp_path / "elsewhere", "1.png")
     (tmp_path / "data/owl").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
@@ -90,14 +90,14 @@ def test_links_to_class_folders_are_said(tmp_path, caplog):
     assert "and is not followed" in caplog.text
 
 
-def test_gifs_of_one_frame_are_images_and_a_stray_animation_is_passed_over(tmp_path, numbered):
+def test_gifs_of_one_frame_are_images_and_a_stray_animation_is_ignored(tmp_path, numbered):
     pictures(tmp_path, "0.gif", *(f"{i}.png" for i in range(20)))
     assert detect_kind(tmp_path) == "image"
     assert len(ImageFolder(tmp_path, 8)) == 21
     numbered(tmp_path / "moving.gif", codec="gif", frames=3)
     assert detect_kind(tmp_path) == "image"
     said = ImageFolder(tmp_path, 8).describe()
-    assert "ignored: 1 files of other kinds (.gif 1): " in said
+    assert "ignored: 1 file of other kinds (.gif 1): " in said
     assert "moving.gif" in said
     assert len(ClipFolder(tmp_path, 8, 3)) == 1
 
@@ -122,12 +122,12 @@ def test_clips_under_other_names(tmp_path, numbered, suffix):
 
 @pytest.mark.parametrize("suffix", [".mpg", ".mpeg", ".wmv", ".mts", ".m2ts", ".ogv", ".flv", ".3g2"])
 def test_clips_that_cannot_be_read_are_named(tmp_path, numbered, suffix):
-    """Whether FFmpeg can is seen by trying: none is passed over."""
+    """Every clip is tried, because only FFmpeg knows whether it can read it: none is skipped."""
     numbered(tmp_path / "a.mp4", frames=4)
     (tmp_path / f"b{suffix}").write_bytes(b"nothing of the kind" * 99)
     index = make_index(tmp_path, "video")
     assert [path.name for path, _ in index.unusable] == [f"b{suffix}"]
-    assert not index.passed_over
+    assert not index.ignored
 
 
 # ---- shards
@@ -147,7 +147,7 @@ def test_keys_of_shards_end_at_the_first_dot(tmp_path):
 
 
 @pytest.mark.parametrize("beside", ["part.parquet", "_SUCCESS", "list.csv", "notes.md", "sizes.json"])
-def test_tables_beside_shards_do_not_hide_them(tmp_path, beside):
+def test_tables_next_to_shards_do_not_hide_them(tmp_path, beside):
     (tmp_path / "s").mkdir()
     write_shard(tmp_path / "s/0.tar", {"a.png": (pictures(tmp_path, "p.png") / "p.png").read_bytes()})
     (tmp_path / "s" / beside).write_bytes(b"")
@@ -216,7 +216,7 @@ def test_broken_exif_does_not_cost_the_picture(tmp_path, monkeypatch, what):
     assert read_image(tmp_path / "a.jpg").shape == (3, *size)
 
 
-def test_sixteen_bits_keep_their_transparency_and_twelve_are_said(tmp_path):
+def test_sixteen_bits_keep_their_transparency_and_twelve_are_reported(tmp_path):
     grey = (np.arange(48).reshape(6, 8) * 1000).astype(np.uint16)
     Image.fromarray(grey).save(tmp_path / "a.png", transparency=5000)
     image = read_image(tmp_path / "a.png", 4)
@@ -239,7 +239,7 @@ def test_one_animation_among_few_pictures_is_a_stray(tmp_path):
     assert detect_kind(tmp_path) == "image"
     (tmp_path / "0.png").unlink()
     (tmp_path / "1.png").unlink()
-    with pytest.raises(UsageError, match="contains 1 images and 1 clips"):
+    with pytest.raises(UsageError, match="contains 1 image and 1 clip"):
         detect_kind(tmp_path)
 
 
@@ -255,7 +255,7 @@ def test_one_animation_among_few_pictures_is_a_stray(tmp_path):
         (b'{"error": "expired"}', "is text (XML or JSON), perhaps a server error, not media"),
     ],
 )
-def test_what_is_no_media_is_said(tmp_path, content, said):
+def test_files_that_are_not_media_are_reported(tmp_path, content, said):
     for name in ("x.mp4", "x.png"):
         (tmp_path / name).write_bytes(content)
         assert said in not_media(tmp_path / name)

@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face package as people have them: rows without a picture, columns of any name."""
+"""Real-world datasets of the Hugging Face package: rows without a picture, columns of any name."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def saved(hub, folder, columns, features=None):
     return folder
 
 
-def test_a_row_that_lacks_its_picture_costs_itself(tmp_path, hub, caplog):
+def test_a_row_without_picture_only_excludes_itself(tmp_path, hub, caplog):
     cells = [png(tmp_path, 10), None, {"bytes": None, "path": str(tmp_path / "gone.png")}, png(tmp_path, 40)]
     saved(hub, tmp_path / "typed", {"image": [png(tmp_path, 1)] * 4}, {"image": hub.Image()})
     data = open_dataset(tmp_path / "typed", (3, 8, 8), DataConfig())
@@ -32,13 +32,13 @@ def test_a_row_that_lacks_its_picture_costs_itself(tmp_path, hub, caplog):
     with pytest.raises(UsageError, match=r"typed\[2\]: .*gone\.png cannot be read"):
         data.draw(2, 0)
     batches = TrainLoader(data, DataConfig(num_workers=0), 4, seed=0)
-    values = [int(value) for _ in range(2) for value in next(batches)["x"][:, 0, 0, 0]]
+    values = [int(value) for _ in range(2) for value in next(batches).x[:, 0, 0, 0]]
     assert sorted(set(values)) == [10, 40]
     assert batches.num_bad == 2
 
 
 @pytest.mark.parametrize("option", ["buckets=[8x8]", "avoid_cuts=True", "sampling='time'"])
-def test_options_that_would_not_be_heeded_are_refused(tmp_path, hub, option):
+def test_options_without_effect_are_refused(tmp_path, hub, option):
     folder = saved(hub, tmp_path / "set", {"image": [png(tmp_path, 1)]}, {"image": hub.Image()})
     name, value = option.split("=")
     options = DataConfig(**{name: ["8x8"] if name == "buckets" else eval(value)})
@@ -46,7 +46,7 @@ def test_options_that_would_not_be_heeded_are_refused(tmp_path, hub, option):
         open_dataset(folder, (3, 8, 8), options)
 
 
-def test_windows_are_heeded(tmp_path, hub, clips, numbers):
+def test_the_option_windows_takes_effect(tmp_path, hub, clips, numbers):
     cells = [{"bytes": (clips / "plain.mp4").read_bytes(), "path": None}]
     folder = saved(hub, tmp_path / "set", {"v": cells}, {"v": hub.Video(decode=False)})
     hub.load_from_disk(folder).cast_column("v", hub.Video()).save_to_disk(tmp_path / "typed")
@@ -57,7 +57,7 @@ def test_windows_are_heeded(tmp_path, hub, clips, numbers):
 
 
 def test_columns_by_name(tmp_path, hub):
-    """Pictures as bytes of no type, labels as whole numbers and as text."""
+    """Pictures are untyped bytes; labels are integers or text."""
     columns = {
         "first": [png(tmp_path, i) for i in (1, 2, 3)],
         "photo": [png(tmp_path, i)["bytes"] for i in (10, 20, 30)],
@@ -89,7 +89,7 @@ def test_columns_by_name(tmp_path, hub):
         open_dataset(tmp_path, (3, 8, 8), DataConfig(label_column="name"))
 
 
-def test_a_set_of_images_is_taken_for_images(tmp_path, hub, capsys, monkeypatch):
+def test_a_dataset_of_images_is_detected(tmp_path, hub, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     saved(
         hub,

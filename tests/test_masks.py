@@ -1,4 +1,4 @@
-"""Known cells: what training draws, what the model sees, and that loss and samplers leave them alone."""
+"""Observed masks: their drawing in training, their use in the model; loss and samplers keep observed values."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ MIXTURE = dict.fromkeys(KNOWN_MASKS, 1.0)
 def make(**options) -> GaussianDiffusion:
     torch.manual_seed(0)
     model = RIN(**TINY, **CLIP, num_classes=options.pop("num_classes", 0), **options.pop("model", {}))
-    for parameter in model.parameters():  # what starts at zero would hide mistakes
+    for parameter in model.parameters():  # zero-initialised parameters would hide mistakes
         nn.init.normal_(parameter, std=0.1)
     return GaussianDiffusion(model, known=MIXTURE, **options)
 
@@ -90,13 +90,13 @@ def test_model_sees_clean_values_and_the_mask_and_no_loss_is_taken_there():
         diffusion(x).backward()
         known = seen["known"].expand_as(x)
         assert known.any()
-        assert_close(seen["x"][known], (2 * x - 1)[known])  # in the data's own range, whatever the scale
+        assert_close(seen["x"][known], (2 * x - 1)[known])  # in the range of the data, for any scale
         assert (seen["out"].grad[known] == 0).all()
         assert (seen["out"].grad[~known] != 0).all()
 
 
-def test_loss_and_prediction_do_not_depend_on_noise_at_known_cells():
-    """With a scale below 1 the input is normalised by the spread of what is not known, or noise would leak in there."""
+def test_loss_and_prediction_do_not_depend_on_noise_at_observed_pixels():
+    """With a scale below 1 the input is normalised by the std of the unobserved pixels, so that no noise leaks in."""
     for scale in (1.0, 0.4):
         diffusion = make(scale=scale)
         known = draw_known({"boxes": 1}, [], 3, (4, 8, 8))
@@ -108,7 +108,7 @@ def test_loss_and_prediction_do_not_depend_on_noise_at_known_cells():
         assert_close(one, two)
 
 
-def test_mean_and_spread_over_unknown_cells():
+def test_mean_and_std_over_unobserved_pixels():
     x = torch.randn(2, 3, 4, 5)
     known = torch.zeros(2, 1, 4, 5, dtype=torch.bool)
     known[0, :, 1:3], known[1] = True, True
@@ -132,7 +132,7 @@ def test_without_a_mask_in_the_config_nothing_changes():
     assert_close(GaussianDiffusion(plain, known={})(torch.rand(2, *plain.shape)), loss)
 
 
-def test_every_parameter_gets_a_gradient_with_known_cells():
+def test_every_parameter_gets_a_gradient_with_an_observed_mask():
     diffusion = make(model={"self_conditioning": "latent+x0"}, num_classes=3)
     diffusion(torch.rand(8, *diffusion.shape), torch.arange(8) % 3).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in diffusion.parameters())
@@ -142,7 +142,7 @@ def test_every_parameter_gets_a_gradient_with_known_cells():
 
 
 class Correlated(nn.Module):
-    """The exact denoiser of two cells with unit variance and correlation rho, either of them perhaps known."""
+    """The exact denoiser of two pixels with unit variance and correlation rho, of which each may be observed."""
 
     def __init__(self, rho: float, power: int) -> None:
         super().__init__()
@@ -165,13 +165,13 @@ class Correlated(nn.Module):
     [*[(name, "cosine", 2) for name in SAMPLERS], ("ddim", "rectified_flow", 1), ("dpmpp_2m_sde", "rectified_flow", 1)],
 )
 def test_samplers_draw_from_the_conditional(sampler, path, power):
-    """Given one of two correlated cells, the other has mean rho times it and variance 1 - rho^2."""
+    """If one of two correlated pixels is observed, the other has mean rho times it and variance 1 - rho^2."""
     model = Correlated(0.8, power)
     diffusion = GaussianDiffusion(model, noise_schedule=path, objective="x0", clip_x0="none", shape=(1, 2))
-    context, known = torch.full((1, 2), 0.6), torch.tensor([True, False])  # 0.2 in the range of diffusion
+    context, known = torch.full((1, 2), 0.6), torch.tensor([True, False])  # 0.2 in diffusion range
     out = diffusion.sample(batch_size=3000, steps=60, sampler=sampler, seed=0, context=context, known=known)
     assert (out[:, 0, 0] == 0.6).all()
-    # [0, 1] cuts the tails off; these two do not depend on them
+    # clamping to [0, 1] removes the tails; these two do not depend on them
     inside = 2 * out[:, 0, 1] - 1
     assert inside.median().item() == pytest.approx(0.8 * 0.2, abs=0.04)
     assert (inside > 0.16 + 0.6).float().mean().item() == pytest.approx(0.1587, abs=0.02)
@@ -179,7 +179,7 @@ def test_samplers_draw_from_the_conditional(sampler, path, power):
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("clip_x0", ["static", "dynamic", "none"])
-def test_known_cells_come_back_bit_for_bit(sampler, clip_x0):
+def test_observed_pixels_are_returned_bit_for_bit(sampler, clip_x0):
     diffusion = make(scale=0.5, num_classes=2, model={"self_conditioning": "latent+x0"})
     context = torch.rand(3, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(0)

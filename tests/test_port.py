@@ -1,4 +1,4 @@
-"""Code written for the PyTorch port: its options one by one, and what people give for tensors and labels."""
+"""Code written for the PyTorch port: each of its options, and the accepted tensors and labels."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from rin_video.weights import save_model
 TINY = {"dim": 32, "image_size": 8, "patch_size": 4, "depth": 1, "num_latents": 6, "dim_latent": 32,
         "latent_self_attn_depth": 1, "num_heads": 2, "latent_num_heads": 2}  # fmt: skip
 
-# The signatures of rin-pytorch 0.8: an option, a value, and the field it becomes here, or what is said.
+# The signatures of rin-pytorch 0.8: an option, a value, and the field that it becomes here, or the error message.
 MODEL = [
     ("dim", 48, ("dim", 48)),
     ("image_size", 16, ("image_size", 16)),
@@ -119,7 +119,7 @@ def test_options_of_the_trainer(tmp_path, folder, option, value, becomes):
         run = Trainer(diffusion, folder=str(folder), **options)
         assert getattr(getattr(run.config, section), name) == becomes[1]
         if section == "data":
-            assert run.dataset.framing.flip
+            assert run.dataset.resize_crop.flip
 
 
 def test_the_sampler_is_that_of_use_ddim():
@@ -160,7 +160,7 @@ def test_a_program_of_the_port_runs(tmp_path, folder):
         other.load(7)
 
 
-def test_what_is_missing_or_said_twice(tmp_path, folder):
+def test_missing_and_contradictory_options(tmp_path, folder):
     diffusion = GaussianDiffusion(RIN(**TINY))
     for wrong, said in [
         (lambda: Trainer(diffusion), "given no data: a folder, or a Dataset"),
@@ -175,7 +175,7 @@ def test_what_is_missing_or_said_twice(tmp_path, folder):
             wrong()
 
 
-def test_batches_for_every_process_are_told(folder, monkeypatch):
+def test_the_error_for_a_batch_size_per_process_names_the_global_one(folder, monkeypatch):
     from rin_video.port import trainer_options
 
     monkeypatch.setenv("WORLD_SIZE", "4")
@@ -245,7 +245,7 @@ def test_labels_that_cannot_be_are_refused(label, said):
         diffusion.sample(batch_size=2, label=label)
 
 
-def test_arrays_serve_as_tensors():
+def test_arrays_are_accepted_like_tensors():
     diffusion, x = conditional(), np.random.default_rng(0).random((2, 3, 8, 8))
     losses = []
     for form in (x, torch.from_numpy(x), torch.from_numpy(x).float()):

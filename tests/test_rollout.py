@@ -1,4 +1,4 @@
-"""Clips longer than the model's window, other sizes, several tokenizers on one core, embeddings."""
+"""Rollout to clips longer than the model's, other sizes, several tokenizers for one core, embeddings."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ CLIP = {"frames": 8, "image_size": 8, "patch_size": (2, 4, 4), "position": "sinc
 
 
 class Ramp(nn.Module):
-    """Knows that every frame is a little brighter than the one before; begins at 0 where nothing is known."""
+    """A model whose frames are slightly brighter than the previous ones; it starts at 0 without observed frames."""
 
     STEP = 0.002
     known_mask = True
@@ -58,7 +58,7 @@ def test_the_context_comes_first_bit_for_bit_and_may_be_longer_than_a_window():
 
 
 def test_key_frames_first_then_those_between():
-    """The ramp takes every window for consecutive frames, so the key frames show how far apart they were put."""
+    """The ramp treats every chunk as consecutive frames, so the key frames reveal their distance."""
     seen = []
 
     class Spy(Ramp):
@@ -77,7 +77,7 @@ def test_key_frames_first_then_those_between():
 
 
 def test_memory_does_not_grow_with_the_length():
-    """The storage that is alive at once, of whatever kind and whoever holds it."""
+    """Measures the storage of all tensors that are alive at the same time."""
 
     def most(frames: int) -> int:
         diffusion = GaussianDiffusion(Ramp(), objective="x0", clip_x0="none", shape=(3, 16, 32, 32))
@@ -110,7 +110,7 @@ def test_a_video_written_in_parts_is_that_written_at_once(tmp_path, gradient):
         write_video(clip, tmp_path / "whole.mp4", 8)
     parts, whole = read(tmp_path / "parts.mp4"), read(tmp_path / "whole.mp4")
     assert parts.shape == whole.shape == (3, 8, 18, 32)
-    assert_close(parts, whole, rtol=0, atol=8 / 255)  # the encoder itself is not deterministic to the bit
+    assert_close(parts, whole, rtol=0, atol=8 / 255)  # the encoder itself is not bit-deterministic
     writer = VideoWriter(tmp_path / "failed.mp4")
     with pytest.raises(RuntimeError, match="on the way"), writer:
         raise RuntimeError("on the way")
@@ -148,7 +148,7 @@ def test_interpolation_reads_a_ramp_in_between():
 # ---- images and clips on one core
 
 
-def test_one_core_serves_images_and_clips():
+def test_one_core_works_for_images_and_clips():
     model = RIN(**TINY, **CLIP, tokenizer="tube+image", interface_mixing="conv")
     assert model.shapes == [(3, 8, 8, 8), (3, 8, 8)]
     diffusion = GaussianDiffusion(model, known={"none": 1, "first": 1, "boxes": 1})
@@ -158,7 +158,7 @@ def test_one_core_serves_images_and_clips():
         assert all(p.grad is not None for p in model.core.parameters())
         assert diffusion.sample(batch_size=2, shape=shape, steps=2).shape == (2, *shape)
     touched = {name for name, p in model.named_parameters() if p.grad is None and "tokenizer" in name}
-    assert all(name.startswith("tokenizer.") for name in touched)  # the last batch was of images
+    assert all(name.startswith("tokenizer.") for name in touched)  # the last batch contained images
     alone = RIN(**TINY, **CLIP, interface_mixing="conv")
     shared = {k for k in model.state_dict() if not k.startswith("other_tokenizers.")}
     assert shared == set(alone.state_dict())
@@ -213,7 +213,7 @@ def test_dropped_labels_and_embeddings_go_together():
 
 
 def test_training_with_embeddings_and_with_frames_that_are_always_given(tmp_path):
-    """Where something is always given, previews are given it too: unconditional ones would be noise."""
+    """If training always has conditioning frames, previews have them too; unconditional samples would be noise."""
     torch.manual_seed(0)
     clips = torch.rand(4, 3, 8, 8, 8)
     data = [{"x": x, "embedding": torch.randn(2, 5)} for x in clips]
@@ -233,7 +233,7 @@ def test_training_with_embeddings_and_with_frames_that_are_always_given(tmp_path
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A model of 4 frames that goes on from given ones, with two classes, as training would have left it."""
+    """The run of a model of 4 frames that can be conditioned on frames, with two classes."""
     folder = tmp_path_factory.mktemp("run")
     torch.manual_seed(0)
     model = RIN(**TINY, **(CLIP | {"frames": 4, "image_size": 16}), tokenizer="tube+image", num_classes=2)
@@ -265,7 +265,7 @@ def test_contexts_on_the_command_line(run, tmp_path):
     filled = drawn(*context, "--fill", "1:3")
     assert (filled[:, :, [0, 3]] == source[:, [0, 3]]).all()
     assert (filled[:, :, 1] != source[:, 1]).any()
-    longer = drawn(*context, "--frames", "13", "--overlap", "1")  # as bytes: longer clips may not fit as floats
+    longer = drawn(*context, "--frames", "13", "--overlap", "1")  # as uint8, because long clips may not fit as floats
     assert longer.shape == (2, 3, 13, 16, 16)
     assert (longer[:, :, :8] == (source * 255).round()).all()
     cli.main([*sample, "--frames", "0", "--size", "8x24", "--out", str(tmp_path / "picture.png"), "--num", "1"])

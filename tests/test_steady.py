@@ -1,4 +1,4 @@
-"""Pictures that move, short clips and variable frame rates in `export` and `prepare`."""
+"""Animated images, short clips and variable frame rates in `export` and `prepare`."""
 
 import numpy as np
 import pytest
@@ -11,6 +11,7 @@ from rin_video.cli.convert import export, load_media
 from rin_video.datasets import ClipFolder, open_video
 from rin_video.datasets.adapters import adapt
 from rin_video.datasets.steady import frame_rate, is_steady, steady_frames
+from rin_video.wording import counted
 
 
 def animation(path, levels, durations):
@@ -50,7 +51,9 @@ def test_pictures_that_move_are_exported_with_all_their_frames(tmp_path, suffix)
     said = export(source, tmp_path / "out.mp4")
     levels, fps = levels_of(tmp_path / "out.mp4")
     assert fps == pytest.approx(10)
-    assert np.abs(np.array(levels[:6]) - [0, 60, 120, 120, 180, 180]).max() < 8  # at 0.4 s, 0.5 s is nearer than 0.2 s
+    assert (
+        np.abs(np.array(levels[:6]) - [0, 60, 120, 120, 180, 180]).max() < 8
+    )  # for 0.4 s, the frame at 0.5 s is nearer than that at 0.2 s
     assert "10 fps" in said
 
 
@@ -64,12 +67,12 @@ def test_a_picture_of_one_frame_is_a_picture(tmp_path):
 def test_clips_of_one_or_three_frames_are_clips(tmp_path, numbered, frames):
     numbered(tmp_path / "a.mp4", frames=frames)
     said = export(tmp_path / "a.mp4", tmp_path / "b.mp4")
-    assert f"{frames} frames of 32x64" in said
+    assert f"{counted(frames, 'frame')} of 32x64" in said
     assert len(levels_of(tmp_path / "b.mp4")[0]) == frames
     for i in range(frames):
         (tmp_path / "folder").mkdir(exist_ok=True)
         Image.new("RGB", (8, 8), (50 * i,) * 3).save(tmp_path / "folder" / f"{i}.png")
-    assert f"{frames} frames of 8x8" in export(tmp_path / "folder", tmp_path / "c.mp4")
+    assert f"{counted(frames, 'frame')} of 8x8" in export(tmp_path / "folder", tmp_path / "c.mp4")
     animation(tmp_path / "d.png", [0, 99, 200][:frames], 100)
     assert export(tmp_path / "d.png", tmp_path / "d.webp" if frames == 1 else tmp_path / "d.mp4")
     np.save(tmp_path / "images.npy", np.zeros((2, 3, 8, 8), np.uint8))
@@ -77,7 +80,7 @@ def test_clips_of_one_or_three_frames_are_clips(tmp_path, numbered, frames):
 
 
 def test_a_variable_rate_is_exported_in_its_time(tmp_path, clips):
-    """Frames at 0, 1, 2, 5, 6, 10, 20, 21, 22, 30 thirtieths of a second, of grey 10, 20, ..."""
+    """The frames have times 0, 1, 2, 5, 6, 10, 20, 21, 22, 30 in 1/30 s, and grey levels 10, 20, ..."""
     said = export(clips / "variable_rate.mp4", tmp_path / "out.mp4")
     assert "the rate varies, the nearest frames are taken at 30 fps" in said
     levels, fps = levels_of(tmp_path / "out.mp4")
@@ -90,7 +93,7 @@ def test_a_variable_rate_is_exported_in_its_time(tmp_path, clips):
 def test_prepare_keeps_the_time_of_a_variable_rate(tmp_path, clips, monkeypatch, capsys, numbers):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["prepare", str(clips / "variable_rate.mp4"), "--size", "32x64", "--out", "shards"]) == 0
-    assert "1 of 1 clips vary in frame rate: their nearest frames at a regular rate" in capsys.readouterr().out
+    assert "1 of 1 clip had a variable frame rate and used the nearest frames" in capsys.readouterr().out
     (length,) = [info.num_frames for info in ClipFolder(tmp_path / "shards", (32, 64), 1).infos]
     data = ClipFolder(tmp_path / "shards", (32, 64), length)
     shown = numbers(data.draw(0, 0)["x"].transpose(0, 1))
@@ -104,7 +107,7 @@ def test_prepare_takes_short_clips(tmp_path, numbered, monkeypatch, capsys, fram
     (tmp_path / "data").mkdir()
     numbered(tmp_path / "data/a.mp4", frames=frames)
     assert cli.main(["prepare", str(tmp_path / "data"), "--size", "8", "--out", "shards"]) == 0
-    assert f"clips of {4 if frames == 5 else 1} frames a second before" in capsys.readouterr().out
+    assert f"clips of {'4 frames' if frames == 5 else '1 frame'} a second before" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("options", "rate"), [({}, 8), ({"stride": 2}, 4), ({"fps": 5}, 5), ({"span": "whole"}, 1.6)])

@@ -21,10 +21,11 @@ from rin_video.datasets.extensions import CLIP_EXTENSIONS
 from rin_video.datasets.folders import find_files
 from rin_video.datasets.probe import probe_video
 from rin_video.datasets.reading import read_image
-from rin_video.datasets.resize_crop import ResizeCrop, smaller
+from rin_video.datasets.resize_crop import ResizeCrop, decoder_size
 from rin_video.datasets.video_info import VideoInfo
 from rin_video.diffusion.masks import known_frames_mask
 from rin_video.errors import UsageError
+from rin_video.wording import counted, ranged
 
 log = logging.getLogger("rin_video")
 
@@ -93,7 +94,8 @@ def read_embedding_options(options: Namespace, config: Config) -> dict[str, Any]
         for file, vectors in zip(files, told, strict=True):
             if vectors.shape[1] != width or len(vectors) > most:
                 raise UsageError(
-                    f"{file} holds {len(vectors)} vectors of {vectors.shape[1]}, the model takes 1 to {most} of {width}"
+                    f"{file} holds {counted(len(vectors), 'vector')} of {vectors.shape[1]}, the model takes "
+                    f"1 to {most} of {width}"
                 )
     longest = max(len(vectors) for vectors in told)
     padded = torch.stack([torch.nn.functional.pad(v, (0, 0, 0, longest - len(v))) for v in told])
@@ -125,15 +127,17 @@ def read_context(
             f"use --context-frames 1 to {limit}, or more --frames"
         )
     if len(lengths) > 1:
-        raise UsageError(f"the clips of {path} have {min(lengths)} to {max(lengths)} frames: give --context-frames")
+        raise UsageError(
+            f"the clips of {path} have {ranged(min(lengths), max(lengths), 'frame')}: give --context-frames"
+        )
     clips = [_read_clip(*clip, shape, options) for clip in zip(files, infos, chosen, strict=True)]
     return torch.stack([clips[i % len(clips)] for i in range(num)])
 
 
 def read_start_image(path: Path, shape: tuple[int, ...]) -> Tensor:
     """An image as a clip of one frame, resized and cropped at the centre: uint8 (C, 1, H, W)."""
-    framing = ResizeCrop((shape[-2], shape[-1]))
-    return framing(read_image(_existing(path), shape[0]), np.random.default_rng(0)).unsqueeze(1)
+    resize_crop = ResizeCrop((shape[-2], shape[-1]))
+    return resize_crop(read_image(_existing(path), shape[0]), np.random.default_rng(0)).unsqueeze(1)
 
 
 def parse_fill(text: str, frames: int) -> range:
@@ -152,10 +156,10 @@ def parse_fill(text: str, frames: int) -> range:
 def _read_clip(
     file: Path, info: VideoInfo, indices: Sequence[int], shape: tuple[int, ...], options: DataConfig
 ) -> Tensor:
-    framing = ResizeCrop((shape[-2], shape[-1]))
-    plan = framing.plan(info.size, np.random.default_rng(0))
+    resize_crop = ResizeCrop((shape[-2], shape[-1]))
+    params = resize_crop.draw_params(info.size, np.random.default_rng(0))
     with open_video(file, options.decoder, info) as video:
-        clip = framing.cut(video.read(indices, smaller(plan.size, info.size)), plan)
+        clip = resize_crop.apply(video.read(indices, decoder_size(params.size, info.size)), params)
     if shape[0] == 1:
         from torchvision.transforms.v2 import functional as transforms
 
@@ -172,6 +176,6 @@ def _indices(file: Path, info: VideoInfo, options: DataConfig, frames: int | Non
         indices = nearest_in_time(info.times, wanted)
     if frames is not None and frames > len(indices):
         raise UsageError(
-            f"{file} has {len(indices)} frames at this stride or rate, not {frames}: lower --context-frames"
+            f"{file} has {counted(len(indices), 'frame')} at this stride or rate, not {frames}: lower --context-frames"
         )
     return indices[:frames]

@@ -33,6 +33,7 @@ from rin_video.media import (
     save_parts,
     save_samples,
 )
+from rin_video.wording import counted
 
 ANIMATED = (".png", ".apng", ".avif")  # images that may hold several frames
 BLOCK_PIXELS = 32_000_000  # of a clip that are held in memory while it is converted
@@ -108,7 +109,7 @@ def _export_clip(source: Path, target: Path, fps: float | None) -> str:
         frames, steady = steady_clip(video.info)
         rate = fps if fps is not None else steady
         check_target(target, 5, rate)
-        read = f"read {source}: {video.num_frames} frames of {H}x{W}, {video.fps:g} fps"
+        read = f"read {source}: {counted(video.num_frames, 'frame')} of {H}x{W}, {video.fps:g} fps"
         if not is_steady(video.info.times):
             read += f" on average: the rate varies, the nearest frames are taken at {steady:g} fps"
         if suffix in PICTURE_SUFFIXES:
@@ -183,9 +184,6 @@ def _natural_order(name: str) -> list[tuple[int, str]]:
 def _summary(batch: Tensor) -> str:
     size = f"{batch.shape[-2]}x{batch.shape[-1]}"
     if batch.ndim == 4:
-        return f"{len(batch)} images of {size}"
-    return (
-        f"{len(batch)} clips of {batch.shape[2]} frames of {size}"
-        if len(batch) > 1
-        else f"{batch.shape[2]} frames of {size}"
-    )
+        return f"{counted(len(batch), 'image')} of {size}"
+    frames = f"{counted(batch.shape[2], 'frame')} of {size}"
+    return f"{counted(len(batch), 'clip')} of {frames}" if len(batch) > 1 else frames

@@ -24,6 +24,7 @@ from rin_video.cli.options import (
 from rin_video.config import DataConfig, DataKind, FrameKind
 from rin_video.config_files import load_config
 from rin_video.errors import UsageError
+from rin_video.wording import counted
 
 log = logging.getLogger("rin_video")
 
@@ -155,7 +156,7 @@ def compare_speed(source: str, out: Path, kind: str, size: tuple[int, int], data
         if kind == "image" or frames == 1:
             return f"the speed of loading is not measured: {error}"
         return compare_speed(source, out, kind, size, data, frames // 2)
-    what = "images" if kind == "image" else f"clips of {frames} frames"
+    what = "images" if kind == "image" else f"clips of {counted(frames, 'frame')}"
     return f"{before:.1f} {what} a second before, {after:.1f} now ({after / before:.1f} times), in one process"
 
 

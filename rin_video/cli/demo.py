@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rin_video.config_files import load_config
+from rin_video.wording import counted, in_hours
 
 log = logging.getLogger("rin_video")
 
@@ -44,7 +45,7 @@ def run_demo(folder: Path, overrides: Sequence[str] = ()) -> None:
     config = load_config("demo", overrides)
     clips = write_demo_set(folder / "data")
     dataset = open_dataset(folder / "data", (3, config.model.frames or 0, *config.model.height_width), config.data)
-    log.info("1. %d clips of moving shapes (%s): %s", len(clips), ", ".join(SHAPES), folder / "data")
+    log.info("1. %s of moving shapes (%s): %s", counted(len(clips), "clip"), ", ".join(SHAPES), folder / "data")
     log.info("2. training a small model on them\n%s", describe(config.model))
     torch.manual_seed(config.train.seed)
     diffusion = GaussianDiffusion(RIN(config.model), config.diffusion)
@@ -54,13 +55,12 @@ def run_demo(folder: Path, overrides: Sequence[str] = ()) -> None:
     samples = trainer.averaged().sample(config.sample, seed=0, progress=True)
     save_samples(samples, folder / "sample.mp4", fps=config.sample.fps or DEFAULT_FPS)
     contact_sheet(samples, folder / "contact_sheet.png")
-    minutes = (time.perf_counter() - start) / 60
     log.info(
-        "done in %.1f minutes. Look at\n"
+        "done in %s. Look at\n"
         "  %s (any browser or player)\n"
         "  %s (a row for each clip, time from left to right)\n"
         "Next: rin-video train --data YOUR_CLIPS --frames 16",
-        minutes,
+        in_hours(time.perf_counter() - start),
         folder / "sample.mp4",
         folder / "contact_sheet.png",
     )

@@ -12,6 +12,7 @@ from rin_video.cli.options import RUN_HELP, say
 from rin_video.config_files import load_config, presets
 from rin_video.errors import UsageError
 from rin_video.files import CONFIG
+from rin_video.wording import counted, in_bytes
 
 log = logging.getLogger("rin_video")
 
@@ -21,6 +22,7 @@ def add_parsers(commands: Any) -> None:
     add = command.add_argument
     add("model", nargs="?", metavar="DIR", help="the folder of a run")
     add("--config", metavar="NAME|FILE", help="a preset, or a YAML file")
+    add("--memory", action="store_true", help="what training takes too, which takes some seconds to compute")
     add("--json", action="store_true", help="print params, tokens, latents, gflops as JSON")
     command.set_defaults(run=info, overrides=[])
 
@@ -56,8 +58,6 @@ def add_parsers(commands: Any) -> None:
 def info(options: Namespace) -> None:
     """Print what the presets, or one model, cost."""
     from rin_video.model.info import describe, model_info
-    from rin_video.training.memory import training_memory
-    from rin_video.weights import find_model
 
     if options.model and options.config:
         raise UsageError("give the folder of a run or --config, not both")
@@ -74,14 +74,26 @@ def info(options: Namespace) -> None:
             say(f"{name:<20}{size:<14}{row.tokens:>8}{row.latents:>9}{row.params:>13,}{row.gflops:>9.2f}")
         say("one in detail: rin-video info --config NAME")
         return
-    source = find_model(options.model) / CONFIG if options.model else options.config
-    config = load_config(source, options.overrides)
+    config = load_config(find_config(options.model) if options.model else options.config, options.overrides)
     if options.json:
         say(json.dumps(_counts(model_info(config.model))))
         return
     say(describe(config.model))
-    batch = config.train.train_batch_size
-    say(f"  {'training':<11}about {training_memory(config) / 1e9:.1f} GB at batch size {batch}")
+    if options.memory:
+        from rin_video.training.memory import training_memory
+
+        batch = config.train.train_batch_size
+        say(f"  {'training':<11}about {in_bytes(training_memory(config))} at batch size {batch}")
+
+
+def find_config(model: str) -> Path:
+    """The configuration of a run or of a model on the hub; of a folder without importing torch."""
+    local = Path(model) / CONFIG
+    if local.is_file():
+        return local
+    from rin_video.weights import find_model
+
+    return find_model(model) / CONFIG
 
 
 def diagnose(options: Namespace) -> None:
@@ -105,9 +117,8 @@ def diagnose(options: Namespace) -> None:
     dataset = open_dataset(data, diffusion.shape, config.data, seed=config.train.seed)
     out = Path(options.out or own_folder(options.model) / "diagnosis")
     diagnosis = diagnose_run(folder, diffusion, dataset, config, out, num=options.num)
-    say(
-        f"loss ({config.diffusion.objective}, not weighted), mean of {min(options.num, len(dataset))} samples of {data}"
-    )
+    samples = counted(min(options.num, len(dataset)), "sample")
+    say(f"loss ({config.diffusion.objective}, not weighted), mean of {samples} of {data}")
     say(diagnosis.table())
     for finding in diagnosis.findings() or ["nothing looks wrong: every noise level is learnt, no latent is dead"]:
         say(f"- {finding}")

@@ -83,9 +83,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def read_options(argv: Sequence[str]) -> argparse.Namespace:
-    """The options of a command. `overrides` are the key=value words, then the flags that stand for one.
+    """The options of a command. `overrides` are the flags that stand for a key=value, then the key=value words.
 
-    Such a flag has the key as its `dest`, so that `--steps 10` is `train.train_num_steps=10`.
+    Such a flag has the key as its `dest`: `--steps 10` is `train.train_num_steps=10`. Flags come first, so that
+    `sample.sampler.eta=0.5` adds to `--sampler ddim` wherever it stands.
     """
     parser = make_parser()
     arguments, overrides = split_overrides(parser, argv)
@@ -93,7 +94,7 @@ def read_options(argv: Sequence[str]) -> argparse.Namespace:
     if overrides and "overrides" not in options:
         raise UsageError(f"{options.command} takes no key=value: {overrides[0]}")
     flags = [f"{key}={value}" for key, value in vars(options).items() if "." in key and value is not None]
-    options.overrides = [*overrides, *flags]
+    options.overrides = [*flags, *overrides]
     return options
 
 

@@ -7,14 +7,15 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from rin_video.cli.options import parse_size
 from rin_video.config import SampleConfig
 from rin_video.diffusion.process import GaussianDiffusion
 from rin_video.errors import UsageError
+from rin_video.progress import progress_bar
 from rin_video.ranks import is_first
 from rin_video.training.parallel_sampling import rank_part
+from rin_video.wording import counted
 
 
 class Pass(NamedTuple):
@@ -64,8 +65,8 @@ def refuse_extension(options: Namespace, pass_: Pass) -> None:
     for flag in ("overlap", "carry_latents", "key_frames"):
         if getattr(options, flag):
             raise UsageError(
-                f"--{flag.replace('_', '-')} is for clips longer than a window: all {pass_.frames} frames are made in "
-                "one pass"
+                f"--{flag.replace('_', '-')} is for clips longer than a window: {counted(pass_.frames, 'frame')} "
+                "fit into one pass"
             )
 
 
@@ -82,7 +83,7 @@ def extend_parts(
         key_frames=options.key_frames,
         **merged,
     )
-    with tqdm(total=pass_.frames, desc="sampling", unit="frame", disable=not is_first()) as bar:
+    with progress_bar(pass_.frames, "sampling", "frame", disable=not is_first()) as bar:
         for part in parts:
             bar.update(part.shape[2])
             yield gather(part)

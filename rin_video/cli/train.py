@@ -11,6 +11,7 @@ from rin_video.cli.options import DATA_HELP, add_data_options, choose_preset, re
 from rin_video.config import Config
 from rin_video.config_files import is_set
 from rin_video.errors import UsageError
+from rin_video.wording import counted, in_bytes
 
 log = logging.getLogger("rin_video")
 
@@ -102,11 +103,11 @@ def train(options: Namespace) -> None:
     diffusion = GaussianDiffusion(RIN(config.model), config.diffusion)
     trainer = Trainer(diffusion, dataset, results_folder=folder, config=config)
     log.info(
-        "training\n  on %s, about %.1f GB, %d steps of %d samples, into %s",
+        "training\n  on %s, about %s, %s of %s, into %s",
         device_name(trainer.accelerator.device),
-        training_memory(config, num_processes=trainer.accelerator.num_processes) / 1e9,
-        config.train.train_num_steps,
-        config.train.train_batch_size * config.train.gradient_accumulate_every,
+        in_bytes(training_memory(config, num_processes=trainer.accelerator.num_processes)),
+        counted(config.train.train_num_steps, "step"),
+        counted(config.train.train_batch_size * config.train.gradient_accumulate_every, "sample"),
         folder,
     )
     trainer.train()
@@ -118,8 +119,8 @@ def shorten_warmup(config: Config) -> None:
     wanted, most = config.train.warmup_steps, config.train.train_num_steps // 2
     if wanted > most:
         log.info(
-            "warm-up: %d steps, half of the training, instead of %d (train.warmup_steps=%d keeps it)",
-            most,
+            "warm-up: %s, half of the training, instead of %d (train.warmup_steps=%d keeps it)",
+            counted(most, "step"),
             wanted,
             wanted,
         )

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from rin_video.config import (
     ClippingName,
@@ -31,6 +31,7 @@ from rin_video.diffusion.samplers import KARRAS, Denoise, Levels, Sampler, get_s
 from rin_video.diffusion.schedules import Schedule, make_schedule
 from rin_video.errors import UsageError
 from rin_video.labels import Labels, check_labels
+from rin_video.progress import progress_bar
 from rin_video.tensors import from_diffusion_range, join_tensors, map_tensors, to_diffusion_range, to_unit_range
 
 
@@ -129,11 +130,9 @@ def sample(
     guidance.check(conditions)
     seed = int(torch.randint(2**62, ())) if seed is None else seed
     chunks = torch.split(torch.arange(batch_size), max_batch or batch_size)
-    bar = tqdm(total=len(levels) * len(chunks), desc="sampling", unit="step", disable=not progress)
+    steps = len(levels) * len(chunks)
     samples, trajectories, states = [], [], []
-    was_training = diffusion.training
-    diffusion.train(False)
-    try:
+    with evaluating(diffusion), progress_bar(steps, "sampling", "step", disable=not progress) as bar:
         for chunk in chunks:
             noise = NoiseSource(seed, numbers[chunk].tolist(), shape, device)
             denoise = diffusion.denoiser(conditions.at(chunk, device), guidance, config.clip_x0)
@@ -152,13 +151,21 @@ def sample(
             samples.append(drawn)
             trajectories += [torch.stack(estimates, dim=1)] if return_trajectory else []
             states.append(step.self_cond)
-    finally:
-        diffusion.train(was_training)
-        bar.close()
     result: list[Any] = [torch.cat(samples)]
     result += [torch.cat(trajectories)] if return_trajectory else []
     result += [join_tensors(states)] if return_self_cond else []
     return tuple(result) if len(result) > 1 else result[0]
+
+
+@contextmanager
+def evaluating(diffusion: Diffusion) -> Iterator[None]:
+    """Set the model to eval mode within the block."""
+    was_training = diffusion.training
+    diffusion.train(False)
+    try:
+        yield
+    finally:
+        diffusion.train(was_training)
 
 
 def plan_steps(diffusion: DiffusionConfig, config: SampleConfig) -> tuple[Levels, Sampler]:

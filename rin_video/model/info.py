@@ -1,16 +1,24 @@
-"""The cost of a model: parameters, tokens and floating-point operations, counted from shapes alone."""
+"""The cost of a model: parameters, tokens and floating-point operations, in closed form and without torch.
+
+If the tokenizer comes from another distribution, the model is built on the meta device and counted.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
-
 from rin_video.config import ModelConfig
-from rin_video.model.rin import RIN
+from rin_video.model.costs import (
+    can_be_built,
+    conditioner_cost,
+    core_cost,
+    data_grid,
+    token_grid,
+    tokenizer_cost,
+    tokenizer_names,
+)
+from rin_video.wording import counted, in_flops
 
 
 @dataclass(frozen=True)
@@ -31,6 +39,29 @@ class ModelInfo:
 
 def model_info(config: ModelConfig) -> ModelInfo:
     """Count for a model without allocating its weights. Raises `UsageError` for a configuration that is not valid."""
+    grids = [grid for name in tokenizer_names(config) if (grid := data_grid(config, name)) is not None]
+    if len(grids) < len(tokenizer_names(config)) or not can_be_built(config, grids):
+        return count_built(config)  # raises the error of an invalid configuration
+    grid, *others = grids
+    tokens, num_axes = token_grid(config, grid), max(map(len, grids))
+    cost = tokenizer_cost(config, grid) + conditioner_cost(config) + core_cost(config, tokens, num_axes)
+    return ModelInfo(
+        shape=(config.channels, *grid),
+        tokens=math.prod(tokens),
+        latents=config.num_latents,
+        params=cost.params + sum(tokenizer_cost(config, other).params for other in others),
+        gflops=cost.flops / 1e9,
+    )
+
+
+def count_built(config: ModelConfig) -> ModelInfo:
+    """Count for a model that is built on the meta device. Raises `UsageError` for a configuration that is not valid."""
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from rin_video.model.rin import RIN
+
     with torch.device("meta"):
         model = RIN(config)
         x = torch.empty(1, *model.shape)
@@ -53,12 +84,12 @@ def describe(config: ModelConfig) -> str:
     info = model_info(config)
     channels, *grid = info.shape
     lines = {
-        "sample": f"{channels} channels, {'x'.join(map(str, grid))}"
-        + (f", {config.num_classes} classes" if config.num_classes else ""),
-        "interface": f"{info.tokens} tokens of width {config.dim}, {config.position} positions",
-        "latents": f"{info.latents} of width {config.dim_latent or config.dim}",
+        "sample": f"{counted(channels, 'channel')}, {'x'.join(map(str, grid))}"
+        + (f", {counted(config.num_classes, 'class')}" if config.num_classes else ""),
+        "interface": f"{counted(info.tokens, 'token')} of width {config.dim}, {config.position} positions",
+        "latents": f"{info.latents} of width {config.latent_width}",
         "blocks": f"{config.depth}, with {', '.join(map(str, config.compute_layers))} compute layers",
         "parameters": f"{info.params:,}",
-        "forward": f"{info.gflops:.2f} GFLOPs a sample",
+        "forward": f"{in_flops(info.gflops)} a sample",
     }
     return "\n".join(f"  {name:<11}{text}" for name, text in lines.items())

@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, default_collate
-from tqdm.auto import tqdm
+from torch.utils.data import Dataset
 
 from rin_video.config import Config
 from rin_video.datasets.adapters import adapt_for
-from rin_video.datasets.epochs import unpack
+from rin_video.datasets.batch import Batch, collate
 from rin_video.datasets.mixed import MixedDataset
 from rin_video.diffusion.conditions import Conditions
 from rin_video.diffusion.masks import draw_known
@@ -26,10 +25,12 @@ from rin_video.diffusion.objectives import target
 from rin_video.diffusion.process import GaussianDiffusion
 from rin_video.files import write_text
 from rin_video.media import can_be_picture, contact_sheet
+from rin_video.progress import progress_bar
 from rin_video.tensors import to_diffusion_range
 from rin_video.training.plots import draw_figure
 from rin_video.training.previews import harmless
 from rin_video.training.state import load_state, saved_states
+from rin_video.wording import counted
 
 log = logging.getLogger("rin_video")
 
@@ -100,8 +101,9 @@ class Diagnosis:
         active = sum(share > self.clipped_data + 0.05 for share in self.clipped)
         if active > len(self.clipped) / 2:
             found.append(
-                f"clipping is active in {active} of {len(self.clipped)} steps: more of the estimate lies at the bounds "
-                f"than of the data ({self.clipped_data:.0%}). Train longer, lower guidance, or try clip_x0=dynamic"
+                f"clipping is active in {active} of {counted(len(self.clipped), 'step')}: more of the estimate lies at "
+                f"the bounds than of the data ({self.clipped_data:.0%}). Train longer, lower guidance, or try "
+                "clip_x0=dynamic"
             )
         dead = sum(spread < 0.01 for spread in self.latent_std)
         if dead:
@@ -123,12 +125,12 @@ def diagnose(
     data = adapt_for(diffusion, data)
     length = len(data)  # type: ignore[arg-type]
     chosen = torch.linspace(0, length - 1, min(num, length)).long().tolist()
-    batches = [_told(default_collate([data[i] for i in part]), diffusion) for part in _parts(chosen, BATCH)]
+    batches = [_with_conditions(collate([data[i] for i in part]), diffusion) for part in _parts(chosen, BATCH)]
     times = [(i + 0.5) / LEVELS for i in range(LEVELS)]
     raw = diffusion.with_model(raw_model) if raw_model is not None else None
     rows: dict[str, list[float]] = {name: [] for name in ("loss", "first", "raw", "zero", "copy", "log_snr")}
     latents: list[Tensor] = []
-    with tqdm(total=len(times), desc="noise levels", unit="level") as bar:
+    with progress_bar(len(times), "noise levels", "level") as bar:
         for index, t in enumerate(times):
             sums = torch.zeros(5, dtype=torch.float64)
             for number, (x, conditions) in enumerate(batches):
@@ -223,15 +225,14 @@ def _two_passes(
     return first, second, latents
 
 
-def _told(batch: Any, diffusion: GaussianDiffusion) -> tuple[Tensor, Conditions]:
-    """A batch as its data and what training tells of it: label, embedding, known cells (the same every time)."""
-    x, label = unpack(batch)
+def _with_conditions(batch: Batch, diffusion: GaussianDiffusion) -> tuple[Tensor, Conditions]:
+    """The data of a batch and its conditions as in training; the observed masks are the same every time."""
+    x, label, embedding = batch
     options, known = diffusion.config, None
     if options.known:
         generators = seeded_generators(0, range(len(x)))
         known = draw_known(options.known, options.known_frames, len(x), x.shape[2:], generators)
     label = label if getattr(diffusion.model, "num_classes", 0) else None
-    embedding = batch.get("embedding") if isinstance(batch, dict) else None
     device = next(diffusion.parameters()).device
     return x.to(device), Conditions(label, embedding, known).at(torch.arange(len(x)), device)
 

@@ -12,15 +12,15 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode  # torch has no public names for these two
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 
 from rin_video.config import Config
 from rin_video.diffusion.precision import running_in
 from rin_video.diffusion.process import GaussianDiffusion
 from rin_video.errors import UsageError
 from rin_video.model.rin import RIN
+from rin_video.wording import in_bytes
 
 # What a process on the CPU holds beyond its tensors, as benchmarks/memory.py measures it.
 MALLOC = 1.12  # blocks that are free between others are not given back: a share of what lives in a step
@@ -68,7 +68,7 @@ def largest_batch(config: Config, device: torch.device, *, num_processes: int = 
     one, two, four = needed(1), needed(2), needed(4)
     if one > free:
         raise UsageError(
-            f"training needs {one / 1e9:.1f} GB with a batch of 1, {free / 1e9:.1f} GB can be used: use a smaller "
+            f"training needs {in_bytes(one)} with a batch of 1, {in_bytes(free)} can be used: use a smaller "
             "model (model.dim, model.num_latents), larger patches, or train.gradient_checkpointing=true"
         )
     per_sample = max((four - two) / 2, 1.0)
@@ -130,7 +130,7 @@ def advice(config: Config, device: torch.device, num_processes: int = 1) -> str:
 
     def gigabytes(batch_size: int, **options: Any) -> str:
         needs = training_memory(with_batch(config, batch_size, **options), device=kind, num_processes=num_processes)
-        return f"{needs / 1e9:.1f} GB"
+        return in_bytes(needs)
 
     ways = []
     if half < batch:
@@ -146,7 +146,7 @@ def advice(config: Config, device: torch.device, num_processes: int = 1) -> str:
     ways.append("--batch-size auto takes the largest that fits")
     return (
         f"out of memory on {device}: a batch of {batch} needs about {gigabytes(batch)}, "
-        f"{free_memory(device) / 1e9:.1f} GB are free. {'; '.join(ways)}"
+        f"{in_bytes(free_memory(device))} are free. {'; '.join(ways)}"
     )
 
 
@@ -197,16 +197,20 @@ class PeakMemory(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        return tree_map_only(Tensor, self.count, function(*args, **(kwargs or {})))
+        result = function(*args, **(kwargs or {}))
+        for part in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(part, Tensor):
+                self.count(part)
+        return result
 
-    def count(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self.alive:
-            self.alive.add(storage._cdata)
-            weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
+    def count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()  # torch keeps one object for it as long as the memory lives
+        name = id(storage)
+        if name not in self.alive:
+            self.alive.add(name)
+            weakref.finalize(storage, self.free, name, storage.nbytes())
             self.now += storage.nbytes()
             self.peak = max(self.peak, self.now)
-        return tensor
 
     def free(self, name: int, size: int) -> None:
         self.alive.discard(name)

@@ -17,6 +17,7 @@ from rin_video.weights import log, read_tensors
 
 STATE_FILES = ("state.safetensors", "state.json")
 MANIFEST = "manifest.json"
+CHECKPOINTS = "checkpoints"  # the folder of all states in that of a run
 
 
 def save_state(folder: Path, state: dict[str, Any], *, write: bool = True) -> None:
@@ -63,7 +64,7 @@ def newest_state(run: Path) -> tuple[Path, dict[str, Any]] | None:
 
     Damaged and unfinished ones are passed over, and this is logged. Raises `UsageError` where all are damaged.
     """
-    for unfinished in sorted((run / "checkpoints").glob("step-*.tmp")):
+    for unfinished in sorted((run / CHECKPOINTS).glob("step-*.tmp")):
         log.warning("checkpoint %s was not finished when the run was stopped: passed over", unfinished)
     states = saved_states(run)
     for folder in reversed(states):
@@ -79,9 +80,21 @@ def newest_state(run: Path) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
+def load_milestone(run: Path, milestone: int | str) -> tuple[Path, dict[str, Any]]:
+    """The folder and the content of what `Trainer.save(milestone)` wrote. `UsageError` where there is none."""
+    folder = run / CHECKPOINTS / f"milestone-{milestone}"
+    if not folder.is_dir():
+        there = sorted(p.name.removeprefix("milestone-") for p in folder.parent.glob("milestone-*"))
+        raise UsageError(
+            f"{run} has no milestone {milestone}: {', '.join(there) or 'none was saved'} (checkpoints of other "
+            "packages, model-N.pt, do not fit this network)"
+        )
+    return folder, load_state(folder)
+
+
 def saved_states(run: Path) -> list[Path]:
     """Folders of the states of a run that can be resumed from, oldest first."""
-    return sorted(p for p in (run / "checkpoints").glob("step-*") if p.suffix != ".tmp")
+    return sorted(p for p in (run / CHECKPOINTS).glob("step-*") if p.suffix != ".tmp")
 
 
 def remove_state(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""What several processes decide and draw together: `torchrun tiny_run.py together FOLDER` writes what each found."""
+"""Records what several processes decide and draw together: `torchrun tiny_run.py together FOLDER`."""
 
 import json
 from pathlib import Path
@@ -17,11 +17,11 @@ from rin_video.training.parallel_sampling import sample_distributed
 
 CLIP = {"dim": 32, "num_latents": 6, "dim_latent": 32, "depth": 1, "num_heads": 2, "latent_num_heads": 2,
         "image_size": 8, "frames": 4, "patch_size": (2, 4, 4), "known_mask": True, "num_classes": 2}  # fmt: skip
-COUNTS = (5, 1)  # samples: neither can be shared out evenly by two
+COUNTS = (5, 1)  # samples: neither number can be divided evenly between two processes
 
 
 def draw() -> dict[str, torch.Tensor]:
-    """Samples of a model that depends on nothing but its seed: without and with a context each, and longer clips."""
+    """Draw samples of a model that depends on its seed alone: without context, with contexts, and longer clips."""
     torch.manual_seed(0)
     diffusion = GaussianDiffusion(RIN(**CLIP)).eval()
     with torch.no_grad():

@@ -1,0 +1,91 @@
+"""Progress: a bar on a terminal and in a notebook, else a plain line every so often, which a log file can hold."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from tqdm.asyncio import tqdm as terminal_tqdm
+from tqdm.auto import tqdm
+
+from rin_video.wording import counted
+
+FIRST, LONGEST = 10.0, 300.0  # seconds from one line to the next: a tenth of the time so far, within these
+OPEN: list[object] = []  # the bars that are shown now: one inside another is left out of a log
+
+
+class Bar(Protocol):
+    """What a caller does with a bar."""
+
+    def update(self, n: int = 1) -> object: ...
+    def set_postfix_str(self, s: str) -> object: ...
+
+
+class Lines:
+    """`training: 120 of 1000 steps, 2.3 steps/s, 06:21 left, loss 0.1` on stderr."""
+
+    def __init__(self, total: int, desc: str, unit: str, initial: int, *, quiet: bool) -> None:
+        self.total, self.desc, self.unit, self.quiet = total, desc, unit, quiet
+        self.n = self.initial = initial
+        self.start = self.last = time.monotonic()
+        self.postfix = ""
+
+    def update(self, n: int = 1) -> None:
+        self.n += n
+        now = time.monotonic()
+        if now - self.last >= min(max(FIRST, (now - self.start) / 10), LONGEST) and self.n < self.total:
+            self.last = now
+            self.write()
+
+    def set_postfix_str(self, s: str) -> None:
+        self.postfix = s
+
+    def write(self) -> None:
+        if self.quiet:
+            return
+        seconds, done = time.monotonic() - self.start, self.n - self.initial
+        parts = [f"{self.desc}: {self.n} of {counted(self.total, self.unit)}"]
+        if done:
+            rate = done / max(seconds, 1e-9)
+            parts.append(f"{rate:.3g} {self.unit}s/s" if rate >= 1 else f"{1 / rate:.3g} s a {self.unit}")
+            left = tqdm.format_interval((self.total - self.n) / rate)
+            parts.append(f"{left} left" if self.n < self.total else f"{tqdm.format_interval(seconds)} in all")
+        tqdm.write(", ".join([*parts, *([self.postfix] if self.postfix else [])]), file=sys.stderr)
+
+
+@contextmanager
+def progress_bar(
+    total: int, desc: str, unit: str, *, initial: int = 0, delay: float = 0.0, disable: bool = False
+) -> Iterator[Bar]:
+    """Show how far a loop is: `with progress_bar(len(files), "reading", "file") as bar: ... bar.update()`.
+
+    On a terminal and in a notebook it is a tqdm bar. Elsewhere it is lines, and a bar inside another is left out.
+    Nothing is shown of what takes less than `delay` seconds.
+    """
+    nested = bool(OPEN)
+    if not disable and is_interactive():
+        bar = tqdm(total=total, initial=initial, desc=desc, unit=unit, delay=delay, leave=not nested)
+        OPEN.append(bar)
+        try:
+            with bar:
+                yield bar
+        finally:
+            OPEN.remove(bar)
+        return
+    lines = Lines(total, desc, unit, initial, quiet=disable or nested)
+    OPEN.extend([] if disable else [lines])
+    try:
+        yield lines
+    finally:
+        if not disable:
+            OPEN.remove(lines)
+        if time.monotonic() - lines.start >= delay and lines.n > initial:
+            lines.write()
+
+
+def is_interactive() -> bool:
+    """Whether a bar can be drawn over and over: on a terminal, or in a notebook."""
+    return tqdm is not terminal_tqdm or (sys.stderr is not None and sys.stderr.isatty())
