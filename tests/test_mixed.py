@@ -170,7 +170,7 @@ def test_a_core_of_images_starts_a_model_of_clips(tmp_path):
     assert_close(model(x, gamma)[0], source(x, gamma)[0], rtol=0, atol=0)
     only_clips = transfer_weights(tmp_path / "images", RIN(**{**BOTH, "tokenizer": "tube"}))
     assert all(name.startswith("tokenizer image.") for name in only_clips.left)
-    assert "new" in only_clips.describe()
+    assert "initialised" in only_clips.describe()
 
 
 def test_another_size_patch_and_depth(tmp_path):

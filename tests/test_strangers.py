@@ -45,7 +45,7 @@ def here(tmp_path, monkeypatch, clips) -> Path:
         ("peek images --frames 4", "it contains 1 image: leave out --frames"),
         ("peek clips --frames 4 --num 0", "--num is 0: it must be at least 1"),
         ("peek clips --frames 4 --size 7", "height 7 is not a multiple of its patch size"),
-        ("peek clips --frames 4 data.fps=10 data.stride=2", "both choose frames: leave one out"),
+        ("peek clips --frames 4 data.fps=10 data.stride=2", "both choose frames: set only one"),
         ("peek clips --frames 4 data.buckets=[16x16]", "data.buckets has 16x16: write 16x48x80"),
         ("train --data clips --frames 40 --out out", "a clip.mp4 has 20 frames, but 40 are needed"),
         ("peek clips --frames 4 --out file/sheet.png", "cannot be written"),
