@@ -43,7 +43,7 @@ class Registry(Generic[T]):
                     break
             else:
                 raise UsageError(
-                    f"unknown {self.kind} {name!r}: use one of {', '.join(self)}. A {self.kind} that a script registers "
+                    f"unknown {self.kind} {name!r}: use one of {', '.join(self)}. A {self.kind} registered in a script "
                     f"is known to that script only: to use it everywhere, install it as an entry point of the group "
                     f"{self.group} (pyproject.toml)"
                 )
