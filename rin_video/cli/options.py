@@ -118,7 +118,7 @@ def kind_of(data: str, options: DataConfig) -> DataKind:
 def shape_of_arrays(data: str, options: DataConfig) -> tuple[int, ...] | None:
     """Shape of a sample where the data are arrays of images or clips."""
     from rin_video.datasets.array_files import probe_array, sample_shape
-    from rin_video.datasets.extensions import ARRAY_EXTENSIONS
+    from rin_video.datasets.extensions import ARRAY_SUFFIXES
     from rin_video.datasets.folders import find_sources
     from rin_video.datasets.open import holds_arrays
     from rin_video.training.identity import run_folder
@@ -126,7 +126,7 @@ def shape_of_arrays(data: str, options: DataConfig) -> tuple[int, ...] | None:
     cache = run_folder(data) / "pipes"
     if not holds_arrays(data, options, cache):
         return None
-    first, *_ = find_sources(data, ARRAY_EXTENSIONS, allow_pipe=options.allow_pipe, cache=cache)
+    first, *_ = find_sources(data, ARRAY_SUFFIXES, allow_pipe=options.allow_pipe, cache=cache)
     return sample_shape(probe_array(first))
 
 
