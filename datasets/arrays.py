@@ -101,7 +101,7 @@ class ArrayFolder(SampleDataset):
         shape = sample_shape(info)
         if shape is not None:
             channels, *frames, H, W = shape
-            return f"{text}: use model.channels={channels} --frames {[*frames, 0][0]} --size {H}x{W}"
+            return f"{text}: train on it with model.channels={channels} --frames {[*frames, 0][0]} --size {H}x{W}"
         if len(info.shape) in (4, 5) and info.shape[-1] in (1, 3):
             return f"{text}: put the channels first, np.moveaxis(x, -1, 1)"
         return f"{text}: give each sample its axis of channels, x[:, None]" if len(info.shape) == 3 else text

@@ -162,7 +162,7 @@ def test_the_index_is_kept_updated_and_complete(tmp_path, numbered):
     assert "broken.mp4 cannot be read" in broken.error
     said = index.describe()
     assert "2 of 3 files can be used" in said
-    assert "1 are copies of others" in said
+    assert "1 of them is a copy of others" in said
     with pytest.raises(UsageError, match=r"1 of 3 files cannot be used, and data.strict is true: .*broken"):
         index.require_some(strict=True)
     index.require_some(strict=False)

@@ -9,6 +9,7 @@ import argparse
 import os
 import re
 from argparse import Namespace
+from pathlib import Path
 from typing import Any, get_args
 
 from rin_video.config import Config, DataConfig, DataKind, DecoderOption
@@ -128,6 +129,14 @@ def shape_of_arrays(data: str, options: DataConfig) -> tuple[int, ...] | None:
         return None
     first, *_ = find_sources(data, ARRAY_EXTENSIONS, allow_pipe=options.allow_pipe, cache=cache)
     return sample_shape(probe_array(first))
+
+
+def open_known(data: str, shape: tuple[int, ...] | None, config: Config, index: Path | None) -> Any:
+    """A dataset, with the index that training left where there is one; no new index is written."""
+    from rin_video.datasets.open import open_dataset
+
+    known = index if index is not None and index.exists() else None
+    return open_dataset(data, shape, config.data, seed=config.train.seed, index=known)
 
 
 def parse_size(text: str) -> int | list[int]:
