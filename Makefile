@@ -7,7 +7,7 @@ else
 BIN := $(VENV)/bin
 endif
 
-.PHONY: help demo test test-slow bench lint format clean
+.PHONY: help demo test test-slow bench lint format docs clean
 
 help:  ## what can be made
 	@$(PYTHON) -c "import re; [print(f'make {n:<10}{t}') for n, t in re.findall(r'^([a-z-]+):.*## (.*)', open('Makefile').read(), re.M)]"
@@ -33,8 +33,13 @@ format: $(VENV)/.installed-dev  ## put the style right
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: $(VENV)/.installed  ## the documentation: site/index.html
+	$(BIN)/python -m pip install --quiet -e ".[docs]"
+	$(BIN)/python -m mkdocs build --strict
+
 clean:  ## remove the environment and caches; runs/ stays
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(VENV)/.python:
 	@$(PYTHON) -c "import sys; sys.exit(0 if (3, 10) <= sys.version_info[:2] <= (3, 13) else 'rin-video needs Python 3.10 to 3.13, this is %d.%d: make PYTHON=python3.12 ...' % sys.version_info[:2])"

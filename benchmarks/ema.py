@@ -1,12 +1,13 @@
-"""Which average of the weights to sample from: several decays and warm-ups, tracked in the same trainings.
+"""Compares EMA decays and warm-ups, tracked within the same trainings, by the quality of the samples.
 
     python benchmarks/ema.py --data FOLDER --seeds 0 1         # the preset demo, and fashion.yaml on Fashion-MNIST
     python benchmarks/ema.py --data FOLDER --seeds 0 --steps 20 --num 100 --out runs/trial.json
 
-FOLDER holds the files of Fashion-MNIST, as for `learning.py`. One training of each kind and seed tracks all the
-averages beside each other, so that nothing but the average differs: `fashion.yaml` for as many steps as `learning.py`
-makes in 15 minutes of one core, its rate by the step, and `demo` as it is. Frechet distances are those of `learning.py`
-and of `few_steps.py`, in features that these train. Runs on a GPU where there is one. Writes `results/ema.json`.
+FOLDER contains the files of Fashion-MNIST, as for `learning.py`. One training per kind and seed tracks all averages, so
+that nothing else differs. `fashion.yaml` is trained for the number of steps that `learning.py` makes in 15 minutes on
+one core, with a learning rate that depends on the step; `demo` is trained unchanged. The Frechet distances are those of
+`learning.py` and `few_steps.py`, in the features that these scripts train. Uses a GPU if there is one. Writes
+`results/ema.json`.
 """
 
 from __future__ import annotations
@@ -35,15 +36,15 @@ from rin_video.files import write_text
 from rin_video.training.callbacks import Callback
 from rin_video.training.ema import make_ema
 
-FASHION_STEPS = 3560  # what 15 minutes of one core came to
+FASHION_STEPS = 3560  # the number of steps in 15 minutes on one core
 SPANS = {"fashion": (100, 200, 330, 500, 1000), "demo": (60, 120, 250, 500)}  # steps, 1 / (1 - decay)
 WARMUPS = (None, 0.1, 0.3)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-BEFORE = {"fashion": 0.997, "demo": 0.998}  # the decays that were asked for
+BEFORE = {"fashion": 0.997, "demo": 0.998}  # the configured decays of the previous rule
 
 
 def make_averages(model: nn.Module, kind: str) -> dict[str, EMA]:
-    """Every decay with every warm-up; the one of before: ema-pytorch's power 2/3; and the weights as they are."""
+    """Return EMAs with every decay and warm-up, the previous rule (ema-pytorch's power 2/3), and the raw weights."""
     averages: dict[str, EMA] = {
         f"1 - 1/{span}, {'constant' if warmup is None else f'{warmup:g} of the steps'}": make_ema(
             model, TrainConfig(ema_decay=1 - 1 / span, ema_warmup=warmup), DEVICE
@@ -59,11 +60,16 @@ def make_averages(model: nn.Module, kind: str) -> dict[str, EMA]:
 
 
 def draw(diffusion: GaussianDiffusion, average: EMA, num: int, **options: Any) -> Tensor:
-    return diffusion.with_model(average.ema_model).sample(num, seed=0, max_batch=500, steps=CALLS, **options).cpu()
+    """Draw `num` samples in [0, 1] with the averaged weights."""
+    return (
+        diffusion.with_model(average.ema_model)
+        .sample(batch_size=num, seed=0, max_batch=500, steps=CALLS, **options)
+        .cpu()
+    )
 
 
 def fashion(data: Path | None, seed: int, steps: int, num: int, work: Path) -> dict[str, float]:
-    """The distance of every average of one training on Fashion-MNIST."""
+    """Train on Fashion-MNIST and return the Frechet distance of every average."""
     torch.manual_seed(seed)
     images, labels = read_images(data, work, train=True)
     network = train_classifier(images, labels, work / "classifier.pt")
@@ -74,7 +80,7 @@ def fashion(data: Path | None, seed: int, steps: int, num: int, work: Path) -> d
     averages = make_averages(diffusion.model, "fashion")
     parameters, peaks = list(diffusion.parameters()), [group["lr"] for group in optimizer.param_groups]
     for step in range(steps):
-        rate = 0.5 + 0.5 * math.cos(math.pi * max(step / steps - 0.6, 0) / 0.4)  # as learning.py has it
+        rate = 0.5 + 0.5 * math.cos(math.pi * max(step / steps - 0.6, 0) / 0.4)  # as in learning.py
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * min((step + 1) / config.train.warmup_steps, 1) * rate
         diffusion(images[torch.randint(len(images), (config.train.train_batch_size,), device=DEVICE)]).backward()
@@ -87,7 +93,7 @@ def fashion(data: Path | None, seed: int, steps: int, num: int, work: Path) -> d
 
 
 class Averages(Callback):
-    """Tracks them beside the run's own."""
+    """Tracks all averages during a run, in addition to the run's own."""
 
     def on_start(self, trainer: Trainer) -> None:
         self.averages = make_averages(trainer.unwrapped.model, "demo")
@@ -98,7 +104,7 @@ class Averages(Callback):
 
 
 def demo(seed: int, steps: int, num: int, work: Path) -> dict[str, float]:
-    """The distance of every average of one training of the preset demo."""
+    """Train the preset demo and return the Frechet distance of every average."""
     config = load_config("demo", [f"train.seed={seed}", f"train.train_num_steps={steps}", "sample.steps=2"])
     write_demo_set(work / "clips")
     shape = (3, config.model.frames or 0, *config.model.height_width)
@@ -109,7 +115,7 @@ def demo(seed: int, steps: int, num: int, work: Path) -> dict[str, float]:
     network = train_features(clips, labels)
     real = clip_statistics(network, clips[: len(clips) // epochs] / 255)
     torch.manual_seed(seed)
-    diffusion = GaussianDiffusion.from_config(RIN(config.model), config.diffusion)
+    diffusion = GaussianDiffusion(RIN(config.model), config.diffusion)
     tracked = Averages()
     with tempfile.TemporaryDirectory() as folder:
         Trainer(diffusion, dataset, results_folder=folder, config=config, progress=False, callbacks=[tracked]).train()
@@ -121,7 +127,7 @@ def demo(seed: int, steps: int, num: int, work: Path) -> dict[str, float]:
 
 
 def table(report: dict[str, Any], kind: str) -> str:
-    """A row for each average: its distances, the seeds' mean first."""
+    """Return a Markdown table with one row per average: the mean distance, and that of each seed."""
     lines = ["| decay, warm-up | distance (seeds) |", "|---|---|"]
     for name, found in report[kind].items():
         each = ", ".join(f"{value:.1f}" for value in found)
@@ -134,9 +140,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder with the files of Fashion-MNIST (default: download)")
     parser.add_argument("--kinds", nargs="+", choices=["demo", "fashion"], default=["demo", "fashion"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--steps", type=int, help="training steps of both, for a trial")
-    parser.add_argument("--num", type=int, default=1000, help="samples for each distance (of the demo: a quarter)")
-    parser.add_argument("--work", type=Path, default=Path("runs/ema"), help="for data")
+    parser.add_argument("--steps", type=int, help="training steps of both kinds, for a trial")
+    parser.add_argument("--num", type=int, default=1000, help="samples per distance (for the demo, a quarter of them)")
+    parser.add_argument("--work", type=Path, default=Path("runs/ema"), help="folder for data")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "ema.json")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)

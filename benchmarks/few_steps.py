@@ -1,12 +1,12 @@
-"""How good each sampler is with few steps: a Frechet distance, on the clips of the demo.
+"""Measures the sample quality of each sampler with few steps, as a Frechet distance on the clips of the demo.
 
-    python benchmarks/few_steps.py                       # trains the preset demo first (some minutes)
+    python benchmarks/few_steps.py                       # trains the preset demo first (a few minutes)
     python benchmarks/few_steps.py --run runs/demo/run --data runs/demo/data --num 256
 
-The features are those of a small network that this script trains itself, to tell how a clip was spoilt and of which
-class it is: such a network sees both what a clip shows and how well. A Frechet distance depends on the number of
-samples and on the extractor, so the figures compare with each other and with nothing else; n is printed with them, and
-so are the distances of real clips and of noise. Writes `results/few_steps.json` and `.png`.
+The features are those of a small network that this script trains to classify how a clip was corrupted and its class, so
+that they capture both content and quality. A Frechet distance depends on the number of samples and on the extractor, so
+the figures are only comparable with each other. The script also prints n and the distances of real clips and of noise.
+Writes `results/few_steps.json` and `.png`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from rin_video.model.rin import load_model
 
 RESULTS = Path(__file__).parent / "results"
 STEPS = (5, 10, 20, 50, 100, 250)
-ROWS = [  # sampler and spacing
+ROWS = [  # (sampler, spacing)
     ("ddim", "uniform"),
     ("ddpm", "uniform"),
     ("ddpm_small", "uniform"),
@@ -45,11 +45,11 @@ ROWS = [  # sampler and spacing
     ("heun", "karras"),
 ]
 SPOILS = ("not", "noise", "blur", "patches", "frames", "fade")
-WIDTH = 32  # features
+WIDTH = 32  # number of features
 
 
 class Features(nn.Module):
-    """A small 3D convolutional network: clips (B, 3, F, H, W) in [0, 1] to features (B, WIDTH)."""
+    """A small 3D convolutional network that maps clips (B, 3, F, H, W) in [0, 1] to features (B, WIDTH)."""
 
     def __init__(self, outputs: int) -> None:
         super().__init__()
@@ -63,15 +63,17 @@ class Features(nn.Module):
         self.head = nn.Linear(WIDTH, outputs)
 
     def features(self, x: Tensor) -> Tensor:
+        """Return the features (B, WIDTH)."""
         maps = self.body(2 * x - 1).flatten(2)
         return self.neck(torch.cat([maps.mean(2), maps.std(2)], dim=1))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the logits (B, outputs) of corruptions and classes."""
         return self.head(nn.functional.silu(self.features(x)))
 
 
 def spoil(x: Tensor, how: int, generator: torch.Generator) -> Tensor:
-    """One clip (3, F, H, W), spoilt in one of the ways of SPOILS, by a random amount."""
+    """Corrupt a clip (3, F, H, W) in way number `how` of SPOILS by a random amount."""
     amount = torch.rand((), generator=generator).item()
     kind = SPOILS[how]
     if kind == "noise":
@@ -79,7 +81,7 @@ def spoil(x: Tensor, how: int, generator: torch.Generator) -> Tensor:
     elif kind == "blur":
         size = 3 if amount < 0.5 else 5
         x = nn.functional.avg_pool2d(x, size, stride=1, padding=size // 2, count_include_pad=False)
-    elif kind == "patches":  # some blocks of 8 x 8 come from a shifted clip
+    elif kind == "patches":  # replace some 8x8 blocks by those of a shifted clip
         moved = x.roll((5, 9), (-2, -1))
         mask = torch.rand(x.shape[-2] // 8, x.shape[-1] // 8, generator=generator) < 0.1 + 0.4 * amount
         mask = mask.repeat_interleave(8, 0).repeat_interleave(8, 1)
@@ -92,7 +94,7 @@ def spoil(x: Tensor, how: int, generator: torch.Generator) -> Tensor:
 
 
 def train_features(data: Tensor, labels: Tensor, steps: int = 1200, batch: int = 16) -> Features:
-    """Learn to tell how a clip was spoilt, and its class."""
+    """Train a network to classify how a clip was corrupted, and its class."""
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     classes = int(labels.max()) + 1
@@ -112,32 +114,36 @@ def train_features(data: Tensor, labels: Tensor, steps: int = 1200, batch: int =
         optimizer.step()
         schedule.step()
         right = [*right[-20:], (spoilt.argmax(1) == how).float().mean().item()]
-        bar.set_postfix_str(f"loss {loss.item():.3f}, {np.mean(right):.0%} told")
+        bar.set_postfix_str(f"loss {loss.item():.3f}, {np.mean(right):.0%} correct")
     return network.eval()
 
 
 @torch.no_grad()
 def statistics(network: Features, clips: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and covariance of the features of clips in [0, 1]."""
+    """Return the mean and covariance of the features of clips in [0, 1]."""
     features = torch.cat([network.features(part) for part in clips.split(32)]).double().numpy()
     return features.mean(0), np.cov(features, rowvar=False)
 
 
 def frechet(one: tuple[np.ndarray, np.ndarray], other: tuple[np.ndarray, np.ndarray]) -> float:
-    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of two Gaussians (Heusel et al. 2017, arXiv 1706.08500, eq. 6)."""
+    """Return |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of two Gaussians, given as (mean, covariance).
+
+    Source: Heusel et al. 2017 (arXiv 1706.08500), eq. 6.
+    """
     (mean1, cov1), (mean2, cov2) = one, other
-    values = np.linalg.eigvals(cov1 @ cov2).real  # of a product of two positive matrices: none is negative
+    values = np.linalg.eigvals(cov1 @ cov2).real  # not negative, because both matrices are positive semidefinite
     return float(((mean1 - mean2) ** 2).sum() + np.trace(cov1 + cov2) - 2 * np.sqrt(values.clip(min=0)).sum())
 
 
 def read_data(folder: Path, shape: tuple[int, ...], epochs: int, config) -> tuple[Tensor, Tensor]:
-    """Clips (N, C, F, H, W) uint8 and labels, `epochs` windows of each file."""
+    """Return uint8 clips (N, C, F, H, W) and labels (N,), the items of `epochs` epochs."""
     dataset = open_dataset(folder, shape, config)
     items = [dataset.draw(i, epoch) for epoch in range(epochs) for i in range(len(dataset))]
     return torch.stack([item["x"] for item in items]), torch.tensor([item["label"] for item in items])
 
 
 def measure(diffusion: GaussianDiffusion, network: Features, real, num: int, steps: tuple[int, ...]) -> list[dict]:
+    """Return a row with distance and seconds for every sampler, spacing and number of steps."""
     classes = diffusion.model.num_classes
     rows = []
     for sampler, spacing in ROWS:
@@ -162,7 +168,7 @@ def measure(diffusion: GaussianDiffusion, network: Features, real, num: int, ste
 
 
 def table(rows: list[dict], steps: tuple[int, ...]) -> str:
-    """The distances as Markdown."""
+    """Return a Markdown table of the distances."""
     lines = ["| sampler | spacing | " + " | ".join(map(str, steps)) + " |", "|---" * (len(steps) + 2) + "|"]
     for sampler, spacing in ROWS:
         of = {row["steps"]: row["distance"] for row in rows if (row["sampler"], row["spacing"]) == (sampler, spacing)}
@@ -171,6 +177,7 @@ def table(rows: list[dict], steps: tuple[int, ...]) -> str:
 
 
 def plot(report: dict, path: Path) -> None:
+    """Plot the distances against network calls."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
@@ -182,7 +189,7 @@ def plot(report: dict, path: Path) -> None:
             [r["calls"] for r in row], [r["distance"] for r in row], style, marker=".", label=f"{sampler}, {spacing}"
         )
     axes.axhline(report["real_to_real"], color="grey", linestyle=":", label="real clips")
-    axes.set(xscale="log", yscale="log", xlabel="network calls for a sample", ylabel="Frechet distance")
+    axes.set(xscale="log", yscale="log", xlabel="network calls per sample", ylabel="Frechet distance")
     axes.set_title(f"demo model, n = {report['n']}")
     axes.legend(fontsize=7, ncols=2)
     figure.savefig(path, dpi=100)
@@ -190,9 +197,9 @@ def plot(report: dict, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, help="folder of a trained model of clips (default: train the preset demo)")
-    parser.add_argument("--data", type=Path, help="what it was trained on")
-    parser.add_argument("--num", type=int, default=96, help="samples for each figure")
+    parser.add_argument("--run", type=Path, help="folder of a trained model for clips (default: train the preset demo)")
+    parser.add_argument("--data", type=Path, help="the data it was trained on")
+    parser.add_argument("--num", type=int, default=96, help="samples per figure")
     parser.add_argument("--steps", type=int, nargs="+", default=STEPS)
     parser.add_argument("--out", type=Path, default=RESULTS / "few_steps.json")
     options = parser.parse_args()
@@ -200,7 +207,7 @@ def main() -> None:
         run_demo(Path("runs/demo"))
         options.run, options.data = Path("runs/demo/run"), Path("runs/demo/data")
     model, config = load_model(options.run)
-    diffusion = GaussianDiffusion.from_config(model, config.diffusion)
+    diffusion = GaussianDiffusion(model, config.diffusion)
     epochs = 8
     data, labels = read_data(options.data, diffusion.shape, epochs, config.data)
     network = train_features(data, labels)

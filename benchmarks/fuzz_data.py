@@ -1,21 +1,21 @@
-"""What broken, hostile and oddly named files do to the data loading.
+"""Fuzzes the data loading with corrupted, hostile and oddly named files.
 
     python benchmarks/fuzz_data.py --n 2000
 
-Makes small clips, images and tar shards, spoils each in one of many ways, and reads it as training would: listed,
-probed and decoded in a child process with a time limit. An outcome is one of
+Makes small clips, images and tar shards, corrupts each in one of many ways, and reads it as training would: it is
+listed, probed and decoded in a child process with a time limit. The outcome is one of
 
-    right          it is read, at the shape asked for; every frame of a clip is one that FFmpeg's own program shows
-                   (where `pip install imageio-ffmpeg` was run; images are not compared)
+    right          it is read with the requested shape; every frame of a clip is also output by the FFmpeg program
+                   (if `imageio-ffmpeg` is installed; images are not compared)
     wrong length   it can be read, but has another number of frames
-    refused        a UsageError: one line that says why
-    wrong picture  a frame that FFmpeg's own program does not show, or not in that order
-    crash, hang    the child died, or took more than the limit
-    memory         the child holds over 1 GB more after than before (peaks, and probing's own child, are not seen)
+    refused        a UsageError with the reason in one line
+    wrong picture  a frame that the FFmpeg program does not output, or not in that order
+    crash, hang    the child died, or exceeded the time limit
+    memory         the child's memory grew by over 1 GB (peaks, and the children of the probe, are not measured)
     bug            any other exception
-    outside        a file appeared in the test's folder, the data's and those beside it, that was not there before
+    outside        a new file appeared in the test's folder, including those of the data and of the originals
 
-and only the first three are fine. Writes `results/fuzz_data.json`, prints the table, and the memory of 5,000 reads.
+Only the first three are acceptable. Writes `results/fuzz_data.json`, prints the table, and the memory of 5,000 reads.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from rin_video.media import write_video
 RESULTS = Path(__file__).parent / "results"
 SECONDS, MEMORY = 30.0, 1e9
 FRAMES, SIZE = 12, 48
-SAME = 4.0  # grey levels on average: scalers and colour conversions differ by releases
+SAME = 4.0  # mean difference in grey levels: releases differ in scaling and colour conversion
 OUTCOMES = ("right", "wrong length", "refused", "wrong picture", "crash", "hang", "memory", "bug", "outside")
 CLIPS = ("a.mp4", "a.webm", "a.avi", "a.mkv", "a.gif", "moving.webp")
 IMAGES = ("a.png", "a.jpg", "still.webp", "a.tiff", "a.bmp")
@@ -64,7 +64,7 @@ PLACES = ("newline in name", "name not UTF-8", "link outside", "link to a device
 
 
 def make_originals(folder: Path) -> None:
-    """One small file of each kind."""
+    """Write one small file of each format."""
     import av
 
     frames = render_clip("square", SIZE, FRAMES, np.random.default_rng(0))
@@ -89,7 +89,7 @@ def make_originals(folder: Path) -> None:
 
 
 def damage(content: bytes, how: str, name: str, originals: Path, rng: random.Random) -> bytes:
-    """The content of a file after one kind of damage."""
+    """Return the content of a file after one kind of damage."""
     spoilt = bytearray(content)
     if how == "bit flips":
         for _ in range(rng.choice((1, 4, 32, 256))):
@@ -103,7 +103,7 @@ def damage(content: bytes, how: str, name: str, originals: Path, rng: random.Ran
         other = rng.choice([file for file in CLIPS + IMAGES if file[-4:] != name[-4:]])
         return (originals / other).read_bytes()
     elif how == "wrong header":
-        for _ in range(8):  # sizes and counts stand in the first bytes
+        for _ in range(8):  # the first bytes contain sizes and counts
             spoilt[rng.randrange(min(200, len(spoilt)))] = rng.choice((0, 1, 0x7F, 0x80, 0xFF))
     elif how == "empty":
         return b""
@@ -115,19 +115,19 @@ def damage(content: bytes, how: str, name: str, originals: Path, rng: random.Ran
 
 
 def bomb(name: str, rng: random.Random) -> bytes:
-    """A small file that claims, or unpacks to, very much."""
+    """Return a small file that claims to be, or unpacks to, a huge one."""
     side = rng.choice((20_000, 60_000, 2**31 - 1))
     if name.endswith(".tar"):
         buffer = io.BytesIO()
         with tarfile.open(fileobj=buffer, mode="w") as tar:
             info = tarfile.TarInfo("x/a.png")
-            info.size = 2**33 - 1  # of which nothing is there
+            info.size = 2**33 - 1  # without any content
             inner = bomb("a.png", rng)
             real = tarfile.TarInfo("x/b.png")
             real.size = len(inner)
             tar.addfile(real, io.BytesIO(inner))
-        whole = buffer.getvalue().rstrip(b"\0")
-        return whole + bytes(-len(whole) % 512) + info.tobuf()
+        content = buffer.getvalue().rstrip(b"\0")
+        return content + bytes(-len(content) % 512) + info.tobuf()
     if name.endswith(".gif"):
         return (
             b"GIF89a"
@@ -147,7 +147,7 @@ def bomb(name: str, rng: random.Random) -> bytes:
 
 
 def place(folder: Path, how: str, name: str, original: Path, outside: Path, rng: random.Random) -> bool:
-    """Put a whole file where it is awkward; False where this system has no such thing."""
+    """Place an intact file in an awkward way; return False if that does not apply to the file."""
     if how == "newline in name":
         shutil.copy(original, folder / f"new\nline {rng.randrange(9)}{original.suffix}")
     elif how == "name not UTF-8":
@@ -178,11 +178,14 @@ def place(folder: Path, how: str, name: str, original: Path, outside: Path, rng:
 
 
 def wrong_picture(data: ClipFolder) -> str:
-    """The first frame that FFmpeg's own program does not show at or after the place of the one before it, in words."""
+    """Compare all frames with the output of the FFmpeg program.
+
+    Returns a description of the first frame that it does not output after the previous frame, or an empty string.
+    """
     if not find_spec("imageio_ffmpeg"):
         return ""
     for source, info in zip(data.files, data.infos, strict=True):
-        if info.container == "webp":  # which FFmpeg learned to decode only lately
+        if info.container == "webp":  # only recent releases of FFmpeg decode it
             continue
         pictures = as_ffmpeg_shows(source, info.size, info.stream)
         sound = [i for i in range(info.num_frames) if not any(a <= i < b for a, b in info.lost_ranges)]
@@ -199,7 +202,7 @@ def wrong_picture(data: ClipFolder) -> str:
 
 
 def as_ffmpeg_shows(source: Source, size: tuple[int, int], stream: int) -> np.ndarray:
-    """int16 (F, H, W, 3): what FFmpeg's own program shows, transparency over white."""
+    """Return the frames that the FFmpeg program outputs, int16 (F, H, W, 3), composited over white."""
     import imageio_ffmpeg
 
     (H, W), show = size, ["-fps_mode", "passthrough", "-vf", f"scale={size[1]}:{size[0]}", "-f", "rawvideo"]
@@ -216,7 +219,7 @@ def as_ffmpeg_shows(source: Source, size: tuple[int, int], stream: int) -> np.nd
 
 
 def read(task: tuple[str, str]) -> tuple[str, float]:
-    """What training would do with a folder, and how much memory it took: called in a child."""
+    """Read a folder as training would, in a child process; return the outcome and the growth of memory in bytes."""
     kind, folder = task
     process = psutil.Process()
     before = process.memory_info().rss
@@ -249,7 +252,7 @@ def read(task: tuple[str, str]) -> tuple[str, float]:
 
 
 def make_case(i: int, seed: int, work: Path, originals: Path, outside: Path) -> tuple[str, str, str, Path] | None:
-    """A folder with one spoilt file: (kind, file, way, folder)."""
+    """Make a folder with one corrupted or awkward file; return (kind, file, way, folder)."""
     rng = random.Random(seed * 1_000_003 + i)
     kind = rng.choice(("clip", "clip", "image", "shard"))
     name = rng.choice(KINDS[kind])
@@ -265,7 +268,7 @@ def make_case(i: int, seed: int, work: Path, originals: Path, outside: Path) -> 
 
 
 def fuzz(num: int, seed: int) -> tuple[list[tuple[str, str, str, str]], int]:
-    """(kind, file, way, outcome) of every case, and the largest growth of a child in bytes."""
+    """Return (kind, file, way, outcome) of every case, and the largest growth of a child in bytes."""
     rows, largest = [], 0
     with tempfile.TemporaryDirectory(prefix="fuzz-") as top:
         work, originals, outside = (Path(top, name) for name in ("data", "originals", "outside"))
@@ -295,20 +298,22 @@ def fuzz(num: int, seed: int) -> tuple[list[tuple[str, str, str, str]], int]:
 
 
 def kind_of(kind: str, name: str) -> str:
+    """Return "clip" or "image" for a file or the members of a shard."""
     return ("clip" if name.startswith("clips") else "image") if kind == "shard" else kind
 
 
 def shard_or(folder: Path, name: str) -> Path:
-    """The shard itself where it bears its own name, else the folder."""
+    """Return the shard if it kept its name, otherwise the folder."""
     return folder / name if name.endswith(".tar") and (folder / name).exists() else folder
 
 
 def snapshot(top: Path) -> set[str]:
+    """Return the paths of all files below a folder, as hex."""
     return {os.fsencode(os.path.join(root, name)).hex() for root, _, names in os.walk(top) for name in names}
 
 
 def memory_of_reads(num: int = 5000) -> list[tuple[int, float]]:
-    """(reads, MB) of this process while clips are read."""
+    """Return (reads, MB) of this process while it reads clips."""
     found = []
     with tempfile.TemporaryDirectory(prefix="fuzz-") as top:
         make_originals(Path(top))
@@ -322,7 +327,7 @@ def memory_of_reads(num: int = 5000) -> list[tuple[int, float]]:
 
 
 def table(rows: list[tuple[str, str, str, str]]) -> str:
-    """Ways by outcomes, as Markdown."""
+    """Return a Markdown table of the outcomes of every way."""
     counts: dict[str, Counter[str]] = {}
     for _, _, how, outcome in rows:
         counts.setdefault(how, Counter())[outcome.split(":")[0]] += 1
@@ -337,7 +342,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--n", type=int, default=2000, help="files")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--reads", type=int, default=5000, help="clip reads whose memory is watched")
+    parser.add_argument("--reads", type=int, default=5000, help="clip reads during which memory is measured")
     parser.add_argument("--out", type=Path, default=RESULTS / "fuzz_data.json")
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,10 +1,11 @@
-"""How fast the index of a large data set is loaded, beside the same lines parsed by json alone.
+"""Measures how fast the index of a large dataset is loaded, compared with parsing the same lines with json alone.
 
     python benchmarks/index.py [--entries 100000]
 
-`index` is what training does with an index in which nothing has changed: read it, check it, make its entries; `json`
-the limit, the lines parsed and kept. Both take turns in one process; the figures are medians of processor time, which
-other users of the machine disturb less than the clock. Nothing is decoded. Writes `results/index.json`.
+`index` is what training does with an unchanged index: it reads and checks the file and creates the entries. `json` only
+parses the lines and keeps them in memory, which is the lower limit. Both alternate in one process. The figures are
+medians of processor time, which other users of the machine disturb less than wall-clock time. Nothing is decoded.
+Writes `results/index.json`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 
-from rin_video.datasets.index import Entry, Index, Probe, entry_of, keeping_all, load_index
+from rin_video.datasets.index import Entry, Index, Probe, entry_of, gc_paused, load_index
 from rin_video.datasets.probe import probe_video
 from rin_video.datasets.video_info import VideoInfo
 from rin_video.files import write_text
@@ -31,7 +32,7 @@ OUT = Path(__file__).parent / "results" / "index.json"
 
 
 def seconds_of(work: Callable[[], Any]) -> tuple[float, float]:
-    """Of the processor, and of the clock. What was made is let go after the clock has stopped."""
+    """Return processor time and wall-clock time of `work`; its result is freed after the measurement."""
     began, processor = time.perf_counter(), time.process_time()
     made = work()
     seconds = time.process_time() - processor, time.perf_counter() - began
@@ -40,6 +41,7 @@ def seconds_of(work: Callable[[], Any]) -> tuple[float, float]:
 
 
 def measure(num: int, rounds: int) -> dict[str, Any]:
+    """Measure both sides for an index with `num` entries; return the report."""
     probe = Probe("video")
     with tempfile.TemporaryDirectory() as folder:
         clip, path = Path(folder) / "clip.mp4", Path(folder) / "index.jsonl"
@@ -58,12 +60,12 @@ def measure(num: int, rounds: int) -> dict[str, Any]:
         Index("/data", entries).save(path, probe)
 
         def index() -> list[Entry]:
-            with keeping_all():
+            with gc_paused():
                 rows = load_index(path, "/data", probe)
                 return [entry_of(entry.source, rows[str(entry.source)], VideoInfo) for entry in entries]
 
         def parsed() -> list[Any]:
-            with keeping_all(), path.open(encoding="ascii") as file:
+            with gc_paused(), path.open(encoding="ascii") as file:
                 return [json.loads(line) for line in file]
 
         assert index() == entries

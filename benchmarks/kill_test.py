@@ -1,9 +1,9 @@
-"""Kill a training again and again, restart it with the same command, compare with one that was never stopped.
+"""Kills a training repeatedly, restarts it with the same command, and compares it with an uninterrupted training.
 
     python benchmarks/kill_test.py --kills 50
 
-The training is `rin-video train` on a few clips made here, with writes to the disk slowed down so that kills hit them:
-two of five SIGKILLs wait for a checkpoint that is being written. POSIX only.
+The training is `rin-video train` on a few generated clips. Its writes to the disk are slowed down so that kills hit
+them: two of five SIGKILLs wait until a checkpoint is being written. POSIX only.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ STEPS, SAVE_EVERY = 160, 4
 
 
 def run_slowly(argv: list[str]) -> int:
-    """`rin-video ...` whose syncs to the disk take a while."""
+    """Run `rin-video ...` with slow syncs to the disk."""
     from rin_video import cli
 
     fsync = os.fsync
@@ -41,6 +41,7 @@ def run_slowly(argv: list[str]) -> int:
 
 
 def command(clips: Path, out: Path) -> list[str]:
+    """Return the arguments of the training."""
     return ["train", "--data", str(clips), "--frames", "4", "--size", "16", "--batch-size", "4", "--out", str(out),
             "--steps", str(STEPS), "model.dim=32", "model.dim_latent=32", "model.num_latents=8", "model.depth=1",
             "model.num_heads=2", "model.latent_num_heads=2", "model.latent_self_attn_depth=1", "model.dropout=0.1",
@@ -50,12 +51,13 @@ def command(clips: Path, out: Path) -> list[str]:
 
 
 def start(argv: list[str]) -> subprocess.Popen[bytes]:
+    """Start the training in a process."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen([sys.executable, __file__, "--run", *argv], stderr=subprocess.DEVNULL, env=environment)
 
 
 def position(out: Path) -> str:
-    """What the training is doing, as the disk shows it."""
+    """Return what the training is doing, judged by the files on the disk."""
     if list(out.glob("checkpoints/*.tmp")):
         return "while a checkpoint was written"
     if list(out.glob(".*.tmp*")) or list(out.glob("*/.*.tmp*")):
@@ -66,11 +68,12 @@ def position(out: Path) -> str:
 
 
 def names(folder: Path) -> list[str]:
+    """Return the sorted names in a folder."""
     return sorted(path.name for path in folder.iterdir())
 
 
 def compare(one: Path, other: Path) -> dict[str, bool]:
-    """Everything that a run leaves, but what a clock says."""
+    """Compare all results of two runs except timings; return for each kind whether it is equal."""
     import torch
     from safetensors.torch import load_file
 
@@ -86,7 +89,7 @@ def compare(one: Path, other: Path) -> dict[str, bool]:
         return a == b
 
     def files(pattern: str) -> bool:
-        # Hidden files are what a kill left of a file that was being written.
+        # Hidden files are incomplete files that a kill left behind.
         found = [
             sorted(path.relative_to(run) for path in run.glob(pattern) if not path.name.startswith("."))
             for run in (one, other)
@@ -128,7 +131,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "kill_test.json")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    chance = random.Random(options.seed)
+    rng = random.Random(options.seed)
     from rin_video.datasets.demo import write_demo_set
 
     with tempfile.TemporaryDirectory() as temporary:
@@ -136,23 +139,23 @@ def main() -> None:
         clips = folder / "clips"
         for extra in sorted(write_demo_set(clips))[20:]:
             extra.unlink()
-        whole, killed = folder / "whole", folder / "killed"
-        assert start(command(clips, whole)).wait() == 0
+        uninterrupted, killed = folder / "whole", folder / "killed"
+        assert start(command(clips, uninterrupted)).wait() == 0
         kills: Counter[str] = Counter()
         lives, compared = 0, []
         while not compared or killed.exists() or sum(kills.values()) < options.kills:
             process = start(command(clips, killed))
             lives += 1
             if sum(kills.values()) < options.kills:
-                where = kill_somewhere(process, killed, chance)
+                where = kill_somewhere(process, killed, rng)
                 if where is not None:
                     kills[where] += 1
                     print(
                         f"kill {sum(kills.values())}: {where}, {len(list(killed.glob('samples/*.mp4')))} samples",
                         flush=True,
                     )
-            if process.wait() == 0:  # this run came to its end, in spite of all
-                compared.append(compare(whole, killed))
+            if process.wait() == 0:  # this run has finished, despite the kills
+                compared.append(compare(uninterrupted, killed))
                 shutil.rmtree(killed)
         result = {
             "kills": dict(kills),
@@ -168,19 +171,22 @@ def main() -> None:
             sys.exit(1)
 
 
-def kill_somewhere(process: subprocess.Popen[bytes], out: Path, chance: random.Random) -> str | None:
-    """SIGKILL at a random moment after the life's first checkpoint or so; where, or None if it ended before."""
+def kill_somewhere(process: subprocess.Popen[bytes], out: Path, rng: random.Random) -> str | None:
+    """Send SIGKILL at a random moment after the first new checkpoint of this process.
+
+    Returns what the training was doing, or None if the process ended before.
+    """
     seen = set(out.glob("checkpoints/*"))
-    in_write = chance.random() < 0.4
+    in_write = rng.random() < 0.4
     while process.poll() is None and seen == set(out.glob("checkpoints/*")):
         time.sleep(0.005)
-    time.sleep(chance.uniform(0, 0.5 if in_write else 1.5))
+    time.sleep(rng.uniform(0, 0.5 if in_write else 1.5))
     while in_write and process.poll() is None and not list(out.glob("checkpoints/*.tmp")):
         time.sleep(0.002)
-    time.sleep(chance.uniform(0, 0.15) if in_write else 0)
+    time.sleep(rng.uniform(0, 0.15) if in_write else 0)
     if process.poll() is not None:
         return None
-    os.kill(process.pid, signal.SIGSTOP)  # so that what is seen is what is killed
+    os.kill(process.pid, signal.SIGSTOP)  # so that the position does not change before the kill
     where = position(out)
     process.kill()
     return where

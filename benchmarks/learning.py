@@ -1,15 +1,15 @@
-"""How good the samples are after some minutes of training: rin-video and rin-pytorch on Fashion-MNIST.
+"""Measures sample quality after a few minutes of training: rin-video and rin-pytorch on Fashion-MNIST.
 
     python benchmarks/learning.py --data FOLDER --seeds 0 1     # trainings of 15 minutes, two at a time, then samples
     python benchmarks/learning.py --arms rin-video --minutes 2 --set train.train_lr=3e-3 --work runs/trial \\
         --out runs/trial.json
 
-FOLDER holds the four files of Fashion-MNIST (`train-images-idx3-ubyte.gz`, ...), as the Debian package
-`dataset-fashion-mnist` brings them in /usr/share/datasets/fashion-mnist; without one torchvision downloads them. Every
-arm trains in a process of its own with one thread, for the same processor time (on a free core the same wall-clock).
-All are unconditional and are sampled with the same number of network calls from averaged
-weights. The Frechet distance is in the features of a classifier that this script trains: it compares with nothing else.
-Writes `results/learning.json`, a curve and a sheet of samples.
+FOLDER contains the four files of Fashion-MNIST (`train-images-idx3-ubyte.gz`, ...), as in the Debian package
+`dataset-fashion-mnist` (/usr/share/datasets/fashion-mnist); without it torchvision downloads them. Every arm trains in
+its own process with one thread for the same processor time (on a free core, the same wall-clock time). All arms are
+unconditional and sample from averaged weights with the same number of network calls. The Frechet distance uses the
+features of a classifier that this script trains, so it is not comparable with other distances. Writes
+`results/learning.json`, a curve and a sheet of samples.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from rin_video.weights import write_text
 HERE = Path(__file__).parent
 MINUTES = (2, 5, 15)
 CALLS = 50
-# The port at the same width, depth and latents; its README's training, then other rates, our patches, our batch.
+# The port with the same width, depth and latents: its README's settings, other rates, our patch size, our batch size.
 PORT = {"dim": 128, "image_size": 32, "channels": 1, "depth": 2, "num_latents": 16, "dim_latent": 128}
 PORT |= {"latent_self_attn_depth": 1}
 README = {"patch_size": 4, "train_lr": 1e-4, "batch": 16, "ema_decay": 0.995, "train_prob_self_cond": 0.9}
@@ -60,14 +60,18 @@ SWEEP |= {
     for batch in (16, 64)
 }
 ARMS: dict[str, dict[str, Any]] = {"rin-video": {}, "rin-pytorch, README": README} | SWEEP
-DEFAULT_ARMS = ("rin-video", "rin-pytorch, README", "rin-pytorch, patches of 8, batch 16, lr 1e-3")  # the sweep's best
+DEFAULT_ARMS = (
+    "rin-video",
+    "rin-pytorch, README",
+    "rin-pytorch, patches of 8, batch 16, lr 1e-3",
+)  # the last one is the best of the sweep
 
 
 # ---- data
 
 
 def read_images(data: Path | None, folder: Path, train: bool) -> tuple[Tensor, Tensor]:
-    """Images (N, 1, 32, 32) uint8, padded from 28, and labels (N,)."""
+    """Return uint8 images (N, 1, 32, 32), padded from 28x28, and labels (N,)."""
     from torchvision.datasets import FashionMNIST
 
     raw = folder / "FashionMNIST" / "raw"
@@ -84,9 +88,9 @@ def read_images(data: Path | None, folder: Path, train: bool) -> tuple[Tensor, T
 
 
 def our_arm(overrides: list[str]) -> tuple[nn.Module, nn.Module, torch.optim.Optimizer, Any]:
-    """Diffusion, average, optimizer, configuration."""
+    """Return diffusion, averaged weights, optimizer and config of rin-video."""
     config = load_config(str(HERE / "fashion.yaml"), overrides)
-    diffusion = GaussianDiffusion.from_config(RIN(config.model), config.diffusion)
+    diffusion = GaussianDiffusion(RIN(config.model), config.diffusion)
     return (
         diffusion,
         make_ema(diffusion.model, config.train, torch.device("cpu")),
@@ -96,7 +100,7 @@ def our_arm(overrides: list[str]) -> tuple[nn.Module, nn.Module, torch.optim.Opt
 
 
 def port_arm(options: dict[str, Any]) -> tuple[nn.Module, nn.Module, torch.optim.Optimizer]:
-    """The same of the port; its trainer uses Adam at a constant rate."""
+    """Return diffusion, averaged weights and optimizer of the port, whose trainer uses Adam at a constant rate."""
     import rin_pytorch as port
 
     diffusion = port.GaussianDiffusion(
@@ -109,11 +113,12 @@ def port_arm(options: dict[str, Any]) -> tuple[nn.Module, nn.Module, torch.optim
 
 
 def port_options(arm: str, overrides: list[str]) -> dict[str, Any]:
+    """Return the options of an arm of the port, with overrides `name=number`."""
     return ARMS[arm] | {name: float(value) for name, value in (word.split("=") for word in overrides)}
 
 
 def train(arm: str, overrides: list[str], minutes: list[float], data: Path | None, out: Path, seed: int) -> None:
-    """Train one arm; its averaged weights at every number of minutes, and what it cost, go to `out`."""
+    """Train one arm; write its averaged weights after each of `minutes`, and its log, to `out`."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     images, _ = read_images(data, out.parent, train=True)
@@ -166,14 +171,14 @@ def train(arm: str, overrides: list[str], minutes: list[float], data: Path | Non
 
 
 def draw(arm: str, overrides: list[str], weights: Path, num: int, sampler: str) -> Tensor:
-    """Samples (num, 1, 32, 32) in [0, 1] of an arm's averaged weights."""
+    """Draw samples (num, 1, 32, 32) in [0, 1] from an arm's averaged weights."""
     torch.manual_seed(0)
     state = torch.load(weights, weights_only=True)
     if arm == "rin-video":
         diffusion, _, _, config = our_arm(overrides)
         diffusion.model.load_state_dict(state)
         how = {"sampler": config.sample.sampler, "spacing": config.sample.spacing}
-        return diffusion.sample(num, steps=CALLS, seed=0, max_batch=100, **how)
+        return diffusion.sample(batch_size=num, steps=CALLS, seed=0, max_batch=100, **how)
     diffusion, _, _ = port_arm(port_options(arm, overrides))
     diffusion.model.load_state_dict(state)
     diffusion.use_ddim = sampler == "ddim"
@@ -181,7 +186,10 @@ def draw(arm: str, overrides: list[str], weights: Path, num: int, sampler: str) 
 
 
 def draw_all(arm: str, overrides: list[str], minutes: list[float], folder: Path, num: int) -> None:
-    """Samples at every mark, in `folder`; of the port by its default sampler, in the end by its other one too."""
+    """Write the samples after each of `minutes` to `folder`.
+
+    The port uses its default sampler, and after the last minutes also its other one.
+    """
     for done in minutes:
         names = ["own"] if arm == "rin-video" else ["ddim", "ddpm"] if done == minutes[-1] else ["ddim"]
         for sampler in names:
@@ -193,7 +201,7 @@ def draw_all(arm: str, overrides: list[str], minutes: list[float], folder: Path,
 
 
 class Classifier(nn.Module):
-    """Images in [0, 1] to 10 classes; 64 features before the last layer."""
+    """A classifier of images in [0, 1] with 10 classes and 64 features before the last layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -213,11 +221,12 @@ class Classifier(nn.Module):
         self.head = nn.Linear(64, 10)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return logits (B, 10) of images (B, 1, 32, 32)."""
         return self.head(F.relu(self.body(x)))
 
 
 def train_classifier(images: Tensor, labels: Tensor, path: Path) -> Classifier:
-    """Three epochs; kept in `path`."""
+    """Train the classifier for three epochs and save it to `path`, or load it from there."""
     torch.manual_seed(0)
     network = Classifier()
     if path.exists():
@@ -238,15 +247,16 @@ def train_classifier(images: Tensor, labels: Tensor, path: Path) -> Classifier:
 
 @torch.no_grad()
 def statistics(network: Classifier, x: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and covariance of the features of images in [0, 1]."""
+    """Return the mean and covariance of the features of images in [0, 1]."""
     features = torch.cat([network.body(part) for part in x.split(500)]).double().numpy()
     return features.mean(0), np.cov(features, rowvar=False)
 
 
-# ---- all of it
+# ---- evaluation
 
 
 def evaluate(options: argparse.Namespace, work: Path) -> dict[str, Any]:
+    """Compute the distances of all arms and seeds; return the report."""
     images, labels = read_images(options.data, work, train=True)
     test, test_labels = read_images(options.data, work, train=False)
     network = train_classifier(images, labels, work / "classifier.pt")
@@ -269,7 +279,7 @@ def evaluate(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     print(f"real against real {report['real_to_real']}, noise {report['noise_to_real']}, n = {n}", flush=True)
     for arm, seed in product(options.arms, options.seeds):
         folder = folder_of(work, arm, seed)
-        if not (folder / "log.json").exists():  # of several calls, some with fewer seeds
+        if not (folder / "log.json").exists():  # other calls may have used fewer seeds
             print(f"{arm}: no training with seed {seed}")
             continue
         log = json.loads((folder / "log.json").read_text())
@@ -290,11 +300,12 @@ def evaluate(options: argparse.Namespace, work: Path) -> dict[str, Any]:
 
 
 def folder_of(work: Path, arm: str, seed: int) -> Path:
+    """Return the folder of an arm's training."""
     return work / f"{''.join(c if c.isalnum() else '-' for c in arm)}-{seed}"
 
 
 def by_arm(report: dict[str, Any]) -> dict[str, dict[float, list[dict[str, Any]]]]:
-    """Arm to minutes to the rows of all seeds."""
+    """Group the rows by arm and minutes; each group has the rows of all seeds."""
     arms: dict[str, dict[float, list[dict[str, Any]]]] = {}
     for row in report["rows"]:
         arms.setdefault(row["arm"], {}).setdefault(row["minutes"], []).append(row)
@@ -302,11 +313,12 @@ def by_arm(report: dict[str, Any]) -> dict[str, dict[float, list[dict[str, Any]]
 
 
 def mean(rows: list[dict[str, Any]]) -> float:
+    """Return the mean distance."""
     return sum(row["distance"] for row in rows) / len(rows)
 
 
 def table(report: dict[str, Any]) -> str:
-    """Means over the seeds, and in brackets the distances they are of."""
+    """Return a Markdown table of the mean distances, with the distance of each seed in brackets."""
     minutes = sorted({row["minutes"] for row in report["rows"]})
     lines = ["| arm | M params | images seen | " + " | ".join(f"{m:g} min" for m in minutes) + " |"]
     lines.append("|---" * (3 + len(minutes)) + "|")
@@ -320,7 +332,7 @@ def table(report: dict[str, Any]) -> str:
 
 
 def plot(report: dict[str, Any], work: Path, path: Path) -> None:
-    """The curve, and 6x8 samples of every arm's first seed at every time, beside it."""
+    """Plot the distances, and a sheet with 6x8 samples of every arm's first seed at every time."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")
@@ -336,16 +348,16 @@ def plot(report: dict[str, Any], work: Path, path: Path) -> None:
     minutes = sorted({row["minutes"] for row in report["rows"]})
     figure = Figure(figsize=(3 * len(minutes), 2.6 * len(arms)), layout="constrained")
     grid = figure.subplots(len(arms), len(minutes), squeeze=False)
-    for line_of_cells, (arm, times) in zip(grid, arms.items(), strict=True):
-        for cell, done in zip(line_of_cells, minutes, strict=True):
-            cell.axis("off")
+    for row_of_axes, (arm, times) in zip(grid, arms.items(), strict=True):
+        for axes, done in zip(row_of_axes, minutes, strict=True):
+            axes.axis("off")
             if done not in times:
                 continue
             row = times[done][0]
             drawn = folder_of(work, arm, row["seed"]) / f"{done:g}-{row['sampler']}.pt"
             sheet = torch.load(drawn, weights_only=True)[:48].view(6, 8, 32, 32).permute(0, 2, 1, 3).reshape(192, 256)
-            cell.imshow(sheet, cmap="gray", vmin=0, vmax=1)
-            cell.set_title(f"{arm}, {done:g} min: {row['distance']:.0f}", fontsize=7)
+            axes.imshow(sheet, cmap="gray", vmin=0, vmax=1)
+            axes.set_title(f"{arm}, {done:g} min: {row['distance']:.0f}", fontsize=7)
     figure.savefig(path.with_name(f"{path.stem}_samples.png"), dpi=110)
 
 
@@ -354,19 +366,21 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder with the four files (default: download)")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(DEFAULT_ARMS))
     parser.add_argument("--minutes", type=float, nargs="+", default=list(MINUTES))
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="options of the one arm of a trial")
-    parser.add_argument("--num", type=int, default=1000, help="samples for each distance, a multiple of 100")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="a training for each")
-    parser.add_argument("--at-a-time", type=int, default=2, help="trainings that run side by side")
-    parser.add_argument("--work", type=Path, default=Path("runs/learning"), help="for weights and data")
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="KEY=VALUE", help="options of the arm, for a trial with one arm"
+    )
+    parser.add_argument("--num", type=int, default=1000, help="samples per distance, a multiple of 100")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one training per seed")
+    parser.add_argument("--at-a-time", type=int, default=2, help="trainings that run in parallel")
+    parser.add_argument("--work", type=Path, default=Path("runs/learning"), help="folder for weights and data")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "learning.json")
-    parser.add_argument("--step", choices=("all", "train", "evaluate"), default="all", help="one half alone")
-    parser.add_argument("--train-arm", choices=list(ARMS), help=argparse.SUPPRESS)  # what a child process does
+    parser.add_argument("--step", choices=("all", "train", "evaluate"), default="all", help="run only one half")
+    parser.add_argument("--train-arm", choices=list(ARMS), help=argparse.SUPPRESS)  # for child processes
     options = parser.parse_args()
     if options.train_arm:
         (seed,) = options.seeds
         folder = folder_of(options.work, options.train_arm, seed)
-        for old in (*folder.glob("*.pt"), folder / "log.json"):  # of another training
+        for old in (*folder.glob("*.pt"), folder / "log.json"):  # left by a previous training
             old.unlink(missing_ok=True)
         train(options.train_arm, options.set, options.minutes, options.data, folder, seed)
         draw_all(options.train_arm, options.set, options.minutes, folder, options.num)

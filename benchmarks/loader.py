@@ -1,19 +1,20 @@
-"""How fast clips are loaded: our loader against the bare decoder in as many processes.
+"""Measures how fast clips are loaded: our loader compared with the bare decoder in the same number of processes.
 
     python benchmarks/loader.py [--data clips/]
 
-A clip is 16 frames from a random start of a random file, at 64x64, four of them a batch; without `--data`, of 24 files
-that this makes (96 frames of 180x240, H.264 as x264 writes it by default: one keyframe a file).
+A clip has 16 frames of 64x64 from a random start in a random file; a batch has four clips. Without `--data`, the script
+makes 24 files (96 frames of 180x240, H.264 with the defaults of x264: one keyframe per file).
 
-`loader` is what training uses, from index to batches in the process that trains. `bare` is the decoder's library alone,
-in as many processes: each is told the files and frames of the very batches that a worker of the loader gets, keeps as
-many files open, last used first (PyAV: seeks to the keyframe before the window, decodes to its end, scales in FFmpeg;
-decord: `get_batch`, and a seek back; torchcodec: `get_frames_at`; both resized by torchvision), cuts the middle out and
-stacks the batch. It makes no plan, checks nothing and hands nothing over.
+`loader` is what training uses, from the index to batches in the training process. `bare` is the decoder's library alone
+in the same number of processes. Each process gets the files and frames of the batches of one worker of the loader and
+keeps the same number of recently used files open. With PyAV it seeks to the keyframe before the clip, decodes to its
+end and scales in FFmpeg. With decord it calls `get_batch` and seeks back, with torchcodec `get_frames_at`, and both
+resize with torchvision. It then crops the centre and stacks the batch. It draws nothing, checks nothing and does not
+transfer the batch to another process.
 
-Both sides take turns, `--rounds` times on other batches each time; the figures are medians, the ratios those of the
-pairs: of clips a second, and of clips a second of processor time, all processes together, which other users of the
-machine disturb less. Neither side waits for more than `--limit` seconds, ours for a file, the other for a batch. Writes
+Both sides alternate for `--rounds` rounds with different batches. The figures are medians, and the ratios are medians
+over the pairs: of clips per second, and of clips per second of processor time of all processes, which other users of
+the machine disturb less. A side fails after `--limit` seconds for a file (loader) or a batch (bare). Writes
 `results/loader.json`.
 """
 
@@ -53,16 +54,16 @@ from rin_video.media import write_video
 
 RESULTS = Path(__file__).parent / "results"
 FRAMES, SIZE, BATCH = 16, 64, 4
-WARM = 2  # batches of each process that are not timed
+WARM = 2  # warm-up batches of each process, which are not timed
 NUM_FILES, LENGTH, HEIGHT, WIDTH = 24, 96, 180, 240
-Work = tuple[str, list[int], tuple[int, int]]  # file, frames, size to which a whole frame is scaled
+Work = tuple[str, list[int], tuple[int, int]]  # file, frames, size to which the uncropped frames are scaled
 
 
 class StalledError(Exception):
-    """A side that did not come to its end."""
+    """A side did not finish."""
 
 
-# ---- the bare decoders: each opens a file, and reads frames of an open one as (F, 3, H, W), perhaps scaled already
+# ---- the bare decoders: `open_*` opens a file, `read_*` returns frames (F, 3, H, W), scaled already or not
 
 
 def open_pyav(path: str) -> Any:
@@ -94,7 +95,7 @@ def open_decord(path: str) -> Any:
 
 def read_decord(reader: Any, indices: list[int], size: tuple[int, int]) -> torch.Tensor:
     frames = torch.from_numpy(reader.get_batch(indices).asnumpy()).permute(0, 3, 1, 2)
-    reader.seek(0)  # or it decodes the rest of every open film into memory, which is fast and takes gigabytes
+    reader.seek(0)  # otherwise it decodes the rest of every open file into memory, which is fast but takes gigabytes
     return frames
 
 
@@ -116,6 +117,7 @@ BARE = {
 
 
 def bare_worker(decoder: str, batches: list[list[Work]], barrier: Any, results: Any, limit: float) -> None:
+    """Read batches with the bare decoder; put (end time, processor time) into `results`."""
     torch.set_num_threads(1)
     open_file, read_frames = BARE[decoder]
     files: OrderedDict[str, Any] = OrderedDict()
@@ -140,7 +142,7 @@ def bare_worker(decoder: str, batches: list[list[Work]], barrier: Any, results: 
 
 
 def bare(decoder: str, work: list[list[Work]], processes: int, limit: float) -> tuple[float, float]:
-    """Clips a second, and a second of processor time."""
+    """Return clips per second, and clips per second of processor time, of the bare decoder."""
     context = get_context()
     barrier, results = context.Barrier(processes + 1), context.Queue()
     workers = [
@@ -164,7 +166,7 @@ def bare(decoder: str, work: list[list[Work]], processes: int, limit: float) -> 
 
 
 def loader(data: ClipFolder, first: int, num: int, workers: int, limit: float) -> tuple[float, float]:
-    """Clips a second, and a second of processor time, of batches `first` to `first + num`."""
+    """Return clips per second, and clips per second of processor time, of the loader for `num` batches from `first`."""
     options = DataConfig(num_workers=workers, read_timeout=limit, max_failures=0)
     batches = TrainLoader(data, options, BATCH, seed=0, first_batch=first)
     try:
@@ -182,19 +184,19 @@ def loader(data: ClipFolder, first: int, num: int, workers: int, limit: float) -
 
 
 def busy_seconds() -> float:
-    """Processor time of this process and of its children so far."""
+    """Return the processor time of this process and its children so far."""
     process = psutil.Process()
     times = [one.cpu_times() for one in (process, *process.children())]
     return sum(one.user + one.system for one in times)
 
 
-def plan(data: ClipFolder, first: int, num: int) -> list[list[Work]]:
-    """What the loader's batches hold, for the bare decoder."""
+def list_work(data: ClipFolder, first: int, num: int) -> list[list[Work]]:
+    """Return the contents of the loader's batches, as work for the bare decoder."""
     batches = iter(EpochSampler(len(data), BATCH, seed=0, first_batch=first))
-    chance = np.random.default_rng(0)  # nothing is drawn: the crop is in the middle
+    rng = np.random.default_rng(0)  # not used, because the crop is centred
     return [
         [
-            (str(data.files[i]), data.frames_of(i, epoch), data.framing.plan(data.infos[i].size, chance).size)
+            (str(data.files[i]), data.frames_of(i, epoch), data.resize_crop.draw_params(data.infos[i].size, rng).size)
             for epoch, i in next(batches)
         ]
         for _ in range(num)
@@ -202,16 +204,16 @@ def plan(data: ClipFolder, first: int, num: int) -> list[list[Work]]:
 
 
 def measure(data: ClipFolder, decoder: str, workers: int, options: argparse.Namespace) -> dict[str, Any]:
-    """A row of the table."""
+    """Measure both sides; return a row of the table."""
     pairs = []
     for turn in range(options.rounds):
         first = turn * options.batches
         sides = [
-            partial(bare, decoder, plan(data, first, options.batches), workers, options.limit),
+            partial(bare, decoder, list_work(data, first, options.batches), workers, options.limit),
             partial(loader, data, first, options.batches, workers, options.limit),
         ]
         try:
-            order = (0, 1) if turn % 2 == 0 else (1, 0)  # whoever comes second finds the files in memory
+            order = (0, 1) if turn % 2 == 0 else (1, 0)  # the second side finds the files in the page cache
             speeds = {side: sides[side]() for side in order}
         except StalledError as error:
             return {"decoder": decoder, "workers": workers, "failed": str(error)}
@@ -230,7 +232,7 @@ def measure(data: ClipFolder, decoder: str, workers: int, options: argparse.Name
 
 
 def write_clips(folder: Path) -> None:
-    """Coarse and fine texture that drifts."""
+    """Write clips of drifting coarse and fine textures."""
     rng = np.random.default_rng(0)
     for i in range(NUM_FILES):
         layers = [
@@ -250,6 +252,7 @@ def write_clips(folder: Path) -> None:
 
 
 def versions() -> dict[str, str]:
+    """Return the versions of Python and of the installed libraries."""
     found = {"python": platform.python_version()}
     for name in ("torch", "torchvision", "av", "decord", "torchcodec"):
         with suppress(ModuleNotFoundError):
@@ -259,10 +262,10 @@ def versions() -> dict[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="a folder of clips (default: those that this makes)")
-    parser.add_argument("--batches", type=int, default=24, help="for each figure, with the first ones of each process")
+    parser.add_argument("--data", type=Path, help="a folder of clips (default: generated clips)")
+    parser.add_argument("--batches", type=int, default=24, help="batches per figure, including warm-up batches")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--limit", type=float, default=120, help="seconds that a batch may take")
+    parser.add_argument("--limit", type=float, default=120, help="time limit in seconds for a batch")
     parser.add_argument("--decoders", nargs="+", default=["pyav", "decord", "torchcodec"])
     parser.add_argument("--out", type=Path, default=RESULTS / "loader.json")
     options = parser.parse_args()
@@ -272,7 +275,7 @@ def main() -> None:
             write_clips(Path(made))
         for decoder in options.decoders:
             if decoder == "torchcodec" and (problem := torchcodec_problem()):
-                print(f"torchcodec is left out: {problem}")
+                print(f"torchcodec is skipped: {problem}")
                 continue
             index = Path(made, "index.jsonl")
             data = ClipFolder(options.data or made, SIZE, FRAMES, decoder=decoder, index=index)
@@ -287,6 +290,7 @@ def main() -> None:
 
 
 def write_report(options: argparse.Namespace, data: ClipFolder, rows: list[dict[str, Any]]) -> None:
+    """Write the rows measured so far as JSON."""
     sizes = ", ".join(sorted({"x".join(map(str, info.size)) for info in data.infos}))
     report = {
         "clips": f"{len(data.files)} files of {sizes}, {FRAMES} frames to {SIZE}x{SIZE}",

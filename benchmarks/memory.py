@@ -1,9 +1,9 @@
-"""What `rin-video info` predicts a training step to need, beside the peak that a process on the CPU was seen to take.
+"""Compares the memory of a training step that `rin-video info` predicts with the measured peak of a process on the CPU.
 
     python benchmarks/memory.py
 
-Linux only: the peak is VmHWM of /proc, less what the process held before the model was made. Each line is a process of
-its own, which first trains a tiny model, so that libraries which are loaded on first use do not count.
+Linux only: the peak is VmHWM in /proc minus the memory of the process before the model was built. Each line is measured
+in its own process, which first trains a tiny model, so that libraries that are loaded on first use do not count.
 """
 
 from __future__ import annotations
@@ -32,11 +32,12 @@ OUT = Path(__file__).parent / "results" / "memory.json"
 
 
 def resident(field: str) -> int:
-    """Bytes: VmRSS now, VmHWM at the highest."""
+    """Return the bytes of a field in /proc: VmRSS (current memory) or VmHWM (peak)."""
     return 1024 * int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
 def measure(name: str, batch_size: int, overrides: list[str]) -> None:
+    """Print the predicted and the measured bytes of a training step as JSON."""
     import gc
     import tempfile
 
@@ -52,7 +53,7 @@ def measure(name: str, batch_size: int, overrides: list[str]) -> None:
         config.data.num_workers = 0
         model = RIN(config.model)
         data = TensorDataset(torch.zeros(1, *model.shape, dtype=torch.uint8), torch.zeros(1, dtype=torch.long))
-        diffusion = GaussianDiffusion.from_config(model, config.diffusion)
+        diffusion = GaussianDiffusion(model, config.diffusion)
         trainer = Trainer(diffusion, data, results_folder=folder, config=config, progress=False)
         batches = trainer.batches()
         for _ in range(2):
@@ -65,7 +66,7 @@ def measure(name: str, batch_size: int, overrides: list[str]) -> None:
         tiny = ["model.dim=32", "model.dim_latent=32", "model.num_latents=8", "train.train_batch_size=1"]
         steps(load_config(name, [*overrides, *tiny, "model.depth=1", "model.latent_self_attn_depth=1"]), folder)
         gc.collect()
-        Path("/proc/self/clear_refs").write_text("5")  # the highest starts from here
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak
         before = resident("VmRSS")
         steps(config, folder)
     print(json.dumps({"predicted": predicted, "measured": resident("VmHWM") - before}))

@@ -1,9 +1,9 @@
-"""Damage checkpoints, weights and configurations in a thousand ways: each is refused clearly, or loads equal.
+"""Damages checkpoints, weights and configs in a thousand ways: each must raise a clear error or load unchanged.
 
     python benchmarks/mutations.py --mutants 1000
 
-Only `config.yaml` is meant to be edited: where a mutant of it is a valid file that says something else about training,
-data or sampling, it loads as what it says; about model and diffusion it must say what the weights were made with.
+Only `config.yaml` is meant to be edited: a mutant that is valid and has other options of training, data or sampling
+loads with these options. Its options of model and diffusion must match those of the weights.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ DANGEROUS = ("pickle.find_class", "os.system", "os.exec", "os.posix_spawn", "sub
 
 
 def make_run(folder: Path, **model: Any) -> Path:
+    """Train a tiny model for two steps."""
     torch.manual_seed(0)
     diffusion = GaussianDiffusion(RIN(**TINY | model), timesteps=3)
     options = {"train_num_steps": 2, "train_batch_size": 4, "save_and_sample_every": 2, "num_samples": 1}
@@ -42,37 +43,37 @@ def make_run(folder: Path, **model: Any) -> Path:
     return folder
 
 
-def damage(content: bytes, how: str, chance: random.Random) -> bytes:
-    """A mutant of a file's bytes."""
-    place = chance.randrange(len(content))
+def damage(content: bytes, how: str, rng: random.Random) -> bytes:
+    """Return a mutant of a file's bytes."""
+    place = rng.randrange(len(content))
     if how == "flips":
         mutant = bytearray(content)
-        for _ in range(chance.choice([1, 1, 1, 2, 8, 64])):
-            mutant[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+        for _ in range(rng.choice([1, 1, 1, 2, 8, 64])):
+            mutant[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
         return bytes(mutant)
-    if how == "header":  # where formats keep their lengths and names
+    if how == "header":  # formats store lengths and names there
         mutant = bytearray(content)
-        mutant[chance.randrange(min(len(content), 600))] = chance.randrange(256)
+        mutant[rng.randrange(min(len(content), 600))] = rng.randrange(256)
         return bytes(mutant)
     if how == "truncated":
         return content[:place]
     if how == "longer":
-        return content + chance.randbytes(chance.randrange(1, 100))
+        return content + rng.randbytes(rng.randrange(1, 100))
     if how == "zeros":
         return content[:place] + bytes(min(512, len(content) - place)) + content[place + 512 :]
     if how == "spliced":
-        other = chance.randrange(len(content))
+        other = rng.randrange(len(content))
         return content[:place] + content[other : other + 64] + content[place + 64 :]
-    return chance.randbytes(len(content))
+    return rng.randbytes(len(content))
 
 
 BYTES = ("flips", "flips", "flips", "header", "truncated", "longer", "zeros", "spliced", "random")
 
 
-def wrong_tensors(path: Path, how: str, chance: random.Random) -> None:
-    """A valid safetensors file that holds something else."""
+def wrong_tensors(path: Path, how: str, rng: random.Random) -> None:
+    """Change a tensor of a safetensors file, which remains valid."""
     tensors = load_file(path)
-    name = chance.choice(sorted(tensors))
+    name = rng.choice(sorted(tensors))
     if how == "shape":
         tensors[name] = tensors[name].flatten()[:-1].clone() if tensors[name].numel() > 1 else torch.zeros(3)
     elif how == "missing":
@@ -85,6 +86,7 @@ def wrong_tensors(path: Path, how: str, chance: random.Random) -> None:
 
 
 def same(a: Any, b: Any) -> bool:
+    """Return whether two nested structures are equal, tensors bit by bit."""
     if isinstance(a, torch.Tensor):
         return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, dict):
@@ -95,6 +97,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 def load(folder: Path, target: str) -> Any:
+    """Load a checkpoint ("state"), or a model with its config."""
     if target == "state":
         return load_state(folder)
     model, config = load_model(folder)
@@ -106,7 +109,7 @@ def load(folder: Path, target: str) -> Any:
 
 
 def outcome(folder: Path, target: str, original: Any) -> str:
-    """What loading the mutant comes to; anything but the first three is a failure."""
+    """Load a mutant and describe the outcome; everything not in GOOD is a failure."""
     result: list[str] = []
 
     def attempt() -> None:
@@ -136,7 +139,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "mutations.json")
     options = parser.parse_args()
-    chance = random.Random(options.seed)
+    rng = random.Random(options.seed)
     events: Counter[str] = Counter()
     sys.addaudithook(lambda event, arguments: events.update([event]) if event in DANGEROUS else None)
     with tempfile.TemporaryDirectory() as temporary:
@@ -153,22 +156,22 @@ def main() -> None:
         failures, folder, start = [], Path(temporary) / "mutant", time.perf_counter()
         folder.mkdir()
         for number in range(options.mutants):
-            target = chance.choice(["state", "model", "model"])
+            target = rng.choice(["state", "model", "model"])
             for path in folder.iterdir():
                 path.unlink()
             for name, source in sources[target].items():
                 (folder / name).write_bytes(source.read_bytes())
-            name = chance.choice(sorted(sources[target]))
+            name = rng.choice(sorted(sources[target]))
             kinds = [*BYTES, "another run's"]
             if name.endswith(".safetensors"):
                 kinds += ["shape", "missing", "extra", "type"]
-            how = chance.choice(kinds)
+            how = rng.choice(kinds)
             if how == "another run's":
                 (folder / name).write_bytes((strange[target] / name).read_bytes())
             elif how in BYTES:
-                (folder / name).write_bytes(damage((folder / name).read_bytes(), how, chance))
+                (folder / name).write_bytes(damage((folder / name).read_bytes(), how, rng))
             else:
-                wrong_tensors(folder / name, how, chance)
+                wrong_tensors(folder / name, how, rng)
             came_to = outcome(folder, target, original[target])
             label = f"{'checkpoint' if target == 'state' else 'model'} {name}"
             counts.setdefault(label, Counter())[came_to if came_to in GOOD else "FAILED"] += 1

@@ -1,7 +1,7 @@
-"""Other people's denoisers behind one small interface, for `run.py`; installed by `pip install '.[bench]'`.
+"""Denoisers of other packages behind a common interface, for `run.py`; `pip install '.[bench]'` installs them.
 
-A `Contender` has `loss(x)` (data (B, C, *grid) in [0, 1]), `parameters()`, and `sample(batch, steps)`. The diffusers
-models come without a training loss of pixels; they get the plain one (noise predicted, mean squared error) and DDIM.
+A `Contender` has `loss(x)`, for data (B, C, *grid) in [0, 1], and `sample(batch, steps)`. The diffusers models have no
+training loss on pixels; they get a standard one (mean squared error of the predicted noise) and DDIM.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from rin_video import RIN, GaussianDiffusion
 
 @dataclass
 class Contender:
+    """A model with its loss and sampler."""
+
     name: str
     module: nn.Module
     loss: Callable[[Tensor], Tensor]
@@ -27,23 +29,24 @@ class Contender:
 
     @property
     def network(self) -> nn.Module:
-        """What is worth compiling: the denoiser, without the loss around it."""
+        """The denoiser without its loss, which is the part to compile."""
         return getattr(self.module, "model", self.module)
 
     @property
     def params(self) -> int:
+        """The number of trainable parameters."""
         return sum(p.numel() for p in self.module.parameters() if p.requires_grad)
 
 
 def rin(name: str = "rin-video", *, self_cond: float = 0.9, **options: Any) -> Contender:
-    """Ours. Its loss runs the first pass of self-conditioning in every step."""
+    """Build our model; its loss runs the self-conditioning pass in every step."""
     diffusion = GaussianDiffusion(RIN(**options), train_prob_self_cond=self_cond)
     return Contender(
-        name, diffusion, diffusion, lambda batch, steps: diffusion.sample(batch, steps=steps, sampler="ddim")
+        name, diffusion, diffusion, lambda batch, steps: diffusion.sample(batch_size=batch, steps=steps, sampler="ddim")
     )
 
 
-EXTRAS = {  # of the port, which are always on there
+EXTRAS = {  # options that are always on in the port
     "interface_mixing": "linear_attention+conv",
     "time_conditioning": "adaln",
     "self_conditioning": "latent+x0",
@@ -53,7 +56,7 @@ EXTRAS = {  # of the port, which are always on there
 
 
 def rin_pytorch(name: str = "rin-pytorch", **options: Any) -> Contender:
-    """The PyTorch port, every step with the first pass of self-conditioning, as ours."""
+    """Build the PyTorch port; like ours, it runs the self-conditioning pass in every step."""
     import rin_pytorch as port
 
     diffusion = port.GaussianDiffusion(port.RIN(**options), timesteps=1000, train_prob_self_cond=1.0)
@@ -66,7 +69,7 @@ def rin_pytorch(name: str = "rin-pytorch", **options: Any) -> Contender:
 
 
 def unet(image_size: int, dim: int, **options: Any) -> Contender:
-    """denoising-diffusion-pytorch: a 2D U-Net without self-conditioning."""
+    """Build the 2D U-Net of denoising-diffusion-pytorch, without self-conditioning."""
     import denoising_diffusion_pytorch as ddp
 
     diffusion = ddp.GaussianDiffusion(
@@ -81,7 +84,7 @@ def unet(image_size: int, dim: int, **options: Any) -> Contender:
 
 
 def plain(name: str, model: nn.Module, call: Callable[[Tensor, Tensor], Tensor], shape: tuple[int, ...]) -> Contender:
-    """Predicting noise and DDIM around a diffusers model; `call(x_t, t)` gives the noise."""
+    """Add a noise-prediction loss and DDIM to a diffusers model; `call(x_t, t)` returns the predicted noise."""
     from diffusers import DDIMScheduler
 
     schedule = DDIMScheduler()
@@ -105,7 +108,7 @@ def plain(name: str, model: nn.Module, call: Callable[[Tensor, Tensor], Tensor],
 
 
 def unet3d(frames: int, size: int, width: int) -> Contender:
-    """diffusers' UNet3DConditionModel on pixels; its text is one vector of zeros."""
+    """Build diffusers' UNet3DConditionModel on pixels; its text input is one vector of zeros."""
     from diffusers import UNet3DConditionModel
 
     model = UNet3DConditionModel(
@@ -128,7 +131,7 @@ def unet3d(frames: int, size: int, width: int) -> Contender:
 
 
 def latte(frames: int, size: int, heads: int, layers: int, patch: int = 4) -> Contender:
-    """diffusers' Latte transformer on pixels: attention within frames and over time in turn. Label: none."""
+    """Build diffusers' Latte transformer on pixels, unconditional; attention alternates between frames and time."""
     from diffusers import LatteTransformer3DModel
 
     model = LatteTransformer3DModel(
@@ -156,7 +159,7 @@ def latte(frames: int, size: int, heads: int, layers: int, patch: int = 4) -> Co
 
 
 def dit(shape: tuple[int, ...], heads: int, layers: int, patch: tuple[int, ...], head: int = 64) -> Contender:
-    """diffusers' DiT with full attention: on an image, or on a clip whose tubes are the patches of a tall image."""
+    """Build diffusers' DiT with full attention on images, or on clips, whose tubes become patches of a tall image."""
     from diffusers import DiTTransformer2DModel
 
     depth = patch[0] if len(patch) == 3 else 1

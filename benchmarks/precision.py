@@ -1,9 +1,9 @@
-"""How long a network call of sampling takes in each precision on a GPU, and how far its samples are from float32's.
+"""Measures the time of a network call in sampling on a GPU for each precision, and the difference to float32 samples.
 
     python benchmarks/precision.py
 
-Presets with fresh weights, 20 steps, the median of three runs; the distance is the root mean square over samples in
-[0, 1]. Writes `results/precision.json`.
+It uses presets with untrained weights, 20 steps and the median of three runs. The difference is the root mean square
+over samples in [0, 1]. Writes `results/precision.json`.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "precision.json")
     options = parser.parse_args()
     if not torch.cuda.is_available():
-        raise SystemExit("this needs a CUDA GPU: on a CPU sampling runs in float32")
+        raise SystemExit("this requires a CUDA GPU: on a CPU sampling runs in float32")
     rows = []
     for preset, batch in CASES:
         config = load_config(preset)
         torch.manual_seed(0)
-        diffusion = GaussianDiffusion.from_config(RIN(config.model), config.diffusion).cuda()
+        diffusion = GaussianDiffusion(RIN(config.model), config.diffusion).cuda()
         reference = None
         for precision in PRECISIONS:
-            diffusion.sample(batch, steps=3, seed=0, precision=precision)
+            diffusion.sample(batch_size=batch, steps=3, seed=0, precision=precision)
             seconds = []
             for _ in range(3):
                 torch.cuda.synchronize()
                 start = time.perf_counter()
-                samples = diffusion.sample(batch, steps=STEPS, seed=0, precision=precision)
+                samples = diffusion.sample(batch_size=batch, steps=STEPS, seed=0, precision=precision)
                 torch.cuda.synchronize()
                 seconds.append((time.perf_counter() - start) / STEPS)
             reference = samples if reference is None else reference

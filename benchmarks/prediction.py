@@ -1,12 +1,12 @@
-"""Does it predict? Five frames of a clip are given, the rest is sampled, and compared with what really came.
+"""Measures prediction: samples the rest of a clip from five conditioning frames and compares it with the true frames.
 
     python benchmarks/prediction.py                      # trains on the demo set, ten minutes on 2 CPU cores
-    python benchmarks/prediction.py --run runs/prediction/run             # a run that is there
+    python benchmarks/prediction.py --run runs/prediction/run             # uses an existing run
 
-The clips are the demo set's; those measured on are held out: drawn with another seed. The errors are those of the
-invented frames, in [0, 1]: of one sample, and of the best of four, beside copying the last given frame and continuing
-the last two linearly. Writes `results/prediction.json` and a sheet, `prediction.png`: three rows a clip (given and
-true, predicted, copied).
+The clips are those of the demo set; the test clips are held out and use another seed. The errors are those of the
+predicted frames in [0, 1], for one sample and for the best of four. The baselines copy the last conditioning frame, or
+extrapolate the last two linearly. Writes `results/prediction.json` and a sheet, `prediction.png`, with three rows per
+clip (true, predicted, copied).
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from rin_video.media import contact_sheet
 
 RESULTS = Path(__file__).parent / "results"
 GIVEN, FRAMES, SAMPLES = 5, 16, 4
-OPTIONS = [  # what each gained is in README.md
+OPTIONS = [  # README.md lists the gain of each
     f"model.frames={FRAMES}",
-    f"model.patch_size=[{FRAMES},2,2]",  # a token is one place in all frames: those given, and those to invent
+    f"model.patch_size=[{FRAMES},2,2]",  # a token covers one position in all frames, conditioning and predicted ones
     "model.dim=128",
     "model.depth=3",
     "model.known_mask=true",
@@ -44,7 +44,7 @@ OPTIONS = [  # what each gained is in README.md
 
 
 def baselines(clips: Tensor, given: int) -> dict[str, Tensor]:
-    """Frames from `given` on of clips (B, C, F, H, W), without a model: copied, and continued linearly."""
+    """Predict the frames from `given` on of clips (B, C, F, H, W) without a model: by copying and extrapolation."""
     last, before = clips[:, :, given - 1 : given], clips[:, :, given - 2 : given - 1]
     ahead = torch.arange(1, clips.shape[2] - given + 1).view(1, 1, -1, 1, 1)
     return {
@@ -54,13 +54,13 @@ def baselines(clips: Tensor, given: int) -> dict[str, Tensor]:
 
 
 def errors(predicted: Tensor, true: Tensor) -> dict[str, Tensor]:
-    """Mean squared and mean absolute error of every clip, (..., B)."""
+    """Return the mean squared and mean absolute error of every clip, (..., B)."""
     difference = (predicted - true).flatten(-4)
     return {"mse": difference.square().mean(-1), "mae": difference.abs().mean(-1)}
 
 
 def measure(diffusion: GaussianDiffusion, clips: Tensor, options: dict) -> tuple[list[dict], Tensor]:
-    """A row for each way to predict, and the first sample's clips."""
+    """Return a row for each prediction method, and the clips of the first sample."""
     drawn = torch.stack(
         [
             diffusion.sample(context=clips[:, :, :GIVEN], seed=seed, max_batch=32, progress=True, **options)
@@ -83,7 +83,7 @@ def measure(diffusion: GaussianDiffusion, clips: Tensor, options: dict) -> tuple
 
 
 def sheet(clips: Tensor, predicted: Tensor, path: Path, num: int = 4) -> None:
-    """Three rows for each of `num` clips: true, predicted, the last given frame copied."""
+    """Write a picture with three rows for each of `num` clips: true, predicted, last conditioning frame copied."""
     copied = torch.cat([clips[:, :, :GIVEN], baselines(clips, GIVEN)["copy of the last frame"]], dim=2)
     chosen = torch.linspace(0, len(clips) - 1, num).long()
     rows = torch.stack([part[chosen] for part in (clips, predicted, copied)], dim=1).flatten(0, 1)
@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=1000, help="clips of each shape to train on")
     parser.add_argument("--num", type=int, default=48, help="held-out clips")
     parser.add_argument("--steps", type=int, default=20, help="sampling steps")
-    parser.add_argument("--folder", type=Path, default=Path("runs/prediction"), help="for clips and the run")
+    parser.add_argument("--folder", type=Path, default=Path("runs/prediction"), help="folder for clips and the run")
     parser.add_argument("--out", type=Path, default=RESULTS / "prediction.json")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     options = parser.parse_args()
@@ -108,12 +108,12 @@ def main() -> None:
         write_demo_set(options.folder / "clips", clips_per_class=options.clips)
         data = open_dataset(options.folder / "clips", shape, config.data)
         torch.manual_seed(config.train.seed)
-        diffusion = GaussianDiffusion.from_config(RIN(config.model), config.diffusion)
+        diffusion = GaussianDiffusion(RIN(config.model), config.diffusion)
         start, cpu_start = time.perf_counter(), time.process_time()
         trainer = Trainer(diffusion, data, results_folder=options.folder / "run", config=config)
         trainer.train()
         minutes = (time.perf_counter() - start) / 60
-        cpu_minutes = (time.process_time() - cpu_start) / 60  # of all threads: the machine may be shared
+        cpu_minutes = (time.process_time() - cpu_start) / 60  # of all threads, because the machine may be shared
         diffusion = trainer.averaged()
     else:
         diffusion = GaussianDiffusion.from_pretrained(options.run)
@@ -140,10 +140,10 @@ def main() -> None:
     write_text(options.out, json.dumps(report, indent=1) + "\n")
     sheet(clips, predicted, options.out.with_suffix(".png"))
     print(
-        f"{report['n']} held-out clips, {GIVEN} of {FRAMES} frames given; trained for {report['minutes']} minutes "
-        f"({report['cpu_minutes']} of one core)"
+        f"{report['n']} held-out clips, {GIVEN} of {FRAMES} frames for conditioning; trained for "
+        f"{report['minutes']} minutes ({report['cpu_minutes']} of one core)"
     )
-    print("| prediction | squared error | of copying | absolute error | of copying |\n|---|---|---|---|---|")
+    print("| prediction | squared error | vs. copying | absolute error | vs. copying |\n|---|---|---|---|---|")
     for row in rows:
         print(f"| {row['prediction']} | {row['mse']} | {row['mse_of_copy']} | {row['mae']} | {row['mae_of_copy']} |")
 

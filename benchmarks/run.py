@@ -1,12 +1,13 @@
-"""Speed and memory against other people's models and against the machine, each a ratio within one run.
+"""Measures speed and memory relative to models of other packages and to the hardware, as ratios within one run.
 
-    make bench                                            # everything, about ten minutes on two CPU cores
+    make bench                                            # all cases, about ten minutes on two CPU cores
     python benchmarks/run.py --cases image video --threads 2
     python benchmarks/run.py --device cuda                # bf16, each model with and without torch.compile
 
-`pip install '.[bench]'` brings the peers. What is compared runs in turn, several rounds, in this process; figures are
-medians. On a CPU everything is float32. Growth is measured in a fresh process for each figure, for the peak of its
-memory. Writes `results/run.json`: versions, hardware, every figure; prints the same as Markdown.
+`pip install '.[bench]'` installs the other models. The models of a comparison alternate for several rounds in this
+process; the figures are medians. On a CPU everything is float32. Each growth figure is measured in a new process,
+because of its memory peak. Writes `results/run.json` with versions, hardware and all figures, and prints them as
+Markdown.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-os.environ.setdefault("TQDM_DISABLE", "1")  # the peers' samplers always show a bar otherwise
+os.environ.setdefault("TQDM_DISABLE", "1")  # otherwise the samplers of the other models show progress bars
 
 import peers
 import psutil
@@ -59,7 +60,7 @@ Row = dict[str, Any]
 
 
 class Machine:
-    """Device, precision, and how to time on it: by the clock, or `shared`, by the processor time of this process."""
+    """A device, its precision and its timer: the wall clock or, if `shared`, the processor time of this process."""
 
     def __init__(self, device: str, shared: bool = False) -> None:
         self.shared, self.clock = shared, time.process_time if shared else time.perf_counter
@@ -68,9 +69,11 @@ class Machine:
         self.modes = ("eager", "compile") if self.cuda else ("eager",)
 
     def autocast(self) -> torch.autocast:
+        """Return the autocast context: bf16 on a GPU, disabled on a CPU."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.cuda)
 
     def seconds(self, work: Callable[[], Any]) -> float:
+        """Return the seconds that `work` takes."""
         if self.cuda:
             torch.cuda.synchronize()
         start = self.clock()
@@ -80,13 +83,13 @@ class Machine:
         return self.clock() - start
 
     def in_turn(self, works: Sequence[Callable[[], Any]], rounds: int) -> list[float]:
-        """Median seconds of each, one after the other, `rounds` times after a round to warm up."""
+        """Run the works one after the other for `rounds` rounds after a warm-up round; return their median seconds."""
         times = [[self.seconds(work) for work in works] for _ in range(rounds + 1)][1:]
         return [median(column) for column in zip(*times, strict=True)]
 
 
 def train_step(contender: peers.Contender, x: Tensor, machine: Machine) -> Callable[[], None]:
-    """Loss, gradient, clipping and AdamW, as everyone's trainer has them."""
+    """Return a training step: loss, gradient, clipping and AdamW, as in all trainers."""
     parameters = [p for p in contender.module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-6)
 
@@ -102,14 +105,14 @@ def train_step(contender: peers.Contender, x: Tensor, machine: Machine) -> Calla
 
 
 def flops(work: Callable[[], Any]) -> float:
-    """Multiply-adds times two, of dense layers, convolutions and attention products, as `rin-video info` counts."""
+    """Return the FLOPs of `work`: two per multiply-add of linear layers, convolutions and attention, as in `info`."""
     with sdpa_kernel(SDPBackend.MATH), CountFlops() as counter:
         work()
     return float(counter.total)
 
 
 class CountFlops(TorchDispatchMode):
-    """torch's formulas without its bookkeeping by module, which stumbles over inputs changed in place."""
+    """Counts with torch's formulas, but without its bookkeeping by module, which fails for inputs changed in place."""
 
     total = 0
 
@@ -121,7 +124,7 @@ class CountFlops(TorchDispatchMode):
 
 
 def matmul_rate(machine: Machine, size: int = 2048) -> float:
-    """FLOP/s of one large matrix product in the precision of the run."""
+    """Return the FLOP/s of a large matrix product in the precision of the run."""
     size = 8192 if machine.cuda else size
     a, b = torch.rand(2, size, size, device=machine.device, dtype=torch.bfloat16 if machine.cuda else torch.float32)
     return 2 * size**3 / min(machine.seconds(lambda: a @ b) for _ in range(5))
@@ -131,7 +134,7 @@ def matmul_rate(machine: Machine, size: int = 2048) -> float:
 
 
 def contenders(case: str) -> list[tuple[Callable[[], peers.Contender], int]]:
-    """Who takes part, and in how many rounds (slow ones in fewer)."""
+    """Return the models of a case, each with its number of rounds (fewer for slow ones)."""
     if case == "image":
         port = SIZE | {"image_size": 64, "patch_size": 4}
         return [
@@ -154,7 +157,7 @@ def contenders(case: str) -> list[tuple[Callable[[], peers.Contender], int]]:
 
 
 def throughput(case: str, machine: Machine) -> list[Row]:
-    """Training and sampling steps of all contenders, in turn."""
+    """Measure training and sampling steps of all models, which alternate."""
     batch = (2 if case == "image" else 1) * (16 if machine.cuda else 1)
     shape = (3, 64, 64) if case == "image" else (3, 16, 64, 64)
     x = torch.rand(batch, *shape, device=machine.device)
@@ -205,13 +208,13 @@ def throughput(case: str, machine: Machine) -> list[Row]:
 
 
 def arithmetic(machine: Machine) -> list[Row]:
-    """Share of the machine's matrix-product rate that a training step of a preset reaches, optimizer included."""
+    """Measure the fraction of the matrix-product rate that a training step of a preset reaches, with optimizer."""
     name, batch = ("kinetics600_predict", 32) if machine.cuda else ("imagenet64", 8)
     config = load_config(name)
     rows: list[Row] = []
     for mode in machine.modes:
         torch.manual_seed(0)
-        diffusion = GaussianDiffusion.from_config(RIN(config.model), config.diffusion).to(machine.device)
+        diffusion = GaussianDiffusion(RIN(config.model), config.diffusion).to(machine.device)
         x = torch.rand(batch, *diffusion.shape, device=machine.device)
         label = torch.zeros(batch, dtype=torch.long, device=machine.device) if config.model.num_classes else None
         cost = batch * flops(lambda d=diffusion, x=x, y=label: d(x[:1], None if y is None else y[:1]).backward())
@@ -236,7 +239,7 @@ def arithmetic(machine: Machine) -> list[Row]:
         rows.append(rounded(row))
         print(
             f"{name}, batch {batch}, {mode}: {cost / 1e9:.0f} GFLOPs in {forward_backward:.2f} s + {update:.2f} s "
-            f"({config.train.optimizer}); a matrix product runs at {rate / 1e9:.0f} GFLOP/s: share {row['share']:.1%}, "
+            f"({config.train.optimizer}); a matrix product reaches {rate / 1e9:.0f} GFLOP/s: {row['share']:.1%} of it, "
             f"{row['share_without_optimizer']:.1%} without the optimizer",
             flush=True,
         )
@@ -244,7 +247,7 @@ def arithmetic(machine: Machine) -> list[Row]:
 
 
 class PeakResident(threading.Thread):
-    """The most resident memory of this process while it runs, in bytes."""
+    """A thread that records the peak of this process's resident memory in bytes."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -252,11 +255,14 @@ class PeakResident(threading.Thread):
         self.peak = 0
 
     def run(self) -> None:
+        """Sample the memory every 2 ms until `stopping` is set."""
         while not self.stopping.wait(0.002):
             self.peak = max(self.peak, self.process.memory_info().rss)
 
 
-GROWTH: dict[str, tuple[Callable[[int], peers.Contender], int]] = {  # and the most frames that bear waiting for
+GROWTH: dict[
+    str, tuple[Callable[[int], peers.Contender], int]
+] = {  # with the largest number of frames that takes an acceptable time
     "rin-video": (
         lambda frames: peers.rin(
             image_size=32,
@@ -277,7 +283,7 @@ GROWTH: dict[str, tuple[Callable[[int], peers.Contender], int]] = {  # and the m
 
 
 def grown(name: str, frames: int, device: str, threads: int, shared: bool) -> tuple[float, float, int]:
-    """Seconds and peak memory in bytes of a training step on a clip, and parameters; in a process of its own."""
+    """Return seconds and peak bytes of a training step on a clip, and the parameters; runs in a new process."""
     torch.set_num_threads(threads)
     machine = Machine(device, shared)
     contender = GROWTH[name][0](frames)
@@ -298,14 +304,14 @@ def grown(name: str, frames: int, device: str, threads: int, shared: bool) -> tu
 
 
 def exponent(frames: Sequence[int], values: Sequence[float]) -> float:
-    """b of the least-squares fit values = a * frames^b."""
+    """Return the exponent b of the least-squares fit values = a * frames^b."""
     x, y = (torch.tensor(numbers, dtype=torch.float64).log() for numbers in (frames, values))
     x = x - x.mean()
     return ((x * y).sum() / (x * x).sum()).item()
 
 
 def growth(machine: Machine) -> list[Row]:
-    """Time and memory of a training step over the number of frames, latents fixed."""
+    """Measure time and memory of a training step against the number of frames, with a fixed number of latents."""
     rows: list[Row] = []
     for name, (_, most) in GROWTH.items():
         lengths = [n for n in (16, 32, 64, 128, 256) if n <= most]
@@ -322,10 +328,10 @@ def growth(machine: Machine) -> list[Row]:
         row["exponent_seconds_last_three"] = exponent(lengths[last], seconds[last])
         row["exponent_memory_last_three"] = exponent(lengths[last], memory[last])
         rows.append(rounded(row))
-        cells = " | ".join(f"{s:.2f} s, {m / 1e6:.0f} MB" for s, m in zip(seconds, memory, strict=True))
-        cells += " | -" * (5 - len(lengths))
+        figures = " | ".join(f"{s:.2f} s, {m / 1e6:.0f} MB" for s, m in zip(seconds, memory, strict=True))
+        figures += " | -" * (5 - len(lengths))
         print(
-            f"| {name} | {params[0] / 1e6:.1f} | {cells} | {row['exponent_seconds']:.2f}, "
+            f"| {name} | {params[0] / 1e6:.1f} | {figures} | {row['exponent_seconds']:.2f}, "
             f"{row['exponent_memory']:.2f} | {row['exponent_seconds_last_three']:.2f}, "
             f"{row['exponent_memory_last_three']:.2f} |",
             flush=True,
@@ -334,7 +340,7 @@ def growth(machine: Machine) -> list[Row]:
 
 
 def overhead(machine: Machine) -> list[Row]:
-    """Share of a sampling loop at batch 1 that is not the model."""
+    """Measure the fraction of a sampling loop at batch size 1 that is spent outside the model."""
     torch.manual_seed(0)
     diffusion = GaussianDiffusion(RIN(image_size=64, patch_size=4, **SIZE)).to(machine.device).eval()
     rows = []
@@ -347,7 +353,7 @@ def overhead(machine: Machine) -> list[Row]:
 
 
 def overhead_on_cpu(diffusion: GaussianDiffusion, loop: Callable[[], Any], machine: Machine) -> float:
-    """By a clock around every call of the model."""
+    """Return the fraction by timing every call of the model."""
     inside, begun = 0.0, 0.0
 
     def before(*_: Any) -> None:
@@ -370,7 +376,7 @@ def overhead_on_cpu(diffusion: GaussianDiffusion, loop: Callable[[], Any], machi
 
 
 def overhead_on_gpu(diffusion: GaussianDiffusion, loop: Callable[[], Any], machine: Machine) -> float:
-    """By the model alone, 20 times: calls return before the work is done there."""
+    """Return the fraction by comparison with 20 calls of the model alone, because GPU calls are asynchronous."""
     model: Any = diffusion.model
     x, gamma = torch.randn(1, *model.shape, device=machine.device), torch.ones(1, device=machine.device)
 
@@ -381,19 +387,19 @@ def overhead_on_gpu(diffusion: GaussianDiffusion, loop: Callable[[], Any], machi
             for _ in range(20):
                 _, latents = model(x, gamma, latents=latents)
 
-    def whole() -> None:
+    def with_loop() -> None:
         with machine.autocast():
             loop()
 
-    both, bare = machine.in_turn([whole, alone], 5)
-    return 1 - bare / both
+    total, model_only = machine.in_turn([with_loop, alone], 5)
+    return 1 - model_only / total
 
 
 def start(machine: Machine) -> list[Row]:
-    """Seconds of whole processes, in turn."""
-    beside = Path(sys.executable).with_name("rin-video")
+    """Measure the run time of commands, which alternate."""
+    script = Path(sys.executable).with_name("rin-video")
     commands = {
-        "rin-video --help": [str(beside), "--help"],
+        "rin-video --help": [str(script), "--help"],
         "import torch": [sys.executable, "-c", "import torch"],
         "import rin_video": [sys.executable, "-c", "import rin_video"],
         "from rin_video import RIN, GaussianDiffusion": [
@@ -403,7 +409,7 @@ def start(machine: Machine) -> list[Row]:
         ],
         "from rin_video import Trainer": [sys.executable, "-c", "from rin_video import Trainer"],
     }
-    machine = Machine("cpu")  # whole processes: by the clock
+    machine = Machine("cpu")  # by the wall clock, because the commands are processes of their own
     works = [partial(subprocess.run, command, check=True, capture_output=True) for command in commands.values()]
     seconds = dict(zip(commands, machine.in_turn(works, 5), strict=True))
     rows = []
@@ -414,7 +420,7 @@ def start(machine: Machine) -> list[Row]:
 
 
 def waiting(machine: Machine) -> list[Row]:
-    """Share of the time that the trainer of the preset `demo` waits for its clips, in the lines of metrics.jsonl."""
+    """Measure the fraction of time that the trainer of the preset `demo` waits for data, from metrics.jsonl."""
     from rin_video.datasets.demo import write_demo_set
     from rin_video.training.trainer import Trainer
 
@@ -422,11 +428,11 @@ def waiting(machine: Machine) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         write_demo_set(Path(folder) / "data")
         torch.manual_seed(0)
-        diffusion = GaussianDiffusion.from_config(RIN(config.model), config.diffusion)
+        diffusion = GaussianDiffusion(RIN(config.model), config.diffusion)
         trainer = Trainer(
             diffusion, str(Path(folder) / "data"), results_folder=Path(folder) / "run", config=config, progress=False
         )
-        trainer.sample = lambda: None  # type: ignore[method-assign]  # the pictures at the end are another matter
+        trainer.sample = lambda: None  # type: ignore[method-assign]  # do not measure the samples at the end
         trainer.train()
         lines = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
     shares = [line["data_wait"] for line in lines]
@@ -443,18 +449,18 @@ def waiting(machine: Machine) -> list[Row]:
 CASES: dict[str, tuple[Callable[[Machine], list[Row]], str]] = {
     "image": (
         partial(throughput, "image"),
-        "| image 3x64x64 | mode | M params | GFLOPs a training step | s | to ours | a sampling step, s | to ours |"
+        "| image 3x64x64 | mode | M params | GFLOPs per training step | s | ratio | sampling step, s | ratio |"
         "\n|---|---|---|---|---|---|---|---|",
     ),
     "video": (
         partial(throughput, "video"),
-        "| clip 3x16x64x64 | mode | M params | GFLOPs a training step | s | to ours | a sampling step, s | to ours |"
+        "| clip 3x16x64x64 | mode | M params | GFLOPs per training step | s | ratio | sampling step, s | ratio |"
         "\n|---|---|---|---|---|---|---|---|",
     ),
     "arithmetic": (arithmetic, ""),
     "growth": (
         growth,
-        "| clips of 32x32 | M params | 16 frames | 32 | 64 | 128 | 256 | exponents, time and memory | last three |\n"
+        "| clips 32x32 | M params | 16 frames | 32 | 64 | 128 | 256 | exponents of time, memory | last three |\n"
         "|---|---|---|---|---|---|---|---|---|",
     ),
     "overhead": (overhead, ""),
@@ -464,7 +470,7 @@ CASES: dict[str, tuple[Callable[[Machine], list[Row]], str]] = {
 
 
 def rounded(row: Row) -> Row:
-    """Four significant digits, also inside lists."""
+    """Round floats to four significant digits, also inside lists."""
 
     def cut(value: Any) -> Any:
         if isinstance(value, list | tuple):
@@ -482,7 +488,7 @@ def main() -> None:
     parser.add_argument(
         "--shared",
         action="store_true",
-        help="time by the processor time of this process with one thread: for a CPU that others use at the same time",
+        help="measure processor time with one thread instead of wall-clock time, for a CPU that is shared with others",
     )
     parser.add_argument("--out", type=Path, default=RESULTS / "run.json")
     options = parser.parse_args()
@@ -492,7 +498,7 @@ def main() -> None:
     machine = Machine(options.device, options.shared)
     report = json.loads(options.out.read_text()) if options.out.exists() else {}
     key = "gpu" if machine.cuda else "cpu"
-    cases = report.get(key, {}).get("cases", {})  # of earlier runs, where not measured again
+    cases = report.get(key, {}).get("cases", {})  # keep the results of earlier runs for other cases
     begun = time.perf_counter()
     for name in options.cases:
         measure, head = CASES[name]

@@ -1,4 +1,4 @@
-"""Training data: folders and shards of images, clips and arrays, installed as `rin_video.datasets`."""
+"""Datasets for training: folders and shards of images, clips and arrays; installed as `rin_video.datasets`."""
 
 from rin_video.datasets.arrays import ArrayFolder
 from rin_video.datasets.clips import ClipFolder

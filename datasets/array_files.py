@@ -1,4 +1,4 @@
-"""Reading arrays (`.npy`, `.safetensors`): their shapes without their contents, and parts of them."""
+"""Reading of array files (`.npy`, `.safetensors`): their shapes without the contents, complete arrays or rows."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from torch import Tensor
 
 from rin_video.datasets.sources import Source, open_source, shown, size_of
 from rin_video.errors import UsageError
+from rin_video.files import ARRAY_KEY
 
-ARRAY_SUFFIXES = (".npy", ".safetensors")
 DTYPES = ("uint8", "float16", "float32", "float64")
 SAFETENSORS_DTYPES = {"U8": "uint8", "F16": "float16", "F32": "float32", "F64": "float64"}
-MAX_HEADER = 100_000_000  # bytes, as the library has it
+MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors library
 
 
 @dataclass(frozen=True)
 class ArrayInfo:
-    """What an array file says of itself."""
+    """The header of an array file."""
 
     shape: tuple[int, ...]
     dtype: str
-    start: int = 0  # bytes before the numbers
+    start: int = 0  # offset of the data in bytes
     byte_order: str = "="
 
 
 def probe_array(source: Source) -> ArrayInfo:
-    """Shape and type, from the header. UsageError where it is no plain array: nothing is ever unpickled."""
+    """Read the header of an array file. Raises `UsageError` if it is not a plain array; nothing is ever unpickled."""
     try:
         info = _header(source)
     except UsageError:
@@ -57,7 +57,7 @@ def sample_shape(info: ArrayInfo) -> tuple[int, ...] | None:
 
 
 def read_array(source: Source, info: ArrayInfo, place: int | None = None) -> Tensor:
-    """The array, or row `place` of it; only that row is read from the disk."""
+    """Read an array, or only its row `place`. Raises `UsageError` if the file is truncated."""
     dtype: Any = np.dtype(info.dtype).newbyteorder(cast(Any, info.byte_order))
     row = info.shape if place is None else info.shape[1:]
     size = math.prod(row) * dtype.itemsize
@@ -65,7 +65,7 @@ def read_array(source: Source, info: ArrayInfo, place: int | None = None) -> Ten
         file.seek(info.start + (place or 0) * size)
         content = bytearray(file.read(size))
     if len(content) < size:
-        raise UsageError(f"{shown(source)} is cut off: {len(content)} of {size} bytes are there")
+        raise UsageError(f"{shown(source)} is truncated to {len(content)} of {size} bytes: write or copy it again")
     return torch.from_numpy(np.frombuffer(content, dtype).reshape(row).astype(dtype.newbyteorder("="), copy=False))
 
 
@@ -79,25 +79,29 @@ def _npy_header(source: Source, file: BinaryIO) -> ArrayInfo:
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran, dtype = read(file)
     if fortran and len(shape) > 1:
-        raise UsageError(f"{shown(source)} is in Fortran order: save numpy.ascontiguousarray of it")
+        raise UsageError(f"{shown(source)} is in Fortran order: save numpy.ascontiguousarray(x) instead")
     return ArrayInfo(tuple(shape), dtype.newbyteorder("=").name, file.tell(), dtype.byteorder)
 
 
 def _safetensors_header(source: Source, file: BinaryIO) -> ArrayInfo:
-    """Eight bytes that say how long the JSON is, the JSON, the numbers: read here, since a member of a shard is no file
-    that the library opens."""
+    """Parse the header: 8 bytes for the length of the JSON, the JSON, the data.
+
+    The library cannot open a member of a shard.
+    """
     length = int.from_bytes(file.read(8), "little")
     if not 2 <= length <= min(MAX_HEADER, size_of(source) - 8):
-        raise UsageError(f"{shown(source)} is no .safetensors file: its header would be {length:,} bytes long")
+        raise UsageError(f"{shown(source)} is not a .safetensors file: its header would be {length:,} bytes long")
     arrays = json.loads(file.read(length))
     arrays.pop("__metadata__", None)
-    if len(arrays) != 1 and "samples" not in arrays:
-        raise UsageError(f"{shown(source)} holds {shown(', '.join(arrays)) or 'nothing'}: name the array 'samples'")
-    array = arrays["samples"] if "samples" in arrays else next(iter(arrays.values()))
+    if len(arrays) != 1 and ARRAY_KEY not in arrays:
+        raise UsageError(
+            f"{shown(source)} contains {shown(', '.join(arrays)) or 'no array'}: name the array {ARRAY_KEY!r}"
+        )
+    array = arrays[ARRAY_KEY] if ARRAY_KEY in arrays else next(iter(arrays.values()))
     shape, (start, end) = tuple(map(int, array["shape"])), map(int, array["data_offsets"])
     dtype = SAFETENSORS_DTYPES.get(array["dtype"], array["dtype"])
     if dtype in DTYPES and (
         min(shape, default=0) < 0 or start < 0 or end - start != math.prod(shape) * np.dtype(dtype).itemsize
     ):
-        raise UsageError(f"{shown(source)} is damaged: bytes {start} to {end} are no array of shape {shape}")
+        raise UsageError(f"{shown(source)} is damaged: bytes {start} to {end} do not fit an array of shape {shape}")
     return ArrayInfo(shape, dtype, 8 + length + start, "<")

@@ -1,4 +1,4 @@
-"""Arrays as a dataset for any modality: .npy and .safetensors files, of one sample each or of many."""
+"""The dataset of arrays, for any modality: .npy and .safetensors files with one sample or many."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ from rin_video.wording import counted
 
 
 class ArrayFolder(SampleDataset):
-    """Arrays of a folder, or of one file; item: `{"x": uint8 or float32 (C, *grid), "label": class or -1}`.
+    """A dataset of the arrays in a folder, a file or tar shards.
 
-    A file holds one sample (C, *grid) or many (N, C, *grid), uint8 or floats in [0, 1]; in shards too. Only
-    the sample is read of a file. Raises UsageError where no file is of that `shape`, and for values outside [0, 1] when
-    they are drawn.
+    Items are `{"x": uint8 or float32 (C, *grid), "label": class or -1}`. A file contains one sample (C, *grid) or many
+    (N, C, *grid), uint8 or floats in [0, 1]; only the requested sample is read. `index` is a file that caches the
+    properties of the data between runs; the other options are the fields of `DataConfig`, passed by name or as one
+    `config`. Raises `UsageError` if no file has samples of that `shape`, and when an item is drawn with values outside
+    [0, 1].
     """
 
     def __init__(
@@ -74,34 +76,36 @@ class ArrayFolder(SampleDataset):
         return {"x": x, "label": self.labels[index]}
 
     def name_of(self, index: int) -> str:
+        """Return the name of the item's file, and its row if the file has many."""
         file, place = self.places[index]
         return f"{self.files[file]}" + (f" [{place}]" if place is not None else "")
 
     def describe(self) -> str:
+        """Return a summary in a few lines: arrays, shape, dtypes, classes, skipped files."""
         from rin_video.datasets.index import describe_skipped
         from rin_video.datasets.resize_crop import class_list
 
         size = "x".join(map(str, self.shape))
         kinds = ", ".join(sorted({info.dtype for info in self.infos}))
         lines = [
-            f"{counted(len(self), 'array')} of {size} ({kinds}) in {counted(len(self.files), 'file')}"
+            f"{counted(len(self), 'array')} of shape {size} ({kinds}) in {counted(len(self.files), 'file')}"
             f"{class_list(self.classes)}"
         ]
         return "\n".join(lines + describe_skipped(self.skipped))
 
     def _num_samples(self, info: ArrayInfo) -> int | None:
-        """None: the file is one sample; 0: it does not fit."""
+        """Return the number of samples in a file: None if the file is one sample, 0 if its shape does not fit."""
         if info.shape == self.shape:
             return None
         return info.shape[0] if info.shape[1:] == self.shape else 0
 
     def _misfit(self, source: Source, info: ArrayInfo) -> str:
         wanted = ", ".join(map(str, self.shape))
-        text = f"{shown(source)} has shape {info.shape}, the model takes ({wanted}), or (N, {wanted}) for many"
+        text = f"{shown(source)} has shape {info.shape}, but the model takes ({wanted}) or (N, {wanted})"
         shape = sample_shape(info)
         if shape is not None:
             channels, *frames, H, W = shape
             return f"{text}: train on it with model.channels={channels} --frames {[*frames, 0][0]} --size {H}x{W}"
         if len(info.shape) in (4, 5) and info.shape[-1] in (1, 3):
-            return f"{text}: put the channels first, np.moveaxis(x, -1, 1)"
-        return f"{text}: give each sample its axis of channels, x[:, None]" if len(info.shape) == 3 else text
+            return f"{text}: move the channels first, np.moveaxis(x, -1, 1)"
+        return f"{text}: add an axis of channels, x[:, None]" if len(info.shape) == 3 else text

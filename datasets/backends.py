@@ -1,6 +1,6 @@
-"""The libraries that decode video, each behind `read(indices, size)`: torchcodec, decord, PyAV, and Pillow for WebP.
+"""Video decoding backends with a common interface: torchcodec, decord, PyAV, and Pillow for WebP.
 
-Each checks that the frames it returns are those that the probe has seen, or refuses the file.
+Each backend verifies that it returns the frames that the probe found, and otherwise raises `UsageError`.
 """
 
 from __future__ import annotations
@@ -24,32 +24,37 @@ from rin_video.datasets.video_info import LostFramesError, VideoInfo
 from rin_video.datasets.video_stream import VideoStream, unreadable
 from rin_video.errors import UsageError
 
-SOUGHT_CONTAINERS = ("mov", "matroska")  # those whose seeks torchcodec and decord get right
+SOUGHT_CONTAINERS = ("mov", "matroska")  # torchcodec and decord seek correctly in these
 NEWER_THAN_DECORD = ("av1",)
-TIME_TOLERANCE = 2e-3  # seconds; Matroska rounds to 1e-3
-SAME_PIXELS = 3.0  # grey levels on average: decoders differ in how they enlarge colour
+TIME_TOLERANCE = 2e-3  # seconds; Matroska rounds timestamps to 1e-3
+SAME_PIXELS = 3.0  # mean difference in grey levels: decoders upsample chroma differently
 
 
 class FrameReader(Protocol):
-    """What a backend has to do."""
+    """The interface of a backend."""
 
     def read(self, indices: Sequence[int], size: tuple[int, int] | None) -> Tensor:
-        """Frames `indices` as uint8 (F, 3, H, W): of the shown size, the stored one, or `size` where cheap here.
+        """Return the frames `indices` as uint8 (F, 3, H, W).
 
-        Raises LostFramesError for frames that damage spoils.
+        Their size is the display size, the stored size, or `size` if the backend can scale at low cost. Raises
+        `LostFramesError` if frames are damaged.
         """
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Close the file."""
 
 
 class TorchCodecReader:
-    """torchcodec in its exact mode. It needs a shared FFmpeg on the machine, and imports without one."""
+    """Reads with torchcodec in exact mode, which requires a shared FFmpeg library on the machine.
+
+    The package can be imported without it. Raises `UsageError` if torchcodec cannot be used or finds other frames.
+    """
 
     def __init__(self, source: Source, info: VideoInfo) -> None:
         if problem := torchcodec_problem():
             raise UsageError(f"torchcodec cannot be used here ({problem}): use data.decoder=pyav")
         if not _suits_torchcodec(info):
-            raise UsageError(f"torchcodec would not find the right frames of {shown(source)}: use data.decoder=pyav")
+            raise UsageError(f"torchcodec cannot seek exactly in {shown(source)}: use data.decoder=pyav")
         from torchcodec.decoders import VideoDecoder
 
         self.source, self._stack, self._times, self._size = source, ExitStack(), info.times, info.stored
@@ -62,26 +67,29 @@ class TorchCodecReader:
         except Exception as error:
             raise unreadable(source, error) from error
         if len(self._decoder) != info.num_frames:
-            raise _misplaced("torchcodec", source)
-        _prove(self, "torchcodec", source, info)
+            raise _wrong_frames("torchcodec", source)
+        _verify_pixels(self, "torchcodec", source, info)
 
     def read(self, indices: Sequence[int], size: tuple[int, int] | None) -> Tensor:
+        """Return the frames `indices` as uint8 (F, 3, H, W) of the stored size."""
         batch = self._decoder.get_frames_at(list(indices))
         if not np.allclose(batch.pts_seconds.numpy() - self._begin, self._times[list(indices)], atol=TIME_TOLERANCE):
-            raise _misplaced("torchcodec", self.source)
+            raise _wrong_frames("torchcodec", self.source)
         if tuple(batch.data.shape[2:]) != self._size:
-            raise _misplaced("torchcodec", self.source)
+            raise _wrong_frames("torchcodec", self.source)
         return batch.data
 
     def close(self) -> None:
+        """Close the file."""
         self._decoder = None
         self._stack.close()
 
 
 class DecordReader:
-    """decord, for those who name it, and for files where it was seen to be right: it is silently wrong about others.
+    """Reads with decord; used only if it is named, and only for files that it reads correctly.
 
-    It returned a neighbour for what it did not find, and another track than was shown; its last release is of 2021.
+    For other files decord silently returned neighbouring frames, or another track than the one displayed. Its last
+    release was in 2021. Raises `UsageError` if decord is not installed or finds other frames.
     """
 
     def __init__(self, source: Source, info: VideoInfo) -> None:
@@ -91,7 +99,7 @@ class DecordReader:
             raise UsageError("decord is not installed: use data.decoder=pyav, or pip install decord") from error
         decord.logging.set_level(decord.logging.QUIET)
         if not _suits_decord(info):
-            raise UsageError(f"decord would not find the right frames of {shown(source)}: use data.decoder=pyav")
+            raise UsageError(f"decord cannot seek exactly in {shown(source)}: use data.decoder=pyav")
         self.source, self._size = source, info.stored
         try:
             with as_location(source) as location:
@@ -102,22 +110,27 @@ class DecordReader:
         except Exception as error:
             raise unreadable(source, error) from error
         if len(times) != info.num_frames or not np.allclose(times - times[0], info.times, atol=TIME_TOLERANCE):
-            raise _misplaced("decord", source)
-        _prove(self, "decord", source, info)
+            raise _wrong_frames("decord", source)
+        _verify_pixels(self, "decord", source, info)
 
     def read(self, indices: Sequence[int], size: tuple[int, int] | None) -> Tensor:
+        """Return the frames `indices` as uint8 (F, 3, H, W) of the stored size."""
         frames = torch.from_numpy(self._reader.get_batch(list(indices)).asnumpy()).permute(0, 3, 1, 2)
-        self._reader.seek(0)  # or it decodes the rest of the film into memory
+        self._reader.seek(0)  # otherwise it decodes the rest of the video into memory
         if tuple(frames.shape[2:]) != self._size:
-            raise _misplaced("decord", self.source)
+            raise _wrong_frames("decord", self.source)
         return frames
 
     def close(self) -> None:
+        """Close the file."""
         self._reader = None
 
 
 class PyAVReader:
-    """Frames found by their timestamps: seek to the keyframe at or before, decode on, and match."""
+    """Reads with PyAV: seeks to the last keyframe before a frame and decodes until the timestamp matches.
+
+    Raises `UsageError` if the file is WebP or cannot be opened.
+    """
 
     def __init__(self, source: Source, info: VideoInfo) -> None:
         if info.container == "webp":
@@ -128,6 +141,10 @@ class PyAVReader:
         self._video = VideoStream(source, info.stream)
 
     def read(self, indices: Sequence[int], size: tuple[int, int] | None) -> Tensor:
+        """Return the frames `indices` as uint8 (F, 3, H, W) of the display size, or of `size` if it is smaller.
+
+        Raises `LostFramesError` if frames are damaged.
+        """
         info, found = self.info, {}
         missing = self._lost.intersection(indices)
         if not missing:
@@ -142,16 +159,17 @@ class PyAVReader:
         return stack_frames([found[i] for i in indices])
 
     def _target(self, size: tuple[int, int] | None) -> tuple[int, int]:
-        """The size while decoding: FFmpeg's scaler is fast and good at reducing only."""
+        """Return the size to decode at: FFmpeg's scaler is only used to reduce, where it is fast and accurate."""
         shown_size = self.info.size
         return shown_size if size is None or size[0] * size[1] >= shown_size[0] * shown_size[1] else size
 
     def close(self) -> None:
+        """Close the file."""
         self._video.close()
 
 
 class PillowReader:
-    """Animated WebP, which FFmpeg does not decode."""
+    """Reads animated WebP, which FFmpeg cannot decode. Raises `UsageError` for other containers."""
 
     def __init__(self, source: Source, info: VideoInfo) -> None:
         from PIL import Image
@@ -163,6 +181,7 @@ class PillowReader:
         self._image = Image.open(self._file, formats=["WEBP"])
 
     def read(self, indices: Sequence[int], size: tuple[int, int] | None) -> Tensor:
+        """Return the frames `indices` as uint8 (F, 3, H, W) of the stored size, composited over white."""
         from PIL import Image
 
         found = {}
@@ -173,6 +192,7 @@ class PillowReader:
         return stack_frames([found[i] for i in indices])
 
     def close(self) -> None:
+        """Close the file."""
         self._image.close()
         self._file.close()
 
@@ -186,7 +206,7 @@ DECODERS: dict[DecoderName, Callable[[Source, VideoInfo], FrameReader]] = {
 
 
 def suitable_backends(info: VideoInfo) -> list[DecoderName]:
-    """Those that should find the right frames of such a file on this machine, fastest first; decord only by name."""
+    """Return the backends that read such a file correctly on this machine, fastest first; decord is never included."""
     if info.container == "webp":
         return ["pillow"]
     first: list[DecoderName] = ["torchcodec"] if _suits_torchcodec(info) and not torchcodec_problem() else []
@@ -194,7 +214,7 @@ def suitable_backends(info: VideoInfo) -> list[DecoderName]:
 
 
 def suits(name: DecoderName, info: VideoInfo) -> bool:
-    """Whether a backend should find the right frames of such a file, if it is there."""
+    """Return whether a backend is available and reads such a file correctly."""
     if name == "decord":
         return _suits_decord(info) and importlib.util.find_spec("decord") is not None
     return name in suitable_backends(info)
@@ -202,40 +222,51 @@ def suits(name: DecoderName, info: VideoInfo) -> bool:
 
 @lru_cache(maxsize=1)
 def torchcodec_problem() -> str:
-    """Why torchcodec cannot be used here, found by decoding a frame; empty where it can."""
+    """Decode a test frame and return why torchcodec cannot be used; an empty string if it works."""
     if not importlib.util.find_spec("torchcodec"):
         return "it is not installed"
     try:
         from torchcodec.decoders import VideoDecoder
 
         VideoDecoder(_tiny_clip()).get_frame_at(0)
-    except Exception as error:  # without a shared FFmpeg: RuntimeError, ImportError or OSError, by the version
+    except (
+        Exception
+    ) as error:  # without a shared FFmpeg: RuntimeError, ImportError or OSError, depending on the version
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         return lines[0] if lines else type(error).__name__
     return ""
 
 
 def stack_frames(frames: list[np.ndarray]) -> Tensor:
-    """(H, W, 3) each, all of one size, to (F, 3, H, W)."""
+    """Stack uint8 frames (H, W, 3) of one size to (F, 3, H, W)."""
     return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
 
 
 def _suits_decord(info: VideoInfo) -> bool:
-    """It takes one of several tracks, and every seek for a plain one; its times in AVI are nonsense."""
+    """Return whether decord reads such a file correctly.
+
+    It picks any of several tracks and assumes simple seeks; its timestamps are wrong in AVI.
+    """
     return _suits_torchcodec(info) and info.tracks == 1 and info.codec not in NEWER_THAN_DECORD
 
 
 def _suits_torchcodec(info: VideoInfo) -> bool:
-    """Its seeks go wrong at open groups of pictures. FFmpeg's releases differ in how they round more than 8 bits."""
+    """Return whether torchcodec reads such a file correctly.
+
+    Its seeks fail at open groups of pictures, and FFmpeg releases differ in how they round more than 8 bits.
+    """
     return info.container in SOUGHT_CONTAINERS and info.plain and info.bits == 8
 
 
-def _prove(reader: FrameReader, name: str, source: Source, info: VideoInfo) -> None:
-    """UsageError where the reader's pixels are not PyAV's at three places between keyframes; once for each process."""
-    if info.decoder == name or (source, name) in _proved:
+def _verify_pixels(reader: FrameReader, name: str, source: Source, info: VideoInfo) -> None:
+    """Compare the reader's pixels with PyAV's for three frames between keyframes, once per file and process.
+
+    Raises `UsageError` if they differ.
+    """
+    if info.decoder == name or (source, name) in _verified:
         return
     places = sorted({info.num_frames * part // 7 for part in (1, 3, 6)})
-    if info.num_frames > 2:  # next to each, so that keyframes alone do not decide
+    if info.num_frames > 2:  # use the following frames, because comparing keyframes would not suffice
         places = sorted({min(place + 1, info.num_frames - 1) for place in places})
     right = PyAVReader(source, replace(info, size=info.stored))
     try:
@@ -245,22 +276,22 @@ def _prove(reader: FrameReader, name: str, source: Source, info: VideoInfo) -> N
             errors = (reader.read([place], None).int() - pictures).abs().float().mean((1, 2, 3))
             error = errors[around.index(place)]
             if error > SAME_PIXELS or error > errors.min() + 0.01:
-                raise _misplaced(name, source)
+                raise _wrong_frames(name, source)
     except UsageError:
         raise
     except Exception as error:
         raise unreadable(source, error) from error
     finally:
         right.close()
-    if not isinstance(source, Buffer):  # which would be kept in memory
-        _proved.add((source, name))
+    if not isinstance(source, Buffer):  # it would stay in memory
+        _verified.add((source, name))
 
 
-_proved: set[tuple[Source, str]] = set()
+_verified: set[tuple[Source, str]] = set()
 
 
-def _misplaced(decoder: str, source: Source) -> UsageError:
-    return UsageError(f"{decoder} does not find the frames of {shown(source)} where they are: use data.decoder=pyav")
+def _wrong_frames(decoder: str, source: Source) -> UsageError:
+    return UsageError(f"{decoder} returns other frames of {shown(source)} than PyAV: use data.decoder=pyav")
 
 
 def _tiny_clip() -> bytes:

@@ -1,4 +1,4 @@
-"""Several shapes in one run: every file goes where it loses least, and every batch is of one shape."""
+"""Buckets of several sample shapes: a file goes to the bucket that crops it least, and a batch has one shape."""
 
 from __future__ import annotations
 
@@ -14,19 +14,24 @@ from rin_video.errors import UsageError
 
 
 class Buckets:
-    """Shapes as text, `48x80` (H, W) or `16x48x80` (F, H, W), and which of them suits a file. None: one shape."""
+    """Sample shapes, and the assignment of files to them.
+
+    `shapes` are texts such as `48x80` (H, W), or `16x48x80` (F, H, W) for `rank` 3; without any, all files share bucket
+    0. Raises `UsageError` if a text cannot be parsed.
+    """
 
     def __init__(self, shapes: Sequence[str], rank: int) -> None:
         self.shapes = [_parse(text, rank) for text in shapes]
 
     def assign(self, sizes: Sequence[tuple[int, int, int]]) -> list[int]:
-        """For every file, given (frames that it has to spare, H, W), the bucket.
+        """Return the bucket of each file; `sizes` has (available frames, H, W) for each.
 
-        The nearest aspect ratio first, then the longest that the file can fill, then the nearest area.
+        Criteria, in this order: the nearest aspect ratio, the longest clip that the file can fill, the nearest area.
         """
         return [self._best(size) if self.shapes else 0 for size in sizes]
 
     def describe(self, chosen: Sequence[int]) -> list[str]:
+        """Return a line per bucket with the number of its samples; `chosen` has the bucket of each sample."""
         counts = Counter(chosen)
         return [f"bucket {'x'.join(map(str, s))}: {counts[i]}" for i, s in enumerate(self.shapes)]
 
@@ -42,10 +47,10 @@ class Buckets:
 
 
 class BucketSampler(Sampler[list[tuple[int, int]]]):
-    """Batches of draws (epoch, index) without end, each of one bucket; what batch k holds follows from (seed, k) alone.
+    """An endless sampler of batches of (epoch, index), each from one bucket; (seed, k) alone determines batch k.
 
-    In an epoch every draw comes once, but for the last batch of a bucket, which is filled up from its first. All ranks
-    get batches of the same bucket at the same time.
+    Each epoch visits every sample once; the last batch of a bucket is filled up with the first samples of its order.
+    All ranks get batches of the same bucket at the same time.
     """
 
     def __init__(
@@ -63,8 +68,8 @@ class BucketSampler(Sampler[list[tuple[int, int]]]):
             self.members.setdefault(bucket, []).append(index)
         self.batch_size, self.seed, self.first_batch = batch_size, seed, first_batch
         self.rank, self.num_ranks = rank, num_ranks
-        whole = batch_size * num_ranks
-        self.batches_per_epoch = sum(-(-len(members) // whole) for members in self.members.values())
+        global_batch_size = batch_size * num_ranks
+        self.batches_per_epoch = sum(-(-len(members) // global_batch_size) for members in self.members.values())
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch, batches = -1, []
@@ -72,20 +77,20 @@ class BucketSampler(Sampler[list[tuple[int, int]]]):
             if batch // self.batches_per_epoch != epoch:
                 epoch = batch // self.batches_per_epoch
                 batches = self.epoch(epoch)
-            start = self.rank * self.batch_size  # consecutive rows, as their noise and their names have it
+            start = self.rank * self.batch_size  # consecutive rows, to match the order of noise and names
             mine = batches[batch % self.batches_per_epoch][start : start + self.batch_size]
             yield [(epoch, index) for index in mine]
 
     def epoch(self, epoch: int) -> list[list[int]]:
-        """The batches of all ranks together, in their order."""
+        """Return the global batches of an epoch, in order, as lists of indices."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        whole = self.batch_size * self.num_ranks
+        global_batch_size = self.batch_size * self.num_ranks
         batches = []
         for _, members in sorted(self.members.items()):
             order = [members[i] for i in torch.randperm(len(members), generator=generator).tolist()]
-            while len(order) % whole:
-                order += order[: whole - len(order) % whole]
-            batches += [order[i : i + whole] for i in range(0, len(order), whole)]
+            while len(order) % global_batch_size:
+                order += order[: global_batch_size - len(order) % global_batch_size]
+            batches += [order[i : i + global_batch_size] for i in range(0, len(order), global_batch_size)]
         return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
 

@@ -1,4 +1,4 @@
-"""Captions to vectors, through a text encoder of the `transformers` library (extra `text`)."""
+"""Encoding of captions with a text encoder of the `transformers` library (extra `text`)."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from rin_video.progress import progress_bar
 
 
 class TextEncoder:
-    """A frozen encoder by hub id or folder; weights are read from safetensors only, and no code of theirs is run.
+    """A frozen text encoder from a hub id or a folder; it loads safetensors weights only and runs no remote code.
 
-    Of models of text and images the text part is taken, of those with a decoder the encoder. A hub id reaches the
-    network. Raises `UsageError` where the package is missing or the source is no text encoder.
+    For text-image models the text tower is used, for encoder-decoder models the encoder. A hub id requires network
+    access. Raises `UsageError` if the package is missing or the source is not a text encoder.
     """
 
     def __init__(self, source: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> None:
@@ -32,7 +32,7 @@ class TextEncoder:
             model = transformers.AutoModel.from_pretrained(os.fspath(source), use_safetensors=True, **options)
         except Exception as error:
             raise UsageError(
-                f"{source} cannot be read as a text encoder ({first_line(error)}): give a folder that transformers "
+                f"{source} cannot be read as a text encoder ({first_line(error)}): pass a folder that transformers "
                 "saved (with .safetensors weights), or a hub id"
             ) from None
         if model.config.is_encoder_decoder:
@@ -42,16 +42,16 @@ class TextEncoder:
 
     @property
     def dim(self) -> int:
-        """Width of the vectors."""
+        """The width of the vectors."""
         return int(self.model.config.hidden_size)
 
     @torch.no_grad()
     def encode(
         self, captions: Sequence[str], num_tokens: int, *, batch_size: int = 64, progress: bool = False
     ) -> tuple[Tensor, int]:
-        """Captions as (N, num_tokens, dim) float32, zeros behind the end; and how many were longer, and are cut.
+        """Encode captions to (N, num_tokens, dim) float32, zero-padded; also return how many were truncated.
 
-        With one token it is the mean over all of them.
+        If `num_tokens` is 1, the vector is the mean over all tokens.
         """
         most = min(getattr(self.tokenizer, "model_max_length", 512), 512)
         rows, cut = [torch.zeros(0, num_tokens, self.dim)], 0
@@ -65,10 +65,10 @@ class TextEncoder:
                 words = self.tokenizer(part, truncation=True, max_length=room, padding=True, return_tensors="pt")
                 words = words.to(self.device)
                 states = self.model(**words).last_hidden_state.float()
-                there = words["attention_mask"].unsqueeze(-1).to(states)
-                states = states * there
+                mask = words["attention_mask"].unsqueeze(-1).to(states)
+                states = states * mask
                 if num_tokens == 1:
-                    states = states.sum(1, keepdim=True) / there.sum(1, keepdim=True)
+                    states = states.sum(1, keepdim=True) / mask.sum(1, keepdim=True)
                 row = torch.zeros(len(part), num_tokens, self.dim)
                 row[:, : states.shape[1]] = states.cpu()
                 rows.append(row)
@@ -77,7 +77,7 @@ class TextEncoder:
 
 
 def fingerprint(source: str | os.PathLike[str], num_tokens: int, captions: Sequence[str]) -> str:
-    """What the vectors of these captions depend on, as a digest: other weights in the same folder count as others."""
+    """Return a digest of everything that the vectors of these captions depend on, the files in the folder included."""
     folder = Path(source)
     files = sorted(folder.iterdir()) if folder.is_dir() else []
     states = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
@@ -86,7 +86,7 @@ def fingerprint(source: str | os.PathLike[str], num_tokens: int, captions: Seque
 
 
 def import_transformers() -> Any:
-    """The package, or a `UsageError` that says how to get it."""
+    """Import and return `transformers`; raise a `UsageError` with the remedy if that fails."""
     try:
         import transformers
     except ImportError as error:
@@ -94,10 +94,10 @@ def import_transformers() -> Any:
             f"captions need a text encoder: pip install 'rin-video[text]' ({first_line(error)})"
         ) from error
     try:
-        transformers.AutoModel  # noqa: B018  # it is imported only now, and its packages with it
+        transformers.AutoModel  # noqa: B018  # triggers the lazy import of its dependencies
     except Exception as error:
         raise UsageError(
-            f"transformers cannot be imported ({first_line(error)}): run rin-video from a folder that holds no "
+            f"transformers cannot be imported ({first_line(error)}): run rin-video from a folder without "
             "`tokenizers` or `datasets`"
         ) from error
     return transformers

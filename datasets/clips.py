@@ -1,4 +1,4 @@
-"""Folders and shards of clips."""
+"""The dataset of clips in folders and shards."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from torch import Tensor
 from rin_video.config import DataConfig, data_config
 from rin_video.datasets.buckets import Buckets
 from rin_video.datasets.clip_sampler import ClipSampler
-from rin_video.datasets.decoding import LostFramesError, VideoInfo, backends_for, kept_open, let_go
+from rin_video.datasets.decoding import LostFramesError, VideoInfo, backends_for, close_cached, open_cached
 from rin_video.datasets.embeddings import open_embeddings
 from rin_video.datasets.epochs import SampleDataset
 from rin_video.datasets.folders import number_classes
-from rin_video.datasets.images import make_framing
+from rin_video.datasets.images import make_resize_crop
 from rin_video.datasets.index import Entry, describe_notes, describe_skipped, make_index, refuse_skipped
-from rin_video.datasets.resize_crop import SampleRNG, class_list, size_range, smaller
+from rin_video.datasets.resize_crop import SampleRNG, class_list, size_range
 from rin_video.datasets.sources import Source, shown
 from rin_video.errors import ShortClipError, UsageError
 from rin_video.wording import counted, ranged
 
 log = logging.getLogger("rin_video")
 
-ATTEMPTS = 16  # windows of a file that are drawn until one has no damage
-SAME_RATE = 1.05  # frame rates up to this factor apart count as one
+ATTEMPTS = 16  # draws of a clip before the file is given up as too damaged
+SAME_RATE = 1.05  # frame rates within this factor count as equal
 
 
 class ClipFolder(SampleDataset):
-    """Clips of a folder, of one file or of tar shards; item: `{"x": uint8 (C, F, H, W), "label": class or -1}`, with
-    "embedding" (vectors, width) where the options ask for them.
+    """A dataset of the clips in a folder, a file or tar shards.
 
-    A clip is `frames` frames, `stride` apart or resampled to `fps` (the nearest source frame in time), from a random
-    start; size, crop and flip are those of `ImageFolder`, the same for all its frames. What is drawn depends on
-    (seed, epoch, index) alone. `index` is a file that keeps what is known of the data between runs; the other options
-    are the fields of `DataConfig`, by name or as one `config`. Raises UsageError where no file can be read or is long
+    Items are `{"x": uint8 (C, F, H, W), "label": class or -1}`, plus "embedding" (vectors, width) if configured. A clip
+    has `frames` frames from a random start, `stride` apart or resampled to `fps` (the nearest source frame in time).
+    Size, crop and flip work as in `ImageFolder` and are the same for all frames. An item depends on (seed, epoch,
+    index) alone. `index` is a file that caches the properties of the data between runs; the other options are the
+    fields of `DataConfig`, passed by name or as one `config`. Raises `UsageError` if no file is readable and long
     enough.
     """
 
@@ -54,13 +54,13 @@ class ClipFolder(SampleDataset):
         **options: Any,
     ) -> None:
         if channels not in (1, 3):
-            raise UsageError(f"clips have 1 or 3 channels, not {channels}")
+            raise UsageError(f"clips must have 1 or 3 channels, not {channels}")
         self.config = config or data_config(**options)
         self.root, self.frames, self.decoder = Path(root), frames, self.config.decoder
-        self.framing = make_framing(image_size, self.config)
-        self.windows = ClipSampler(frames, self.config)
-        self.shape = (channels, frames, *self.framing.size)
-        self.chance = SampleRNG(seed)
+        self.resize_crop = make_resize_crop(image_size, self.config)
+        self.clip_sampler = ClipSampler(frames, self.config)
+        self.shape = (channels, frames, *self.resize_crop.size)
+        self.rng = SampleRNG(seed)
         self.index = make_index(root, "video", self.config, path=index, progress=True)
         self.index.require_some(self.config.strict)
         self.skipped = self.index.unusable
@@ -68,14 +68,14 @@ class ClipFolder(SampleDataset):
         entries = self._choose()
         self.embeddings = open_embeddings(entries, self.config, index)
         self.backends = Counter(backends_for(info, self.decoder, strict=False)[0] for info in self.infos)
-        self._lost: dict[int, frozenset[int]] = {}  # frames of files that turned out to be damaged, in this process
+        self._lost: dict[int, frozenset[int]] = {}  # damaged frames by file, as found by this process
 
     def _choose(self) -> list[Entry]:
-        """The files that are long enough, how often each is drawn from, and the bucket of each draw."""
-        shapes = self.buckets.shapes or [(self.frames, *self.framing.size)]
-        self.framings = [make_framing(shape[1:], self.config) for shape in shapes]
-        self.lengths = [ClipSampler(shape[0], self.config) for shape in shapes]
-        shortest = min(self.lengths, key=lambda windows: windows.frames)
+        """Select the files that are long enough; set the clips per epoch of each, and the bucket of each clip."""
+        shapes = self.buckets.shapes or [(self.frames, *self.resize_crop.size)]
+        self.resize_crops = [make_resize_crop(shape[1:], self.config) for shape in shapes]
+        self.clip_samplers = [ClipSampler(shape[0], self.config) for shape in shapes]
+        shortest = min(self.clip_samplers, key=lambda sampler: sampler.frames)
         chosen: list[Entry] = []
         short: list[ShortClipError] = []
         self.files: list[Source] = []
@@ -113,102 +113,97 @@ class ClipFolder(SampleDataset):
         return chosen
 
     def _longest(self, info: VideoInfo) -> int:
-        """The frames of the longest bucket that fits into a file."""
-        return max(w.frames for w in self.lengths if w.starts(info).size)
+        """Return the number of frames of the longest bucket that the file can fill."""
+        return max(sampler.frames for sampler in self.clip_samplers if sampler.starts(info).size)
 
     @property
     def seed(self) -> int:
-        return self.chance.seed
+        """The seed of the random numbers."""
+        return self.rng.seed
 
     def set_epoch(self, epoch: int) -> None:
-        self.chance.set_epoch(epoch)
+        """Set the epoch of `dataset[index]`, in all workers."""
+        self.rng.set_epoch(epoch)
 
     def __len__(self) -> int:
         return len(self.places)
 
     def __getitem__(self, index: int) -> dict[str, Tensor | int]:
-        return self.draw(index, self.chance.epoch)
+        return self.draw(index, self.rng.epoch)
 
     def draw(self, index: int, epoch: int) -> dict[str, Tensor | int]:
-        """The item as a given epoch draws it."""
-        from torchvision.transforms.v2 import functional as transforms
-
+        """Return item `index` of an epoch. Raises `UsageError` if the file cannot be read or is too damaged."""
         index = range(len(self))[index]
         for _ in range(ATTEMPTS):
-            file, indices, chance = self._plan(index, epoch)
-            framing, info = self.framings[self.bucket_of[index]], self.infos[file]
-            frame = framing.plan(info.size, chance)
+            file, indices, rng = self._draw_frames(index, epoch)
+            resize_crop, info = self.resize_crops[self.bucket_of[index]], self.infos[file]
             try:
-                video = kept_open(self.files[file], self.decoder, info)
-                frames = video.read(indices, smaller(frame.size, info.size))
+                video = open_cached(self.files[file], self.decoder, info)
+                x = resize_crop.read_clip(video, indices, info.size, rng, self.shape[0])
                 break
-            except LostFramesError as error:  # it costs this window, not the file
-                if not self._learn(file, error):
+            except LostFramesError as error:  # discard this clip, not the file
+                if not self._record_lost(file, error):
                     raise
             except Exception:
-                let_go(self.files[file], self.decoder)
+                close_cached(self.files[file], self.decoder)
                 raise
         else:
-            raise UsageError(f"{shown(self.files[file])} is too damaged to draw from: re-encode it or leave it out")
-        frames = framing.cut(frames, frame)
-        if self.shape[0] == 1:
-            frames = transforms.rgb_to_grayscale(frames)
-        item: dict[str, Tensor | int] = {"x": frames.transpose(0, 1).contiguous(), "label": self.labels[index]}
+            raise UsageError(f"{shown(self.files[file])} is too damaged: re-encode it or leave it out")
+        item: dict[str, Tensor | int] = {"x": x, "label": self.labels[index]}
         return item if self.embeddings is None else {**item, "embedding": self.embeddings[file]}
 
     def frames_of(self, index: int, epoch: int) -> list[int]:
-        """The source frames that an epoch's draw shows."""
-        return self._plan(range(len(self))[index], epoch)[1]
+        """Return the source frames of item `index` of an epoch."""
+        return self._draw_frames(range(len(self))[index], epoch)[1]
 
     def name_of(self, index: int) -> str:
+        """Return the name of the item's file."""
         return str(self.files[self.places[index][0]])
 
     def describe(self) -> str:
-        """A few lines on what was found: files, classes, sizes, lengths, decoders, what was skipped."""
+        """Return a summary in a few lines: files, classes, sizes, lengths, decoders, skipped files."""
         counts, rates = [info.num_frames for info in self.infos], [info.fps for info in self.infos]
         sizes = [info.size for info in self.infos]
         decoders = ", ".join(f"{name} for {count}" for name, count in sorted(self.backends.items()))
         lines = [
             f"{counted(len(self.files), 'clip')}, {size_range(sizes)}, {ranged(min(counts), max(counts), 'frame')} at "
             f"{rate_range(rates)} fps{class_list(self.classes)}",
-            f"read by {decoders}",
+            f"decoders: {decoders}",
         ]
         if len(self) != len(self.files):
-            lines.append(f"{counted(len(self), 'window')} an epoch")
+            lines.append(f"{counted(len(self), 'clip')} per epoch")
         fps = self.config.fps
         if not fps and self.config.span != "whole" and (differ := _rates_differ(rates)):
             lines.append(differ)
         slow = sum(rate < fps for rate in rates) if fps else 0
         if slow:
-            lines.append(
-                f"slower than {fps:g} fps: {slow} of {counted(len(self.files), 'clip')}, of which some frames repeat"
-            )
+            lines.append(f"{slow} of {counted(len(self.files), 'clip')} below {fps:g} fps: some frames repeat")
         lines += [self.embeddings.describe()] if self.embeddings else []
         lines += self.buckets.describe(self.bucket_of)
-        lines += describe_notes(self.infos) + self.framing.describe_enlarged(sizes) + describe_skipped(self.skipped)
-        return "\n".join(lines + self.index.describe_passed_over())
+        lines += describe_notes(self.infos) + self.resize_crop.describe_enlarged(sizes) + describe_skipped(self.skipped)
+        return "\n".join(lines + self.index.describe_ignored())
 
-    def _plan(self, index: int, epoch: int) -> tuple[int, list[int], Any]:
-        """File, frames and the chance for the rest: the first of several draws that touches no known damage.
+    def _draw_frames(self, index: int, epoch: int) -> tuple[int, list[int], Any]:
+        """Return (file, frames, generator) of the first of several draws without known damage.
 
-        The same whoever draws: a reader that does not know of the damage finds it, and draws again.
+        The result is the same in every process: one that does not know of the damage finds it and draws again.
         """
         file, part, parts = self.places[index]
-        windows, lost = self.lengths[self.bucket_of[index]], self._lost.get(file, frozenset())
+        clip_sampler, lost = self.clip_samplers[self.bucket_of[index]], self._lost.get(file, frozenset())
         for attempt in range(ATTEMPTS):
-            chance = self.chance.draw(index, epoch, attempt)
-            indices = windows.draw(self.infos[file], part, parts, chance)
+            rng = self.rng.draw(index, epoch, attempt)
+            indices = clip_sampler.draw(self.infos[file], part, parts, rng)
             if not lost.intersection(indices):
                 break
-        return file, indices, chance
+        return file, indices, rng
 
-    def _learn(self, file: int, error: LostFramesError) -> bool:
-        """Note frames that cannot be decoded; False where they were known."""
+    def _record_lost(self, file: int, error: LostFramesError) -> bool:
+        """Record frames that cannot be decoded; return False if they were known."""
         known = self._lost.get(file, frozenset())
         if known.issuperset(error.frames):
             return False
         if not known:
-            log.warning("another window is taken: %s", error)
+            log.warning("using another clip of the file: %s", error)
         self._lost[file] = known.union(error.frames)
         return True
 
@@ -220,12 +215,12 @@ def rate_range(rates: list[float]) -> str:
 
 
 def _rates_differ(rates: list[float]) -> str:
-    """What to say where frames of one stride are not of one time; empty where they are."""
+    """Return a warning if the frame rates differ, so that a stride is not a fixed time; otherwise an empty string."""
     if max(rates) <= SAME_RATE * min(rates):
         return ""
     common = Counter(f"{rate:.4g}" for rate in rates).most_common(4)
     some = ", ".join(f"{count} at {rate}" for rate, count in common)
     return (
-        f"frame rates differ ({some}{', ...' if len(common) == 4 else ''}): a stride is another time, and movement "
-        f"another speed, in each; data.fps={min(rates):.3g} makes them one"
+        f"frame rates differ ({some}{', ...' if len(common) == 4 else ''}), so a stride is not a fixed time and "
+        f"motion has different speeds; data.fps={min(rates):.3g} makes them equal"
     )

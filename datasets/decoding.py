@@ -1,10 +1,11 @@
-"""Reading video files: the one door through which the package opens a video.
+"""Reading of video files; the whole package opens videos through this module.
 
-`open_video` gives a `Video`, whatever the decoder behind it. What a file shows is always found first (`probe.py`); the
+`open_video` returns a `Video`, whichever decoder it uses. `probe.py` first determines the frames of a file; then the
 fastest backend that finds these frames reads the pixels (`backends.py`).
 
-A decoder lives in the process that opened it: decord hangs when it is opened before a fork and read after it. So open
-videos where they are read and never keep one in a dataset; a `VideoInfo` may be kept, pickled and sent about.
+A decoder must be used in the process that opened it: decord hangs if it is opened before a fork and read after it.
+Open videos where they are read, and never store one in a dataset. A `VideoInfo` can be stored, pickled and sent to
+other processes.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ __all__ = [
     "Video",
     "VideoInfo",
     "backends_for",
-    "kept_open",
+    "open_cached",
     "open_video",
     "probe_video",
 ]
@@ -43,7 +44,10 @@ OPEN_FILES = 8  # videos that a process keeps open
 
 
 class Video:
-    """An open video file. Use it as a context manager, in the process that opened it."""
+    """An open video file. Use it as a context manager, in the process that opened it.
+
+    `backends` are tried in order. Raises `UsageError` if none can open the file.
+    """
 
     def __init__(self, source: Source, info: VideoInfo, backends: Sequence[DecoderName]) -> None:
         self.path, self.info = source, info
@@ -54,20 +58,21 @@ class Video:
         self._open_next()
 
     def read(self, indices: Sequence[int], size: tuple[int, int] | None = None) -> Tensor:
-        """Frames `indices`, in that order, as uint8 (F, 3, H, W), resized to `size` (H, W) where it is given.
+        """Return the frames `indices`, in that order, as uint8 (F, 3, H, W), resized to `size` (H, W) if it is set.
 
-        Raises IndexError for a frame that the file does not have, LostFramesError for frames that damage spoils, and
-        another UsageError where the file cannot be read any more. The others can be read after that all the same.
+        Raises `IndexError` if a frame does not exist, `LostFramesError` if frames are damaged, and `UsageError` if the
+        file can no longer be read. After a `LostFramesError` the other frames can still be read.
         """
         wrong = [i for i in indices if not 0 <= i < self.num_frames]
         if wrong:
-            raise IndexError(f"{shown(self.path)} has {self.num_frames} frames; there is no frame {wrong[0]}")
+            raise IndexError(f"{shown(self.path)} has {self.num_frames} frames: frame {wrong[0]} does not exist")
         size = size or self.size
         if not len(indices):
             return torch.empty(0, 3, *size, dtype=torch.uint8)
         return resize(self._read(indices, size), size)
 
     def close(self) -> None:
+        """Close the file."""
         if self._reader is not None:
             self._reader.close()
         self._reader = None
@@ -88,7 +93,7 @@ class Video:
             return self._reader.read(indices, size)
         except Exception as error:  # decord raises its own classes, FFmpeg many
             if isinstance(error, LostFramesError) and self._next == len(self._backends):
-                raise  # the reader goes on
+                raise  # the reader remains usable
             self.close()
             try:
                 self._open_next()
@@ -97,7 +102,7 @@ class Video:
         return self._read(indices, size)
 
     def _open_next(self) -> None:
-        """The next backend that can open the file. UsageError where there is none, by what the last one said."""
+        """Open the file with the next backend that can; raise the last backend's `UsageError` if none can."""
         error = UsageError(f"no decoder can read {shown(self.path)}: re-encode it or leave it out")
         while self._next < len(self._backends):
             backend = self._backends[self._next]
@@ -107,7 +112,7 @@ class Video:
                 return
             except UsageError as refusal:
                 error = refusal
-        self._next = max(0, len(self._backends) - 1)  # the last one may try again, if it is asked again
+        self._next = max(0, len(self._backends) - 1)  # a later call may try the last one again
         raise error
 
 
@@ -116,22 +121,24 @@ def open_video(
 ) -> Video:
     """Open a video file for reading.
 
-    `decoder` is "auto" or one of `DECODERS`; `info`, where the file was probed before, saves probing it again.
-    Raises UsageError where the file cannot be read, or not by that decoder.
+    `decoder` is "auto" or one of `DECODERS`. Pass `info` if the file was probed before, to avoid a second probe. Raises
+    `UsageError` if the file, or this decoder, cannot be used.
     """
     source = Path(source) if isinstance(source, str | PathLike) else source
     info = info or probe_video(source)
     names = backends_for(info, decoder)
-    if isinstance(source, Buffer) and decoder == "auto":  # read once: a proof costs more than torchcodec saves
+    if (
+        isinstance(source, Buffer) and decoder == "auto"
+    ):  # it is read once: verifying torchcodec costs more than it saves
         names = [name for name in names if name != "torchcodec"]
     return Video(source, info, names)
 
 
 def backends_for(info: VideoInfo, decoder: DecoderOption = "auto", *, strict: bool = True) -> list[DecoderName]:
-    """The names of the backends that `open_video` tries for such a file, in that order.
+    """Return the names of the backends that `open_video` tries for such a file, in order.
 
-    Where the file was indexed, the first is the one that read it then. A `decoder` that is named is the only one, or,
-    not `strict`, the first: others read the files that it would get wrong.
+    For an indexed file, the first is the one that read it then. A named `decoder` is the only one if `strict`;
+    otherwise it comes first, unless it would read the file incorrectly. Raises `UsageError` if the name is unknown.
     """
     names = suitable_backends(info)
     if decoder == "auto":
@@ -140,13 +147,16 @@ def backends_for(info: VideoInfo, decoder: DecoderOption = "auto", *, strict: bo
         raise UsageError(f"unknown decoder {decoder!r}: use one of auto, {', '.join(DECODERS)}")
     if strict:
         return [decoder]
-    unproved = decoder == "decord" and info.decoder not in ("", decoder)  # the index has tried it
-    first = [decoder] if suits(decoder, info) and not unproved else []
+    unverified = decoder == "decord" and info.decoder not in ("", decoder)  # the index tried decord, and it failed
+    first = [decoder] if suits(decoder, info) and not unverified else []
     return first + [name for name in names if name != decoder]
 
 
-def kept_open(source: Source, decoder: DecoderOption, info: VideoInfo) -> Video:
-    """`open_video`, but the last OPEN_FILES stay open for this process. Do not close it; drop it with `let_go`."""
+def open_cached(source: Source, decoder: DecoderOption, info: VideoInfo) -> Video:
+    """Open a video through a cache of the last OPEN_FILES of this process.
+
+    Do not close the video; remove it from the cache with `close_cached`.
+    """
     videos = _open.setdefault(os.getpid(), OrderedDict())
     key = (source, decoder)
     if key not in videos:
@@ -157,12 +167,12 @@ def kept_open(source: Source, decoder: DecoderOption, info: VideoInfo) -> Video:
     return videos[key]
 
 
-def let_go(source: Source, decoder: str) -> None:
-    """Close a video that failed, so that the next one to ask for it begins anew."""
+def close_cached(source: Source, decoder: str) -> None:
+    """Close a video that failed and remove it from the cache, so that the next request opens it again."""
     video = _open.get(os.getpid(), OrderedDict()).pop((source, decoder), None)
     if video is not None:
         video.close()
 
 
-# By process: what the parent had open is not even closed after a fork, for that alone may hang.
+# By process id: after a fork, the parent's videos must not even be closed, because that may hang.
 _open: dict[int, OrderedDict[tuple[Source, str], Video]] = {}

@@ -1,4 +1,4 @@
-"""A demo set of real MP4 files: coloured, shaded shapes that move before a moving background. Class = shape."""
+"""A demo dataset of MP4 files: coloured, shaded shapes move in front of a moving background; the class is the shape."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.floating[Any]]
 
-# Signed distance to each shape of radius 1 (negative inside), and the shape's name.
+# The signed distance to each shape of radius 1 (negative inside), by name.
 SHAPES: dict[str, Callable[[Array, Array], Array]] = {
     "circle": lambda x, y: np.hypot(x, y) - 1,
     "square": lambda x, y: np.maximum(np.abs(x), np.abs(y)) - 0.85,
@@ -21,8 +21,8 @@ SHAPES: dict[str, Callable[[Array, Array], Array]] = {
 
 
 def render_clip(shape: str, size: int, frames: int, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """One clip (3, F, size, size) of one shape, everything else drawn from `rng`: colours, path, spin, background."""
-    time = np.arange(frames, dtype=np.float32)[:, None, None] / 16  # seconds or so
+    """Render a uint8 clip (3, F, size, size) of a shape; `rng` draws its colours, path, rotation and background."""
+    time = np.arange(frames, dtype=np.float32)[:, None, None] / 16  # roughly in seconds
     rows, columns = np.meshgrid(*[(np.arange(size, dtype=np.float32) + 0.5) / size] * 2, indexing="ij")
     radius = rng.uniform(0.2, 0.28)
     row, column = _path(time, radius, rng)
@@ -39,7 +39,7 @@ def render_clip(shape: str, size: int, frames: int, rng: np.random.Generator) ->
 
 
 def _path(time: Array, radius: float, rng: np.random.Generator) -> tuple[Array, Array]:
-    """Where the centre is: bouncing between the walls, round in a circle, swinging, or dropping and bouncing."""
+    """Return the centre (row, column) over time: it bounces off the walls, circles, swings, or falls and bounces."""
     low, span = radius + 0.02, 1 - 2 * (radius + 0.02)
     phase, speed = rng.uniform(0, 2, 2), rng.uniform(0.25, 0.6, 2) * rng.choice([-1, 1], 2)
     motion = rng.integers(4)
@@ -57,7 +57,7 @@ def _path(time: Array, radius: float, rng: np.random.Generator) -> tuple[Array, 
 
 
 def _background(rows: Array, columns: Array, time: Array, rng: np.random.Generator) -> Array:
-    """Dark waves of two neighbouring hues that drift: (F, H, W, 3)."""
+    """Return drifting dark waves of two neighbouring hues, (F, H, W, 3)."""
     hue, direction = rng.uniform(), rng.uniform(0, 2 * math.pi)
     across = np.cos(direction) * columns + np.sin(direction) * rows
     wave = 0.5 + 0.5 * np.sin(2 * math.pi * (across + rng.uniform(0.3, 0.7) * time + rng.uniform()))
@@ -66,7 +66,7 @@ def _background(rows: Array, columns: Array, time: Array, rng: np.random.Generat
 
 
 def _colour(hue: float, saturation: float, value: float) -> Array:
-    """HSV to RGB (3,), hue in turns."""
+    """Convert HSV, with the hue in turns, to RGB (3,)."""
     k = (np.array([5, 3, 1], dtype=np.float32) + 6 * hue) % 6
     return value - value * saturation * np.clip(np.minimum(k, 4 - k), 0, 1)
 
@@ -74,9 +74,9 @@ def _colour(hue: float, saturation: float, value: float) -> Array:
 def write_demo_set(
     folder: Path, *, clips_per_class: int = 64, size: int = 64, frames: int = 24, fps: int = 12, seed: int = 0
 ) -> list[Path]:
-    """Write `clips_per_class` MP4 files for each shape below `folder/<shape>/`; files that are there already stay.
+    """Write `clips_per_class` MP4 files per shape to `folder/<shape>/` and return their paths.
 
-    The same seed gives the same clips. Returns the paths.
+    Existing files are kept. The same seed gives the same clips.
     """
     from rin_video.media import write_video
 

@@ -1,8 +1,7 @@
-"""Vectors that come with samples, as conditions: files beside theirs, or captions through a text encoder."""
+"""Embeddings that condition on samples: files next to the samples, or captions encoded by a text encoder."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,32 +11,33 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rin_video.config import DataConfig
-from rin_video.datasets.array_files import ARRAY_SUFFIXES, ArrayInfo, probe_array, read_array
+from rin_video.datasets.array_files import ArrayInfo, probe_array, read_array
 from rin_video.datasets.index import Entry
 from rin_video.datasets.shards import companion, companions, members_of
 from rin_video.datasets.sources import Member, Source, shown
 from rin_video.errors import UsageError
+from rin_video.files import ARRAY_SUFFIXES, atomic_write
 from rin_video.wording import counted
 
-CACHE = ".captions.safetensors"  # beside the index, and named after it
+CACHE = ".captions.safetensors"  # replaces the suffix of the index file
 
 
 class Embeddings(Protocol):
-    """Conditions by number of file."""
+    """The embeddings of a dataset, by the number of the file."""
 
-    shape: tuple[int, int]  # vectors of a sample at most, width
+    shape: tuple[int, int]  # (most vectors of a sample, width)
 
     def __getitem__(self, file: int) -> Tensor:
-        """(vectors, width) float32, zeros behind the last one; zeros alone where the file has none."""
+        """Return the embedding of a file, (vectors, width) float32, zero-padded; all zeros if it has none."""
 
     def describe(self) -> str:
-        """One line on what was found."""
+        """Return a summary in one line."""
 
 
 def open_embeddings(entries: Sequence[Entry], options: DataConfig, index: Path | None) -> Embeddings | None:
-    """The embeddings that the options ask for. Those of captions are kept beside `index` between runs.
+    """Open the embeddings that the options request, or return None.
 
-    Raises UsageError where no file has any.
+    Embeddings of captions are cached next to `index` between runs. Raises `UsageError` if no file has an embedding.
     """
     if options.embeddings:
         return EmbeddingFiles([entry.source for entry in entries])
@@ -48,34 +48,42 @@ def open_embeddings(entries: Sequence[Entry], options: DataConfig, index: Path |
 
 
 def embedding_shape(dataset: Any) -> tuple[int, int] | None:
-    """(vectors at most, width) of what comes with the samples of a dataset; None where nothing does."""
+    """Return (most vectors, width) of the embeddings of a dataset; None if it has none.
+
+    Raises `UsageError` if the widths of clips and images differ.
+    """
     parts = [getattr(part, "embeddings", None) for part in getattr(dataset, "parts", (dataset,))]
     shapes = [part.shape for part in parts if part is not None]
     if len({width for _, width in shapes}) > 1:
-        raise UsageError(f"the embeddings of clips are {shapes[0][1]} wide, those of images {shapes[1][1]}")
+        raise UsageError(
+            f"the embeddings of clips have width {shapes[0][1]}, those of images {shapes[1][1]}: use the same encoder"
+        )
     return (max(count for count, _ in shapes), shapes[0][1]) if shapes else None
 
 
 class EmbeddingFiles:
-    """`clip.npy` or `clip.safetensors` beside `clip.mp4`, (width) or (vectors, width); in shards of the same stem."""
+    """Embeddings from `clip.npy` or `clip.safetensors` next to `clip.mp4`, (width) or (vectors, width).
+
+    In shards, the file must have the same key. Raises `UsageError` if no file has one, or if the widths differ.
+    """
 
     def __init__(self, sources: Sequence[Source]) -> None:
         shards = sorted({source.shard for source in sources if isinstance(source, Member)})
-        aside = companions([member for shard in shards for member in members_of(shard)[0]])
-        self.files = [_beside(source, aside) for source in sources]
+        by_key = companions([member for shard in shards for member in members_of(shard)[0]])
+        self.files = [_companion_of(source, by_key) for source in sources]
         self.infos = [None if file is None else probe_array(file) for file in self.files]
         first = next((i for i, info in enumerate(self.infos) if info is not None), None)
         if first is None:
             raise UsageError(
-                f"not one of {len(sources)} files has an embedding beside it: save them as NAME{ARRAY_SUFFIXES[0]} or "
-                f"NAME{ARRAY_SUFFIXES[1]} (for example beside {shown(sources[0])})"
+                f"none of {len(sources)} files has an embedding: save them as NAME{ARRAY_SUFFIXES[0]} or "
+                f"NAME{ARRAY_SUFFIXES[1]} next to the files (for example next to {shown(sources[0])})"
             )
         shapes = {self._shape(i): file for i, file in enumerate(self.files) if file is not None}
         width = self._shape(first)[1]
         for shape, file in shapes.items():
             if shape[1] != width:
                 raise UsageError(
-                    f"{shown(file)} has vectors of {shape[1]}, {shown(self.files[first] or '')} of {width}"
+                    f"{shown(file)} has vectors of width {shape[1]}, but {shown(self.files[first] or '')} of {width}"
                 )
         self.shape = (max(shape[0] for shape in shapes), width)
 
@@ -92,19 +100,23 @@ class EmbeddingFiles:
         return F.pad(values, (0, 0, 0, self.shape[0] - len(values)))
 
     def describe(self) -> str:
+        """Return a summary in one line."""
         there = sum(file is not None for file in self.files)
-        return f"embeddings: {_vectors(self.shape)}, beside {_of(there, len(self.files))}"
+        return f"embeddings: {_vectors(self.shape)}, for {_of(there, len(self.files))}"
 
 
 class CaptionEmbeddings:
-    """Captions (`clip.txt` beside `clip.mp4`) through a text encoder, once for each that differs."""
+    """Embeddings of captions (`clip.txt` next to `clip.mp4`); each distinct caption is encoded once.
+
+    Raises `UsageError` if no file has a caption, or the text encoder cannot be used.
+    """
 
     def __init__(self, captions: Sequence[str | None], source: str, num_tokens: int, index: Path | None = None) -> None:
         from rin_video.datasets.captions import TextEncoder, fingerprint
 
         unique = sorted({caption for caption in captions if caption})
         if not unique:
-            raise UsageError(f"not one of {len(captions)} files has a caption: write it as NAME.txt beside the file")
+            raise UsageError(f"none of {len(captions)} files has a caption: write it to NAME.txt next to the file")
         self.source, self.cut = source, 0
         key = fingerprint(source, num_tokens, unique)
         cache = index.with_suffix(CACHE) if index else None
@@ -122,31 +134,32 @@ class CaptionEmbeddings:
         return torch.zeros(self.shape) if row < 0 else self.rows[row].clone()
 
     def describe(self) -> str:
+        """Return a summary in one line."""
         there = sum(row >= 0 for row in self.row_of)
-        line = f"captions: {_vectors(self.shape)} by {self.source}, of {_of(there, len(self.row_of))}"
-        return line + (f"; {self.cut} are longer and cut: raise data.caption_tokens" if self.cut else "")
+        line = f"captions: {_vectors(self.shape)} by {self.source}, for {_of(there, len(self.row_of))}"
+        return line + (f"; {self.cut} are too long and truncated: raise data.caption_tokens" if self.cut else "")
 
 
 def check_embedding(source: Source | str | None, shape: tuple[int, ...]) -> tuple[int, int]:
-    """(width) or (vectors, width) as (vectors, width); else a UsageError."""
+    """Return the shape (width) or (vectors, width) as (vectors, width). Raises `UsageError` for other ranks."""
     if len(shape) not in (1, 2):
-        raise UsageError(f"{shown(source or '')} has shape {shape}: an embedding is (width) or (vectors, width)")
+        raise UsageError(f"{shown(source or '')} has shape {shape}: an embedding must be (width) or (vectors, width)")
     return (1, shape[0]) if len(shape) == 1 else (shape[0], shape[1])
 
 
 def read_embedding(source: Source, info: ArrayInfo | None = None) -> Tensor:
-    """An embedding file as (vectors, width) float32. UsageError where it is none, or not finite."""
+    """Read an embedding file as (vectors, width) float32. Raises `UsageError` if it is not one, or not finite."""
     info = probe_array(source) if info is None else info
     values = read_array(source, info).float().reshape(check_embedding(source, info.shape))
     if not values.isfinite().all():
-        raise UsageError(f"{shown(source)} holds numbers that are not finite")
+        raise UsageError(f"{shown(source)} contains numbers that are not finite: create it again")
     return values
 
 
-def _beside(source: Source, aside: dict[tuple[Path, str], dict[str, Member]]) -> Source | None:
-    """The array file of the same name, in the same folder or shard."""
+def _companion_of(source: Source, by_key: dict[tuple[Path, str], dict[str, Member]]) -> Source | None:
+    """Return the array file with the same name, in the same folder or shard, or None."""
     if isinstance(source, Member):
-        found = (companion(aside, source, suffix) for suffix in ARRAY_SUFFIXES)
+        found = (companion(by_key, source, suffix) for suffix in ARRAY_SUFFIXES)
         return next((member for member in found if member is not None), None)
     if not isinstance(source, Path):
         return None
@@ -168,23 +181,18 @@ def _read_cache(cache: Path | None, key: str) -> Tensor | None:
 
 
 def _write_cache(cache: Path | None, key: str, rows: Tensor) -> None:
-    """Atomically; several processes may do so at once."""
     from safetensors.torch import save_file
 
     if cache is None:
         return
     cache.parent.mkdir(parents=True, exist_ok=True)
-    temporary = cache.with_name(f".{cache.name}.{os.getpid()}.tmp")
-    try:
+    with atomic_write(cache, unique=True, durable=False) as temporary:
         save_file({"captions": rows}, temporary, metadata={"key": key})
-        os.replace(temporary, cache)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _vectors(shape: tuple[int, int]) -> str:
-    return f"{shape[0]} vector{'s' * (shape[0] > 1)} of {shape[1]}"
+    return f"{shape[0]} vector{'s' * (shape[0] > 1)} of width {shape[1]}"
 
 
 def _of(there: int, count: int) -> str:
-    return f"{there} of {counted(count, 'file')}" + ("; the others are trained on without" if there < count else "")
+    return f"{there} of {counted(count, 'file')}" + ("; the others get a null embedding" if there < count else "")

@@ -1,28 +1,27 @@
-"""In which order samples are drawn: a function of the seed and the position alone, so that a run can stop anywhere."""
+"""The order of samples, which depends on the seed and the position alone, so that a run can be resumed anywhere."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import count
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 
 class SampleDataset(Dataset[dict[str, Any]]):
-    """A dataset of samples as training takes them: {"x": (C, *grid), "label": number or -1}, perhaps "embedding".
+    """The base class of datasets whose items are {"x": (C, *grid), "label": number or -1}, optionally "embedding".
 
-    `draw(index, epoch)` gives the item as that epoch sees it: its clip, crop and augmentation follow from the two.
+    `draw(index, epoch)` returns an item of an epoch; (index, epoch) determines its clip, crop and augmentation.
     """
 
 
 class EpochSampler(Sampler[list[tuple[int, int]]]):
-    """Batches of draws (epoch, index) without end; every epoch is a permutation made from (seed, epoch).
+    """An endless sampler of batches of (epoch, index); (seed, epoch) determines the permutation of each epoch.
 
-    Batch k of rank r takes the positions that follow those of rank r - 1, so that all ranks together walk through the
-    data once an epoch. Starting at `first_batch` gives what a run from the beginning would have come to.
+    Batch k of rank r takes the positions after those of rank r - 1, so that all ranks together visit the data once per
+    epoch. Starting at `first_batch` gives the same batches as a run from the beginning.
     """
 
     def __init__(
@@ -41,14 +40,15 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
             yield [(epoch, orders[epoch][place]) for epoch, place in draws]
 
     def order(self, epoch: int) -> list[int]:
+        """Return the permutation of an epoch."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         return torch.randperm(self.length, generator=generator).tolist()
 
 
 class EpochDataset(Dataset[Any]):
-    """A dataset that is asked for (epoch, index), in whatever process.
+    """A dataset that is indexed by (epoch, index), in any process.
 
-    Ours have `draw(index, epoch)`; any other gives `dataset[index]`.
+    It calls `dataset.draw(index, epoch)`, or `dataset[index]` if the dataset has no `draw`.
     """
 
     def __init__(self, dataset: Dataset[Any]) -> None:
@@ -60,10 +60,7 @@ class EpochDataset(Dataset[Any]):
         return draw(index, epoch) if draw else self.dataset[index]
 
 
-def unpack(batch: Any) -> tuple[Tensor, Tensor | None]:
-    """A batch of any accepted form (tensor, (tensor, label) or {"x", "label"}) as (x, label)."""
-    if isinstance(batch, dict):
-        return batch["x"], batch.get("label")
-    if isinstance(batch, Sequence):
-        return batch[0], batch[1] if len(batch) > 1 else None
-    return batch, None
+def name_of(dataset: Any, index: int) -> str:
+    """A sample's name: its file, where the dataset has files."""
+    own, files = getattr(dataset, "name_of", None), getattr(dataset, "files", None)
+    return str(own(index) if own else files[index] if files else f"sample {index}")

@@ -1,4 +1,4 @@
-"""Finding the files of a data set, and the classes that its folders name."""
+"""Discovery of the files of a dataset, and of the classes that its folders name."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from rin_video.wording import counted
 log = logging.getLogger("rin_video")
 
 SPLITS = ("train", "training", "val", "valid", "validation", "dev", "eval", "test", "testing")
-FEW = 0.1  # share of animated GIFs among images that do not make a folder one of clips
-FRAMES = 8  # consecutive numbers that may be frames of a clip
+FEW = 0.1  # up to this share of animated GIFs, a folder counts as images
+FRAMES = 8  # least number of consecutively numbered files that may be the frames of a clip
 
 
 def find_files(root: str | PathLike[str], extensions: Collection[str]) -> list[Path]:
-    """The files below `root` (or `root` itself) with one of the extensions, sorted by their path below it.
+    """Return the files below `root` (or `root` itself) with one of the extensions, sorted by relative path.
 
-    Upper and lower case count the same; hidden files and folders and links to folders are passed over; a WebP that
-    moves is a clip. Raises UsageError where there is no such file.
+    Extensions are case-insensitive. Hidden files, hidden folders and links to folders are skipped. An animated WebP is
+    a clip. Raises `UsageError` if there is no such file.
     """
     return [source for source in find_sources(root, extensions) if isinstance(source, Path)]
 
@@ -37,19 +37,19 @@ def find_files(root: str | PathLike[str], extensions: Collection[str]) -> list[P
 def find_sources(
     root: str | PathLike[str], extensions: Collection[str], *, allow_pipe: bool = False, cache: Path | None = None
 ) -> list[Source]:
-    """`find_files`, also among the members of tar shards: `root` may be a .tar, a pattern or a folder of them."""
+    """Like `find_files`, but `root` may also be tar shards: a .tar file, a pattern, or a folder of .tar files."""
     return split_sources(root, extensions, allow_pipe=allow_pipe, cache=cache)[0]
 
 
 def split_sources(
     root: str | PathLike[str], extensions: Collection[str], *, allow_pipe: bool = False, cache: Path | None = None
 ) -> tuple[list[Source], list[Source]]:
-    """`find_sources`, and the other files: those that neither have an extension nor belong to one that has."""
+    """Return the sources of `find_sources`, and the other files, which do not belong to any of these sources."""
     every = all_sources(root, allow_pipe=allow_pipe, cache=cache)
     sources = [source for source in every if _is_of(source, extensions)]
     if sources:
         others: list[Source] = []
-        if len(every) > len(sources):  # a folder may hold very many, all of one kind
+        if len(every) > len(sources):  # avoid the work for a large folder with files of one kind only
             taken, keys = set(map(id, sources)), set(map(_key, sources))
             others = [
                 source for source in every
@@ -57,98 +57,105 @@ def split_sources(
             ]  # fmt: skip
         named = extensions == IMAGE_EXTENSIONS and "frame" in os.path.basename(str(sources[0])).lower()
         if named and (row := numbered_rows(sources)):
-            _say_once(f"{shown(os.fspath(root))}: {_describe_row(row)}, they are trained on as images. {MAKE_CLIPS}")
-        if is_shards(root) and Path(root).is_dir():  # a list or a table beside the shards
+            _warn_once(
+                f"{shown(os.fspath(root))}: {_describe_row(row)}; they are used as separate images. {MAKE_CLIPS}"
+            )
+        if is_shards(root) and Path(root).is_dir():  # such as a list or table next to the shards
             others += [path for path in sorted(Path(root).iterdir()) if path.is_file() and path.suffix != ".tar"]
         return sources, [other for other in others if not os.path.basename(str(other)).startswith(".")]
     advice = ""
     if extensions == CLIP_EXTENSIONS and (images := [one for one in every if _is_of(one, IMAGE_EXTENSIONS)]):
-        advice = f"; it holds {counted(len(images), 'image')}: leave out --frames (index and prepare: --kind image)"
+        advice = f"; it contains {counted(len(images), 'image')}: leave out --frames (index and prepare: --kind image)"
         if row := numbered_rows(images):
             advice += f"; {_describe_row(row)}: {MAKE_CLIPS}"
     elif extensions == IMAGE_EXTENSIONS and (clips := _count(every, CLIP_EXTENSIONS)):
-        advice = f"; it holds {counted(clips, 'clip')}: use --frames 16 (index and prepare: --kind video)"
-    raise UsageError(f"{shown(os.fspath(root))} holds no {' '.join(extensions)} file{advice}{_links_advice(root)}")
+        advice = f"; it contains {counted(clips, 'clip')}: use --frames 16 (index and prepare: --kind video)"
+    raise UsageError(f"{shown(os.fspath(root))} contains no {' '.join(extensions)} file{advice}{_links_advice(root)}")
 
 
 def detect_kind(root: str | PathLike[str], *, allow_pipe: bool = False, cache: Path | None = None) -> DataKind:
-    """ "image", "video" or "array", whichever files `root` holds (a GIF is a clip). UsageError for several or none."""
+    """Return the kind of the files in `root`: "image", "video" or "array".
+
+    A GIF is a clip if it is animated; a few of them among images (10 %, or one) are ignored. Raises `UsageError` if
+    there are no such files, or both images and clips.
+    """
     every = all_sources(root, allow_pipe=allow_pipe, cache=cache)
     counts = {kind: _count(every, extensions) for kind, extensions in KINDS.items()}
-    stray = max(FEW * counts["image"], 1) if counts["image"] > 1 else 0  # one among two pictures or more
+    stray = (
+        max(FEW * counts["image"], 1) if counts["image"] > 1 else 0
+    )  # at least one GIF, if there are two images or more
     animated = counts["video"] <= stray and all(
         source.suffix.lower() == ".gif" for source in every if _is_of(source, CLIP_EXTENSIONS)
     )
     if counts["image"] and counts["video"] and not animated:
         raise UsageError(
-            f"{shown(os.fspath(root))} holds {counted(counts['image'], 'image')} and "
-            f"{counted(counts['video'], 'clip')}: say which to use, the clips (--frames 16, or --kind video) or the "
-            "images (--frames 0, or --kind image)"
+            f"{shown(os.fspath(root))} contains {counted(counts['image'], 'image')} and "
+            f"{counted(counts['video'], 'clip')}: choose the clips (--frames 16, or --kind video) or the images "
+            "(--frames 0, or --kind image)"
         )
     for kind in KINDS:
         if counts[kind]:
             return kind
     every_extension = " ".join(sum(KINDS.values(), ()))
-    raise UsageError(f"{shown(os.fspath(root))} holds no {every_extension} file{_links_advice(root)}")
+    raise UsageError(f"{shown(os.fspath(root))} contains no {every_extension} file{_links_advice(root)}")
 
 
 def class_labels(root: str | PathLike[str], files: Sequence[Source]) -> tuple[list[str], list[int]]:
-    """The class names, sorted, and the class of every file.
+    """Return the sorted class names, and the class of every file.
 
-    A class is a first folder below `root` (in a shard: of the member's name). There are classes only when the folders
-    are two or more and hold most of the files; otherwise the list is empty and every label is -1.
+    The class of a file is its first folder below `root`; in a shard, the first folder of its name. There are classes
+    only if there are at least two such folders and they contain at least half of the files. Otherwise the list is empty
+    and every label is -1.
     """
     return number_classes([first_folder(root, file) for file in files])
 
 
 def number_classes(names: Sequence[str | None]) -> tuple[list[str], list[int]]:
-    """Class names of all files as the sorted names and numbers; -1 for files that have none.
+    """Convert the class name of every file to a sorted list of names and a number per file, -1 for files without class.
 
-    There are no classes where all are the same, or most files have none; what is not as it seems is logged.
+    There are no classes if there is only one name, or if most files have none. Files without class are logged.
     """
     classes = sort_classes({name for name in names if name})
     without = sum(not name for name in names)
     if len(classes) < 2 or 2 * without > len(names):
         if len(classes) > 1:
-            said = f"{', '.join(map(shown, classes[:3]))}{', ...' * (len(classes) > 3)}"
-            _say_once(
-                f"{without} of {counted(len(names), 'file')} lie beside the folders {said}: "
-                "these are not taken for classes"
+            listed = f"{', '.join(map(shown, classes[:3]))}{', ...' * (len(classes) > 3)}"
+            _warn_once(
+                f"{without} of {counted(len(names), 'file')} are outside the folders {listed}: "
+                "the folders are not used as classes"
             )
         return [], [-1] * len(names)
     if without:
-        _say_once(
-            f"{without} of {counted(len(names), 'file')} lie in no class folder: they are trained on without a label"
-        )
+        _warn_once(f"{without} of {counted(len(names), 'file')} are in no class folder and get no label")
     numbers = {name: number for number, name in enumerate(classes)}
     return classes, [numbers[name] if name else -1 for name in names]
 
 
 def sort_classes(names: Collection[str]) -> list[str]:
-    """In alphabetical order; names that are all whole numbers by their value."""
+    """Sort class names alphabetically, or by value if all are integers."""
     if all(name.isdecimal() for name in names):
         return sorted(names, key=lambda name: (int(name), name))
     return sorted(names)
 
 
 def refuse_splits(root: str | PathLike[str], names: Collection[str | None]) -> None:
-    """UsageError where the folders are splits of a data set, not classes."""
+    """Raise `UsageError` if the folders are splits of a dataset (such as train and test), not classes."""
     splits = sorted(name for name in names if name)
     if len(splits) < 2 or None in names or not {name.lower() for name in splits} <= set(SPLITS):
         return
     train = next((name for name in splits if name.lower().startswith("train")), None)
     if train is not None:
         raise UsageError(
-            f"{shown(os.fspath(root))} holds the splits {', '.join(map(shown, splits))}, not classes: give one of "
+            f"{shown(os.fspath(root))} contains the splits {', '.join(map(shown, splits))}, not classes: use one of "
             f"them, {shown(os.path.join(root, train))}"
         )
 
 
-MAKE_CLIPS = "If they are frames, make each folder a clip: rin-video export FOLDER clip.mp4"
+MAKE_CLIPS = "If they are frames, convert each folder to a clip: rin-video export FOLDER clip.mp4"
 
 
 def numbered_rows(sources: Sequence[Source]) -> list[Path]:
-    """The first file of every folder, where in every one all files are numbered in a row; else none."""
+    """Return the first file of each folder if all files of each are numbered consecutively; otherwise an empty list."""
     rows: dict[Path, list[tuple[str, int, Path]]] = {}
     for source in sources:
         found = re.fullmatch(r"(.*?)(\d+)", source.stem) if isinstance(source, Path) else None
@@ -164,18 +171,18 @@ def numbered_rows(sources: Sequence[Source]) -> list[Path]:
 
 def _describe_row(row: Sequence[Path]) -> str:
     folders = "its files are" if len(row) == 1 else f"in each of {len(row)} folders the files are"
-    return f"{folders} numbered in a row (from {shown(row[0])} on)"
+    return f"{folders} numbered consecutively (starting with {shown(row[0])})"
 
 
 def _key(source: Source) -> str:
-    """What a file shares with those that belong to it."""
+    """Return the part of a file's name that it shares with its companion files."""
     if isinstance(source, Member):
         return f"{source.shard}:{source.key}"
     return os.path.splitext(str(source))[0]
 
 
 def first_folder(root: str | PathLike[str], source: Source) -> str | None:
-    """The first folder below `root` on the way to a file, or None."""
+    """Return the first folder of a file's path below `root`, or None."""
     if isinstance(source, Member):
         parts = Path(source.name).parts[:-1]
     else:
@@ -184,12 +191,15 @@ def first_folder(root: str | PathLike[str], source: Source) -> str | None:
 
 
 def all_sources(root: str | PathLike[str], *, allow_pipe: bool = False, cache: Path | None = None) -> list[Source]:
-    """Every file that is not hidden below a folder, or every member of the shards."""
+    """Return all files below a folder that are not hidden, or all members of the shards.
+
+    Raises `UsageError` if `root` is empty, does not exist or cannot be read.
+    """
     if is_shards(root):
         shards = list_shards(root, allow_pipe=allow_pipe, cache=cache)
         return [member for shard in shards for member in members_of(shard)[0]]
     if not os.fspath(root):
-        raise UsageError("the name of the data is empty: give a folder, a file or shards")
+        raise UsageError("the path of the data is empty: pass a folder, a file or shards")
     root = Path(root)
     if root.is_file():
         return [root]
@@ -199,18 +209,18 @@ def all_sources(root: str | PathLike[str], *, allow_pipe: bool = False, cache: P
     length = len(root.as_posix()) + 1 if root != Path(".") else 0
 
     def unreadable(error: OSError) -> None:
-        said = f"the folder {shown(str(error.filename))} cannot be read ({error.strerror})"
+        message = f"the folder {shown(str(error.filename))} cannot be read ({error.strerror})"
         if Path(error.filename) == root:
-            raise UsageError(said) from None
-        _say_once(f"{said}: what is in it is left out")
+            raise UsageError(message) from None
+        _warn_once(f"{message}: its files are skipped")
 
     for folder, subfolders, names in os.walk(root, onerror=unreadable):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         for name in subfolders:
             if os.path.islink(os.path.join(folder, name)):
                 link = os.path.join(folder, name)
-                where = shown(os.path.realpath(link))
-                _say_once(f"{shown(link)} is a link to a folder, which is not followed: it leads to {where}")
+                target = shown(os.path.realpath(link))
+                _warn_once(f"{shown(link)} is a link to the folder {target} and is not followed")
         files += [
             (path.as_posix()[length:], path)
             for path in (Path(folder, name) for name in names if not name.startswith("."))
@@ -219,14 +229,14 @@ def all_sources(root: str | PathLike[str], *, allow_pipe: bool = False, cache: P
 
 
 @lru_cache(maxsize=1024)
-def _say_once(text: str) -> None:
+def _warn_once(text: str) -> None:
     log.warning("%s", text)
 
 
 def _links_advice(root: str | PathLike[str]) -> str:
     folder = Path(root)
     has_links = folder.is_dir() and any(path.is_symlink() and path.is_dir() for path in folder.iterdir())
-    return "; links to folders are not followed: give the folder itself" if has_links else ""
+    return "; links to folders are not followed: pass the folder itself" if has_links else ""
 
 
 def _is_of(source: Source, extensions: Collection[str]) -> bool:
@@ -242,7 +252,7 @@ def _is_of(source: Source, extensions: Collection[str]) -> bool:
 
 
 def _is_still_gif(source: Source) -> bool:
-    """Whether a GIF has one frame only; False where that cannot be told."""
+    """Return whether a GIF has a single frame; False if it cannot be read."""
     when = source.stat().st_mtime_ns if isinstance(source, Path) and source.is_file() else 0
     return _has_one_frame(source, when)
 
@@ -254,7 +264,7 @@ def _has_one_frame(source: Source, modified: int) -> bool:
     try:
         with open_source(source) as file, Image.open(file, formats=["GIF"]) as image:
             return not image.is_animated
-    except Exception:  # Pillow's plug-ins raise what they like; who reads it says why
+    except Exception:  # Pillow's plug-ins raise any error; the reader will report it
         return False
 
 

@@ -1,4 +1,4 @@
-"""From decoded frames to the picture that a player shows: orientation, pixel aspect, transparency."""
+"""Conversion of decoded frames to the picture that a player displays: orientation, pixel aspect, transparency."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 FLIP_X, FLIP_Y, TRANSPOSE = 1, 2, 4  # bits of an orientation: the frame is first transposed, then mirrored
-SIDEWAYS = 0.1  # pixel aspects below this, or above its inverse, are damage
+SIDEWAYS = 0.1  # pixel aspects below this, or above its inverse, are considered damage
 
 
 def orientation_of(frame: Any) -> int:
-    """The orientation that a frame's display matrix asks for, one of eight (to the nearest quarter turn)."""
+    """Return the orientation of a frame's display matrix, one of eight (rounded to a quarter turn)."""
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
         return 0
@@ -24,7 +24,7 @@ def orientation_of(frame: Any) -> int:
 
 
 def orient(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """(H, W, C) as stored to (H', W', C) as shown."""
+    """Transpose and mirror stored pixels (H, W, C) to the displayed ones (H', W', C)."""
     if orientation & TRANSPOSE:
         pixels = pixels.swapaxes(0, 1)
     if orientation & FLIP_X:
@@ -33,37 +33,37 @@ def orient(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def oriented_size(size: tuple[int, int], orientation: int) -> tuple[int, int]:
-    """(H, W) after `orient`."""
+    """Return the size (H, W) after `orient`."""
     return (size[1], size[0]) if orientation & TRANSPOSE else size
 
 
 def stretched_size(size: tuple[int, int], pixel_aspect: float) -> tuple[int, int]:
-    """(H, W) of square pixels: the width is scaled, as players do."""
+    """Return the size (H, W) with square pixels: the width is scaled, as in players."""
     if not SIDEWAYS <= pixel_aspect <= 1 / SIDEWAYS:
         return size
     return size[0], max(1, round(size[1] * pixel_aspect))
 
 
 def has_alpha(frame: Any) -> bool:
-    """Whether the frame's format can be transparent."""
+    """Return whether the frame's format supports transparency."""
     return frame.format.has_palette or any(part.is_alpha for part in frame.format.components)
 
 
 def is_transparent(frame: Any) -> bool:
-    """Whether a pixel of this frame is."""
+    """Return whether the frame has a transparent pixel."""
     return has_alpha(frame) and int(converted(frame, "rgba")[..., 3].min()) < 255
 
 
 def shown_pixels(frame: Any, size: tuple[int, int], orientation: int = 0) -> np.ndarray:
-    """A decoded frame as uint8 (H, W, 3) of `size`, upright, transparency over white."""
-    H, W = oriented_size(size, orientation)  # as stored: transposing is its own inverse on sizes
+    """Convert a decoded frame to uint8 (H, W, 3) of `size`, upright and composited over white."""
+    H, W = oriented_size(size, orientation)  # the stored size, because transposing twice restores a size
     if has_alpha(frame):
         frame = _over_white(frame)
     return orient(converted(frame, "rgb24", (H, W)), orientation)
 
 
 def converted(frame: Any, pixel_format: str, size: tuple[int, int] | None = None) -> np.ndarray:
-    """A frame's pixels in another format and of another size (H, W), in one pass of FFmpeg's scaler."""
+    """Convert a frame to another pixel format and size (H, W) in one pass of FFmpeg's scaler; returns its array."""
     how = _one_thread()
     if size is not None and size != (frame.height, frame.width):
         how |= {"height": size[0], "width": size[1], "interpolation": "BILINEAR"}
@@ -71,9 +71,9 @@ def converted(frame: Any, pixel_format: str, size: tuple[int, int] | None = None
 
 
 def _one_thread() -> dict[str, Any]:
-    """Arguments by which a conversion starts no threads.
+    """Return the arguments with which a conversion starts no threads.
 
-    The processes that read are many; and a process that is forked from one with such threads hangs when it tidies up.
+    Many processes read at the same time, and a process that is forked from one with such threads hangs on cleanup.
     """
     return {"threads": 1} if _knows_threads() else {}
 

@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face package `datasets`: hf:NAME[[:CONFIGURATION]:SPLIT], or a saved folder."""
+"""Datasets of the Hugging Face package `datasets`: hf:NAME[[:CONFIGURATION]:SPLIT], or a saved folder."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from rin_video.datasets.decoding import VideoInfo, open_video, probe_video
 from rin_video.datasets.epochs import SampleDataset
 from rin_video.datasets.extensions import CLIP_EXTENSIONS
 from rin_video.datasets.folders import sort_classes
-from rin_video.datasets.images import make_framing
+from rin_video.datasets.images import make_resize_crop
 from rin_video.datasets.reading import read_image
-from rin_video.datasets.resize_crop import SampleRNG, class_list, smaller
+from rin_video.datasets.resize_crop import SampleRNG, class_list
 from rin_video.datasets.sources import Buffer, shown
 from rin_video.errors import UsageError, first_line
+from rin_video.files import HUB
 from rin_video.wording import counted
-
-PREFIX = "hf:"
 
 
 def is_hub(path: str | os.PathLike[str]) -> bool:
-    """`hf:...`, or a folder that the Hugging Face package saved."""
+    """Return whether `path` is `hf:...` or a folder that the Hugging Face package saved."""
     name = os.fspath(path)
-    return name.startswith(PREFIX) or any(
+    return name.startswith(HUB) or any(
         os.path.isfile(os.path.join(name, file)) for file in ("state.json", "dataset_dict.json")
     )
 
 
 class HubDataset(SampleDataset):
-    """Images or clips of one column; item: `{"x": uint8 (C, H, W) or (C, F, H, W), "label": class or -1}`.
+    """A dataset of the images or clips in one column of a table.
 
-    The column is `image_column`, else the first of type Image or Video; its labels are those of `label_column` (numbers
-    or text), else of the first column of type ClassLabel. A row that holds no picture, or one that cannot be read, is a
-    `UsageError` when it is drawn. Only `hf:` reaches the network.
+    Items are `{"x": uint8 (C, H, W) or (C, F, H, W), "label": class or -1}`. The column is `image_column`, by default
+    the first one of type Image or Video. Labels come from `label_column` (numbers or text), by default from the first
+    column of type ClassLabel. A row without a readable picture raises `UsageError` when it is drawn. Only `hf:` uses
+    the network. Raises `UsageError` if the table has no such column or no rows.
     """
 
     def __init__(
@@ -47,41 +47,41 @@ class HubDataset(SampleDataset):
     ) -> None:
         hub = import_hub()
         table = load_table(os.fspath(path))
-        self.path, self.shape, self.config, self.chance = path, tuple(shape), options, SampleRNG(seed)
-        _refuse_unheeded(path, options)
+        self.path, self.shape, self.config, self.rng = path, tuple(shape), options, SampleRNG(seed)
+        _refuse_unsupported(path, options)
         kind = "Image" if len(shape) == 3 else "Video"
         columns = columns_of(table, kind)
         if options.image_column is not None:
             columns = [_existing(table, options.image_column, path)]
         if len(shape) not in (3, 4) or not columns:
             raise UsageError(
-                f"{os.fspath(path)} has no column of type {kind}, the model takes {shape}; it has {_types(table)}: "
+                f"{os.fspath(path)} has no column of type {kind} for a model of shape {shape}; it has {_types(table)}: "
                 "name one with data.image_column=NAME"
             )
         if not len(table):
-            raise UsageError(f"{os.fspath(path)} is empty: it has no row")
+            raise UsageError(f"{os.fspath(path)} is empty: use a split with at least one row")
         self.column = columns[0]
-        # The bytes, not what that package would decode: ours are turned, converted and cut as files are.
+        # Get the bytes and decode them here, so that they are oriented, converted and cropped like files.
         feature = table.features[self.column]
         feature = type(feature) if type(feature).__name__ == kind else getattr(hub, kind)
         try:
             self.table = table.select_columns([self.column]).cast_column(self.column, feature(decode=False))
         except Exception as error:
             raise UsageError(
-                f"{os.fspath(path)}: column {self.column} holds no {kind.lower()}s ({first_line(error)}): name another "
-                "with data.image_column=NAME"
+                f"{os.fspath(path)}: column {self.column} contains no {kind.lower()}s ({first_line(error)}): name "
+                "another with data.image_column=NAME"
             ) from error
         self.label, self.classes, self.labels = self._read_labels(table)
         self.whole_numbers = [n for n, feature in table.features.items() if "int" in str(getattr(feature, "dtype", ""))]
-        self.framing = make_framing(shape[-2:], options)
-        self.windows = ClipSampler(shape[1], options) if len(shape) == 4 else None
+        self.resize_crop = make_resize_crop(shape[-2:], options)
+        self.clip_sampler = ClipSampler(shape[1], options) if len(shape) == 4 else None
         self.frames = shape[1]
-        self.parts_of_row = options.windows if self.windows else 1
+        self.parts_of_row = options.windows if self.clip_sampler else 1
         self.skipped: list[tuple[Any, str]] = []
-        self.infos = self._first_info()  # of one clip, for their rate
+        self.infos = self._first_info()  # of one clip, for the frame rate
 
     def _first_info(self) -> list[VideoInfo]:
-        if self.windows is None:
+        if self.clip_sampler is None:
             return []
         for row in range(min(len(self.table), 8)):
             with suppress(UsageError):
@@ -89,7 +89,7 @@ class HubDataset(SampleDataset):
         return []
 
     def _read_labels(self, table: Any) -> tuple[str | None, list[str], list[int]]:
-        """The label column, the names of its classes, and the class of every row (-1: none)."""
+        """Return the label column, the names of its classes, and the class of every row (-1: none)."""
         wanted = self.config.label_column
         labels = columns_of(table, "ClassLabel") if wanted is None else [_existing(table, wanted, self.path)]
         if not labels:
@@ -99,50 +99,48 @@ class HubDataset(SampleDataset):
             names = list(table.features[labels[0]].names)
             return labels[0], names, [-1 if value is None else int(value) for value in values]
         if not all(value is None or isinstance(value, str | int) for value in values):
-            raise UsageError(f"{os.fspath(self.path)}: column {wanted} holds {table.features[wanted]}: no class labels")
+            raise UsageError(
+                f"{os.fspath(self.path)}: column {wanted} contains {table.features[wanted]}, not class labels"
+            )
         names = sort_classes({str(value) for value in values if value is not None and value != -1})
         number = {name: i for i, name in enumerate(names)}
         return labels[0], names, [number.get(str(value), -1) for value in values]
 
     def set_epoch(self, epoch: int) -> None:
-        self.chance.set_epoch(epoch)
+        """Set the epoch of `dataset[index]`, in all workers."""
+        self.rng.set_epoch(epoch)
 
     def __len__(self) -> int:
         return len(self.table) * self.parts_of_row
 
     def __getitem__(self, index: int) -> dict[str, Tensor | int]:
-        return self.draw(index, self.chance.epoch)
+        return self.draw(index, self.rng.epoch)
 
     def draw(self, index: int, epoch: int) -> dict[str, Tensor | int]:
-        """The item as a given epoch draws it."""
-        from torchvision.transforms.v2 import functional as transforms
-
+        """Return item `index` of an epoch. Raises `UsageError` if the row has no readable picture."""
         index = range(len(self))[index]
         row, part = divmod(index, self.parts_of_row)
-        chance = self.chance.draw(index, epoch)
+        rng = self.rng.draw(index, epoch)
         source = self._source(row, index)
         label = self.labels[row] if self.label else -1
-        if self.windows is None:
-            whole = self.framing.scales == (1.0, 1.0)  # a small crop needs the fine pixels
-            size = self.framing.size if whole else None
+        if self.clip_sampler is None:
+            can_reduce = self.resize_crop.scales == (1.0, 1.0)  # a small crop needs the full resolution
+            size = self.resize_crop.size if can_reduce else None
             image = read_image(source, self.shape[0], at_least=size, max_pixels=self.config.max_pixels)
-            return {"x": self.framing(image, chance), "label": label}
+            return {"x": self.resize_crop(image, rng), "label": label}
         info = probe_video(source, max_pixels=self.config.max_pixels)
-        self.windows.check(source, info)
-        indices = self.windows.draw(info, part, self.parts_of_row, chance)
-        frame = self.framing.plan(info.size, chance)
+        self.clip_sampler.check(source, info)
+        indices = self.clip_sampler.draw(info, part, self.parts_of_row, rng)
         with open_video(source, self.config.decoder, info) as video:
-            frames = self.framing.cut(video.read(indices, smaller(frame.size, info.size)), frame)
-        if self.shape[0] == 1:
-            frames = transforms.rgb_to_grayscale(frames)
-        return {"x": frames.transpose(0, 1).contiguous(), "label": label}
+            x = self.resize_crop.read_clip(video, indices, info.size, rng, self.shape[0])
+        return {"x": x, "label": label}
 
     def _source(self, row: int, index: int) -> Buffer:
-        """The bytes of a row's picture. UsageError where there are none."""
+        """Return the bytes of a row's picture. Raises `UsageError` if there are none."""
         cell, name = self.table[row][self.column] or {}, self.name_of(index)
         content, path = cell.get("bytes"), str(cell.get("path") or "")
         if content is None and not path:
-            raise UsageError(f"{name} holds nothing in column {self.column}")
+            raise UsageError(f"{name} has no value in column {self.column}")
         if content is None:
             try:
                 content = Path(path).read_bytes()
@@ -151,19 +149,21 @@ class HubDataset(SampleDataset):
         return Buffer(name + Path(path).suffix, bytes(content))
 
     def name_of(self, index: int) -> str:
+        """Return the name of the item's row, PATH[ROW]."""
         return f"{os.fspath(self.path)}[{index // self.parts_of_row}]"
 
     def describe(self) -> str:
+        """Return a summary in a few lines: rows, classes, clips per epoch."""
         lines = [f"{len(self.table)} rows of column {self.column}{class_list(self.classes)}"]
         if self.parts_of_row > 1:
-            lines.append(f"{counted(len(self), 'window')} an epoch")
+            lines.append(f"{counted(len(self), 'clip')} per epoch")
         if not self.label and (numbers := self.whole_numbers):
-            lines.append(f"no labels: {', '.join(numbers)} are whole numbers; --label-column {numbers[0]} takes them")
+            lines.append(f"no labels; integer columns: {', '.join(numbers)}; --label-column {numbers[0]} uses one")
         return "\n".join(lines)
 
 
 def kind_of_hub(path: str | os.PathLike[str], options: DataConfig) -> str:
-    """image or video, by the types of the columns. UsageError where there are both."""
+    """Return "image" or "video", depending on the types of the columns. Raises `UsageError` if there are both."""
     table = load_table(os.fspath(path))
     if options.image_column is not None:
         feature = table.features[_existing(table, options.image_column, path)]
@@ -174,14 +174,14 @@ def kind_of_hub(path: str | os.PathLike[str], options: DataConfig) -> str:
     images, videos = columns_of(table, "Image"), columns_of(table, "Video")
     if images and videos:
         raise UsageError(
-            f"{os.fspath(path)} has images ({images[0]}) and clips ({videos[0]}): say which to use, --frames 16 or "
-            "--frames 0"
+            f"{os.fspath(path)} has images ({images[0]}) and clips ({videos[0]}): choose the clips (--frames 16) or "
+            "the images (--frames 0)"
         )
     return "video" if videos else "image"
 
 
 def columns_of(table: Any, kind: str) -> list[str]:
-    """The names of the columns of a type."""
+    """Return the names of the columns of a type."""
     return [name for name, feature in table.features.items() if type(feature).__name__ == kind]
 
 
@@ -195,19 +195,19 @@ def _types(table: Any) -> str:
     return ", ".join(f"{name} ({type(feature).__name__})" for name, feature in table.features.items())
 
 
-def _refuse_unheeded(path: str | os.PathLike[str], options: DataConfig) -> None:
-    """UsageError for options that need to know every clip before the first is drawn."""
+def _refuse_unsupported(path: str | os.PathLike[str], options: DataConfig) -> None:
+    """Raise `UsageError` for options that require every clip to be indexed before the first is drawn."""
     default = DataConfig()
     for name in ("buckets", "avoid_cuts", "sampling"):
         if (value := getattr(options, name)) != getattr(default, name):
             raise UsageError(
-                f"{os.fspath(path)}: data.{name}={value} is for folders and shards, whose files are looked into first: "
+                f"{os.fspath(path)}: data.{name}={value} requires folders or shards, whose files are indexed first: "
                 "leave it out"
             )
 
 
 def import_hub() -> Any:
-    """The Hugging Face package, not a folder of that name. UsageError where it is not there, or not it."""
+    """Import and return the package `datasets`; raise `UsageError` if it is missing, or shadowed by a folder."""
     try:
         import datasets
     except ImportError as error:
@@ -221,8 +221,9 @@ def import_hub() -> Any:
 
 
 def load_table(name: str) -> Any:
-    """The rows of `hf:NAME`, `hf:NAME:SPLIT`, `hf:NAME:CONFIGURATION:SPLIT` or of a saved folder; of several splits,
-    train.
+    """Load the table `hf:NAME`, `hf:NAME:SPLIT`, `hf:NAME:CONFIGURATION:SPLIT` or a saved folder.
+
+    If there are several splits, train is used, or the first one. Raises `UsageError` if it cannot be loaded.
     """
     import_hub()
     files = [Path(name, file) for file in ("state.json", "dataset_dict.json")]
@@ -233,18 +234,18 @@ def load_table(name: str) -> Any:
 def _load(name: str, modified: tuple[int, ...]) -> Any:
     hub = import_hub()
     try:
-        if not name.startswith(PREFIX):
+        if not name.startswith(HUB):
             table = hub.load_from_disk(name)
         else:
-            repo, *rest = name[len(PREFIX) :].split(":")
+            repo, *rest = name[len(HUB) :].split(":")
             *configurations, split = rest or [""]
             if len(configurations) > 1:
                 raise ValueError("write hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIGURATION:SPLIT")
             table = hub.load_dataset(repo, *configurations, split=split or None, trust_remote_code=False)
     except Exception as error:
-        said = " ".join(str(error).split())[:400] or repr(error)
-        advice = f": write {name.split(':')[0]}:{name.split(':')[1]}:NAME:train" if "onfig name" in said else ""
-        raise UsageError(f"{name} cannot be loaded: {said}{advice}") from error
+        reason = " ".join(str(error).split())[:400] or repr(error)
+        advice = f": write {name.split(':')[0]}:{name.split(':')[1]}:NAME:train" if "onfig name" in reason else ""
+        raise UsageError(f"{name} cannot be loaded: {reason}{advice}") from error
     if isinstance(table, dict):
         split = "train" if "train" in table else next(iter(table))
         return table[split]

@@ -1,4 +1,4 @@
-"""Folders and shards of images."""
+"""The dataset of images in folders and shards."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ __all__ = ["ImageFolder", "read_image"]
 
 
 class ImageFolder(SampleDataset):
-    """Images of a folder or of tar shards; item: `{"x": uint8 (C, H, W), "label": class or -1}`, with "embedding"
-    (vectors, width) where the options ask for them.
+    """A dataset of the images in a folder or in tar shards.
 
-    The short side is resized so that `image_size`, one number or (H, W), fits, then cropped. What is drawn depends on
-    (seed, epoch, index) alone. `index` is a file that keeps what is known of the data between runs; the other options
-    are the fields of `DataConfig`, by name or as one `config`. Raises UsageError where no image can be read.
+    Items are `{"x": uint8 (C, H, W), "label": class or -1}`, plus "embedding" (vectors, width) if configured. An image
+    is resized until it just covers `image_size`, a number or (H, W), and then cropped. An item depends on (seed, epoch,
+    index) alone. `index` is a file that caches the properties of the data between runs; the other options are the
+    fields of `DataConfig`, passed by name or as one `config`. Raises `UsageError` if no image can be read.
     """
 
     def __init__(
@@ -44,12 +44,12 @@ class ImageFolder(SampleDataset):
         **options: Any,
     ) -> None:
         if channels not in PIL_MODES:
-            raise UsageError(f"images have 1, 3 or 4 channels, not {channels}")
+            raise UsageError(f"images must have 1, 3 or 4 channels, not {channels}")
         self.config = config or data_config(**options)
         self.root, self.channels = Path(root), channels
-        self.framing = make_framing(image_size, self.config)
-        self.shape = (channels, *self.framing.size)
-        self.chance = SampleRNG(seed)
+        self.resize_crop = make_resize_crop(image_size, self.config)
+        self.shape = (channels, *self.resize_crop.size)
+        self.rng = SampleRNG(seed)
         self.index = make_index(root, "image", self.config, path=index, progress=True)
         self.index.require_some(self.config.strict)
         self.skipped = self.index.unusable
@@ -59,51 +59,57 @@ class ImageFolder(SampleDataset):
         self.embeddings = open_embeddings(entries, self.config, index)
         self.buckets = Buckets(self.config.buckets, rank=2)
         self.bucket_of = self.buckets.assign([(1, *size) for size in self.sizes])
-        self.framings = [make_framing(shape, self.config) for shape in self.buckets.shapes] or [self.framing]
+        self.resize_crops = [make_resize_crop(shape, self.config) for shape in self.buckets.shapes] or [
+            self.resize_crop
+        ]
 
     @property
     def seed(self) -> int:
-        return self.chance.seed
+        """The seed of the random numbers."""
+        return self.rng.seed
 
     def set_epoch(self, epoch: int) -> None:
-        self.chance.set_epoch(epoch)
+        """Set the epoch of `dataset[index]`, in all workers."""
+        self.rng.set_epoch(epoch)
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> dict[str, Tensor | int]:
-        return self.draw(index, self.chance.epoch)
+        return self.draw(index, self.rng.epoch)
 
     def draw(self, index: int, epoch: int) -> dict[str, Tensor | int]:
-        """The item as a given epoch draws it."""
+        """Return item `index` of an epoch. Raises `UsageError` if the file cannot be read."""
         index = range(len(self))[index]
-        framing = self.framings[self.bucket_of[index]]
-        whole = framing.scales == (1.0, 1.0)  # a small crop needs the fine pixels
+        resize_crop = self.resize_crops[self.bucket_of[index]]
+        can_reduce = resize_crop.scales == (1.0, 1.0)  # a small crop needs the full resolution
         image = read_image(
             self.files[index],
             self.channels,
-            at_least=framing.size if whole else None,
+            at_least=resize_crop.size if can_reduce else None,
             max_pixels=self.config.max_pixels,
         )
-        x = framing(image, self.chance.draw(index, epoch))
+        x = resize_crop(image, self.rng.draw(index, epoch))
         item: dict[str, Tensor | int] = {"x": x, "label": self.labels[index]}
         return item if self.embeddings is None else {**item, "embedding": self.embeddings[index]}
 
     def name_of(self, index: int) -> str:
+        """Return the name of the item's file."""
         return str(self.files[index])
 
     def describe(self) -> str:
-        """A few lines on what was found: files, classes, sizes, what is enlarged, what was skipped."""
+        """Return a summary in a few lines: files, classes, sizes, enlarged images, skipped files."""
         lines = [f"{counted(len(self), 'image')}, {size_range(self.sizes)}{class_list(self.classes)}"]
         lines += [self.embeddings.describe()] if self.embeddings else []
         lines += self.buckets.describe(self.bucket_of)
-        lines += self.framing.describe_enlarged(self.sizes) + describe_skipped(self.skipped)
+        lines += self.resize_crop.describe_enlarged(self.sizes) + describe_skipped(self.skipped)
         notes = Counter(note for entry in self.index.usable for note in entry.info.notes)
         lines += [f"{count} of {len(self)}: {note}" for note, count in notes.most_common(3)]
-        return "\n".join(lines + self.index.describe_passed_over())
+        return "\n".join(lines + self.index.describe_ignored())
 
 
-def make_framing(size: Any, options: DataConfig) -> ResizeCrop:
+def make_resize_crop(size: Any, options: DataConfig) -> ResizeCrop:
+    """Build the resize-crop transform to `size` (a number or (H, W)) with the options of the data."""
     return ResizeCrop(
         size,
         crop=options.crop,

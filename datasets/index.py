@@ -1,4 +1,4 @@
-"""What is known of every file of a data set, gathered once and kept in one file: JSON lines, one for each file."""
+"""The index of a dataset: the properties of every file, probed once and stored as JSON lines, one per file."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -30,6 +29,7 @@ from rin_video.datasets.shards import companion, companions, is_shards, members_
 from rin_video.datasets.sources import Member, Source, decode_text, open_source, shown, size_of
 from rin_video.datasets.video_info import MAX_PIXELS, VideoInfo
 from rin_video.errors import TimeLimitError, TransientError, UsageError
+from rin_video.files import atomic_write
 from rin_video.progress import progress_bar
 from rin_video.wording import counted, in_bytes
 
@@ -38,36 +38,37 @@ log = logging.getLogger("rin_video")
 VERSION = 2
 INFOS: dict[DataKind, type] = {"image": ImageInfo, "video": VideoInfo, "array": ArrayInfo}
 CAPTION_LENGTH = 10_000
-SAVE_EVERY = 60.0  # seconds: what is found is kept, however the search ends
-MANY = 1000  # files that take a while
-NOTES = 20  # lines on single files
+SAVE_EVERY = 60.0  # seconds between saves, so that an interrupted run keeps its results
+MANY = 1000  # number of files from which indexing takes a while and is logged
+NOTES = 20  # at most this many lines about single files
 
 
 @dataclass
 class Entry:
-    """One file."""
+    """The index entry of one file."""
 
     source: Source
     bytes: int
-    modified: int  # nanoseconds; of the shard, for a member
-    info: Any = None  # ImageInfo, VideoInfo or ArrayInfo; None where the file cannot be used
-    error: str | None = None  # why it cannot
+    modified: int  # modification time in nanoseconds; for a member, of its shard
+    info: Any = None  # ImageInfo, VideoInfo or ArrayInfo; None if the file cannot be used
+    error: str | None = None  # why it cannot be used
     hash: str = ""  # of the content
     class_name: str | None = None
     caption: str | None = None
-    limit: float = 0.0  # seconds after which it was given up; 0: it was not
+    limit: float = 0.0  # the time limit in seconds that probing exceeded; 0: it did not
 
 
 @dataclass(frozen=True)
 class Probe:
-    """How files are looked into. `work` is called in a child process."""
+    """A function that probes a file in a subprocess and returns (info, content hash)."""
 
     kind: DataKind
     cuts: bool = False
     max_pixels: int = MAX_PIXELS
-    decoder: DecoderOption = "auto"  # or decord, which has to be tried on each file
+    decoder: DecoderOption = "auto"  # or decord, which must be tested on each file
 
     def __call__(self, source: Source) -> tuple[Any, str]:
+        """Probe a file; return its info and the hash of its content. Raises `UsageError` if it cannot be used."""
         if self.kind == "image":
             info: Any = probe_image(source, max_pixels=self.max_pixels)
         elif self.kind == "array":
@@ -77,7 +78,7 @@ class Probe:
         return info, content_hash(source)
 
     def warm_up(self) -> None:
-        """What a process imports once, and no file should pay for."""
+        """Import the libraries before the first file, so that imports do not count towards its time limit."""
         if self.kind == "video":
             import av  # noqa: F401
 
@@ -88,38 +89,39 @@ class Probe:
             PIL.Image.init()
 
     def _video(self, source: Source) -> VideoInfo:
-        """`probe_video`, and the first decoder that really reads it here."""
+        """Return the result of `probe_video`, with the first decoder that can read the file on this machine."""
         from dataclasses import replace
 
         info = probe_video(source, cuts=self.cuts, max_pixels=self.max_pixels)
         with Video(source, info, backends_for(info, self.decoder, strict=False)) as video:
             for index in (0, info.num_frames // 2, info.num_frames - 1):
-                with suppress(LostFramesError):  # it costs the windows that touch it
+                with suppress(LostFramesError):  # only clips with these frames are affected
                     video.read([index])
             return replace(info, decoder=video.backend)
 
 
 class Index:
-    """The entries of a data set, in the order of their names; `passed_over` are the other files beside them."""
+    """The entries of a dataset, sorted by name; `ignored` has the files of other kinds."""
 
-    def __init__(self, root: str | PathLike[str], entries: Sequence[Entry], passed_over: Sequence[Source] = ()) -> None:
-        self.root, self.entries, self.passed_over = root, list(entries), list(passed_over)
+    def __init__(self, root: str | PathLike[str], entries: Sequence[Entry], ignored: Sequence[Source] = ()) -> None:
+        self.root, self.entries, self.ignored = root, list(entries), list(ignored)
 
     @property
     def usable(self) -> list[Entry]:
+        """The entries of the files that can be used."""
         return [entry for entry in self.entries if entry.error is None]
 
     @property
     def unusable(self) -> list[tuple[Source, str]]:
-        """The files that cannot be used, with the reasons."""
+        """(file, reason) of the files that cannot be used."""
         return [(entry.source, entry.error) for entry in self.entries if entry.error is not None]
 
     def require_some(self, strict: bool) -> None:
-        """Raises UsageError where no file is left, or, with `strict`, where one is missing."""
+        """Raise `UsageError` if no file can be used or, with `strict`, if any file cannot be used."""
         refuse_skipped(len(self.usable), self.unusable, strict)
 
     def describe(self) -> str:
-        """A few lines: how many, how long, which codecs, copies, what cannot be used."""
+        """Return a summary in a few lines: counts, durations, codecs, duplicates, unusable files."""
         good = self.usable
         lines = [
             f"{len(good)} of {counted(len(self.entries), 'file')} can be used, {in_bytes(sum(e.bytes for e in good))}"
@@ -132,62 +134,61 @@ class Index:
             lines += [f"{kind}: {_counted(getattr(info, kind) for info in videos)}" for kind in kinds]
             if any(info.cuts is not None for info in videos):
                 lines.append(f"scene cuts: {sum(len(info.cuts or ()) for info in videos)}")
-            lines += [f"frames a second: {_counted(f'{info.fps:.4g}' for info in videos)}"]
+            lines += [f"frames per second: {_counted(f'{info.fps:.4g}' for info in videos)}"]
             notes = [f"{shown(entry.source)}: {note}" for entry in good for note in getattr(entry.info, "notes", ())]
             lines += notes[:NOTES] + (describe_notes(videos) if len(notes) > NOTES else [])
         classes, _ = number_classes([entry.class_name for entry in good])
         lines += [f"classes: {_counted(entry.class_name for entry in good)}"] if classes else []
         lines += [f"captions: {n}"] if (n := sum(entry.caption is not None for entry in good)) else []
         copies = len(good) - len({entry.hash for entry in good})
-        lines += [f"{copies} of them {'is a copy' if copies == 1 else 'are copies'} of others"] if copies else []
+        lines += [counted(copies, "duplicate")] if copies else []
         notes = [f"{shown(entry.source)}: {note}" for entry in good for note in getattr(entry.info, "notes", ())]
         lines += notes[:NOTES] if good and isinstance(good[0].info, ImageInfo) else []
-        return "\n".join(lines + describe_skipped(self.unusable, limit=20) + self.describe_passed_over(limit=20))
+        return "\n".join(lines + describe_skipped(self.unusable, limit=20) + self.describe_ignored(limit=20))
 
-    def describe_passed_over(self, limit: int = 3) -> list[str]:
-        """A line on the files of other kinds, none where there are none."""
-        if not self.passed_over:
+    def describe_ignored(self, limit: int = 3) -> list[str]:
+        """Return a line about the files of other kinds, or no line if there are none."""
+        if not self.ignored:
             return []
-        kinds = _counted(other.suffix.lower() or "no extension" for other in self.passed_over)
-        names = ", ".join(shown(Path(str(other)).name) for other in self.passed_over[:limit])
-        more = ", ..." if len(self.passed_over) > limit else ""
-        return [f"passed over: {counted(len(self.passed_over), 'file')} of other kinds ({kinds}): {names}{more}"]
+        kinds = _counted(other.suffix.lower() or "no extension" for other in self.ignored)
+        names = ", ".join(shown(Path(str(other)).name) for other in self.ignored[:limit])
+        more = ", ..." if len(self.ignored) > limit else ""
+        return [f"ignored: {counted(len(self.ignored), 'file')} of other kinds ({kinds}): {names}{more}"]
 
     def save(self, path: Path, probe: Probe) -> None:
-        """Write it atomically; several processes may do so at once."""
+        """Write the index file atomically; several processes may do so at the same time.
+
+        Raises `UsageError` if it cannot be written.
+        """
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(prefix=".index-", suffix=".tmp", dir=path.parent)
-            try:
-                with os.fdopen(handle, "w", encoding="ascii", newline="\n") as file:
-                    file.write(json.dumps(_header(self.root, probe)) + "\n")
-                    file.writelines(json.dumps(_to_row(entry)) + "\n" for entry in self.entries)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(temporary, path)
-            finally:
-                Path(temporary).unlink(missing_ok=True)
+            with (
+                atomic_write(path, unique=True, durable=False) as temporary,
+                temporary.open("w", encoding="ascii", newline="\n") as file,
+            ):
+                file.write(json.dumps(_header(self.root, probe)) + "\n")
+                file.writelines(json.dumps(_to_row(entry)) + "\n" for entry in self.entries)
         except OSError as error:
             reason = f"the index {shown(path)} cannot be written ({error.strerror})"
             raise UsageError(f"{reason}: use another --out") from error
 
 
 def load_index(path: Path, root: str | PathLike[str], probe: Probe) -> dict[str, list[Any]]:
-    """The rows of an index file by the names of their files; none where it is of other data or limits, or damaged."""
+    """Return the rows of an index file by file name; empty if it is damaged or was made for other data or limits."""
     width, info_width = len(fields(Entry)), len(fields(INFOS[probe.kind]))
     try:
         with path.open(encoding="ascii") as file:
             if json.loads(file.readline()) != _header(root, probe):
                 return {}
             rows = {row[0]: row for row in map(json.loads, file)}
-        whole = all(len(row) == width and (row[3] is None or len(row[3]) == info_width) for row in rows.values())
-        return rows if whole else {}
+        complete = all(len(row) == width and (row[3] is None or len(row[3]) == info_width) for row in rows.values())
+        return rows if complete else {}
     except (OSError, ValueError, TypeError, LookupError, RecursionError):
         return {}
 
 
-def own_index(path: Path, root: str | PathLike[str]) -> Path:
-    """`path`, or another one beside it where that file is the index of other data: it may have taken an hour."""
+def index_path_for(path: Path, root: str | PathLike[str]) -> Path:
+    """Return `path`, or another path next to it if that file indexes other data, which may have taken an hour."""
     try:
         with path.open(encoding="ascii") as file:
             other = json.loads(file.readline())["root"] != os.path.abspath(root)
@@ -198,10 +199,10 @@ def own_index(path: Path, root: str | PathLike[str]) -> Path:
 
 
 def entry_of(source: Source, row: list[Any], info_of: type) -> Entry:
-    """A row of `load_index` as the entry of its file."""
+    """Convert a row of `load_index` to the entry of its file."""
     entry = Entry(source, *row[1:])
     if entry.info is not None:
-        # Past __init__, which in a frozen dataclass takes four times as long: an index may hold very many.
+        # Bypass __init__, which takes four times as long in a frozen dataclass: an index may have very many entries.
         values = [tuple(value) if type(value) is list else value for value in row[3]]
         entry.info = object.__new__(info_of)
         vars(entry.info).update(zip(info_of.__dataclass_fields__, values, strict=True))  # type: ignore[attr-defined]
@@ -209,8 +210,8 @@ def entry_of(source: Source, row: list[Any], info_of: type) -> Entry:
 
 
 @contextmanager
-def keeping_all() -> Iterator[None]:
-    """Nothing made here is garbage, and looking for it would take half of the time."""
+def gc_paused() -> Iterator[None]:
+    """Disable garbage collection in the block, which creates no garbage; it would take half of the time."""
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -228,15 +229,15 @@ def make_index(
     path: Path | None = None,
     progress: bool = False,
 ) -> Index:
-    """Look into every file that is new or has changed since the index file `path` was written; then rewrite it.
+    """Probe every file that is new or has changed since the index file `path` was written, then update that file.
 
-    `kind` is image, video or array. A file gets `options.read_timeout` seconds, in a child process. Raises UsageError
-    where there are none.
+    `kind` is image, video or array. Subprocesses probe the files, with a limit of `options.read_timeout` seconds per
+    file. Raises `UsageError` if there are no files, or if the folders are splits.
     """
     options = options or DataConfig()
     if kind not in KINDS:
         raise UsageError(f"unknown kind {kind!r}: use one of {', '.join(KINDS)}")
-    path = path and own_index(path, root)
+    path = path and index_path_for(path, root)
     sources, others = split_sources(
         root, KINDS[kind], allow_pipe=options.allow_pipe, cache=path.parent / "pipes" if path else None
     )
@@ -244,9 +245,9 @@ def make_index(
     probe = Probe(kind, options.avoid_cuts and kind == "video", options.max_pixels, decoder)
     entries, changed = [], []
     modified: dict[Path, tuple[int, int]] = {}
-    with keeping_all():
+    with gc_paused():
         known = load_index(path, root, probe) if path else {}
-        aside = _companions_of(root, sources)
+        by_key = _companions_of(root, sources)
         for source in sources:
             size, when = _state(source, modified)
             row = known.get(str(source))
@@ -255,14 +256,14 @@ def make_index(
             else:
                 entry = Entry(source, size, when)
                 changed.append(entry)
-            entry.class_name, entry.caption = _about(root, source, aside)
+            entry.class_name, entry.caption = _class_and_caption(root, source, by_key)
             entries.append(entry)
     refuse_splits(root, {entry.class_name for entry in entries})
     if progress and len(changed) >= MANY:
         alone = f"`rin-video index {os.fspath(root)}`"
-        kept = f"what is found is kept ({alone} does this alone)" if path else f"nothing is kept: {alone} keeps it"
-        log.info("looking into %s, once; %s", counted(len(changed), "file"), kept)
-    passing: set[int] = set()  # entries that are not the files' fault, and are not kept
+        kept = f"the index is saved ({alone} only indexes)" if path else f"the index is not saved: {alone} saves it"
+        log.info("indexing %s; %s", counted(len(changed), "file"), kept)
+    passing: set[int] = set()  # entries with errors that are not the file's fault, which are not saved
     saved = time.monotonic()
 
     def save() -> None:
@@ -299,7 +300,7 @@ def make_index(
 
 
 def content_hash(source: Source) -> str:
-    """BLAKE2b of the content, 128 bits."""
+    """Return the 128-bit BLAKE2b hash of a file's content, as hex."""
     digest = hashlib.blake2b(digest_size=16)
     with open_source(source) as file:
         while block := file.read(1 << 20):
@@ -309,7 +310,7 @@ def content_hash(source: Source) -> str:
 
 
 def refuse_skipped(num_usable: int, skipped: Sequence[tuple[Source, str]], strict: bool) -> None:
-    """Raises UsageError with the first few reasons where no file is left or, with `strict`, where one is missing."""
+    """Raise a `UsageError` with the first reasons if no file is usable or, with `strict`, if any was skipped."""
     if num_usable and not (strict and skipped):
         return
     reasons = "; ".join(reason for _, reason in skipped[:3])
@@ -322,15 +323,16 @@ def refuse_skipped(num_usable: int, skipped: Sequence[tuple[Source, str]], stric
 
 
 def describe_notes(infos: Sequence[VideoInfo]) -> list[str]:
-    """How many clips are not simply what they seem, by what they are."""
+    """Return a line for each kind of note (HDR, damaged, ...) with the number of clips that have it."""
     counts = Counter(note.split(":")[0] for info in infos for note in info.notes)
     return [f"{note}: {count} of {len(infos)}" for note, count in counts.most_common()]
 
 
 def describe_skipped(skipped: Sequence[tuple[Source, str]], limit: int = 3) -> list[str]:
+    """Return a line for each of the first `limit` skipped files, with the reason, and one for the rest."""
     lines = [f"skipped: {reason}" for _, reason in skipped[:limit]]
     more = len(skipped) - limit
-    return lines + ([f"skipped: {more} more, {len(skipped)} in all"] if more > 0 else [])
+    return lines + ([f"skipped: {more} more, {len(skipped)} in total"] if more > 0 else [])
 
 
 def _header(root: str | PathLike[str], probe: Probe) -> dict[str, Any]:
@@ -340,7 +342,7 @@ def _header(root: str | PathLike[str], probe: Probe) -> dict[str, Any]:
 
 
 def _to_row(entry: Entry) -> list[Any]:
-    """The values of an entry in the order of its fields, those of its info within them."""
+    """Return the values of an entry, in the order of its fields, with those of its info as a nested list."""
     info = None if entry.info is None else list(vars(entry.info).values())
     return [str(entry.source), entry.bytes, entry.modified, info, *list(vars(entry).values())[4:]]
 
@@ -351,7 +353,7 @@ def _state(source: Source, seen: dict[Path, tuple[int, int]]) -> tuple[int, int]
         try:
             state = path.stat()
             seen[path] = (state.st_size, state.st_mtime_ns)
-        except OSError:  # a link to nowhere
+        except OSError:  # a broken link
             seen[path] = (0, 0)
     size, when = seen[path]
     return (size_of(source) if isinstance(source, Member) else size), when
@@ -362,13 +364,13 @@ def _companions_of(root: str | PathLike[str], sources: Sequence[Source]) -> dict
     return companions([member for shard in shards for member in members_of(shard)[0]])
 
 
-def _about(
-    root: str | PathLike[str], source: Source, aside: dict[tuple[Path, str], dict[str, Member]]
+def _class_and_caption(
+    root: str | PathLike[str], source: Source, by_key: dict[tuple[Path, str], dict[str, Member]]
 ) -> tuple[str | None, str | None]:
-    """Class and caption of a file: its folder, or `.cls` in a shard; `.txt` beside it."""
+    """Return (class, caption) of a file: its folder, or `.cls` in a shard; the text of its `.txt` file."""
     name = first_folder(root, source)
     if isinstance(source, Member):
-        class_file, text_file = (companion(aside, source, suffix) for suffix in (".cls", ".txt"))
+        class_file, text_file = (companion(by_key, source, suffix) for suffix in (".cls", ".txt"))
         name = name if class_file is None else read_text(class_file)
         return name, None if text_file is None else read_text(text_file)
     text = Path(str(source)).with_suffix(".txt")

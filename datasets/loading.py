@@ -1,7 +1,7 @@
 """An endless iterator over batches that survives the loss of its workers.
 
-A sample that its reader refuses (UsageError), that kills its worker or that hangs is left out from then on: a warning
-names it, a neighbour takes its place, and the run continues. Any other error ends the run and names the sample.
+A sample that raises `UsageError`, kills its worker or hangs is excluded from then on: a warning names it, a neighbour
+replaces it, and the run continues. Any other error ends the run and names the sample.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from rin_video.config import DataConfig
+from rin_video.datasets.batch import Batch
 from rin_video.datasets.fault_tolerance import (
     IDLE,
     STARTING,
@@ -39,21 +40,22 @@ from rin_video.errors import UsageError
 
 log = logging.getLogger("rin_video")
 
-SECONDS_BETWEEN_LOOKS = 0.25  # at the workers, while no batch arrives
-SECONDS_BETWEEN_REPORTS = 30.0  # of what the workers are reading meanwhile
-SECONDS_TO_END = 3.0  # before workers that were asked to end are killed
+SECONDS_BETWEEN_LOOKS = 0.25  # interval of checks of the workers while no batch arrives
+SECONDS_BETWEEN_REPORTS = 30.0  # interval of reports about what the workers are reading
+SECONDS_TO_END = 3.0  # grace period before workers are killed
 SIGCHLD, SIGBUS = getattr(signal, "SIGCHLD", None), getattr(signal, "SIGBUS", None)  # None: Windows
 
 
 class TrainLoader:
-    """An endless iterator over batches, from `first_batch` on. What they hold follows from the seed and their number.
+    """An endless iterator over batches, starting at `first_batch`; seed and number determine the content of a batch.
 
-    The `group` batches of one optimizer step are of one kind of data. As a context manager it ends its workers with the
-    block.
+    The `group` batches of one optimizer step contain one kind of data. As a context manager it ends its workers after
+    the block.
 
     A worker that dies, or reads one sample for longer than `options.read_timeout` seconds, is replaced when the next
-    batch is asked for; its death raises nothing before. Raises UsageError once more than `options.max_failures` samples
-    were left out or workers lost, and at once if the dataset raises another error or shared memory is too small.
+    batch is requested; its death raises no error before. Raises `UsageError` if more than `options.max_failures`
+    samples were excluded or workers lost, and immediately if the dataset raises another error or shared memory is too
+    small.
     """
 
     def __init__(
@@ -78,28 +80,29 @@ class TrainLoader:
         self.crashes = 0
         self.workers: list[Any] = []
         self._reported = 0.0
-        self.indices: list[int] = []  # of the last batch's samples, stand-ins as they are
+        self.indices: list[int] = []  # of the samples in the last batch, with replacements
         self._quiet: _Quiet | None = None
-        # If nobody closes this: at exit, multiprocessing sends workers a SIGTERM, which they ignore, and joins them.
+        # If the loader is not closed, multiprocessing sends workers a SIGTERM at exit, which they ignore, and joins
+        # them.
         self._kill = weakref.finalize(self, _kill, self.workers, os.getpid())
         atexit.register(self._kill)
         self._batches = self._start()
 
     @property
     def num_bad(self) -> int:
-        """How many samples are left out."""
+        """The number of excluded samples."""
         return int(self.draws.bad.sum())
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Batch]:
         return self
 
-    def __next__(self) -> Any:
+    def __next__(self) -> Batch:
         start = time.monotonic()
         while True:
             try:
                 batch = next(self._batches)
                 break
-            except Exception as error:  # with workers, of torch alone: what the dataset raises is a Failure
+            except Exception as error:  # with workers, an error of torch; those of the dataset arrive as a Failure
                 if not self.workers:
                     raise
                 self._look_after_workers(error, start)
@@ -109,7 +112,7 @@ class TrainLoader:
         if self.num_bad > self.options.max_failures:
             raise UsageError(
                 f"{self.num_bad} samples could not be read, data.max_failures is {self.options.max_failures}: "
-                "look at the warnings above"
+                "see the warnings above"
             )
         self.next_batch += 1
         return batch
@@ -121,7 +124,7 @@ class TrainLoader:
         self.close()
 
     def close(self) -> None:
-        """End the workers, within seconds whatever they are at."""
+        """End the workers within seconds, whatever they are doing."""
         try:
             self._end_workers()
         finally:
@@ -145,7 +148,7 @@ class TrainLoader:
             sampler=make_sampler(self.dataset, self.batch_size, **where),
             collate_fn=_unchanged,
             num_workers=workers,
-            worker_init_fn=partial(_begin, self.worker_init_fn),
+            worker_init_fn=partial(_init_worker, self.worker_init_fn),
             pin_memory=self.pin_memory,
             timeout=min(SECONDS_BETWEEN_LOOKS, self.options.read_timeout / 2) if workers else 0,
             prefetch_factor=self.options.prefetch if workers else None,
@@ -160,23 +163,23 @@ class TrainLoader:
         try:
             with enough_shared_memory():
                 batches = iter(loader)
-        except BaseException:  # torch ends those that were started by SIGTERM, which they ignore
+        except BaseException:  # torch sends the started workers a SIGTERM, which they ignore
             _kill([child for child in active_children() if child not in before], os.getpid())
             raise
-        # Private, as is `_shutdown_workers` below: torch has no public way to its workers.
+        # This and `_shutdown_workers` below are private: torch has no public access to its workers.
         self.workers += batches._workers  # type: ignore[attr-defined]
         if not (self._quiet and self._quiet.is_on()):
             self._quiet = _Quiet.begin()
         return batches
 
     def _look_after_workers(self, error: Exception, start: float) -> None:
-        """Find out why no batch has arrived: replace lost workers, or return if waiting longer makes sense."""
+        """Determine why no batch has arrived: replace lost workers, or return if it makes sense to wait longer."""
         timed_out = str(error).startswith("DataLoader timed out")  # torch has no class for it (pytorch pull 60725)
-        if not timed_out:  # receiving a batch from a dying worker may fail before its death shows
+        if not timed_out:  # receiving a batch from a dying worker may fail before its death is visible
             wait([worker.sentinel for worker in self.workers], timeout=1.0)
         now, limit = time.monotonic(), self.options.read_timeout
         dead = {slot: worker.exitcode for slot, worker in enumerate(self.workers) if not worker.is_alive()}
-        at, since = self.draws.at.tolist(), self.draws.since.tolist()  # in this order: `note` writes in the other
+        at, since = self.draws.at.tolist(), self.draws.since.tolist()  # `note` writes them in the opposite order
         reading = {slot: now - since[slot] for slot, index in enumerate(at) if index >= 0 and slot not in dead}
         hung = [slot for slot, seconds in reading.items() if seconds > limit]
         if dead or hung:
@@ -188,34 +191,34 @@ class TrainLoader:
             if STARTING in at:
                 raise did_not_start(None)
             raise UsageError(
-                f"no batch has arrived for {now - start:.0f} s, though the workers have read it: look at the messages "
+                f"no batch has arrived for {now - start:.0f} s, although the workers have read it: see the messages "
                 "above, or set data.num_workers=0 to read in this process"
             )
         elif now - max(start, self._reported) > SECONDS_BETWEEN_REPORTS:
             self._reported = now
             named = [f"{self.draws.name_of(at[slot])} for {seconds:.0f} s" for slot, seconds in reading.items()]
-            log.warning("no batch for %.0f s; being read: %s", now - start, ", ".join(named) or "nothing")
+            log.warning("no batch for %.0f s; workers are reading: %s", now - start, ", ".join(named) or "nothing")
 
     def _replace_workers(self, at: Sequence[int], dead: Mapping[int, int], hung: Sequence[int]) -> None:
-        """Start new workers from the batch that is due, and leave out what the lost ones were reading."""
+        """Start new workers at the next batch, and exclude the samples that the lost workers were reading."""
         for slot in sorted({*dead, *hung}):
             ended = how_it_ended(dead[slot]) if slot in dead else ""
             if at[slot] >= 0:
                 what = f"kills the process that reads it ({ended})" if ended else "hangs"
-                if not self.draws.bad[at[slot]]:  # two may be reading it
-                    log.warning("left out from now on: %s %s", self.draws.name_of(at[slot]), what)
+                if not self.draws.bad[at[slot]]:  # two workers may have been reading it
+                    log.warning("excluded from now on: %s %s", self.draws.name_of(at[slot]), what)
                 self.draws.bad[at[slot]] = 1
             elif SIGBUS and dead[slot] == -SIGBUS:
                 raise shared_memory_error()
             elif at[slot] == STARTING and dead[slot] >= 0:
                 raise did_not_start(dead[slot])
             else:
-                log.warning("a worker that was reading no sample died (%s) and is replaced", ended)
+                log.warning("an idle worker died (%s) and is replaced", ended)
         self.crashes += 1
         if self.crashes > self.options.max_failures:
             raise UsageError(
-                f"workers that read data died or hung {self.crashes} times, data.max_failures is "
-                f"{self.options.max_failures}: look at the warnings above"
+                f"data workers died or hung {self.crashes} times, data.max_failures is "
+                f"{self.options.max_failures}: see the warnings above"
             )
         for slot in hung:
             self.workers[slot].kill()
@@ -223,12 +226,13 @@ class TrainLoader:
         self._batches = self._start()
 
     def _end_workers(self) -> None:
-        """Ask them to end, then kill those that take longer than a moment."""
+        """Ask the workers to end, then kill those that do not within the grace period."""
         batches, self._batches = self._batches, iter(())
         if not self.workers:
             return
         try:
-            # torch calls this when the iterator is collected, which a traceback delays, and waits for hanging workers.
+            # torch only calls this when the iterator is collected, which a traceback delays, and waits for hung
+            # workers.
             ending = threading.Thread(target=batches._shutdown_workers, daemon=True)  # type: ignore[attr-defined]
             ending.start()
             ending.join(SECONDS_TO_END)
@@ -239,8 +243,8 @@ class TrainLoader:
 class _Quiet:
     """A handler of SIGCHLD that calls the previous one and suppresses its RuntimeErrors.
 
-    torch's handler raises wherever the main thread is when a worker dies, even amid a training step. `TrainLoader`
-    finds the death by itself when it waits for a batch.
+    When a worker dies, torch's handler raises wherever the main thread is, even within a training step. `TrainLoader`
+    detects the death itself when it waits for a batch.
     """
 
     def __init__(self, previous: Callable[[int, Any], Any]) -> None:
@@ -259,7 +263,7 @@ class _Quiet:
         return SIGCHLD is not None and signal.getsignal(SIGCHLD) is self
 
     def end(self) -> None:
-        """Back to the previous one, where nobody has put another on top."""
+        """Restore the previous handler, unless another one has been installed since."""
         if SIGCHLD and self.is_on() and _in_main_thread():
             signal.signal(SIGCHLD, self.previous)
 
@@ -268,9 +272,9 @@ class _Quiet:
             self.previous(number, frame)
 
 
-def _begin(also: Callable[[int], None] | None, worker: int) -> None:
-    """What a worker does first."""
-    gc.freeze()  # what was inherited is not tidied up here: it may wait for threads that a fork does not copy
+def _init_worker(also: Callable[[int], None] | None, worker: int) -> None:
+    """Initialise a worker."""
+    gc.freeze()  # do not collect inherited objects: their cleanup may wait for threads that a fork does not copy
     end_with_parent()
     if also:
         also(worker)

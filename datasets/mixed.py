@@ -1,4 +1,4 @@
-"""Clips and images for one model that holds a tokenizer for each: every step is of one kind, by a ratio."""
+"""Clips and images for a model with a tokenizer for each: a ratio determines which steps use images."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from rin_video.wording import counted
 
 
 class MixedDataset(SampleDataset):
-    """Clips, then images, as one dataset; `image_ratio` of the steps are of images. Items are those of the parts.
+    """The concatenation of a dataset of clips and one of images; a fraction `image_ratio` of the steps uses images.
 
-    Classes are the union by name: a folder `cats` of clips and one of images are one class; a part without classes is
-    trained on without labels. Raises UsageError for a ratio outside (0, 1).
+    The classes are the union by name: folders `cats` of clips and of images are the same class. A part without classes
+    gets no labels. Raises `UsageError` if the ratio is outside (0, 1).
     """
 
     def __init__(self, clips: Dataset[Any], images: Dataset[Any], image_ratio: float = DataConfig.image_ratio) -> None:
         if not 0 < image_ratio < 1:
-            raise UsageError(f"image_ratio is {image_ratio:g}: it must be above 0 and below 1, the share of the steps")
+            raise UsageError(f"image_ratio is {image_ratio:g}: the fraction of steps must be above 0 and below 1")
         clips, images = adapt(clips), adapt(images)
         self.clips, self.images, self.image_ratio = clips, images, image_ratio
         self.parts: tuple[Any, Any] = (clips, images)
@@ -44,7 +44,7 @@ class MixedDataset(SampleDataset):
         return self.draw(index, 0)
 
     def draw(self, index: int, epoch: int) -> dict[str, Any]:
-        """The item as a given epoch of its part draws it."""
+        """Return item `index` of an epoch. Raises `DatasetError` if its label is not a class of its part."""
         which, place = self.place_of(index)
         item, numbers = draw(self.parts[which], place, epoch), self.renumber[which]
         if numbers:
@@ -52,20 +52,21 @@ class MixedDataset(SampleDataset):
         return {**item, "label": numbers[item["label"]] if numbers and item["label"] >= 0 else -1}
 
     def place_of(self, index: int) -> tuple[int, int]:
-        """Which part an index is of, 0 (clips) or 1 (images), and its index there."""
+        """Return the part of an index, 0 (clips) or 1 (images), and the index in that part."""
         index = range(len(self))[index]
         return (0, index) if index < len(self.parts[0]) else (1, index - len(self.parts[0]))
 
     def name_of(self, index: int) -> str:
+        """Return the name of the item."""
         which, place = self.place_of(index)
         return getattr(self.parts[which], "name_of", lambda i: f"{('clip', 'image')[which]} {i}")(place)
 
     def describe(self) -> str:
-        """What was found of both kinds."""
+        """Return a summary of both parts in a few lines."""
         lines = [getattr(part, "describe", lambda p=part: counted(len(p), "sample"))() for part in self.parts]
-        lines.append(f"{self.image_ratio:.0%} of the steps are of images")
+        lines.append(f"{self.image_ratio:.0%} of the steps use images")
         if self.classes and not all(self.renumber):
-            lines.append(f"the {'images' if self.renumber[0] else 'clips'} have no classes: trained on without labels")
+            lines.append(f"the {'images' if self.renumber[0] else 'clips'} have no classes and get no labels")
         return "\n".join(lines)
 
     @staticmethod
@@ -74,9 +75,10 @@ class MixedDataset(SampleDataset):
 
 
 class MixtureSampler(Sampler[list[tuple[int, int]]]):
-    """Batches of clips or of images without end; which kind batch k is, and what it holds, follows from k alone.
+    """An endless sampler of batches of (epoch, index), each of clips or of images; k alone determines batch k.
 
-    The `group` batches of one optimizer step are of one kind: step s is of images where floor(s * ratio) rises.
+    The `group` batches of one optimizer step are of one kind. Step s uses images if floor((s + 1) * ratio) exceeds
+    floor(s * ratio).
     """
 
     def __init__(
@@ -86,13 +88,14 @@ class MixtureSampler(Sampler[list[tuple[int, int]]]):
         self.first_batch, self.where = first_batch, where
 
     def is_of_images(self, batch: int) -> bool:
+        """Return whether a batch consists of images."""
         step, ratio = batch // self.group, self.mixture.image_ratio
         return math.floor((step + 1) * ratio) > math.floor(step * ratio)
 
     def images_before(self, batch: int) -> int:
-        """How many batches before this one are of images."""
-        whole = math.floor(batch // self.group * self.mixture.image_ratio) * self.group
-        return whole + (batch % self.group if self.is_of_images(batch) else 0)
+        """Return the number of image batches before this batch."""
+        complete_steps = math.floor(batch // self.group * self.mixture.image_ratio) * self.group
+        return complete_steps + (batch % self.group if self.is_of_images(batch) else 0)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         done = self.images_before(self.first_batch)
@@ -109,7 +112,7 @@ class MixtureSampler(Sampler[list[tuple[int, int]]]):
 
 
 def make_sampler(dataset: Any, batch_size: int, *, group: int = 1, **where: Any) -> Sampler[list[tuple[int, int]]]:
-    """The sampler that suits a dataset; `where` is seed, first_batch, rank and num_ranks."""
+    """Build the sampler for a dataset; `where` has seed, first_batch, rank and num_ranks."""
     if isinstance(dataset, MixedDataset):
         return MixtureSampler(dataset, batch_size, group=group, **where)
     if getattr(getattr(dataset, "buckets", None), "shapes", ()):

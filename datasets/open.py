@@ -1,4 +1,4 @@
-"""A folder, shards, arrays or a hub's data set, and a model's shape, to the dataset that fits."""
+"""Opening of a folder, shards, arrays or a hub dataset as the dataset that fits the shape of a model."""
 
 from __future__ import annotations
 
@@ -29,22 +29,23 @@ def open_dataset(
     seed: int = 0,
     index: Path | None = None,
 ) -> Opened:
-    """Images (C, H, W) or clips (C, F, H, W), by the rank of `shape`; arrays of any shape; clips mixed with images.
+    """Open data of the sample shape `shape`: images (C, H, W), clips (C, F, H, W), or arrays of any shape.
 
-    `index` is a file that keeps what is known of the data between runs. Raises `UsageError` for other ranks.
+    With `options.images`, clips are mixed with images. `index` is a file that caches the properties of the data between
+    runs. Raises `UsageError` if the data does not fit the shape or the options.
     """
     if options.images is not None:
         return _open_mixture(path, shape, options, seed, index)
     if shape is None:
-        raise UsageError("the model does not say its shape: give the Trainer a Dataset instead")
-    told = options.embeddings or options.text_encoder is not None
+        raise UsageError("the model has no fixed shape: pass the Trainer a Dataset instead")
+    with_embeddings = options.embeddings or options.text_encoder is not None
     cache = index.parent / "pipes" if index else None
     arrays = not is_hub(path) and (len(shape) not in (3, 4) or holds_arrays(path, options, cache))
-    if told and (is_hub(path) or arrays):
-        raise UsageError(f"{path}: embeddings and captions come with folders and shards of clips or images only")
+    if with_embeddings and (is_hub(path) or arrays):
+        raise UsageError(f"{path}: embeddings and captions require folders or shards of clips or images")
     for name in ("image_column", "label_column"):
         if not is_hub(path) and getattr(options, name) is not None:
-            raise UsageError(f"{path}: data.{name} is a column of a Hugging Face set, and this is none: leave it out")
+            raise UsageError(f"{path}: data.{name} requires a Hugging Face dataset, which this is not: leave it out")
     if is_hub(path):
         return HubDataset(path, shape, options, seed=seed)
     if arrays:
@@ -62,8 +63,8 @@ def _open_mixture(
     assert options.images is not None
     if shape is None or len(shape) != 4:
         raise UsageError(
-            f"data.images={options.images} is mixed with clips, and the model takes {shape}: give --frames, or the "
-            "images alone as data"
+            f"data.images={options.images} is mixed with clips, but the model has shape {shape}: pass --frames, or "
+            "pass the images alone as data"
         )
     alone = replace(options, images=None)
     clips = open_dataset(path, shape, alone, seed=seed, index=index)
@@ -74,7 +75,7 @@ def _open_mixture(
 
 
 def holds_arrays(path: str | os.PathLike[str], options: DataConfig, cache: Path | None = None) -> bool:
-    """Whether there are arrays and nothing else."""
+    """Return whether the data consists of arrays only."""
     try:
         return detect_kind(path, allow_pipe=options.allow_pipe, cache=cache) == "array"
     except UsageError:

@@ -1,4 +1,4 @@
-"""Transcode and crop once: a folder of anything to shards of small files that load fast."""
+"""Converts images or clips to shards of small files that load fast, by transcoding and cropping them once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import os
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from fractions import Fraction
 from multiprocessing import get_context
 from os import PathLike
 from pathlib import Path
@@ -20,30 +19,31 @@ import torch
 from rin_video.config import DataConfig, DataKind
 from rin_video.datasets.clip_sampler import nearest_in_time
 from rin_video.datasets.decoding import open_video
-from rin_video.datasets.images import make_framing
+from rin_video.datasets.images import make_resize_crop
 from rin_video.datasets.index import Entry, make_index, refuse_skipped
 from rin_video.datasets.probing import end_with_parent
 from rin_video.datasets.reading import read_image
-from rin_video.datasets.resize_crop import SampleRNG, resize, smaller
+from rin_video.datasets.resize_crop import SampleRNG, decoder_size, resize
 from rin_video.datasets.shards import write_shard
 from rin_video.datasets.sources import shown
 from rin_video.datasets.steady import is_steady, steady_clip
 from rin_video.datasets.video_info import VideoInfo
 from rin_video.errors import UsageError
 from rin_video.files import write_text
+from rin_video.media import VideoWriter, require_encoder
 from rin_video.progress import progress_bar
 from rin_video.wording import counted, in_bytes
 
 MANIFEST = "prepare.json"
 FILES_PER_SHARD = 256
 BLOCK = 64  # frames decoded at a time
-KEY_EVERY = 8  # frames from one keyframe to the next: a random start costs at most as many
-QUALITY = "16"  # CRF of H.264
+KEY_EVERY = "8"  # frames per keyframe, which limits the frames decoded before a random start
+QUALITY = 16  # CRF of H.264
 
 
 @dataclass(frozen=True)
 class Job:
-    """One shard."""
+    """The work for one shard."""
 
     path: Path
     entries: list[Entry]
@@ -62,13 +62,16 @@ def prepare(
     workers: int,
     files_per_shard: int = FILES_PER_SHARD,
 ) -> list[str]:
-    """Write `out/000000.tar`, ...: every usable file at `size` (and `options.fps`), with its class and caption.
+    """Write every usable file at `size` (and `options.fps`), with class and caption, to `out/000000.tar`, ...
 
-    `options.crop` center cuts the middle; random keeps the whole picture, its short side fitted, to be cropped later.
-    Shards that are there already stay. Returns a report. UsageError where `out` holds shards made otherwise.
+    If `options.crop` is "center", the pictures are cropped; if it is "random", they are only resized until they just
+    cover `size`, and training crops them. Existing shards are kept. Returns a report. Raises `UsageError` if `out`
+    contains shards that were made with other options, or if no file can be used.
     """
     index = make_index(root, kind, options, path=out / "source.jsonl", progress=True)
     index.require_some(options.strict)
+    if kind == "video":
+        require_encoder(out)
     entries = index.usable
     manifest = {
         "root": os.path.abspath(root),
@@ -105,28 +108,28 @@ def prepare(
     refuse_skipped(len(entries) - (len(failed) - len(index.unusable)), failed, options.strict)
     before, after = sum(e.bytes for e in entries), sum(job.path.stat().st_size for job in jobs)
     report = [
-        f"{counted(len(entries), 'file')} in {counted(len(jobs), 'shard')} ({len(jobs) - len(left)} were there "
-        f"already), {seconds:.1f} s",
+        f"{counted(len(entries), 'file')} in {counted(len(jobs), 'shard')} ({len(jobs) - len(left)} existed already), "
+        f"{seconds:.1f} s",
         f"{in_bytes(before)} before, {in_bytes(after)} now",
     ]
     varying = 0 if kind == "image" or options.fps else sum(not is_steady(entry.info.times) for entry in entries)
     if varying:
         report.append(
-            f"the frame rate varies in {varying} of {counted(len(entries), 'clip')}: nearest frames at a regular rate"
+            f"{varying} of {counted(len(entries), 'clip')} had a variable frame rate and used the nearest frames"
         )
     damaged = [(entry.source, sound_part(entry.info)) for entry in entries if getattr(entry.info, "lost", ())]
-    report += [f"only frames {first} to {end - 1} of {shown(source)}: damage" for source, (first, end) in damaged[:10]]
-    return report + [f"left out: {reason}" for _, reason in failed[:10]]
+    report += [f"damaged: only frames {first} to {end - 1} of {shown(file)}" for file, (first, end) in damaged[:10]]
+    return report + [f"skipped: {reason}" for _, reason in failed[:10]]
 
 
 def sound_part(info: VideoInfo) -> tuple[int, int]:
-    """(first, end) of the longest stretch of frames that damage has left."""
+    """Return (first, end) of the longest range of undamaged frames."""
     edges = [0, *info.lost, info.num_frames]
     return max(zip(edges[::2], edges[1::2], strict=True), key=lambda part: part[1] - part[0])
 
 
 def loading_speed(dataset: Any, num: int = 64, seconds: float = 5.0) -> float:
-    """Samples a second in this process."""
+    """Measure the samples per second of a dataset in this process."""
     dataset.draw(0, 0)
     start, count = time.perf_counter(), 0
     while count < num and time.perf_counter() - start < seconds:
@@ -144,15 +147,15 @@ def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
         for key, value in manifest.items():
             if then.get(key) != value:
                 what = "the files have changed" if key == "content" else f"{key} was {then.get(key)}, now it is {value}"
-                raise UsageError(f"{path.parent} holds shards that were made otherwise ({what}): use another --out")
+                raise UsageError(f"{path.parent} contains shards from another source ({what}): use another --out")
         return
     if any(path.parent.glob("*.tar")):
-        raise UsageError(f"{path.parent} holds shards that prepare did not make: use another --out")
+        raise UsageError(f"{path.parent} contains shards that prepare did not write: use another --out")
     write_text(path, json.dumps(manifest) + "\n")
 
 
 def _write(job: Job) -> list[tuple[Any, str]]:
-    """Write one shard; what could not be read."""
+    """Write one shard; return (file, reason) of the files that could not be read."""
     torch.set_num_threads(1)
     files: dict[str, bytes] = {}
     failed = []
@@ -176,12 +179,12 @@ def _write(job: Job) -> list[tuple[Any, str]]:
 def _convert(entry: Entry, job: Job) -> dict[str, bytes]:
     from PIL import Image
 
-    framing = make_framing(job.size, DataConfig(crop="center"))
-    frame = framing.plan(entry.info.size, SampleRNG(0).draw(0, 0))
-    whole = job.options.crop == "random"
+    resize_crop = make_resize_crop(job.size, DataConfig(crop="center"))
+    params = resize_crop.draw_params(entry.info.size, SampleRNG(0).draw(0, 0))
+    resize_only = job.options.crop == "random"
     if job.kind == "image":
         image = read_image(entry.source, at_least=job.size, max_pixels=job.options.max_pixels)
-        pixels = resize(image, frame.size) if whole else framing.cut(image, frame)
+        pixels = resize(image, params.size) if resize_only else resize_crop.apply(image, params)
         buffer = io.BytesIO()
         Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(buffer, "png")
         return {".png": buffer.getvalue()}
@@ -194,27 +197,13 @@ def _convert(entry: Entry, job: Job) -> dict[str, bytes]:
     first, end = sound_part(info)
     indices = [index for index in indices if first <= index < end]
     with open_video(entry.source, job.options.decoder, info) as video:
-        size = frame.size if whole else smaller(frame.size, info.size)
+        size = params.size if resize_only else decoder_size(params.size, info.size)
         blocks = (video.read(indices[i : i + BLOCK], size) for i in range(0, len(indices), BLOCK))
-        return {".mp4": _encode((block if whole else framing.cut(block, frame) for block in blocks), fps)}
-
-
-def _encode(blocks: Any, fps: float) -> bytes:
-    """Blocks of frames (F, 3, H, W) as an MP4 that can be entered anywhere. Odd sizes keep their last row twice."""
-    import av
-
-    buffer = io.BytesIO()
-    options = {"crf": QUALITY, "g": str(KEY_EVERY), "bf": "0", "preset": "medium", "x264-params": "cpu-independent=1"}
-    with av.open(buffer, "w", format="mp4") as container:
-        stream: Any = None
-        for block in blocks:
-            H, W = block.shape[-2:]
-            block = torch.nn.functional.pad(block.float(), (0, W % 2, 0, H % 2), mode="replicate").byte()
-            if stream is None:
-                stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=options)
-                stream.height, stream.width = block.shape[-2:]
-                stream.pix_fmt = "yuv420p"
-            for pixels in block.permute(0, 2, 3, 1).contiguous().numpy():
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
-        container.mux(stream.encode())
-    return buffer.getvalue()
+        file = job.path.with_name(f".{job.path.stem}.mp4")
+        try:
+            with VideoWriter(file, fps, crf=QUALITY, g=KEY_EVERY, bf="0") as writer:
+                for block in blocks:
+                    writer.write((block if resize_only else resize_crop.apply(block, params)).transpose(0, 1))
+            return {".mp4": file.read_bytes()}
+        finally:
+            file.unlink(missing_ok=True)

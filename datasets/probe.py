@@ -1,8 +1,8 @@
-"""What a video file holds: its pictures as a decoder shows them, which are not always its packets.
+"""Determines the pictures that a decoder outputs for a video file, which are not always its packets.
 
-The packets are walked through, and short files are decoded once. Of long ones the pictures are taken from the packets
-where nothing speaks against it and samples from the beginning, the middle and the end agree; otherwise these are
-decoded once too.
+All packets are read, and short files are decoded completely. For a long file, the pictures are derived from the packets
+if nothing indicates a difference and samples from the beginning, the middle and the end agree. Otherwise it is decoded
+completely too.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ from rin_video.datasets.video_stream import ALPHA_DECODERS, VideoStream, stamp_o
 from rin_video.errors import UsageError
 
 SCENE_CHANGE = 0.3  # of FFmpeg's scene score, 0 to 1
-DECODED_PIXELS = 32_000_000  # a file of fewer, all frames together, is decoded to learn what it shows
-SAMPLED_FRAMES = 24  # of a longer one, at its beginning, in its middle and at its end
-SAME_RATE = 0.02  # how far the container's frame rate may be from that of the time stamps, relatively
-NOT_CODED = 16  # bytes: a packet of MPEG-4 up to here may stand for a picture that was dropped
-BROWSERS_DELAY = 100  # milliseconds for a frame of an animation that says 10 or less, as browsers do
+DECODED_PIXELS = 32_000_000  # a file with fewer pixels over all frames is decoded completely
+SAMPLED_FRAMES = 24  # frames decoded at the beginning, middle and end of a longer file
+SAME_RATE = 0.02  # tolerated relative difference between the container's frame rate and that of the timestamps
+NOT_CODED = 16  # bytes: an MPEG-4 packet up to this size may represent a dropped picture
+BROWSERS_DELAY = 100  # milliseconds for a frame of an animation whose delay is 10 or less, as in browsers
 PROGRESSIVE = 1  # FFmpeg's field order
-HDR = {16: "PQ", 18: "HLG"}  # FFmpeg's numbers of the transfer functions
+HDR = {16: "PQ", 18: "HLG"}  # by FFmpeg's number of the transfer function
 
 
 def probe_video(source: Source | str, *, cuts: bool = False, max_pixels: int = MAX_PIXELS) -> VideoInfo:
-    """What a clip shows, and, to find its `cuts`, another pass over all of its frames.
+    """Determine the frames and properties of a video file; `cuts` also decodes all frames to find the scene cuts.
 
-    Always with PyAV (Pillow for WebP), safe before a fork. Raises UsageError where it cannot be read.
+    It always uses PyAV (Pillow for WebP), which is safe before a fork. Raises `UsageError` if the file cannot be read.
     """
     source = Path(source) if isinstance(source, str) else source
     if is_webp(source):
@@ -65,7 +65,7 @@ def probe_video(source: Source | str, *, cuts: bool = False, max_pixels: int = M
 
 
 def scene_cuts(source: Source, info: VideoInfo) -> tuple[int, ...]:
-    """The frames that begin another scene, by FFmpeg's scene score."""
+    """Return the first frame of every scene but the first, according to FFmpeg's scene score."""
     import av
 
     graph: Any = None
@@ -99,22 +99,22 @@ def scene_cuts(source: Source, info: VideoInfo) -> tuple[int, ...]:
 
 
 class Packet(NamedTuple):
-    """A note on a packet, not the packet: together those are the whole file."""
+    """The properties of a packet; the packets themselves would hold the complete file in memory."""
 
     stamp: int | None
     dts: int | None
     key: bool
-    hidden: bool  # decoded, never shown: before the start of an edit, or a reference frame of VP8
+    hidden: bool  # decoded but never displayed: before the start of an edit, or a VP8 reference frame
     size: int  # bytes
 
 
 def _walk(source: Source) -> tuple[list[Packet], int]:
-    """The packets of the film of a file, and the number of its stream."""
+    """Return the packets of the main video stream, and the number of that stream."""
     with VideoStream(source) as video:
         assert video.index is not None
         first, indices = video.index, [stream.index for stream in video_streams(video.container)]
         packets = _notes(video)
-    for other in indices if len(packets) < 2 else ():  # a picture that does not say that it is one
+    for other in indices if len(packets) < 2 else ():  # cover art that is not marked as such
         if other != first:
             with VideoStream(source, other) as video:
                 if len(notes := _notes(video)) > len(packets):
@@ -143,25 +143,26 @@ def _notes(video: VideoStream) -> list[Packet]:
 
 
 @dataclass
-class _Shown:
-    """What decoding has shown, in its order."""
+class _Decoded:
+    """The pictures that decoding output, in order."""
 
     stamps: list[int | None] = field(default_factory=list)
-    keys: set[int] = field(default_factory=set)  # stamps of frames that stand alone
+    keys: set[int] = field(default_factory=set)  # stamps of frames that decode independently
     lost: set[int] = field(default_factory=set)
-    gaps: set[int] = field(default_factory=set)  # numbers of the pictures before which some are lost
-    marks: list[bytes] = field(default_factory=list)  # the pictures in small
+    gaps: set[int] = field(default_factory=set)  # numbers of the pictures that follow lost ones
+    thumbnails: list[bytes] = field(default_factory=list)  # small grey versions, for comparison
     sizes: set[tuple[int, int]] = field(default_factory=set)
     interlaced: bool = False
 
     def add(self, stamp: int | None, frame: Any) -> None:
+        """Record a picture; `frame` is None if it could not be decoded."""
         if frame is None:
             self.gaps.add(len(self.stamps))
             if stamp is not None:
                 self.lost.add(stamp)
             return
         self.stamps.append(stamp)
-        self.marks.append(_mark(frame))
+        self.thumbnails.append(_thumbnail(frame))
         self.sizes.add((frame.height, frame.width))
         self.interlaced |= bool(frame.interlaced_frame)
         if stamp is not None and frame.key_frame and int(frame.pict_type) in (0, 1):  # unknown, or I
@@ -169,7 +170,7 @@ class _Shown:
 
     @property
     def ordered(self) -> bool:
-        """Whether the stamps find the pictures."""
+        """Whether the stamps are complete and ascending, so that they identify the pictures."""
         stamps = self.stamps
         return None not in stamps and all(a < b for a, b in pairwise(stamps))  # type: ignore[operator]
 
@@ -225,54 +226,58 @@ def _from_decoded(
     source: Source,
     info: VideoInfo,
     packets: list[Packet],
-    shown_: _Shown,
+    decoded: _Decoded,
     notes: tuple[str, ...],
     missing: int,
     alpha: bool,
 ) -> VideoInfo:
-    """The table of a file of which everything was decoded."""
-    if not shown_.stamps:
+    """Return the info of a file that was decoded completely."""
+    if not decoded.stamps:
         raise UsageError(f"{shown(source)} cannot be read: not one frame can be decoded; leave it out")
-    count = len(shown_.stamps)
+    count = len(decoded.stamps)
     decoding = [packet.dts for packet in packets if packet.dts is not None]
-    in_turn = all(sooner <= later for sooner, later in pairwise(decoding))  # no edit plays a part twice, or too late
-    if shown_.ordered and in_turn:
-        stamps: list[Any] = shown_.stamps
-        lost = {stamp for stamp in shown_.lost if stamps[0] < stamp < stamps[-1]}
-        info = _with_table(info, packets, sorted({*stamps, *lost}), lost, _entries(packets, shown_.keys))
-    if not (shown_.ordered and in_turn and _seeks_agree(source, info, dict(zip(stamps, shown_.marks, strict=True)))):
-        info = _with_table(info, packets, _fallback_times(shown_, packets, info), set(), [])
-        gaps = sorted(gap for gap in shown_.gaps if 0 < gap < count)
+    in_turn = all(before <= after for before, after in pairwise(decoding))  # no edit repeats or reorders a part
+    if decoded.ordered and in_turn:
+        stamps: list[Any] = decoded.stamps
+        lost = {stamp for stamp in decoded.lost if stamps[0] < stamp < stamps[-1]}
+        info = _with_table(info, packets, sorted({*stamps, *lost}), lost, _entries(packets, decoded.keys))
+    if not (
+        decoded.ordered and in_turn and _seeks_agree(source, info, dict(zip(stamps, decoded.thumbnails, strict=True)))
+    ):
+        info = _with_table(info, packets, _fallback_times(decoded, packets, info), set(), [])
+        gaps = sorted(gap for gap in decoded.gaps if 0 < gap < count)
         info = replace(info, trusted=False, plain=False, lost=tuple(edge for gap in gaps for edge in (gap, gap)))
         if gaps:
-            notes += ("damaged: some of its pictures cannot be decoded, windows are taken from between them",)
-    if shown_.ordered:
-        last: Any = shown_.stamps[-1]
-        tail = max(missing, sum(stamp > last for stamp in shown_.lost))
+            notes += ("damaged: some of its pictures cannot be decoded, clips avoid them",)
+    if decoded.ordered:
+        last: Any = decoded.stamps[-1]
+        tail = max(missing, sum(stamp > last for stamp in decoded.lost))
         if tail:
-            notes += (f"cut short: its first {info.num_frames} of {info.num_frames + tail} frames",)
+            notes += (f"truncated: only the first {info.num_frames} of {info.num_frames + tail} frames",)
     if info.lost and info.trusted:
-        notes += (f"damaged: {frames_text(info.lost_ranges)} cannot be decoded, other windows are used",)
-    if shown_.interlaced:
-        notes += ("interlaced: moving edges show combs",)
-    if len(shown_.sizes) > 1:
-        sizes = ", ".join(f"{H}x{W}" for H, W in sorted(shown_.sizes))
+        notes += (f"damaged: {frames_text(info.lost_ranges)} cannot be decoded, clips avoid them",)
+    if decoded.interlaced:
+        notes += ("interlaced: moving edges show combing",)
+    if len(decoded.sizes) > 1:
+        sizes = ", ".join(f"{H}x{W}" for H, W in sorted(decoded.sizes))
         notes += (f"size changes: {sizes}, all frames are scaled to {info.size[0]}x{info.size[1]}",)
-    plain = info.plain and not alpha and not shown_.interlaced and len(shown_.sizes) == 1 and len(packets) == count
-    plain = plain and len(info.entries) == sum(packet.key for packet in packets)  # where there is a table of keyframes
+    plain = info.plain and not alpha and not decoded.interlaced and len(decoded.sizes) == 1 and len(packets) == count
+    plain = plain and len(info.entries) == sum(
+        packet.key for packet in packets
+    )  # of a container with a table of keyframes
     return replace(info, plain=plain, notes=notes)
 
 
 def _with_table(
     info: VideoInfo, packets: list[Packet], stamps: list[int], lost: set[int], entries: list[int]
 ) -> VideoInfo:
-    """With frames, rate, duration, entries and damage filled in."""
+    """Return `info` with the frames, rate, duration, entries and damage filled in."""
     table = np.array(stamps, dtype=np.int64)
     count, rate = len(table), info.fps
     length = float(table[-1] - table[0]) * info.time_base
     step = float(np.median(np.diff(table))) * info.time_base if count > 1 and length > 0 else 1 / (rate or 1.0)
     average = count / (length + step)
-    # For a GIF the container's rate is a guess from its first frames; without a duration it may be the time base.
+    # A GIF's rate is a guess from its first frames; a container without a duration may report its time base instead.
     if info.container == "gif" or not rate or abs(rate / average - 1) > SAME_RATE:
         rate = average
     spoilt = [i for i, stamp in enumerate(stamps) if stamp in lost]
@@ -289,53 +294,53 @@ def _with_table(
 
 
 def _simple(packets: list[Packet], stamps: list[int]) -> bool:
-    """Whether each packet is a picture and every seek ends where it should: as simple decoders assume."""
-    shown_ = [packet.stamp for packet in packets]
-    if None in shown_ or any(packet.hidden for packet in packets) or sorted(shown_) != list(stamps):  # type: ignore
+    """Return whether every packet is a picture and every seek is exact, as simple decoders assume."""
+    packet_stamps = [packet.stamp for packet in packets]
+    if None in packet_stamps or any(packet.hidden for packet in packets) or sorted(packet_stamps) != list(stamps):  # type: ignore
         return False
     keys = [i for i, packet in enumerate(packets) if packet.key]
     if not keys or keys[0]:
         return False
-    # Containers are sought by decoding times: the next keyframe may be decoded before this one is shown.
-    for key, later in pairwise(keys):
-        if packets[later].dts is None or packets[later].dts <= packets[key].stamp:  # type: ignore[operator]
+    # Containers seek by decoding times: the next keyframe may be decoded before this one is displayed.
+    for key, following in pairwise(keys):
+        if packets[following].dts is None or packets[following].dts <= packets[key].stamp:  # type: ignore[operator]
             return False
-    return bool(np.array_equal(np.searchsorted(stamps, [shown_[i] for i in keys]), keys))  # type: ignore[arg-type]
+    return bool(np.array_equal(np.searchsorted(stamps, [packet_stamps[i] for i in keys]), keys))  # type: ignore[arg-type]
 
 
 def _entries(packets: list[Packet], alone: set[int] | None) -> list[int]:
-    """Stamps of the keyframe packets, shown or not; with `alone`, of those shown only where the frame stands alone."""
+    """Return the stamps of the keyframe packets; with `alone`, of displayed ones only if their stamp is in it."""
     return sorted(
         {p.stamp for p in packets if p.key and p.stamp is not None and (alone is None or p.hidden or p.stamp in alone)}
     )
 
 
 def _doubtful(video: VideoStream, packets: list[Packet], frame: Any) -> bool:
-    """Whether packets may not be pictures."""
+    """Return whether the packets may differ from the pictures."""
     stamps = [packet.stamp for packet in packets if not packet.hidden]
     decoding = [packet.dts for packet in packets if packet.dts is not None]
     return (
         not stamps
-        or any(later < sooner for sooner, later in pairwise(decoding))  # edits play a part twice, or out of order
+        or any(after < before for before, after in pairwise(decoding))  # edits repeat or reorder a part
         or None in stamps
         or len(set(stamps)) < len(stamps)
         or not any(packet.key for packet in packets)
         or bool(frame.interlaced_frame)
         or (video.codec == "h264" and getattr(video.decoder, "field_order", PROGRESSIVE) != PROGRESSIVE)
         or (video.codec == "mpeg4" and min(packet.size for packet in packets) <= NOT_CODED)
-        or (video.container_name == "avi" and bool(video.decoder.has_b_frames))  # its times are of decoding
-        or video.container_name in ("mpegts", "mpeg")  # packets as the parser cuts them
+        or (video.container_name == "avi" and bool(video.decoder.has_b_frames))  # its timestamps are decoding times
+        or video.container_name in ("mpegts", "mpeg")  # a parser splits the packets
     )
 
 
 def _expected(source: Source, index: int, packets: list[Packet]) -> list[int] | None:
-    """The stamps of the pictures by the packets, if samples agree; else None."""
+    """Return the stamps of the pictures as derived from the packets, or None if decoded samples disagree."""
     stamps: list[Any] = sorted(packet.stamp for packet in packets if not packet.hidden)  # type: ignore[type-var]
     entries = np.array(_entries(packets, None))
     first = None
     with VideoStream(source, index) as video:
         for start in (None, int(entries[len(entries) // 2]), int(entries[-1])):
-            sample = _Shown()
+            sample = _Decoded()
             for stamp, frame in video.pictures_from(start, entries):
                 if start is None or (stamp is not None and stamp >= start):
                     sample.add(stamp, frame)
@@ -345,7 +350,7 @@ def _expected(source: Source, index: int, packets: list[Packet]) -> list[int] | 
                 return None
             if first is None:
                 first = sample.stamps[0]
-                stamps = [stamp for stamp in stamps if stamp >= first]  # earlier ones refer to what is not there
+                stamps = [stamp for stamp in stamps if stamp >= first]  # earlier ones refer to missing frames
             elif start is not None and start >= first and not (sample.stamps[0] == start and start in sample.keys):
                 return None
             place = int(np.searchsorted(stamps, sample.stamps[0]))  # type: ignore[arg-type]
@@ -354,35 +359,35 @@ def _expected(source: Source, index: int, packets: list[Packet]) -> list[int] | 
     return stamps
 
 
-def _decode_all(source: Source, index: int) -> _Shown:
-    found = _Shown()
+def _decode_all(source: Source, index: int) -> _Decoded:
+    found = _Decoded()
     with VideoStream(source, index) as video:
         for stamp, frame in video.pictures():
             found.add(stamp, frame)
     return found
 
 
-def _seeks_agree(source: Source, info: VideoInfo, marks: dict[int, bytes]) -> bool:
-    """Whether pictures found by seeking are those that came in a row: at three entries, and at the end."""
+def _seeks_agree(source: Source, info: VideoInfo, thumbnails: dict[int, bytes]) -> bool:
+    """Return whether seeking finds the same pictures as sequential decoding, at three entries and at the end."""
     stamps, entries = info.timestamps, info.entries
     if len(entries) < 2:
         return True
     places = {len(entries) // 2, 1, len(entries) - 1}
     behind = [int(np.searchsorted(stamps, entries[place])) for place in places]
     indices = sorted({min(i + step, len(stamps) - 1) for i in behind for step in (0, 3)} | {len(stamps) - 1})
-    indices = [i for i in indices if int(stamps[i]) in marks]
+    indices = [i for i in indices if int(stamps[i]) in thumbnails]
     with VideoStream(source, info.stream) as video:
         for index in indices:
             for _, frame in video.find([index], stamps, entries, seekable=True):
-                if frame is None or _mark(frame) != marks[int(stamps[index])]:
+                if frame is None or _thumbnail(frame) != thumbnails[int(stamps[index])]:
                     return False
     return True
 
 
-def _fallback_times(shown_: _Shown, packets: list[Packet], info: VideoInfo) -> list[int]:
-    """Ascending times for pictures whose own are missing or out of order."""
-    count = len(shown_.stamps)
-    stamps = {stamp for stamp in shown_.stamps if stamp is not None}
+def _fallback_times(decoded: _Decoded, packets: list[Packet], info: VideoInfo) -> list[int]:
+    """Return ascending times for pictures whose own timestamps are missing or out of order."""
+    count = len(decoded.stamps)
+    stamps = {stamp for stamp in decoded.stamps if stamp is not None}
     if len(stamps) == count:
         return sorted(stamps)
     decoding = sorted({packet.dts for packet in packets if packet.dts is not None})
@@ -394,17 +399,17 @@ def _fallback_times(shown_: _Shown, packets: list[Packet], info: VideoInfo) -> l
 def _notes_on_first(frame: Any, video: VideoStream, aspect: float, opaque: bool) -> tuple[str, ...]:
     notes: list[str] = []
     if name := HDR.get(int(getattr(video.decoder, "color_trc", 0) or 0)):
-        notes.append(f"HDR: {name}, its colours are not tone-mapped and look flat")
+        notes.append(f"HDR: {name}, colours are not tone-mapped and look flat")
     if stretched_size((frame.height, frame.width), aspect) != (frame.height, frame.width):
-        notes.append(f"pixel aspect: {aspect:.3g}, the width is scaled by that, as players do")
+        notes.append(f"pixel aspect: {aspect:.3g}, the width is scaled by that, as in players")
     if opaque:
         notes.append(f"transparency lost: this FFmpeg has no {ALPHA_DECODERS[video.codec]}")
     elif is_transparent(frame):
-        notes.append("transparent: shown over white")
+        notes.append("transparent: composited over white")
     return tuple(notes)
 
 
-def _mark(frame: Any) -> bytes:
+def _thumbnail(frame: Any) -> bytes:
     return converted(frame, "gray", (16, 16)).tobytes()
 
 

@@ -1,4 +1,4 @@
-"""Looking into files that may crash or hang a decoder: in child processes, with a time limit for each file."""
+"""Probing in subprocesses, with a time limit per file, because files may crash or hang a decoder."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from rin_video.datasets.sources import shown
 from rin_video.errors import TimeLimitError, TransientError, UsageError
 
 T = TypeVar("T")
-FILES_PER_CHILD = 8  # fewer files do not pay for another process
-SECONDS_TO_START = 120.0  # of a child, before its first task: it imports torch, where processes are spawned
-TRIES = 8  # to start a child that is forked, within this time
+FILES_PER_CHILD = 8  # another process is not worth its cost for fewer files
+SECONDS_TO_START = 120.0  # until a child is ready for its first task; a spawned child must import torch
+TRIES = 8  # attempts within this time to start a forked child
 BEAT_EVERY = 0.5  # seconds between signs of life
 
 
@@ -30,10 +30,10 @@ BEAT_EVERY = 0.5  # seconds between signs of life
 class _Child:
     process: Any
     pipe: Connection
-    started: bool = False  # has said so
-    task: int | None = None  # what it is at
-    since: float = 0.0  # in the future until it has started
-    tries: int = 1  # to start
+    started: bool = False  # it has reported that it is ready
+    task: int | None = None  # the number of its current task
+    since: float = 0.0  # start of the task's time limit; in the future until the child has started
+    tries: int = 1  # attempts to start it
 
 
 def run_in_subprocess(
@@ -45,21 +45,22 @@ def run_in_subprocess(
     daemon: bool = True,
     option: str = "data.read_timeout",
 ) -> Iterator[tuple[int, Any]]:
-    """(i, `work(tasks[i])`) as they come, worked out in child processes; UsageError objects for what cannot be done.
+    """Run `work` on tasks in child processes and yield (i, `work(tasks[i])`) in the order of completion.
 
-    A child that dies, or takes more than `seconds` for one task (its own start aside, and counted anew from every
-    `beat`), is replaced and its task given up; `option` is what a user raises then. Before its first task a child calls
-    `work.warm_up`, where there is one: imports are not what a file is given up for. Children that are to have children
-    of their own cannot be a `daemon`. Raises UsageError if one does not start.
+    A failed task yields a `UsageError` object instead of a result. A child that dies, or exceeds `seconds` for a task,
+    is replaced and its task fails; `option` is the option that the error tells the user to raise. The limit excludes
+    the start of the child and restarts with every `beat`. Before its first task a child calls `work.warm_up`, if there
+    is one, so that imports do not count towards a limit. A `daemon` child cannot have children of its own. Raises
+    `UsageError` if a child does not start.
     """
     limit = processes or os.cpu_count() or 1
     children = [_start(work, daemon) for _ in range(min(limit, -(-len(tasks) // FILES_PER_CHILD)))]
     waiting = iter(range(len(tasks)))
-    # If a traceback keeps this generator open until exit: there, children are joined that wait for a task.
+    # If a traceback keeps this generator open until exit, multiprocessing would join children that wait for a task.
     end = partial(_end, children, os.getpid())
     atexit.register(end)
     try:
-        busy = [child for child in children if _give(child, tasks, waiting)]
+        busy = [child for child in children if _send_task(child, tasks, waiting)]
         while busy:
             due = min(child.since + (seconds if child.started else 0) for child in busy)
             ready = wait([child.pipe for child in busy], timeout=max(0.0, due - time.monotonic()))
@@ -77,14 +78,14 @@ def run_in_subprocess(
                         yield child.task, message
                     except (EOFError, OSError):
                         child.process.join()
-                        _must_have_started(child)
-                        yield child.task, _died(tasks[child.task], child.process.exitcode)
+                        _check_started(child)
+                        yield child.task, _crash_error(tasks[child.task], child.process.exitcode)
                         _replace(child, work, daemon)
                 elif time.monotonic() - child.since > (seconds if child.started else 0) and not child.pipe.poll():
                     if _start_again(child, work, daemon):
                         child.pipe.send(tasks[child.task])
                         continue
-                    _must_have_started(child)
+                    _check_started(child)
                     yield (
                         child.task,
                         TimeLimitError(
@@ -97,7 +98,7 @@ def run_in_subprocess(
                     continue
                 if not child.process.is_alive():
                     _replace(child, work, daemon)
-                if not _give(child, tasks, waiting):
+                if not _send_task(child, tasks, waiting):
                     busy.remove(child)
     finally:
         atexit.unregister(end)
@@ -105,9 +106,9 @@ def run_in_subprocess(
 
 
 def end_with_parent() -> None:
-    """End this child process about a second after its parent, whatever it is doing.
+    """Make this child process exit about a second after its parent, whatever it is doing.
 
-    Waiting for the end of a pipe is not enough: processes that were forked later hold the other end open.
+    Waiting for the pipe to close is not sufficient: processes that were forked later keep its other end open.
     """
     parent, number = parent_process(), os.getppid()
     assert parent is not None
@@ -121,21 +122,21 @@ def end_with_parent() -> None:
 
 
 def how_it_ended(code: int | None) -> str:
-    """The exit code of a process in words."""
+    """Describe the exit code of a process."""
     return f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
 
 
 def did_not_start(code: int | None) -> UsageError:
-    """The error for a process that ended at its start with an exit code; None: that took too long to start."""
-    how = f"took more than {SECONDS_TO_START:g} s to start" if code is None else f"ended at its start (code {code})"
+    """Return the error for a process that exited during its start with `code`; None: its start took too long."""
+    how = f"took more than {SECONDS_TO_START:g} s to start" if code is None else f"exited at its start (code {code})"
     return UsageError(
-        f"a process that was to read files {how}: the machine may be short of memory, and where processes are "
-        'spawned (macOS, Windows) a script has to call rin_video under `if __name__ == "__main__":`'
+        f"a process that reads files {how}: the machine may be short of memory; on macOS and Windows, where processes "
+        'are spawned, a script must call rin_video under `if __name__ == "__main__":`'
     )
 
 
 def beat() -> None:
-    """A sign of life from slow work: its time limit starts again. Does nothing outside `run_in_subprocess`."""
+    """Report progress of slow work, which restarts its time limit; a no-op outside `run_in_subprocess`."""
     now = time.monotonic()
     if _beats is not None and now - _beats.sent > BEAT_EVERY:
         _beats.sent = now
@@ -159,7 +160,7 @@ _beats: _Beats | None = None  # in a child
 def _start(work: Callable[[T], Any], daemon: bool) -> _Child:
     context = get_context()
     ours, theirs = context.Pipe()
-    process: Any = context.Process(target=_serve, args=(theirs, ours, work), daemon=daemon)
+    process: Any = context.Process(target=_child_main, args=(theirs, ours, work), daemon=daemon)
     process.start()
     theirs.close()
     return _Child(process, ours)
@@ -173,26 +174,26 @@ def _replace(child: _Child, work: Callable[[T], Any], daemon: bool) -> None:
     child.process, child.pipe, child.started = fresh.process, fresh.pipe, False
 
 
-def _give(child: _Child, tasks: Sequence[T], waiting: Iterator[int]) -> bool:
+def _send_task(child: _Child, tasks: Sequence[T], waiting: Iterator[int]) -> bool:
     child.task = next(waiting, None)
     child.since = time.monotonic() + (0.0 if child.started else _seconds_to_start())
     if child.task is not None:
-        with suppress(OSError):  # of a child that is dead: the answer will be missing
+        with suppress(OSError):  # the child is dead, which receiving its result will reveal
             child.pipe.send(tasks[child.task])
     return child.task is not None
 
 
-def _serve(pipe: Connection, other_end: Connection, work: Callable[[T], Any]) -> None:
-    """What a child does."""
+def _child_main(pipe: Connection, other_end: Connection, work: Callable[[T], Any]) -> None:
+    """The main loop of a child process."""
     import torch
 
     global _beats
     end_with_parent()
-    gc.freeze()  # what was inherited is not tidied up here: it may wait for threads that a fork does not copy
+    gc.freeze()  # do not collect inherited objects: their cleanup may wait for threads that a fork does not copy
     other_end.close()
     torch.set_num_threads(1)
     getattr(work, "warm_up", lambda: None)()
-    pipe.send(None)  # started
+    pipe.send(None)  # ready
     _beats = _Beats(pipe)
     while True:
         try:
@@ -204,17 +205,17 @@ def _serve(pipe: Connection, other_end: Connection, work: Callable[[T], Any]) ->
         except UsageError as error:
             pipe.send(error)
         except MemoryError:
-            pipe.send(TransientError(f"{shown(str(task))} needs more memory than there is"))
+            pipe.send(TransientError(f"{shown(str(task))} needs more memory than is available"))
         except KeyboardInterrupt:
             return
-        except Exception as error:  # of a library; a file must not end the search
+        except Exception as error:  # any error of a library: one file must not end the run
             pipe.send(UsageError(f"{shown(str(task))} cannot be read: {shown(repr(error))}"))
 
 
 def _start_again(child: _Child, work: Callable[[T], Any], daemon: bool) -> bool:
-    """Replace a forked child that hangs at its start, where there are tries left.
+    """Replace a forked child that hangs at its start, if attempts are left; return whether it was replaced.
 
-    A fork copies the locks that other threads hold, but not the threads: a child now and then waits for one for ever.
+    A fork copies the locks that other threads hold, but not the threads. A child may therefore wait for a lock forever.
     """
     if child.started or child.tries >= _tries() or not child.process.is_alive():
         return False
@@ -229,17 +230,17 @@ def _tries() -> int:
 
 
 def _seconds_to_start() -> float:
-    """Of one try."""
+    """The time limit of one attempt to start a child."""
     return SECONDS_TO_START / _tries()
 
 
-def _must_have_started(child: _Child) -> None:
-    """What fails before is no fault of a file."""
+def _check_started(child: _Child) -> None:
+    """Raise `UsageError` if a child has not started: then the file is not at fault."""
     if not child.started:
         raise did_not_start(child.process.exitcode)
 
 
-def _died(task: Any, code: int | None) -> UsageError:
+def _crash_error(task: Any, code: int | None) -> UsageError:
     kind = TransientError if code in (-signal.SIGTERM, -getattr(signal, "SIGKILL", 9)) else UsageError
     return kind(f"{shown(str(task))} makes its decoder crash ({how_it_ended(code)}): re-encode it or leave it out")
 

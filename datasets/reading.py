@@ -1,4 +1,4 @@
-"""Image files to pixels, as a person sees them."""
+"""Reading of image files as pixels: upright, with 8 bits per channel, transparency composited."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from rin_video.errors import DatasetError, TransientError, UsageError
 
 PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 ORIENTATION = 274  # the number of the EXIF tag
-TRANSPOSITIONS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # Pillow's, that undo the orientations of EXIF
+TRANSPOSITIONS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # Pillow's transpositions that undo EXIF orientations
 TWELVE_BITS = 4095
-STILL = 100  # milliseconds of a frame that names none, as browsers have it
-# Not those that run another program (EPS), lead elsewhere, or are no pictures of a fixed size.
+STILL = 100  # milliseconds for a frame without a duration, as in browsers
+# Excluded are formats that run another program (EPS), refer to other files, or have no fixed size.
 FORMATS = (
     "PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "HEIF", "TGA", "QOI", "PCX",
     "SGI", "ICO", "DDS",
 )  # fmt: skip
-REDUCE_ABOVE = 4  # a file this many times too large is first halved, and halved again, while it is read
+REDUCE_ABOVE = 4  # a file more than this many times too large is halved repeatedly while it is read
 
 
 @dataclass(frozen=True)
 class ImageInfo:
-    """What an image file holds."""
+    """The properties of an image file."""
 
-    size: tuple[int, int]  # (H, W) as shown
+    size: tuple[int, int]  # (H, W) as displayed
     format: str
-    mode: str  # Pillow's name of the pixels as stored
-    notes: tuple[str, ...] = ()  # what a user should know
+    mode: str  # Pillow's mode of the stored pixels
+    notes: tuple[str, ...] = ()  # remarks for the user
 
 
 def read_image(
@@ -45,28 +45,32 @@ def read_image(
     at_least: tuple[int, int] | None = None,
     max_pixels: int = MAX_PIXELS,
 ) -> Tensor:
-    """An image file as uint8 (C, H, W), turned as its EXIF says, transparency over white unless C is 4.
+    """Read an image file as uint8 (C, H, W), oriented by its EXIF data, composited over white unless C is 4.
 
-    Where `at_least` (H, W) is given and the image is more than four times as large, it comes averaged over squares of
-    pixels, never below twice that size: a later resize then costs little and cannot alias.
+    If `at_least` (H, W) is set and the image is more than four times as large, the image is reduced by averaging
+    squares of pixels, but not below twice that size. A subsequent resize is then cheap and does not alias. Raises
+    `UsageError` if the file cannot be read or has more than `max_pixels` pixels.
     """
     source = Path(source) if isinstance(source, str | PathLike) else source
-    with _opened(source, max_pixels) as image:
+    with _OpenedImage(source, max_pixels) as image:
         try:
             _reduce_while_reading(image, at_least)
             return to_pixels(_upright(image), channels, source, at_least=at_least)
         except UsageError:
             raise
-        except Exception as error:  # Pillow's plug-ins raise what they like
+        except Exception as error:  # Pillow's plug-ins raise any error
             raise _unreadable(source, error) from error
 
 
 def read_animation(
     source: str | PathLike[str] | Source, channels: int = 3, *, max_pixels: int = MAX_PIXELS
 ) -> tuple[Tensor, np.ndarray, float] | None:
-    """A picture of several frames: uint8 (C, F, H, W), times (F,) and duration in seconds. None for a single frame."""
+    """Read an animated image: uint8 (C, F, H, W), times (F,) and duration in seconds; None if it has a single frame.
+
+    Raises `UsageError` if the file cannot be read or has more than `max_pixels` pixels.
+    """
     source = Path(source) if isinstance(source, str | PathLike) else source
-    with _opened(source, max_pixels) as image:
+    with _OpenedImage(source, max_pixels) as image:
         try:
             if getattr(image, "n_frames", 1) < 2:
                 return None
@@ -77,17 +81,20 @@ def read_animation(
                 ends.append(ends[-1] + (image.info.get("duration") or STILL) / 1000)
         except UsageError:
             raise
-        except Exception as error:  # Pillow's plug-ins raise what they like
+        except Exception as error:  # Pillow's plug-ins raise any error
             raise _unreadable(source, error) from error
     return torch.stack(frames, dim=1), np.array(ends[:-1]), ends[-1]
 
 
 def to_pixels(image: Any, channels: int, source: Source | str, *, at_least: tuple[int, int] | None = None) -> Tensor:
-    """A picture of Pillow as uint8 (C, H, W), transparency over white unless C is 4; `at_least` as in `read_image`."""
+    """Convert a Pillow image to uint8 (C, H, W), composited over white unless C is 4.
+
+    `at_least` is as in `read_image`. Raises `DatasetError` if C is not 1, 3 or 4.
+    """
     from PIL import Image
 
     if channels not in PIL_MODES:
-        raise DatasetError(f"{shown(source)} is a picture, of 1, 3 or 4 channels, and the model takes {channels}")
+        raise DatasetError(f"{shown(source)} is a picture (1, 3 or 4 channels), but the model has {channels} channels")
     alpha = _alpha_of_sixteen_bits(image)
     image = _to_eight_bits(image, source)
     if alpha is not None or image.has_transparency_data:
@@ -105,8 +112,8 @@ def to_pixels(image: Any, channels: int, source: Source | str, *, at_least: tupl
 
 
 def probe_image(source: Source, *, max_pixels: int = MAX_PIXELS) -> ImageInfo:
-    """What the file holds, its pixels decoded once to see that they can be. UsageError where they cannot."""
-    with _opened(source, max_pixels) as image:
+    """Return the properties of an image file and decode its pixels once; raise `UsageError` if that fails."""
+    with _OpenedImage(source, max_pixels) as image:
         try:
             kind, mode = image.format or "", image.mode
             W, H = _upright(image).size
@@ -114,7 +121,7 @@ def probe_image(source: Source, *, max_pixels: int = MAX_PIXELS) -> ImageInfo:
             if mode.startswith(("I", "F")):
                 _to_eight_bits(image, source)
                 if 255 < (highest := image.getextrema()[1]) <= TWELVE_BITS:
-                    notes = (f"16-bit values up to {highest} only, as of 12 bits: dark; scale them to 0 to 65535",)
+                    notes = (f"16-bit values only up to {highest}, like 12 bits, look dark: scale them to 0 to 65535",)
             info = ImageInfo((H, W), kind, mode, notes)
         except UsageError:
             raise
@@ -123,8 +130,8 @@ def probe_image(source: Source, *, max_pixels: int = MAX_PIXELS) -> ImageInfo:
     return info
 
 
-class _opened:  # noqa: N801 (reads as a verb)
-    """An open Pillow image of a known format and of a bearable size."""
+class _OpenedImage:
+    """A context manager for a Pillow image of a supported format with at most `max_pixels` pixels."""
 
     def __init__(self, source: Source, max_pixels: int) -> None:
         self.source, self.max_pixels = source, max_pixels
@@ -138,7 +145,7 @@ class _opened:  # noqa: N801 (reads as a verb)
         self.file = open_source(self.source)
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is ours
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels is the limit
                 Image.init()
                 self.image = Image.open(self.file, formats=[name for name in FORMATS if name in Image.OPEN])
             check_pixels(self.source, self.image.height, self.image.width, self.max_pixels)
@@ -156,14 +163,14 @@ class _opened:  # noqa: N801 (reads as a verb)
 
 
 def _reduce_while_reading(image: Any, at_least: tuple[int, int] | None) -> None:
-    """JPEG can be decoded at a half, a quarter or an eighth of its size, by leaving out the fine waves."""
+    """Decode JPEG at 1/2, 1/4 or 1/8 of its size, which skips high frequencies."""
     factor = _reduction(image.size, at_least)
     if factor > 1 and image.format in ("JPEG", "MPO"):
         image.draft(None, (image.width // factor, image.height // factor))
 
 
 def _reduction(size: tuple[int, int], at_least: tuple[int, int] | None) -> int:
-    """A power of two by which an image (W, H) can shrink and still be twice `at_least` (either way round, for EXIF)."""
+    """Return the power of two by which an image (W, H) can shrink and still be twice `at_least`, even if rotated."""
     if at_least is None:
         return 1
     excess = min(size) / max(at_least)
@@ -180,7 +187,7 @@ def _knows(kind: str) -> bool:
 
 
 def _register_heif() -> None:
-    """Photos of phones, where the user installed `pillow-heif`."""
+    """Register the HEIF format of phone photos, if `pillow-heif` is installed."""
     try:
         from pillow_heif import register_heif_opener
     except ImportError:
@@ -189,20 +196,20 @@ def _register_heif() -> None:
 
 
 def _upright(image: Any) -> Any:
-    """The picture turned as its EXIF says; as it is where that cannot be read: the pixels are sound.
+    """Orient an image by its EXIF data; if these cannot be read, return it unchanged, because its pixels are intact.
 
-    Of the EXIF only the orientation is read: Pillow's own function writes it again, and fails where any part is broken.
+    Only the orientation is read: Pillow's own function also rewrites the EXIF data, and fails if any part is damaged.
     """
-    image.load()  # Pillow turns a TIFF there, and forgets its orientation
+    image.load()  # this already orients a TIFF and removes its orientation
     try:
         transposition = TRANSPOSITIONS.get(image.getexif().get(ORIENTATION))
-    except Exception:  # Pillow's parser raises what it likes
+    except Exception:  # Pillow's parser raises any error
         return image
     return image if transposition is None else image.transpose(transposition)
 
 
 def _alpha_of_sixteen_bits(image: Any) -> Any:
-    """The mask of a 16-bit grey picture that names one value as transparent; Pillow drops it."""
+    """Return the alpha mask of a 16-bit grey image that defines one value as transparent, which Pillow ignores."""
     from PIL import Image
 
     value = image.info.get("transparency")
@@ -212,7 +219,7 @@ def _alpha_of_sixteen_bits(image: Any) -> Any:
 
 
 def _to_eight_bits(image: Any, source: Source | str) -> Any:
-    """16-bit grey, which Pillow clips at 255 when asked to convert it, scaled to 8 bits."""
+    """Scale 16-bit grey to 8 bits, because Pillow's conversion clips it at 255."""
     from PIL import Image
 
     if image.mode.startswith(("I", "F")):
@@ -220,7 +227,7 @@ def _to_eight_bits(image: Any, source: Source | str) -> Any:
         if image.mode == "F" or values.min() < 0 or values.max() > 65535:
             raise UsageError(
                 f"{shown(source)} has values from {values.min():g} to {values.max():g}: "
-                "save it with 8 or 16 bits a channel"
+                "save it with 8 or 16 bits per channel"
             )
         return Image.fromarray(np.rint(values / 257).astype(np.uint8))
     return image
@@ -233,5 +240,5 @@ def _unreadable(source: Source, error: Exception) -> UsageError:
         return UsageError(f"{shown(source)} {what}")
     if source.suffix.lower() == ".avif" and not _knows("AVIF"):
         return TransientError(f"{shown(source)} cannot be read as an image here: AVIF needs Pillow 11.3 or newer")
-    cause = "it is of no known format" if type(error).__name__ == "UnidentifiedImageError" else shown(str(error))
+    cause = "unknown format" if type(error).__name__ == "UnidentifiedImageError" else shown(str(error))
     return UsageError(f"{shown(source)} cannot be read as an image ({cause}): re-encode it or leave it out")

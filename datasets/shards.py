@@ -1,13 +1,14 @@
-"""Tar shards in the WebDataset layout: files with one key are one sample (`a/b.mp4`, `a/b.cls`, `a/b.txt`).
+"""Tar shards in the WebDataset layout: files with the same key are one sample (`a/b.mp4`, `a/b.cls`, `a/b.txt`).
 
-Shards are read in place: their headers tell where every member begins, so that samples can be drawn in any order, in
-any process, and a run resumes exactly. Nothing is ever unpacked, so a member's name cannot lead anywhere.
+Shards are read in place: their headers contain the position of every member, so samples can be drawn in any order and
+in any process, and a run resumes exactly. Nothing is ever unpacked, so the name of a member cannot cause a write.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+import math
 import os
 import re
 import shutil
@@ -15,23 +16,23 @@ import subprocess
 import tarfile
 from collections.abc import Mapping
 from functools import lru_cache
+from itertools import product
 from os import PathLike
 from pathlib import Path, PurePosixPath
 
 from rin_video.datasets.sources import Member, decode_text, open_source, shown
 from rin_video.errors import UsageError
-from rin_video.files import atomic_write
+from rin_video.files import PIPE, atomic_write
 from rin_video.wording import counted
 
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 MAX_SHARDS = 1_000_000
-PIPE = "pipe:"
 
 
 def is_shards(root: str | PathLike[str]) -> bool:
-    """Whether `root` names tar shards: a .tar, a pattern `{000..123}.tar`, `pipe:`, or a folder with .tar files.
+    """Return whether `root` names tar shards: a .tar file, a pattern `{000..123}.tar`, `pipe:`, or a folder of them.
 
-    A folder may hold other files beside them (tables, notes), but no media.
+    The folder may also contain other files (tables, notes), but no media.
     """
     from rin_video.datasets.extensions import KINDS
 
@@ -45,9 +46,10 @@ def is_shards(root: str | PathLike[str]) -> bool:
 
 
 def list_shards(root: str | PathLike[str], *, allow_pipe: bool = False, cache: Path | None = None) -> list[Path]:
-    """The shards that `root` names, in order. UsageError for one that is not there, and for `pipe:` unless allowed.
+    """Return the shards that `root` names, in order.
 
-    The output of an allowed `pipe:COMMAND` is kept as a file in the folder `cache`, because shards are read in place.
+    The output of `pipe:COMMAND`, which must be allowed, is stored as a file in the folder `cache`, because shards are
+    read in place. Raises `UsageError` if a shard is missing, or if `pipe:` is not allowed or fails.
     """
     name = os.fspath(root)
     if name.startswith(PIPE):
@@ -57,7 +59,8 @@ def list_shards(root: str | PathLike[str], *, allow_pipe: bool = False, cache: P
             )
         if cache is None:
             raise UsageError(
-                f"{shown(name)} is kept in the folder of a run, and this command has none: use train, index or prepare"
+                f"{shown(name)} needs the folder of a run for its shards, and this command has none: use train, index "
+                "or prepare"
             )
         return [_run_pipe(command[len(PIPE) :], cache) for command in expand(name)]
     if Path(name).is_dir():
@@ -70,25 +73,28 @@ def list_shards(root: str | PathLike[str], *, allow_pipe: bool = False, cache: P
 
 
 def expand(pattern: str) -> list[str]:
-    """`{000..123}` as the numbers, as wide as the first one is written. UsageError for a range that runs backwards."""
-    found = RANGE.search(pattern)
-    if not found:
-        return [pattern]
-    first, last = int(found[1]), int(found[2])
-    if not first <= last < first + MAX_SHARDS:
-        raise UsageError(
-            f"{shown(pattern)} names {last - first + 1} shards: the range goes up, to {MAX_SHARDS:,} at most"
-        )
-    width = len(found[1]) if found[1].startswith("0") else 1
+    """Expand `{000..123}` in a pattern, zero-padded like the first number.
+
+    Raises `UsageError` if a range is descending or there are too many shards. The package `braceexpand` is unsuitable:
+    it has no limit on the number, and fails for other braces, as in a `pipe:` command.
+    """
+    fixed, starts, ends = (RANGE.split(pattern)[i::3] for i in range(3))
+    ranges = [range(int(start), int(end) + 1) for start, end in zip(starts, ends, strict=True)]
+    count = math.prod(part.stop - part.start for part in ranges)
+    if count > MAX_SHARDS or not all(ranges):
+        raise UsageError(f"{shown(pattern)} names {count} shards: use an ascending range of at most {MAX_SHARDS:,}")
+    widths = [len(start) if start.startswith("0") else 1 for start in starts]
     return [
-        one
-        for n in range(first, last + 1)
-        for one in expand(f"{pattern[: found.start()]}{n:0{width}}{pattern[found.end() :]}")
+        fixed[0] + "".join(f"{n:0{width}}{text}" for n, width, text in zip(numbers, widths, fixed[1:], strict=True))
+        for numbers in product(*ranges)
     ]
 
 
 def members_of(shard: Path) -> tuple[list[Member], list[tuple[str, str]]]:
-    """The files in a shard, and the members that are refused, with the reason. UsageError where it is no tar file."""
+    """Return the files in a shard, and (name, reason) of the refused members.
+
+    Raises `UsageError` if the shard is not a plain tar file.
+    """
     try:
         modified = shard.stat().st_mtime_ns
     except OSError as error:
@@ -102,7 +108,7 @@ def _members(shard: Path, modified: int) -> tuple[list[Member], list[tuple[str, 
     refused: list[tuple[str, str]] = []
     size = shard.stat().st_size
     try:
-        with tarfile.open(shard, "r:") as tar:  # not compressed: a member is read where it lies
+        with tarfile.open(shard, "r:") as tar:  # uncompressed, because members are read in place
             for info in tar:
                 path = PurePosixPath(info.name.replace("\\", "/"))
                 if info.isdir() or path.name.startswith("."):
@@ -110,45 +116,46 @@ def _members(shard: Path, modified: int) -> tuple[list[Member], list[tuple[str, 
                 if not info.isreg() or info.issparse():
                     refused.append((info.name, f"{shown(shard)}:{shown(info.name)} is a link or a device, not a file"))
                 elif path.is_absolute() or ".." in path.parts or ":" in path.parts[0]:
-                    refused.append((info.name, f"{shown(shard)}:{shown(info.name)} names a place outside the shard"))
+                    refused.append((info.name, f"{shown(shard)}:{shown(info.name)} has a path outside the shard"))
                 elif info.offset_data + info.size > size:
-                    refused.append((info.name, f"{shown(shard)}:{shown(info.name)} is cut off by the end of the shard"))
+                    refused.append(
+                        (info.name, f"{shown(shard)}:{shown(info.name)} is truncated by the end of the shard")
+                    )
                 else:
                     members.append(Member(shard, str(path), info.offset_data, info.size))
     except (tarfile.TarError, OSError, ValueError, OverflowError, EOFError) as error:
         if not members:
             raise UsageError(
-                f"{shown(shard)} cannot be read as a plain tar file ({shown(str(error))}): make it again"
+                f"{shown(shard)} cannot be read as an uncompressed tar file ({shown(str(error))}): create it again"
             ) from error
-        refused.append(
-            (shard.name, f"{shown(shard)} breaks off after {counted(len(members), 'file')} ({shown(str(error))})")
-        )
+        reason = f"{shown(shard)} is truncated after {counted(len(members), 'file')} ({shown(str(error))})"
+        refused.append((shard.name, reason))
     return members, refused
 
 
 def companions(members: list[Member]) -> dict[tuple[Path, str], dict[str, Member]]:
-    """The files that belong to one sample, by extension, for every (shard, key)."""
+    """Return the files of each sample, by extension, for every (shard, key)."""
     found: dict[tuple[Path, str], dict[str, Member]] = {}
     for member in members:
         found.setdefault((member.shard, member.key), {})[member.extension.lower()] = member
     return found
 
 
-def companion(aside: Mapping[tuple[Path, str], Mapping[str, Member]], member: Member, suffix: str) -> Member | None:
-    """The file of a sample with a suffix: of `x.left.mp4`, `x.left.txt`, else `x.txt`."""
-    own = aside.get((member.shard, member.key), {})
+def companion(by_key: Mapping[tuple[Path, str], Mapping[str, Member]], member: Member, suffix: str) -> Member | None:
+    """Return the companion of a member with a suffix: for `x.left.mp4` it is `x.left.txt`, otherwise `x.txt`."""
+    own = by_key.get((member.shard, member.key), {})
     inner = member.extension[: -len(member.suffix)].lower() if member.suffix else ""
     return own.get(inner + suffix) or own.get(suffix)
 
 
 def read_text(member: Member, limit: int = 10_000) -> str:
-    """The beginning of a member as text, without white space around it."""
+    """Read the first `limit` bytes of a member as text, and strip it."""
     with open_source(member) as file:
         return decode_text(file.read(limit))
 
 
 def write_shard(path: Path, files: Mapping[str, bytes]) -> None:
-    """Write a shard; the same files give the same bytes."""
+    """Write a shard atomically; the same files give the same bytes."""
     with atomic_write(path) as temporary, tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as tar:
         for name, content in files.items():
             info = tarfile.TarInfo(name)

@@ -1,4 +1,4 @@
-"""Where the bytes of a sample lie: a file of its own, or a member of a tar shard."""
+"""The location of the bytes of a sample: a file, a member of a tar shard, or memory."""
 
 from __future__ import annotations
 
@@ -16,26 +16,27 @@ from rin_video.errors import TransientError, UsageError, one_line
 
 @dataclass(frozen=True)
 class Member:
-    """A file inside a tar shard, which is read in place: nothing is ever unpacked."""
+    """A file inside a tar shard; it is read in place and never unpacked."""
 
     shard: Path
     name: str
-    offset: int  # of the first byte of its content in the shard
+    offset: int  # position in the shard of the first byte of its content
     size: int  # bytes
 
     @property
     def suffix(self) -> str:
+        """The last extension of the name, with the dot."""
         return os.path.splitext(self.name)[1]
 
     @property
     def key(self) -> str:
-        """What the files of one sample share, as WebDataset has it: the name up to the first dot behind the folders."""
+        """The name up to the first dot of its base name, which the files of a sample share, as in WebDataset."""
         folder, slash, name = self.name.rpartition("/")
         return folder + slash + name.partition(".")[0]
 
     @property
     def extension(self) -> str:
-        """What follows the key: `.mp4`, `.left.mp4`."""
+        """The part of the name after the key, such as `.mp4` or `.left.mp4`."""
         return self.name[len(self.key) :]
 
     def __str__(self) -> str:
@@ -44,13 +45,14 @@ class Member:
 
 @dataclass(frozen=True)
 class Buffer:
-    """A file that is in memory already."""
+    """A file in memory."""
 
     name: str
     content: bytes
 
     @property
     def suffix(self) -> str:
+        """The last extension of the name, with the dot."""
         return os.path.splitext(self.name)[1]
 
     def __str__(self) -> str:
@@ -64,27 +66,32 @@ MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_
 
 
 class Slice(io.RawIOBase):
-    """A stretch of a file as a file of its own, for reading."""
+    """A section of a file as a read-only file object."""
 
     def __init__(self, path: Path, offset: int, size: int) -> None:
         self._file = path.open("rb", buffering=0)
         self._offset, self._size, self._position = offset, size, 0
 
     def readable(self) -> bool:
+        """Return True."""
         return True
 
     def seekable(self) -> bool:
+        """Return True."""
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Set the position within the section and return it."""
         start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
         self._position = max(0, start + offset)
         return self._position
 
     def tell(self) -> int:
+        """Return the position within the section."""
         return self._position
 
     def readinto(self, buffer: Any) -> int:
+        """Read bytes into `buffer`, up to the end of the section, and return their number."""
         wanted = max(0, min(len(buffer), self._size - self._position))
         self._file.seek(self._offset + self._position)
         count = self._file.readinto(memoryview(buffer)[:wanted]) or 0
@@ -92,12 +99,13 @@ class Slice(io.RawIOBase):
         return count
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()
         super().close()
 
 
 def open_source(source: Source) -> BinaryIO:
-    """The bytes of a source, for reading. UsageError where it is no regular file (a pipe would wait for ever)."""
+    """Open a source for reading. Raises `UsageError` if it is not a regular file (a named pipe would block forever)."""
     if isinstance(source, Buffer):
         return io.BytesIO(source.content)
     path = source.shard if isinstance(source, Member) else source
@@ -113,7 +121,7 @@ def open_source(source: Source) -> BinaryIO:
 
 @contextmanager
 def as_location(source: Source) -> Iterator[str | BinaryIO]:
-    """What libraries take: a path that no protocol or option can be read into, or else an open file."""
+    """Yield a source as libraries accept it: an absolute path, which cannot be parsed as a URL, or an open file."""
     if isinstance(source, Path) and _is_utf8(source):
         if not source.is_file():
             raise UsageError(f"there is no file {shown(source)}")
@@ -124,7 +132,7 @@ def as_location(source: Source) -> Iterator[str | BinaryIO]:
 
 
 def not_media(source: Source) -> str:
-    """What a file is that bears the name of a picture or a clip and is none, with the remedy; empty where unknown."""
+    """Return what a file is that is named like an image or clip but is not one, with the remedy; empty if unknown."""
     try:
         with open_source(source) as file:
             head = file.read(512).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
@@ -139,32 +147,32 @@ def not_media(source: Source) -> str:
     if head.startswith((b"<!doctype html", b"<html", b"<head", b"<?xml")) and b"html" in head:
         return "is a web page (HTML), not media: download the file again"
     if head.startswith((b"<?xml", b"{", b"[")):
-        return "is text (XML or JSON), not media, such as a server's error: download the file again"
+        return "is text (XML or JSON), perhaps a server error, not media: download the file again"
     return ""
 
 
 def size_of(source: Source) -> int:
-    """Bytes."""
+    """Return the size of a source in bytes."""
     if isinstance(source, Buffer):
         return len(source.content)
     return source.size if isinstance(source, Member) else source.stat().st_size
 
 
 def decode_text(content: bytes) -> str:
-    """A short text file, which may be cut off, without white space around it: UTF-8, UTF-16 with a mark, or cp1252."""
+    """Decode a short, possibly truncated text as UTF-8, UTF-16 with a byte order mark, or cp1252, and strip it."""
     for mark, encoding in MARKS.items():
         if content.startswith(mark):
             return content[len(mark) :].decode(encoding, "ignore").strip()
     try:
         return content.decode("utf-8").strip()
     except UnicodeDecodeError as error:
-        if error.start >= len(content) - 3:  # cut off within a character
+        if error.start >= len(content) - 3:  # truncated within a character
             return content[: error.start].decode("utf-8").strip()
         return content.decode("cp1252", "replace").strip()
 
 
 def shown(source: Source | str) -> str:
-    """A name as one line that any terminal and any file can hold, whatever bytes it is made of."""
+    """Return a name of any bytes as one line of printable text."""
     return one_line(source)
 
 

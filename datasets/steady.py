@@ -1,4 +1,4 @@
-"""Clips of a variable frame rate on a regular grid: the nearest frame in time."""
+"""Resampling of clips with a variable frame rate to a constant rate by the nearest frame in time."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ import numpy as np
 from rin_video.datasets.clip_sampler import nearest_in_time
 from rin_video.datasets.video_info import VideoInfo
 
-IRREGULAR = 1.75  # times the shortest step that the longest may take: stamps of regular clips are rounded
-MAX_RATE = 60.0  # frames a second
-MOST = 4  # frames of the grid for one of the clip
+IRREGULAR = 1.75  # largest ratio of the longest to the shortest step at a constant rate, whose stamps are rounded
+MAX_RATE = 60.0  # frames per second
+MOST = 4  # output frames per source frame
 
 
 def is_steady(times: np.ndarray) -> bool:
-    """Whether times (F,) are those of a regular rate, but for rounding."""
+    """Return whether times (F,) have a constant rate, apart from rounding."""
     steps = np.diff(times)
     return not steps.size or steps.max() <= IRREGULAR * steps.min()
 
 
 def steady_frames(times: np.ndarray, duration: float, fps: float) -> tuple[list[int], float]:
-    """Frames that show a clip at a regular rate, and the rate; all of them at `fps` where it is regular already.
+    """Return the frames that resample a clip to a constant rate, and that rate.
 
-    `times` (F,) are seconds from the first frame, ascending. The grid is as fine as the shortest step, up to MAX_RATE
-    and MOST frames for one.
+    If the rate is already constant, these are all frames and `fps`. `times` (F,) are seconds from the first frame,
+    ascending. The rate matches the shortest step, but is at most MAX_RATE and gives at most MOST output frames per
+    source frame.
     """
     if is_steady(times):
         return list(range(len(times))), fps
@@ -35,12 +36,12 @@ def steady_frames(times: np.ndarray, duration: float, fps: float) -> tuple[list[
 
 
 def steady_clip(info: VideoInfo) -> tuple[list[int], float]:
-    """`steady_frames` of a video file."""
+    """Return the frames and the rate of `steady_frames` for a video file."""
     return steady_frames(info.times, info.duration, info.fps)
 
 
 def frame_rate(dataset: Any) -> float | None:
-    """Frames a second of the clips that a data set gives: its median; None where it does not tell."""
+    """Return the median frame rate of the clips that a dataset returns; None if it is unknown."""
     parts = [getattr(dataset, name) for name in ("clips", "dataset") if hasattr(dataset, name)]
     parts = parts or list(getattr(dataset, "parts", []))[:1]
     if parts:

@@ -1,8 +1,8 @@
-"""One video stream of a file: which one, its packets, its pictures, and how any of them is found again.
+"""The video stream of a file: its selection, its packets and pictures, and seeking.
 
-Packets are not pictures: some are never shown, some hold one field of a picture, some cannot be decoded. A picture is
-known by its *stamp*, the presentation time in units of the stream's time base; decoding starts at *entries*, the stamps
-of keyframe packets, whether these are shown or not.
+Packets are not pictures: some are never displayed, some contain one field of a picture, some cannot be decoded. A
+picture is identified by its *stamp*, the presentation time in units of the stream's time base. Decoding starts at
+*entries*, the stamps of keyframe packets, whether these are displayed or not.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import numpy as np
 from rin_video.datasets.sources import Source, as_location, not_media, shown
 from rin_video.errors import UsageError, first_line
 
-# FFmpeg's full names of the containers that are clips; it guesses raw codecs from random bytes, reads play lists that
-# name other files, and more. Nothing outside this list is even tried. WebP is Pillow's.
+# FFmpeg's full names of the supported containers; no other format is tried, because FFmpeg would also guess raw codecs
+# from random bytes or read playlists that refer to other files. Pillow reads WebP.
 CONTAINERS = {
     "mov": "mov,mp4,m4a,3gp,3g2,mj2",
     "matroska": "matroska,webm",
@@ -35,18 +35,21 @@ CODECS = (
     "msmpeg4v3", "wmv1", "wmv2", "wmv3", "vc1", "mjpeg", "gif", "prores", "dnxhd", "ffv1", "huffyuv", "ffvhuff",
     "theora", "png", "rawvideo", "qtrle", "cinepak", "flv1", "svq1", "svq3", "dvvideo",
 )  # fmt: skip
-# Decoders that read `skip_frame` for every packet; others, such as dav1d for AV1, read it once, when they are opened.
+# Decoders that check `skip_frame` for every packet; others, such as dav1d for AV1, read it once when they are opened.
 SKIPPING = ("h264", "hevc", "mpeg4", "mpeg1video", "mpeg2video")
 ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own decoders of these drop the alpha channel
 ATTACHED_PICTURE, TIMED_THUMBNAILS = 0x400, 0x800  # FFmpeg's dispositions
-UNALIGNED = 1  # FFmpeg's flag: crop as the stream's header says, not only by multiples of 32 pixels
-SEEKS = 3  # entries before the wanted one that a seek tries before it reads from the beginning
+UNALIGNED = 1  # FFmpeg's flag: crop exactly as the stream's header specifies, not only by multiples of 32 pixels
+SEEKS = 3  # earlier entries to seek to before reading from the beginning
 
 _ONLY_KNOWN = {"format_whitelist": ",".join(CONTAINERS.values()), "protocol_whitelist": "file"}
 
 
 class VideoStream:
-    """An open video stream. A context manager. UsageError where the file holds none that we read."""
+    """An open video stream, as a context manager; `index` is its number in the file, by default the best one.
+
+    Raises `UsageError` if the file has no supported stream.
+    """
 
     def __init__(self, source: Source, index: int | None = None) -> None:
         self.source, self.index = source, index
@@ -59,18 +62,24 @@ class VideoStream:
         self.close()
 
     def close(self) -> None:
+        """Close the file."""
         self._stack.close()
 
     @property
     def codec(self) -> str:
+        """FFmpeg's name of the codec."""
         return self.stream.codec_context.codec.canonical_name
 
     @property
     def container_name(self) -> str:
+        """FFmpeg's name of the container, a key of CONTAINERS."""
         return self.container.format.name.split(",")[0]
 
     def packets(self) -> Iterator[Any]:
-        """The packets from here on; the last one is empty. A container that is damaged or cut off ends there."""
+        """Yield the packets from the current position; the last one is empty.
+
+        If the container is damaged or truncated, the last one is None.
+        """
         import av
 
         try:
@@ -81,15 +90,17 @@ class VideoStream:
     def pictures(
         self, packets: Iterator[Any] | None = None, needed: set[int] | None = None
     ) -> Iterator[tuple[Any, Any]]:
-        """(stamp, frame) of what is shown, in order; the frame is None where damage spoils it.
+        """Yield (stamp, frame) of the displayed pictures, in order; the frame is None if it is damaged.
 
-        Damage lasts until the next keyframe. Pictures that are not in `needed`, and that no other builds on, may be
-        passed over without being decoded.
+        Damage lasts until the next keyframe. Pictures that are not in `needed`, and to which no other picture refers,
+        may be skipped without decoding.
         """
         import av
 
         begun = damaged = corrupt = False
-        after: int | None = None  # the keyframe that ended the damage: what is shown before it refers back
+        after: int | None = (
+            None  # the keyframe that ended the damage; pictures displayed before it refer to damaged ones
+        )
         lost: set[int] = set()
         skip = needed is not None and self.decoder.codec.name in SKIPPING
         for packet in self.packets() if packets is None else packets:
@@ -109,7 +120,7 @@ class VideoStream:
                 frames = []
             except av.FFmpegError:
                 frames = []
-                if begun and not at_end:  # before that, what refers to frames that are not there
+                if begun and not at_end:  # the first pictures may refer to missing frames
                     damaged = True
                     if stamp is not None and not packet.is_discard:
                         lost.add(stamp)
@@ -124,21 +135,21 @@ class VideoStream:
     def pictures_from(
         self, entry: int | None, entries: np.ndarray, needed: set[int] | None = None
     ) -> Iterator[tuple[Any, Any]]:
-        """`pictures` decoded from the keyframe `entry` on, one of the ascending `entries`; None: from the beginning."""
+        """Yield `pictures` starting at the keyframe `entry`, one of the ascending `entries`; None: at the beginning."""
         return self.pictures(self._packets_from(entry, entries), needed)
 
     def find(
         self, indices: Sequence[int], stamps: np.ndarray, entries: np.ndarray, *, seekable: bool, skip: bool = False
     ) -> Iterator[tuple[int, Any]]:
-        """(index, frame) of the pictures `indices`, ascending; None for one that cannot be decoded.
+        """Yield (index, frame) of the pictures `indices`, ascending; the frame is None if it cannot be decoded.
 
-        `stamps` are those of all pictures, `entries` where decoding can start; both ascending. Without `seekable`,
-        the pictures that damage has left are counted from the beginning.
+        `stamps` are the stamps of all pictures, `entries` the stamps at which decoding can start; both are ascending.
+        If not `seekable`, the decodable pictures are counted from the beginning.
         """
         wanted = sorted(set(indices))
         needed = set(stamps[wanted].tolist()) if skip else None
         while wanted:
-            # One run of decoding serves every wanted picture up to a gap that holds an entry to jump to.
+            # Decode all wanted pictures in one pass, until there is an entry between two of them to seek to.
             entry = _entry_before(entries, stamps[wanted[0]]) if seekable else None
             if seekable:
                 found = self._indexed(self.pictures_from(entry, entries, needed), stamps)
@@ -146,7 +157,7 @@ class VideoStream:
                 found = enumerate(frame for _, frame in self.pictures_from(None, entries) if frame is not None)
             spoilt = set()
             for index, frame in found:
-                if frame is None and seekable:  # perhaps told before earlier ones are shown
+                if frame is None and seekable:  # may be reported before earlier pictures are output
                     spoilt.add(index)
                     continue
                 while wanted and wanted[0] < index:
@@ -170,17 +181,17 @@ class VideoStream:
                     yield index, frame
 
     def _packets_from(self, entry: int | None, entries: np.ndarray) -> Iterator[Any]:
-        """Packets beginning with the keyframe `entry`, wherever the container's own seek ends."""
+        """Return the packets starting at the keyframe `entry`, even if the container's own seek is not exact."""
         import av
 
         if entry is None:
             return self._from_beginning()
-        # Containers are sought by decoding times, or roughly: try earlier places until the entry lies ahead.
+        # Containers seek by decoding times, or imprecisely: try earlier positions until the entry is ahead.
         place = int(np.searchsorted(entries, entry))
         for target in entries[max(0, place - SEEKS) : place + 1][::-1].tolist():
             try:
                 self.container.seek(target, stream=self.stream)
-            except av.FFmpegError:  # a file cut short may have lost its index
+            except av.FFmpegError:  # a truncated file may have lost its index
                 break
             if self.decoder.is_open:
                 self.decoder.flush_buffers()
@@ -203,12 +214,12 @@ class VideoStream:
             stream: Any = self.container.streams[self.index] if self.index is not None else best_stream(self.container)
             if stream is None:
                 raise UsageError(
-                    f"{shown(self.source)} cannot be read as a clip: it holds {_content(self.container)}, "
+                    f"{shown(self.source)} cannot be read as a clip: it contains {_content(self.container)}, "
                     f"not one of {', '.join(CODECS)}"
                 )
             self.stream, self.index = stream, stream.index
             self.decoder = _alpha_decoder(stream) or stream.codec_context
-            self.decoder.thread_count = 1  # the processes that read are many
+            self.decoder.thread_count = 1  # many processes read at the same time
             self.decoder.flags |= UNALIGNED
         except BaseException:
             self._stack.close()
@@ -216,17 +227,18 @@ class VideoStream:
 
 
 def stamp_of(packet: Any) -> int | None:
+    """Return the presentation time of a packet, or its decoding time if it has none."""
     return packet.dts if packet.pts is None else packet.pts
 
 
 @contextmanager
 def open_container(source: Source) -> Iterator[Any]:
-    """An open PyAV container of a kind that we know. UsageError where it is none."""
+    """Open a supported container with PyAV. Raises `UsageError` if that fails."""
     import av
 
     with as_location(source) as location:
         try:
-            # Tags may be of any encoding, and nobody reads them.
+            # Tags may have any encoding and are not used.
             container = av.open(location, options=_ONLY_KNOWN, metadata_errors="replace")
         except Exception as error:
             raise unreadable(source, error) from error
@@ -235,7 +247,7 @@ def open_container(source: Source) -> Iterator[Any]:
 
 
 def video_streams(container: Any) -> list[Any]:
-    """The video streams that may be a film: no cover art, no thumbnails, a codec that we know."""
+    """Return the video streams with a supported codec, without cover art and thumbnails."""
     return [
         stream
         for stream in container.streams.video
@@ -244,7 +256,7 @@ def video_streams(container: Any) -> list[Any]:
 
 
 def best_stream(container: Any) -> Any:
-    """The film among the streams, by FFmpeg's choice; else the largest; None where there is none."""
+    """Return the video stream that FFmpeg considers best, otherwise the largest; None if there is none."""
     streams = video_streams(container)
     best = container.streams.best("video")
     if best is not None and best.index in [stream.index for stream in streams]:
@@ -253,6 +265,7 @@ def best_stream(container: Any) -> Any:
 
 
 def unreadable(source: Source, error: Exception) -> UsageError:
+    """Return the error for a file that cannot be read, with the cause and the remedy."""
     if what := not_media(source):
         return UsageError(f"{shown(source)} {what}")
     cause = getattr(error, "strerror", None) or first_line(error)
@@ -270,7 +283,7 @@ def _content(container: Any) -> str:
 
 
 def _alpha_decoder(stream: Any) -> Any:
-    """The decoder that keeps the alpha channel of a VP8 or VP9 stream that has one; else None."""
+    """Return a decoder that keeps the alpha channel of a VP8 or VP9 stream, or None if it has none."""
     import av
 
     name = ALPHA_DECODERS.get(_codec_of(stream))
@@ -279,7 +292,7 @@ def _alpha_decoder(stream: Any) -> Any:
         return None
     try:
         decoder: Any = av.CodecContext.create(name, "r")
-    except Exception:  # an FFmpeg without libvpx; the probe says it
+    except Exception:  # FFmpeg without libvpx; the probe reports it
         return None
     decoder.extradata = stream.codec_context.extradata
     return decoder
@@ -291,13 +304,13 @@ def _entry_before(entries: np.ndarray, stamp: int) -> int | None:
 
 
 def _jumps(entries: np.ndarray, following: int, wanted: int) -> bool:
-    """Whether there is an entry after the next picture and up to the wanted one: cheaper than decoding on."""
+    """Return whether an entry lies after the next picture and not after the wanted one, so that seeking is cheaper."""
     entry = _entry_before(entries, wanted)
     return entry is not None and entry > following
 
 
 def _skip_to(packets: Iterator[Any], entry: int) -> Any:
-    """The keyframe packet of that stamp; None where the packets have passed it, or end."""
+    """Read packets until the keyframe with that stamp; return it, or None if it was passed or the packets end."""
     for packet in packets:
         if packet is None or not packet.size:
             return None

@@ -1,4 +1,4 @@
-"""Write clips made on the fly as MP4, GIF and contact sheet, and convert one to the other.
+"""Write generated clips as MP4, GIF, contact sheet, array and folder, and convert an array to MP4.
 
 python examples/export_mp4.py FOLDER
 """
@@ -13,7 +13,7 @@ from rin_video.media import save_samples
 
 
 def moving_squares(num_clips: int = 4, frames: int = 16, size: int = 32) -> torch.Tensor:
-    """Clips (B, 3, F, size, size) in [0, 1]: a square of another colour in each, that moves to the right."""
+    """Return clips (B, 3, F, size, size) in [0, 1] with a square of random colour that moves to the right."""
     clips = torch.zeros(num_clips, 3, frames, size, size)
     for clip, colour in zip(clips, torch.rand(num_clips, 3, 1, 1), strict=True):
         for frame in range(frames):

@@ -1,4 +1,4 @@
-"""Train on tensors of your own: here spectrograms of chirps, (1, 32 frequencies, 32 times).
+"""Train on your own tensors; in this example, spectrograms of chirps (1, 32 frequencies, 32 times).
 
 python examples/spectrograms.py runs/chirps
 """
@@ -12,7 +12,7 @@ from rin_video import RIN, Callback, GaussianDiffusion, Trainer
 
 
 class Chirps(Dataset):
-    """A tone that rises or falls, as a spectrogram in [0, 1]."""
+    """Spectrograms in [0, 1] of tones that rise (label 1) or fall (label 0)."""
 
     def __len__(self):
         return 512
@@ -26,11 +26,13 @@ class Chirps(Dataset):
 
 
 class Loudness(Callback):
+    """Logs the mean value of samples of rising tones as the metric "loudness"."""
+
     def evaluate(self, trainer, diffusion):
         return {"loudness": diffusion.sample(8, steps=10, label=1, seed=0).mean().item()}
 
 
-if __name__ == "__main__":  # the loader's processes may read this file again
+if __name__ == "__main__":  # required, because the data loader's processes may import this file
     out, steps = sys.argv[1], int((sys.argv[2:] or ["2000"])[0])
     model = RIN(dim=64, channels=1, image_size=32, patch_size=4, depth=2, num_latents=32, num_classes=2, num_heads=4)
     diffusion = GaussianDiffusion(model, objective="x0", train_prob_self_cond=0)

@@ -1,43 +1,64 @@
-"""Checks of the values of options: each raises a `UsageError` that names the option and the value."""
+"""Checks of option values. Each raises a `UsageError` that names the option and the value."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from rin_video.errors import UsageError
 
 
 @cache
 def types_of(kind: type) -> dict[str, Any]:
-    """The types of the fields of a dataclass."""
+    """Return the types of the fields of a dataclass."""
     return get_type_hints(kind)
 
 
 def names_of(kind: Any) -> tuple[str, ...]:
-    """The names that an option of a type takes, in order; none where it is free."""
+    """Return the names that an option of a type takes, in order; empty if the type lists none."""
     if get_origin(kind) is Literal:
         return get_args(kind)
-    optional = type(None) in get_args(kind)
-    return tuple(name for member in get_args(kind) for name in names_of(member)) if optional else ()
+    members = [member for member in get_args(kind) if member is not type(None) and get_origin(member) is not dict]
+    return names_of(members[0]) if len(members) == 1 and get_origin(kind) in (Union, UnionType) else ()
+
+
+def takes_parameters(kind: Any) -> bool:
+    """Whether options of a type are names that may have parameters: `ddim`, or `{name: ddim, eta: 0.5}`."""
+    return bool(names_of(kind)) and any(get_origin(member) is dict for member in get_args(kind))
+
+
+def split_parameters(choice: Any) -> tuple[Any, dict[str, float]]:
+    """Return the name (or None) and the parameters of a choice such as `ddim` or `{name: ddim, eta: 0.5}`."""
+    if not isinstance(choice, Mapping):
+        return choice, {}
+    parameters = dict(choice)
+    return parameters.pop("name", None), parameters
 
 
 def check_choices(section: str, config: Any) -> None:
-    """Raises `UsageError` where a field is none of the names that its type lists."""
-    for name, kind in types_of(config.__class__).items():
-        value, names = getattr(config, name), names_of(kind)
-        if names and not (value is None and type(None) in get_args(kind)):
-            check_choice(f"{section}.{name}", value, names)
+    """Raise `UsageError` if a field has a name that its type does not list, or a parameter that is not a number."""
+    for field, kind in types_of(config.__class__).items():
+        if not (names := names_of(kind)):
+            continue
+        name, parameters = split_parameters(getattr(config, field))
+        if name is not None or type(None) not in get_args(kind):
+            check_choice(f"{section}.{field}", name, names)
+        for parameter, value in parameters.items():
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise UsageError(f"{section}.{field}.{parameter} is {value!r}: it must be a number")
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raise `UsageError` if `value` is not one of `choices`."""
     if value not in choices:
         raise UsageError(f"{name}={value} is unknown: choose {', '.join(choices)}")
 
 
 def check_at_least(name: str, value: Any, least: int, kind: type) -> None:
+    """Raise `UsageError` if `value` is not a number of at least `least`, or not a whole number if `kind` is int."""
     if kind is int and not is_whole(value, -(10**18)):
         raise UsageError(f"{name} is {value!r}: it must be a whole number")
     if not is_number(value) or value < least:
@@ -45,30 +66,36 @@ def check_at_least(name: str, value: Any, least: int, kind: type) -> None:
 
 
 def check_above(section: str, name: str, value: Any, bound: float) -> None:
+    """Raise `UsageError` if `value` is not a number above `bound`."""
     if not (is_number(value) and value > bound):
         raise UsageError(f"{section}.{name} is {value!r}: it must be above {bound}")
 
 
 def check_within(name: str, value: Any, low: float, high: float) -> None:
+    """Raise `UsageError` if `value` is not a number in [low, high]."""
     if not (is_number(value) and low <= value <= high):
-        raise UsageError(f"{name} is {value!r}: it lies in [{low}, {high}]")
+        raise UsageError(f"{name} is {value!r}: it must be in [{low}, {high}]")
 
 
 def check_range(name: str, value: Any, low: float, high: float) -> None:
+    """Raise `UsageError` if `value` is not two ascending numbers in [low, high]."""
     if len(value) != 2 or not all(is_number(n) for n in value) or not low <= value[0] <= value[1] <= high:
-        raise UsageError(f"{name} is {list(value)}: it takes two numbers, the smaller one first, in [{low}, {high}]")
+        raise UsageError(f"{name} is {list(value)}: it must be two numbers in [{low}, {high}], the smaller first")
 
 
 def is_number(value: Any) -> bool:
+    """Whether `value` is a finite int or float; a bool is not a number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def is_whole(value: Any, least: int) -> bool:
+    """Whether `value` is an int of at least `least`; a bool is not an int."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def read_numbers(name: str, value: Any, count: int, names: str) -> tuple[int, ...]:
+    """Return `count` positive integers from a list, or from one number for all. Raises `UsageError` otherwise."""
     numbers = tuple(value) if isinstance(value, list | tuple) else (value,) * count
     if len(numbers) != count or any(not is_whole(n, 1) for n in numbers):
-        raise UsageError(f"{name} is {value}: it takes one number, or {count} ({names}), each at least 1")
+        raise UsageError(f"{name} is {value}: it must be one number or {count} ({names}), each at least 1")
     return numbers

@@ -1,4 +1,4 @@
-"""Options from presets, YAML files and the command line, and back to YAML."""
+"""Configurations from presets, YAML files and the command line, and their conversion to YAML."""
 
 from __future__ import annotations
 
@@ -6,85 +6,96 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from rin_video.config import Config, ModelConfig, check_names
-from rin_video.config_checks import types_of
+from rin_video.config_checks import split_parameters, takes_parameters, types_of
 from rin_video.errors import UsageError
 
-Layer: TypeAlias = dict[str, dict[str, Any]]  # sections of options
-PARAMETERS = {  # of what is chosen by name
+Layer: TypeAlias = dict[str, dict[str, Any]]  # section -> option -> value
+NESTED = {  # former options for the parameters of others, which are now nested
     "diffusion": {
-        "noise_schedule": "schedule_kwargs",
-        "loss_weight": "loss_weight_kwargs",
-        "time_sampling": "time_sampling_kwargs",
+        "schedule_kwargs": "noise_schedule",
+        "loss_weight_kwargs": "loss_weight",
+        "time_sampling_kwargs": "time_sampling",
     },
-    "sample": {"sampler": "sampler_kwargs", "schedule": "schedule_kwargs"},
+    "sample": {"sampler_kwargs": "sampler", "schedule_kwargs": "schedule"},
 }
 
 
 def presets() -> list[str]:
-    """Names of the presets that ship with the package."""
+    """Return the names of the presets in the package."""
     folder = resources.files("rin_video.configs")
     return sorted(file.name[:-5] for file in folder.iterdir() if file.name.endswith(".yaml"))
 
 
 def load_config(name_or_file: str | os.PathLike[str] | None = None, overrides: Sequence[str] = ()) -> Config:
-    """The defaults, then a preset by name or a YAML file, then `section.key=value` overrides.
+    """Return the defaults, overridden by a preset or a YAML file, and then by `section.key=value`.
 
-    Text is taken as it is written: nothing replaces `${...}`, in files and overrides alike. A file cannot set
-    `data.allow_pipe`. Raises `UsageError` for an unknown preset, key or value; an unknown key names the nearest one.
+    Text is taken literally, in files and in overrides: `${...}` is not replaced. A file cannot set `data.allow_pipe`.
+    Raises `UsageError` for an unknown preset, key or value. For an unknown key, the message names the most similar one.
     """
     values = dataclasses.asdict(Config())
-    if name_or_file is not None:
-        values = _merge(values, _read_file(name_or_file))
-    layers = [_read_override(override) for override in overrides]
-    _forget_parameters(values, layers)
-    values = _merge(values, *layers)
+    file = [] if name_or_file is None else [_read_file(name_or_file)]
+    for layer in [*file, *map(_read_override, overrides)]:
+        values = _merge(values, layer)
     return Config(**{name: section(**values[name]) for name, section in types_of(Config).items()})
 
 
 def is_set(key: str, name_or_file: str | os.PathLike[str] | None = None, overrides: Sequence[str] = ()) -> bool:
-    """Whether the file or the overrides set `section.key`, even to its default."""
+    """Whether the file or the overrides set `section.key`, if only to its default."""
     section, name = key.split(".")
     layers = [*([] if name_or_file is None else [_read_file(name_or_file)]), *map(_read_override, overrides)]
     return any(name in layer.get(section, {}) for layer in layers)
 
 
-def _forget_parameters(values: Layer, overrides: Sequence[Layer]) -> None:
-    """The parameters of what a file chose are dropped where the overrides choose something else."""
-    for section, choices in PARAMETERS.items():
-        for name, parameters in choices.items():
-            chosen = [layer[section][name] for layer in overrides if name in layer.get(section, {})]
-            if chosen and chosen[-1] != values[section][name]:
-                values[section][parameters] = {}
+def nest_parameters(section: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Convert former options `sampler: ddim, sampler_kwargs: {eta: 1}` to `sampler: {name: ddim, eta: 1}`."""
+    nested = dict(options)
+    for old, name in NESTED.get(section, {}).items():
+        if parameters := nested.pop(old, None):
+            nested[name] = {"name": nested[name], **parameters} if nested.get(name) is not None else parameters
+    return nested
 
 
-def _merge(*layers: Layer) -> Layer:
-    """Options replace those of earlier layers; a mapping adds to the one before, unless it is empty."""
+def _complete_choice(before: Any, choice: Any) -> Any:
+    """Add parameters without a name to the previous choice; a name without parameters has the default ones."""
+    if not isinstance(choice, dict) or "name" in choice:
+        name, parameters = split_parameters(choice)
+    else:
+        name, parameters = split_parameters(before)
+        parameters = parameters | choice if choice else {}
+    return name if not parameters else parameters if name is None else {"name": name, **parameters}
+
+
+def _merge(values: Layer, layer: Layer) -> Layer:
+    """Replace options of `values` by those of `layer`. A mapping is added to the previous one, unless it is empty."""
     from omegaconf import OmegaConf
 
-    merged = OmegaConf.create(flags={"allow_objects": True})
-    for layer in layers:
-        for section, options in layer.items():
-            for name in [name for name, value in options.items() if value == {} and section in merged]:
-                merged[section][name] = {}
-        merged.merge_with(_map_text(_Text, layer))
+    for section, options in layer.items():
+        for name, value in options.items():
+            if takes_parameters(types_of(types_of(Config)[section])[name]):
+                options[name] = _complete_choice(values[section][name], value)
+                values[section][name] = None
+            elif value == {}:
+                values[section][name] = {}
+    merged = OmegaConf.create(_map_text(_Text, values), flags={"allow_objects": True})
+    merged.merge_with(_map_text(_Text, layer))
     return _map_text(None, OmegaConf.to_container(merged))
 
 
 class _Text:
-    """Text that is opaque to OmegaConf, which would replace `${...}` and take `???` for a missing value."""
+    """Text that is hidden from OmegaConf, which would replace `${...}` and treat `???` as a missing value."""
 
     def __init__(self, text: str) -> None:
         self.text = text
 
 
 def _map_text(wrap: type[_Text] | None, value: Any) -> Any:
-    """Nested values with every text wrapped, or taken out again."""
+    """Wrap every text in nested values, or unwrap it if `wrap` is None."""
     if isinstance(value, dict):
         return {key: _map_text(wrap, item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -95,14 +106,14 @@ def _map_text(wrap: type[_Text] | None, value: Any) -> Any:
 
 
 def _read_file(name_or_file: str | os.PathLike[str]) -> Layer:
-    """What a preset or a file sets. Commands are allowed by people, not by files, which may be somebody else's."""
+    """Read a preset or a file. `data.allow_pipe` is removed: a file from elsewhere must not allow commands."""
     from rin_video import plain_yaml
 
     text, origin = _read_text(name_or_file)
     node = plain_yaml.parse(text, origin)
     if not plain_yaml.is_mapping(node):
         raise UsageError(
-            f"{origin} is no mapping of sections: it starts with model:, diffusion:, data:, train:, sample:"
+            f"{origin} is not a mapping of sections: its keys must be model:, diffusion:, data:, train: and sample:"
         )
     layer = _read_layer(plain_yaml.read_items(node, origin), origin)
     layer.get("data", {}).pop("allow_pipe", None)
@@ -110,15 +121,16 @@ def _read_file(name_or_file: str | os.PathLike[str]) -> Layer:
 
 
 def _read_override(override: str) -> Layer:
-    """What `section.key=value` sets. Text needs no quotes there, whatever it holds; quotes around it are YAML's."""
+    """Read `section.key=value`. Text needs no quotes, whatever it contains; text in quotes is read as YAML."""
     from rin_video import plain_yaml
 
     key, equals, text = override.partition("=")
     if not equals:
-        raise UsageError(f"cannot read {override!r}: overrides are written section.key=value")
+        raise UsageError(f"cannot read {override!r}: write overrides as section.key=value")
     section, *path = key.split(".")
     kind = types_of(types_of(Config)[section]).get(path[0]) if section in types_of(Config) and path else None
-    verbatim = plain_yaml.is_text(kind) and not re.fullmatch(r"'.*'|\".*\"", text, flags=re.DOTALL)
+    yaml = r"'.*'|\".*\"" + (r"|\{.*\}" if takes_parameters(kind) else "")
+    verbatim = plain_yaml.is_text(kind) and not re.fullmatch(yaml, text, flags=re.DOTALL)
     node = plain_yaml.text_node(text) if verbatim else plain_yaml.parse(text, override)
     for part in reversed(path):
         node = plain_yaml.mapping_node(part, node)
@@ -126,7 +138,7 @@ def _read_override(override: str) -> Layer:
 
 
 def _read_layer(sections: dict[str, Any], origin: str) -> Layer:
-    """YAML nodes as values of the types of their options."""
+    """Convert YAML nodes to values of the types of their options."""
     from rin_video import plain_yaml
 
     check_names(sections, Config, origin, prefix="")
@@ -134,18 +146,19 @@ def _read_layer(sections: dict[str, Any], origin: str) -> Layer:
     for section, node in sections.items():
         if not plain_yaml.is_mapping(node):
             raise UsageError(f"{origin}: {section} is a section: write {section}.key=value, or keys below {section}:")
-        kind = types_of(Config)[section]
+        kind, nested = types_of(Config)[section], NESTED.get(section, {})
         options = plain_yaml.read_items(node, origin)
-        check_names(options, kind, origin, prefix=f"{section}.")
-        layer[section] = {
-            name: plain_yaml.read_value(value, types_of(kind)[name], f"{section}.{name}", origin)
+        check_names([nested.get(name, name) for name in options], kind, origin, prefix=f"{section}.")
+        values = {
+            name: plain_yaml.read_value(value, types_of(kind)[nested.get(name, name)], f"{section}.{name}", origin)
             for name, value in options.items()
         }
+        layer[section] = nest_parameters(section, values)
     return layer
 
 
 def to_yaml(config: Config | ModelConfig) -> str:
-    """The configuration as YAML that `load_config` reads back, without `data.allow_pipe`, which no file can set."""
+    """Return a configuration as YAML for `load_config`, without `data.allow_pipe`, which a file cannot set."""
     from rin_video import plain_yaml
 
     values = dataclasses.asdict(config)
@@ -154,13 +167,13 @@ def to_yaml(config: Config | ModelConfig) -> str:
 
 
 def _read_text(name_or_file: str | os.PathLike[str]) -> tuple[str, str]:
-    """The text of a preset or a file, and its name for errors."""
+    """Return the text of a preset or a file, and its name for error messages."""
     name = os.fspath(name_or_file)
     if name in presets():
         return (resources.files("rin_video.configs") / f"{name}.yaml").read_text(encoding="utf-8"), f"preset {name}"
     path = Path(name)
     if not path.is_file():
-        raise UsageError(f"no preset and no file is called {name}: the presets are {', '.join(presets())}")
+        raise UsageError(f"there is no preset and no file {name}: the presets are {', '.join(presets())}")
     try:
         return path.read_text(encoding="utf-8"), str(path)
     except UnicodeDecodeError as error:
@@ -168,10 +181,14 @@ def _read_text(name_or_file: str | os.PathLike[str]) -> tuple[str, str]:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A configuration as JSON has it: tuples are lists."""
+    """Return a configuration as nested dicts with JSON values: tuples become lists."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def read_overrides(overrides: Sequence[str]) -> Layer:
-    """What `section.key=value` overrides set, without the defaults."""
-    return _merge(*map(_read_override, overrides))
+    """Return what `section.key=value` overrides set, without the defaults."""
+    values: Layer = {}
+    for layer in map(_read_override, overrides):
+        for section, options in layer.items():
+            values.setdefault(section, {}).update(options)
+    return values

@@ -1,8 +1,8 @@
-"""The one error for what a user can mend."""
+"""The errors for problems that a user can solve."""
 
 
 class UsageError(ValueError):
-    """Something the user asked for cannot be done as asked.
+    """The error for a request that cannot be fulfilled as made.
 
     The message names the file, the number and the remedy, in one line. The command line prints it without a traceback
     and exits with code 2; in Python it is an ordinary `ValueError`.
@@ -10,17 +10,20 @@ class UsageError(ValueError):
 
 
 def one_line(text: object) -> str:
-    """Text as one line that any terminal, page or file can hold: what does not print is escaped."""
+    """Return the text as one line for any terminal, page or file: non-printable characters are escaped."""
     text = str(text).encode("utf-8", "backslashreplace").decode("utf-8")
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 class ReportedError(UsageError):
-    """The error of another process, which says it: this one ends with it."""
+    """The error of another process, which reports it; this process ends without a second report."""
 
 
 class TransientError(UsageError):
-    """What a file is not to blame for (rights, a missing package, a killed child): it is tried again the next time."""
+    """A failure that is not the file's fault (permissions, a missing package, a killed child process).
+
+    The file is tried again the next time.
+    """
 
 
 class ShortClipError(UsageError):
@@ -35,26 +38,28 @@ class ShortClipError(UsageError):
 
 
 class TimeLimitError(UsageError):
-    """A file took longer than the limit: with a higher one it may be read."""
+    """Reading a file exceeded the time limit; a higher limit may succeed."""
 
 
 class DatasetError(UsageError):
-    """A sample whose form, shape or label shows that the data set is not what training takes.
+    """The format, shape or label of a sample shows that training cannot use the dataset.
 
-    Others are of the same make, so that the run stops, where a `UsageError` costs the one sample that raises it.
+    Other samples are presumably alike, so this error stops the run. A plain `UsageError` only excludes the sample that
+    raises it.
     """
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line; its kind where it says nothing."""
+    """Return the first line of an error's message, or the name of its class if the message is empty."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 
 class Stopped(SystemExit):
-    """Training was stopped by a signal, after it had written a checkpoint: the same command goes on.
+    """A signal stopped training after it had written a checkpoint; the same command resumes it.
 
-    A script that lets it pass ends with exit code 75 ("try again later"), so that a cluster can tell it from a failure.
+    A script that does not catch it exits with code 75 ("try again later"), which a cluster can distinguish from a
+    failure.
     """
 
     CODE = 75

@@ -1,4 +1,4 @@
-"""Fetching models from the Hugging Face hub: the two files of a model, and nothing else of a repository."""
+"""Downloads models from the Hugging Face hub: the two files of a model and nothing else of its repository."""
 
 from __future__ import annotations
 
@@ -10,25 +10,24 @@ from pathlib import Path
 
 from rin_video.config_files import load_config
 from rin_video.errors import UsageError, first_line
-from rin_video.files import CONFIG, WEIGHTS
+from rin_video.files import CONFIG, HUB, WEIGHTS
 
-PREFIX = "hf:"
 HUB_ID = re.compile(r"^(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>[\w./-]+))?$")
 
 
 def fetch(source: str | os.PathLike[str]) -> Path:
-    """A folder with the two files of the model `user/name`, or of its revision, `user/name@revision`.
+    """Download the two files of the model `user/name`, or of a revision, `user/name@revision`; return their folder.
 
-    Nothing else of the repository is fetched, and the weights only where there is a configuration. What was fetched
-    before is not fetched again, and serves without a network. `hf:` in front says that it is no folder. Raises
-    `UsageError` where there is no such repository, no access, no network, or it holds no model of ours.
+    The weights are downloaded only if the repository has a valid config. Downloaded files are cached and work offline.
+    The prefix `hf:` states that the source is not a folder. Raises `UsageError` if there is no such repository, no
+    access or no network, or if the repository holds no model of rin-video.
     """
-    match = HUB_ID.match(os.fspath(source).removeprefix(PREFIX))
+    match = HUB_ID.match(os.fspath(source).removeprefix(HUB))
     if match is None:
-        raise UsageError(f"no folder is called {source}: give the folder of a run, or a hub id user/name")
+        raise UsageError(f"there is no folder {source}: pass the folder of a run, or a hub id user/name")
     repo, revision = match["repo"], match["revision"]
-    if not os.fspath(source).startswith(PREFIX) and Path(repo).parent.is_dir():
-        raise UsageError(f"{Path(repo).parent} holds no folder {Path(repo).name}: for the hub, write {PREFIX}{source}")
+    if not os.fspath(source).startswith(HUB) and Path(repo).parent.is_dir():
+        raise UsageError(f"{Path(repo).parent} has no folder {Path(repo).name}: for the hub, write {HUB}{source}")
     from huggingface_hub import HfApi
 
     with plain_errors(repo, revision, "fetched"):
@@ -36,16 +35,19 @@ def fetch(source: str | os.PathLike[str]) -> Path:
     try:
         load_config(config)
     except UsageError as error:
-        raise UsageError(f"{repo} on the hub holds no model of rin-video: {error}") from None
+        raise UsageError(f"{repo} on the hub is not a model of rin-video: {error}") from None
     with plain_errors(repo, revision, "fetched"):
-        # Of the same commit, whatever was pushed in between: the folder is called by it.
+        # The folder is named after the commit; use the same one, even if another was pushed in the meantime.
         weights = Path(HfApi().hf_hub_download(repo, WEIGHTS, revision=config.parent.name))
     return weights.parent
 
 
 @contextmanager
 def plain_errors(repo: str, revision: str | None, done: str) -> Iterator[None]:
-    """Turns what the hub and the network answer into one line that says what to do."""
+    """Convert errors of the hub and the network to a one-line `UsageError` with a remedy.
+
+    `done` completes the sentence "REPO could not be ...": "fetched", or a verb with its preposition ("pushed to").
+    """
     from huggingface_hub import errors
 
     try:
@@ -53,28 +55,28 @@ def plain_errors(repo: str, revision: str | None, done: str) -> Iterator[None]:
     except UsageError:
         raise
     except errors.GatedRepoError:
-        reason = "its owner grants access one by one: ask for it on its page, then `hf auth login`"
+        reason = "its owner approves access requests: request access on its page, then run `hf auth login`"
     except errors.RepositoryNotFoundError as error:
         reason = (
-            "the hub wants to know who you are: `hf auth login`, or set HF_TOKEN"
+            "the hub requires you to log in: run `hf auth login`, or set HF_TOKEN"
             if status_of(error) == 401 and done != "fetched"
-            else "no such repository, or a private one: look at the spelling; for a private one, `hf auth login`"
+            else "it does not exist or is private: check the spelling; if it is private, run `hf auth login`"
         )
     except errors.RevisionNotFoundError:
-        reason = f"it has no revision {revision}: leave out @{revision}, or give a branch, a tag or a commit"
+        reason = f"it has no revision {revision}: leave out @{revision}, or pass a branch, a tag or a commit"
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
         offline = "HF_HUB_OFFLINE is set" if isinstance(error, errors.OfflineModeIsEnabled) else "no network"
-        reason = f"the hub cannot be reached ({offline}), and it was not fetched before: try again with a network"
+        reason = f"the hub cannot be reached ({offline}), and it is not in the cache: try again with a network"
     except errors.EntryNotFoundError:
-        reason = f"it holds no {CONFIG} or no {WEIGHTS}: it is no model of rin-video"
+        reason = f"it lacks {CONFIG} or {WEIGHTS}: it is not a model of rin-video"
     except errors.HFValidationError as error:
         reason = first_line(error)
-    except Exception as error:  # whatever the library under huggingface_hub raises: it has changed before
+    except Exception as error:  # the HTTP library of huggingface_hub, and its errors, have changed before
         status = status_of(error)
         if status in (401, 403):
-            reason = "your token does not allow it: use one that may write there (`hf auth login`), or another name"
+            reason = "your token has no permission: use one with write access (`hf auth login`), or another name"
         elif status:
-            reason = f"the hub answered {first_line(error)}"
+            reason = f"the hub responded with {first_line(error)}"
         else:
             reason = f"the hub cannot be reached ({first_line(error)}): try again with a network"
     else:
@@ -83,5 +85,5 @@ def plain_errors(repo: str, revision: str | None, done: str) -> Iterator[None]:
 
 
 def status_of(error: BaseException) -> int | None:
-    """The status of an answer that became an error."""
+    """Return the HTTP status code of an error, or None."""
     return getattr(getattr(error, "response", None), "status_code", None)

@@ -1,4 +1,4 @@
-"""The parts a RIN block is made of: norms, attention, read / write / compute units."""
+"""The layers of a RIN block: norms, attention, feed-forward, and the read, compute and write layers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ EPS = 1e-6
 
 
 def init_linears(module: nn.Module) -> None:
-    """Every dense layer inside: Xavier-uniform weights, zero biases (the original's default)."""
+    """Initialise the linear layers of `module` with Xavier-uniform weights and zero biases, as in the original code."""
     for linear in module.modules():
         if isinstance(linear, nn.Linear):
             nn.init.xavier_uniform_(linear.weight)
@@ -18,20 +18,21 @@ def init_linears(module: nn.Module) -> None:
 
 
 class LayerNorm(nn.LayerNorm):
-    """LayerNorm(eps=1e-6) computed in float32 whatever the precision around it."""
+    """LayerNorm with eps 1e-6 that computes in float32, whatever the precision of its input."""
 
     def __init__(self, dim: int) -> None:
         super().__init__(dim, eps=EPS)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalise `x` (..., dim) over its last axis; the dtype is kept."""
         normed = F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
         return normed.to(x.dtype)
 
 
 class AdaptiveLayerNorm(nn.Module):
-    """LayerNorm whose scale and shift are moved by a condition; starts as a plain LayerNorm.
+    """LayerNorm whose scale and shift are predicted from a condition; at initialisation it equals a plain LayerNorm.
 
-    In: `x` (B, N, dim), `modulation` (B, dim_cond). Source: Peebles & Xie 2023, "adaLN", with the zero start.
+    Source: Peebles & Xie 2023, "adaLN", with zero initialisation.
     """
 
     def __init__(self, dim: int, dim_cond: int) -> None:
@@ -42,16 +43,18 @@ class AdaptiveLayerNorm(nn.Module):
         nn.init.zeros_(self.to_scale_shift.bias)
 
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
+        """Normalise `x` (B, N, dim), then scale and shift it by the condition `modulation` (B, dim_cond)."""
         scale, shift = self.to_scale_shift(F.silu(modulation)).unsqueeze(1).chunk(2, dim=-1)
         return self.norm(x) * (1 + scale) + shift
 
 
 class Attention(nn.Module):
-    """Multi-head attention of `x` (B, N, dim) on `context` (B, M, dim_context); out (B, N, dim).
+    """Multi-head attention with queries from one sequence and keys and values from another.
 
-    `dim_inner` is the width of all heads together; each head has `dim_inner // num_heads`. Biases everywhere, as
-    published. The initial scale is the original's: its kernels are (in, heads, head size), so that Glorot's rule sees
-    larger fans and q, k, v start about 5 times smaller, the output 3 times smaller, than on a fused matrix.
+    `dim_inner` is the total width of all heads; each head has `dim_inner // num_heads`. All projections have biases, as
+    published. The initial scale is that of the original code: its kernels are (in, heads, head size), so Glorot's rule
+    sees larger fans. Initial q, k and v are therefore about 5 times smaller, and the output 3 times smaller, than with
+    a fused matrix.
     """
 
     def __init__(self, dim: int, dim_context: int, dim_inner: int, num_heads: int, *, qk_norm: bool = False) -> None:
@@ -68,6 +71,7 @@ class Attention(nn.Module):
         _glorot(self.to_out, fan_in=head * num_heads, fan_out=dim * num_heads)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """Attend from `x` (B, N, dim) to `context` (B, M, dim_context); returns (B, N, dim)."""
         q = rearrange(self.to_q(x), "b n (h d) -> b h n d", h=self.num_heads)
         k, v = rearrange(self.to_kv(context), "b n (two h d) -> two b h n d", two=2, h=self.num_heads)
         q, k = self.q_norm(q), self.k_norm(k)
@@ -81,9 +85,9 @@ def _glorot(linear: nn.Linear, *, fan_in: int, fan_out: int) -> None:
     nn.init.zeros_(linear.bias)
 
 
-# timm has both, and costs more than a second to import.
+# timm has DropPath and Mlp, but importing it takes more than a second.
 class DropPath(nn.Module):
-    """Drops a whole sample's x (B, ...) with probability `drop_prob` in training, and scales the others up.
+    """Stochastic depth: in training, zeroes a sample with probability `drop_prob` and scales the others up.
 
     Source: Huang et al. 2016 (arXiv 1603.09382).
     """
@@ -93,6 +97,7 @@ class DropPath(nn.Module):
         self.drop_prob = drop_prob
 
     def forward(self, x: Tensor) -> Tensor:
+        """Drop samples of `x` (B, ...)."""
         if not self.drop_prob or not self.training:
             return x
         keep = 1 - self.drop_prob
@@ -101,7 +106,7 @@ class DropPath(nn.Module):
 
 
 class Mlp(nn.Module):
-    """W2 dropout(GELU(W1 x)), (..., dim) to the same."""
+    """A network with one hidden layer: W2 dropout(GELU(W1 x))."""
 
     def __init__(self, dim: int, dim_hidden: int, dropout: float) -> None:
         super().__init__()
@@ -110,11 +115,12 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(dim_hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map `x` (..., dim) to (..., dim)."""
         return self.fc2(self.dropout(F.gelu(self.fc1(x))))
 
 
 class FeedForward(nn.Module):
-    """x + W2 GELU(W1 LN(x)): the residual is inside. (B, N, dim) to the same."""
+    """A feed-forward layer with its residual connection: x + W2 GELU(W1 LN(x))."""
 
     def __init__(
         self, dim: int, mlp_ratio: float, *, dropout: float = 0.0, drop_path: float = 0.0, dim_cond: int | None = None
@@ -126,14 +132,15 @@ class FeedForward(nn.Module):
         init_linears(self.mlp)
 
     def forward(self, x: Tensor, modulation: Tensor | None = None) -> Tensor:
+        """Map `x` (B, N, dim) to (B, N, dim); the adaptive norm requires the condition `modulation` (B, dim_cond)."""
         return x + self.drop_path(self.mlp(_apply_norm(self.norm, x, modulation)))
 
 
 class TransformerLayer(nn.Module):
-    """Attention then feed-forward, both residual: the read, compute and write steps are all this.
+    """Attention, then a feed-forward layer, both residual: the layer for the read, compute and write steps.
 
-    `x` (B, N, dim) attends to `context` (B, M, dim_context), or to itself where `dim_context` is None (then keys and
-    values see the normalised x). Only the query side is normalised, unless `norm_context`.
+    If `dim_context` is None the layer is self-attention, and keys and values use the normalised input. Otherwise only
+    the queries are normalised, unless `norm_context` is set.
     """
 
     def __init__(
@@ -160,6 +167,10 @@ class TransformerLayer(nn.Module):
         self.feed_forward = FeedForward(dim, mlp_ratio, dropout=dropout, drop_path=drop_path, dim_cond=dim_cond)
 
     def forward(self, x: Tensor, context: Tensor | None = None, modulation: Tensor | None = None) -> Tensor:
+        """Attend from `x` (B, N, dim) to `context` (B, M, dim_context), or to itself; returns (B, N, dim).
+
+        The adaptive norms require the condition `modulation` (B, dim_cond).
+        """
         query = _apply_norm(self.norm, x, modulation)
         context = query if context is None else self.norm_context(context)
         x = x + self.drop_path(self.attention(query, context))
@@ -175,7 +186,7 @@ def _apply_norm(norm: nn.Module, x: Tensor, modulation: Tensor | None) -> Tensor
 
 
 class LinearAttention(nn.Module):
-    """x + attention among the interface tokens at linear cost. (B, N, dim) to the same; starts as the identity.
+    """Residual self-attention of the interface tokens with linear cost; at initialisation it is the identity.
 
     Source: Shen et al. 2021, "Efficient attention" (softmax over features for q, over tokens for k).
     """
@@ -192,6 +203,7 @@ class LinearAttention(nn.Module):
         nn.init.zeros_(self.to_out.bias)
 
     def forward(self, x: Tensor, grid: tuple[int, ...]) -> Tensor:
+        """Map `x` (B, N, dim) to (B, N, dim); `grid` is ignored."""
         q, k, v = rearrange(self.to_qkv(self.norm(x)), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
         context = k.softmax(dim=-2).transpose(-1, -2) @ v
         out = q.softmax(dim=-1) @ context
@@ -199,10 +211,9 @@ class LinearAttention(nn.Module):
 
 
 class DepthwiseConv(nn.Module):
-    """x + depth-wise convolution of size 3 over the grid of tokens. (B, N, dim) to the same; starts as the identity.
+    """Residual depth-wise convolution of size 3 over the token grid; at initialisation it is the identity.
 
-    `grid` is the grid of tokens, outermost first, of 1 to 3 axes; one of fewer than `num_axes` lacks the outer ones
-    (an image is a clip of one frame). Source: Chu et al. 2021, "PEG".
+    `num_axes` is 1 to 3. Source: Chu et al. 2021, "PEG".
     """
 
     def __init__(self, dim: int, num_axes: int) -> None:
@@ -215,6 +226,11 @@ class DepthwiseConv(nn.Module):
             nn.init.zeros_(self.conv.bias)
 
     def forward(self, x: Tensor, grid: tuple[int, ...]) -> Tensor:
+        """Map `x` (B, N, dim) to (B, N, dim).
+
+        `grid` is the token grid, outermost axis first. A grid with fewer than `num_axes` axes gets outer axes of size 1
+        (an image is a clip of one frame).
+        """
         grid = (1,) * (self.num_axes - len(grid)) + grid
         maps = self.norm(x).transpose(1, 2).unflatten(-1, grid)
         return x + self.conv(maps).flatten(2).transpose(1, 2)

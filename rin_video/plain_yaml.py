@@ -1,7 +1,7 @@
-"""YAML without surprises: text, numbers, lists and mappings. Nothing is executed, and nothing is replaced.
+"""A YAML subset with text, numbers, lists and mappings, but without tags, interpolation or code execution.
 
-The type of an option decides how its value is read, so that text is what is written: a folder called `1e3`, `no` or
-`${x}` keeps its name. There are no interpolations, and no tags.
+The type of an option determines how its value is parsed, so text stays as written: a folder called `1e3`, `no` or
+`${x}` keeps its name.
 """
 
 from __future__ import annotations
@@ -21,24 +21,25 @@ from rin_video.errors import UsageError
 STR, NULL, SEQ, MAP = (f"tag:yaml.org,2002:{name}" for name in ("str", "null", "seq", "map"))
 IS_NULL = re.compile(r"(~|null|Null|NULL|)\Z")
 IS_INT = re.compile(r"[-+]?(0|[1-9][0-9_]*)\Z")
-IS_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?\Z")  # of YAML 1.2: 1e3 too
+IS_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?\Z")  # YAML 1.2, so 1e3 is a float
 BOOLS = dict.fromkeys(("true", "yes", "on", "y", "1"), True) | dict.fromkeys(("false", "no", "off", "n", "0"), False)
 WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", NoneType: "null"}
 
 
 class Loader(yaml.SafeLoader):
-    """Tells null from text; what else a text means is a question of the type that is asked for."""
+    """A loader that only distinguishes null from text; the type of the option determines how the text is parsed."""
 
-    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 (as the base class has it)
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 (as in the base class)
 
 
 Loader.add_implicit_resolver(NULL, IS_NULL, ["~", "n", "N", ""])
 
 
 class Dumper(yaml.SafeDumper):
-    """Quotes text that a reader of YAML 1.1 or 1.2 would take for something else; writes no aliases."""
+    """A dumper that writes no aliases and quotes text that YAML 1.1 or 1.2 would parse as another type."""
 
     def ignore_aliases(self, data: Any) -> bool:
+        """Return True: no value is written as an alias."""
         return True
 
 
@@ -53,12 +54,12 @@ Dumper.add_representer(str, _represent_text)
 
 
 def dump(value: Any) -> str:
-    """Dicts, lists, text and numbers as YAML; a text takes one line, whatever it holds."""
+    """Return dicts, lists, text and numbers as YAML; every text takes one line."""
     return yaml.dump(value, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=math.inf)
 
 
 def parse(text: str, origin: str) -> Node:
-    """The nodes of a document. `origin` names it in the `UsageError` where it is no YAML."""
+    """Parse a document into nodes. Raises a `UsageError` that names `origin` if it is not valid YAML."""
     try:
         node = yaml.compose(text, Loader=Loader)
     except yaml.YAMLError as error:
@@ -69,41 +70,42 @@ def parse(text: str, origin: str) -> Node:
 
 
 def text_node(text: str) -> Node:
-    """The node of a text that is not quoted: null where it says so."""
+    """Return the node of an unquoted text, which may be null."""
     return ScalarNode(NULL if IS_NULL.match(text) else STR, text)
 
 
 def is_text(kind: Any) -> bool:
-    """Whether text is among what a type takes."""
+    """Return whether a type accepts text."""
     members = get_args(kind) if get_origin(kind) in (Union, UnionType) else [kind]
     return any(member is str or get_origin(member) is Literal for member in members)
 
 
 def mapping_node(key: str, value: Node) -> Node:
-    """A mapping of one key."""
+    """Return the node of a mapping with one key."""
     return MappingNode(MAP, [(text_node(key), value)])
 
 
 def is_mapping(node: Node) -> bool:
+    """Return whether a node is a mapping without a tag of its own."""
     return isinstance(node, MappingNode) and node.tag == MAP
 
 
 def read_items(node: Node, origin: str) -> dict[str, Node]:
-    """The keys and values of a mapping. `UsageError` for a key that is not text or is there twice."""
+    """Return the keys and values of a mapping. Raises `UsageError` if a key is not text or occurs twice."""
     items: dict[str, Node] = {}
     for key, value in node.value:
         if not isinstance(key, ScalarNode):
             raise UsageError(f"{origin}: a list or mapping cannot be a key: write key: value")
         if key.value in items:
-            raise UsageError(f"{origin}: the key {key.value} is there twice (duplicate key): leave one out")
+            raise UsageError(f"{origin}: the key {key.value} occurs twice (duplicate key): remove one")
         items[key.value] = value
     return items
 
 
 def read_value(node: Node, kind: Any, name: str, origin: str) -> Any:
-    """The value of a node as the type `kind`: bool, int, float, str, Literal, list, dict[str, ...] or a union of these.
+    """Convert a node to the type `kind`: bool, int, float, str, Literal, list, dict[str, ...] or a union of these.
 
-    Raises `UsageError` where it is of another type. What names a Literal takes is not checked here.
+    Raises `UsageError` if the value has another type. The names that a Literal allows are not checked here.
     """
     try:
         return _read(node, kind, origin)
@@ -112,18 +114,18 @@ def read_value(node: Node, kind: Any, name: str, origin: str) -> Any:
         if isinstance(node, ScalarNode):
             found = str(node.value)[:80]
         if node.tag not in (STR, NULL, SEQ, MAP):
-            raise UsageError(f"{origin}: {name} has the tag {node.tag}: tags are not read, leave it out") from None
+            raise UsageError(f"{origin}: {name} has the tag {node.tag}: tags are not supported, remove it") from None
         raise UsageError(f"{origin}: {name} is {found}: it must be {_words(kind)}") from None
 
 
 def _read(node: Node, kind: Any, origin: str) -> Any:
-    """Raises `TypeError` where a node is not of the type."""
+    """Convert a node to the type `kind`; raise `TypeError` if it has another type."""
     outer, inner = get_origin(kind), get_args(kind)
     if outer in (Union, UnionType):
         if node.tag == NULL and NoneType in inner:
             return None
         quoted = isinstance(node, ScalarNode) and node.style is not None
-        for member in sorted(inner, key=lambda member: quoted and member is not str):  # what is quoted is rather text
+        for member in sorted(inner, key=lambda member: quoted and member is not str):  # prefer text if it is quoted
             with suppress(TypeError):
                 return _read(node, member, origin)
     elif outer in (list, Sequence) and node.tag == SEQ and isinstance(node, SequenceNode):
@@ -149,7 +151,7 @@ def _read_scalar(text: str, kind: Any) -> Any:
 
 
 def _words(kind: Any) -> str:
-    """What a type takes, for people."""
+    """Describe the values of a type for an error message."""
     outer, inner = get_origin(kind), get_args(kind)
     if outer in (Union, UnionType):
         return " or ".join(map(_words, inner))

@@ -1,4 +1,4 @@
-"""What a launcher (torchrun, accelerate, Slurm) says of this process and its number."""
+"""The rank of this process and the number of processes, as set by a launcher (torchrun, accelerate, Slurm)."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import os
 
 
 def num_started() -> int:
-    """How many processes were started together; 1 without a launcher."""
+    """Return the number of processes that the launcher started (the world size); 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def several_processes() -> bool:
-    """Whether there are others beside this process."""
+    """Return whether the launcher started more than one process."""
     return num_started() > 1
 
 
 def is_first() -> bool:
-    """Whether this is the first process, or the only one: the one that talks and writes."""
+    """Return whether this is the first or only process, which writes logs and files."""
     return os.environ.get("RANK", "0") == "0"

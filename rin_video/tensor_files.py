@@ -1,4 +1,4 @@
-"""Writing safetensors files one tensor at a time, so that sharded tensors are never all put together."""
+"""Writes safetensors files one tensor at a time, so that at most one sharded tensor is gathered at once."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-DIGEST = "sha256"  # the key of the metadata
+DIGEST = "sha256"  # the metadata key of the checksum
 
 
 def full_tensor(tensor: Any) -> Any:
-    """A sharded tensor (DTensor) put together, by all processes at once; others as they are."""
+    """Gather a sharded tensor (DTensor), which all processes must do together; return other tensors unchanged."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
@@ -40,11 +40,11 @@ def write_tensors(
     dtype: torch.dtype | None = None,
     digest: bool = False,
 ) -> None:
-    """Write a safetensors file. If tensors are sharded, every process calls this; without a `path` it only contributes.
+    """Write a safetensors file, holding at most one full tensor at a time; the library's own writer needs all at once.
 
-    No more than one full tensor is held at a time. Raises what opening and writing raise, after all parts
-    have been contributed. `dtype` converts on the way; `digest` adds the
-    `tensors_digest` to the metadata. Not atomic. The library's own writer takes all tensors at once.
+    If tensors are sharded, every process must call this; a process without a `path` only contributes its shards.
+    `dtype` converts the tensors. `digest` adds the `tensors_digest` to the metadata. The write is not atomic. Errors of
+    opening and writing are raised after all shards have been contributed.
     """
     names = sorted(tensors, key=lambda name: _order(name, dtype or tensors[name].dtype))
     header: dict[str, Any] = {"__metadata__": dict(metadata or {}) | ({DIGEST: "0" * 64} if digest else {})}
@@ -58,10 +58,10 @@ def write_tensors(
     total, failed = hashlib.sha256(), None
     with ExitStack() as stack:
         file: BinaryIO | None = None
-        parts: list[str | None] = [None, *names]  # the header first
+        parts: list[str | None] = [None, *names]  # None: the header
         for part in parts:
             tensor = None if part is None else full_tensor(tensors[part].detach())
-            if path is not None and failed is None:  # else the other processes still need this one's parts
+            if path is not None and failed is None:  # otherwise only contribute shards to the other processes
                 try:
                     if file is None:
                         file = stack.enter_context(path.open("wb"))
@@ -82,7 +82,7 @@ def write_tensors(
 
 @contextmanager
 def contributing(tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """For preparations before `write_tensors`: if they fail, this process still contributes its parts."""
+    """A context manager for preparations of `write_tensors`: if they fail, this process still contributes shards."""
     try:
         yield
     except OSError:
@@ -91,7 +91,7 @@ def contributing(tensors: Mapping[str, Tensor]) -> Iterator[None]:
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names, types, shapes and bytes of tensors on the CPU, in the order of a file."""
+    """Return the SHA-256 of the names, dtypes, shapes and bytes of CPU tensors, in the order of a file."""
     total = hashlib.sha256()
     for name in sorted(tensors, key=lambda name: _order(name, tensors[name].dtype)):
         _update(total, name, tensors[name])
@@ -99,7 +99,7 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _order(name: str, dtype: torch.dtype) -> tuple[int, str]:
-    """Wide types first, so that every tensor is aligned."""
+    """Return the sort key of a tensor: wide dtypes come first, so that every tensor is aligned."""
     return -dtype.itemsize, name
 
 

@@ -1,4 +1,4 @@
-"""Weights for use: `model.safetensors` and `config.yaml` beside it. No pickle; written atomically."""
+"""Saved models: `model.safetensors` with its `config.yaml`. They are written atomically and without pickle."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rin_video.config import Config
-from rin_video.config_files import load_config, to_dict, to_yaml
+from rin_video.config_files import load_config, nest_parameters, to_dict, to_yaml
 from rin_video.errors import UsageError
 from rin_video.files import CONFIG, WEIGHTS, atomic_write, write_text
 from rin_video.hub import fetch
@@ -23,16 +23,16 @@ log = logging.getLogger("rin_video")
 
 
 def save_model(folder: str | os.PathLike[str], model: nn.Module, config: Config) -> None:
-    """Write the model's weights and its configuration, so that `load_model(folder)` gives it back."""
+    """Write a model's weights and config to a folder, from which `load_model` restores it."""
     save_weights(folder, model.state_dict(), config)
 
 
 def save_weights(
     folder: str | os.PathLike[str], weights: Mapping[str, Tensor], config: Config, *, write: bool = True
 ) -> None:
-    """`save_model` for a state dict. The file says what made it: options of model and diffusion, and a checksum.
+    """Write a state dict and its config; the weights file also has the options of model and diffusion and a checksum.
 
-    Of sharded weights all processes call this; those that do not `write` only contribute their parts.
+    If the weights are sharded, all processes must call this; those without `write` only contribute their shards.
     """
     if not write:
         write_tensors(None, weights)
@@ -47,9 +47,9 @@ def save_weights(
 
 
 def read_model(source: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Config, Path]:
-    """The weights and the configuration of a folder or of a hub id `user/name`, and the folder they are in.
+    """Return the weights and the config of a model, and its folder; `source` is a folder or a hub id `user/name`.
 
-    Raises `UsageError` where the folder is not a run's, its two files are of different models, or are damaged.
+    Raises `UsageError` if there is no such model, its two files do not match, or a file is damaged.
     """
     folder = find_model(source)
     try:
@@ -61,53 +61,56 @@ def read_model(source: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Confi
 
 
 def check_origin(folder: Path, config: Config) -> None:
-    """Weights that say which options made them must be beside the same options."""
+    """Raise `UsageError` if the options of model and diffusion in the weights file differ from those of `config`."""
     metadata = read_metadata(folder / WEIGHTS)
     for section in ("model", "diffusion"):
         if section not in metadata:
             continue
         now = to_dict(getattr(config, section))
         try:
-            then = dict(json.loads(metadata[section]))
+            then = nest_parameters(section, dict(json.loads(metadata[section])))
         except (ValueError, TypeError, RecursionError) as error:
-            raise UsageError(f"{folder / WEIGHTS} is damaged: its header does not read ({error})") from None
+            raise UsageError(f"{folder / WEIGHTS} is damaged: its header cannot be read ({error})") from None
         for key in sorted(then.keys() & now.keys()):
             if then[key] != now[key]:
                 raise UsageError(
-                    f"{folder / CONFIG} says {section}.{key}={now[key]}, but {WEIGHTS} was trained with {then[key]}: "
-                    "put that back, or take both files from one run"
+                    f"{folder / CONFIG} has {section}.{key}={now[key]}, but {WEIGHTS} was trained with {then[key]}: "
+                    "restore that value, or use both files from the same run"
                 )
 
 
 def find_model(source: str | os.PathLike[str]) -> Path:
-    """The folder of a model. A hub id is fetched, and only where no such folder exists."""
+    """Return the folder of a model; a hub id is downloaded, but only if there is no such folder.
+
+    Raises `UsageError` if the folder lacks a file, or there is no such model.
+    """
     folder = Path(source)
     if folder.is_dir():
         for name in (CONFIG, WEIGHTS):
             if not (folder / name).is_file():
                 raise UsageError(
-                    f"{folder} holds no {name}: give the folder that `rin-video train --out` wrote, once it has saved"
+                    f"{folder} has no {name}: pass the folder of `rin-video train --out`, after it has saved a model"
                 )
         return folder
     if folder.is_file():
-        raise UsageError(f"{folder} is a file: give the folder of a run, or a hub id user/name")
+        raise UsageError(f"{folder} is a file: pass the folder of a run, or a hub id user/name")
     return fetch(source)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file; a damaged one is a `UsageError` that names it."""
+    """Read the tensors of a safetensors file. Raises a `UsageError` that names the file if it is damaged."""
     wanted = read_metadata(path).get("sha256")
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
         raise UsageError(f"{path} cannot be read as safetensors: {error}") from None
     if wanted is not None and tensors_digest(tensors) != wanted:
-        raise UsageError(f"{path} is damaged: its checksum is not that of its tensors. Copy or download it again")
+        raise UsageError(f"{path} is damaged: its checksum does not match its tensors. Copy or download it again")
     return tensors
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """What a safetensors file says about itself; `UsageError` where it cannot be read."""
+    """Read the metadata of a safetensors file. Raises `UsageError` if it cannot be read."""
     try:
         with safe_open(path, framework="pt") as file:
             return dict(file.metadata() or {})

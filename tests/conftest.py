@@ -1,4 +1,4 @@
-"""Small media files made on the fly. The brightness of a clip's frame tells its number."""
+"""Fixtures: small generated media files. The brightness of a frame encodes its number."""
 
 import os
 import sys
@@ -18,11 +18,11 @@ from torch import Tensor
 
 from rin_video.datasets.backends import torchcodec_problem
 
-torch.set_num_threads(1)  # the tensors of these tests are too small for more: two are four times slower
+torch.set_num_threads(1)  # two threads are four times slower for the small tensors of these tests
 
-STEP = 10  # grey levels from one frame to the next
+STEP = 10  # difference in grey level between consecutive frames
 
-# Name: codec and options. Each is a way in which finding frame i can go wrong.
+# Codec and options by name. Each makes it difficult in another way to find frame i.
 CLIPS: dict[str, dict] = {
     "plain.mp4": {},
     "short_gop.mp4": {"options": {"g": "4"}},
@@ -59,9 +59,9 @@ def write_numbered(
     faststart: bool = False,
     container_format: str | None = None,
 ) -> Path:
-    """A clip whose frame i is of grey level STEP * (i + 1), but for a white upper left corner and a red lower left one.
+    """Write a clip whose frame i has grey level STEP * (i + 1), a white upper left corner and a red lower left corner.
 
-    `times` in 1/30 s.
+    `times` are in units of 1/30 s.
     """
     if codec in ("gif", "webp"):
         return _write_animation(path, frames, size)
@@ -86,7 +86,7 @@ def write_numbered(
 
 
 def frame_numbers(frames: Tensor) -> list[int]:
-    """What `write_numbered` wrote into frames (F, 3, H, W); read in the middle, which is never the white corner."""
+    """Return the numbers that `write_numbered` encoded in frames (F, 3, H, W), read at the centre."""
     H, W = frames.shape[-2:]
     grey = frames[:, 0, H // 2 + 2 : H // 2 + 6, W // 2 + 2 : W // 2 + 6].float().mean(dim=(1, 2))
     return (grey / STEP - 1).round().int().tolist()
@@ -122,11 +122,11 @@ def _write_animation(path: Path, frames: int, size: tuple[int, int]) -> Path:
 
 @pytest.fixture(scope="session")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with all of CLIPS."""
+    """A folder with all CLIPS."""
     folder = tmp_path_factory.mktemp("clips")
     for name, how in CLIPS.items():
         write_numbered(folder / name, **how)
-    if hasattr(os, "sched_setscheduler"):  # SVT-AV1, where it may, makes this a real-time process
+    if hasattr(os, "sched_setscheduler"):  # otherwise SVT-AV1 changes the process to real-time priority
         os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
     return folder
 
@@ -167,5 +167,5 @@ def hub() -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "path", [entry for entry in sys.path if os.path.realpath(entry or ".") != here])
         if not hasattr(sys.modules.get("datasets"), "load_dataset"):
-            sys.modules.pop("datasets", None)  # ours, imported by a library that looks for theirs
+            sys.modules.pop("datasets", None)  # a library that looks for theirs may have imported ours
         return pytest.importorskip("datasets")

@@ -1,4 +1,4 @@
-"""Data sets of people's own: usual forms are taken, others refused in one line; epochs and classes reach inner sets."""
+"""Users' datasets: common formats work, others raise one-line errors; epochs and classes reach inner datasets."""
 
 from collections import Counter
 
@@ -28,7 +28,7 @@ class Stream(IterableDataset):
 
 
 class Streamed:
-    """As `datasets.load_dataset(..., streaming=True)`: neither a length nor items by number."""
+    """A stream without length and indexing, like `datasets.load_dataset(..., streaming=True)`."""
 
     def __iter__(self):
         yield {"image": FIRST}
@@ -106,18 +106,18 @@ def test_labels_of_any_usual_form(label, expected):
     ("data", "said"),
     [
         ([{"a": 1, "b": 2}], "sample 0 is a dict of a, b: name its data x or image"),
-        (["cats/1.png"], r"sample 0 is of type str \('cats/1.png'\): give the Trainer the folder"),
-        ([{"png": b"\x89PNG"}], "sample 0 is of type bytes .*: decode it in the data set"),
+        (["cats/1.png"], r"sample 0 is of type str \('cats/1.png'\): pass the folder to the Trainer"),
+        ([{"png": b"\x89PNG"}], "sample 0 is of type bytes .*: decode it in the dataset"),
         ([None], "sample 0 is of type NoneType"),
-        ([torch.tensor([[[300]]])], "whole numbers from 300 to 300: give 0 to 255"),
+        ([torch.tensor([[[300]]])], "integers from 300 to 300: return 0 to 255"),
         ([torch.rand(1, 28, 28)], "sample 0 is 1x28x28, the model takes 3x8x8: resize and crop it"),
         ([(FIRST, 1.5)], r"sample 0 has the label 1\.5"),
-        (Stream(), "a Stream only gives one sample after the other"),
-        (Streamed(), "a Streamed only gives one sample after the other"),
-        ((FIRST for _ in range(3)), "a generator only gives one sample"),
-        (DataLoader(Stream()), "a Stream only gives one sample"),
-        ({"train": [FIRST], "test": [FIRST]}, r"a dict of train, test: give one of these, data\[\.\.\.\]"),
-        ([], "the list is empty: give at least one sample"),
+        (Stream(), "a Stream only iterates in one order"),
+        (Streamed(), "a Streamed only iterates in one order"),
+        ((FIRST for _ in range(3)), "a generator only iterates in one order"),
+        (DataLoader(Stream()), "a Stream only iterates in one order"),
+        ({"train": [FIRST], "test": [FIRST]}, r"a dict of train, test: pass one of them, data\[\.\.\.\]"),
+        ([], "the list is empty: pass at least one sample"),
         (torch.zeros(0, 3, 8, 8), "the Tensor is empty"),
         (Subset([FIRST], []), "the Subset is empty"),
     ],
@@ -140,31 +140,31 @@ def test_items_of_several_sizes_are_named(tmp_path):
     with pytest.raises(UsageError, match=r"sample 3 is 3x8x12, the model takes 3x8x8: resize and crop it"):
         train(tmp_path, sizes)
     data = adapt(sizes, [(3, 8, 8)])
-    with pytest.raises(UsageError, match=r"sample 3 is 3x8x12, another one 3x8x8: .* one size"):
+    with pytest.raises(UsageError, match=r"sample 3 is 3x8x12, another sample 3x8x8: .* equal sizes"):
         [data[i] for i in range(4)]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_error_of_the_data_set_ends_the_run_in_one_line_whoever_reads(workers):
+def test_an_error_of_the_dataset_ends_the_run_in_one_line_with_any_number_of_workers(workers):
     data = adapt([FIRST, {"a": 1}, FIRST, FIRST])
     with pytest.raises(UsageError, match=r"^sample 1 is a dict of a: name its data x or image$"):
         for _ in zip(range(8), TrainLoader(data, DataConfig(num_workers=workers), 2, seed=0), strict=False):
             pass
 
 
-def test_a_loader_s_data_set_is_taken_and_this_is_said(tmp_path, caplog):
+def test_the_dataset_of_a_loader_is_used_and_this_is_logged(tmp_path, caplog):
     data = TensorDataset(torch.rand(5, 3, 8, 8), torch.arange(5))
     run = Trainer(GaussianDiffusion(RIN(**TINY)), DataLoader(data, batch_size=2), results_folder=tmp_path)
     assert run.dataset.draw(4, 0)["label"] == 4
-    assert "the DataLoader's data set is taken; its batch size, order and collate_fn are not" in caplog.text
+    assert "only the DataLoader's dataset is used, not its batch size, order and collate_fn" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("low", "high", "dtype", "said"),
     [
-        (-1, 1, torch.float32, r"from -1 to 1, training takes \[0, 1\]: leave out Normalize"),
-        (0, 255, torch.float32, r"from 0 to 255, training takes \[0, 1\]: divide by 255"),
-        (-2.1, 2.6, torch.float64, r"from -2\.1 to 2\.6, training takes \[0, 1\]: leave out Normalize"),
+        (-1, 1, torch.float32, r"from -1 to 1, but training requires \[0, 1\]: leave out Normalize"),
+        (0, 255, torch.float32, r"from 0 to 255, but training requires \[0, 1\]: divide by 255"),
+        (-2.1, 2.6, torch.float64, r"from -2\.1 to 2\.6, but training requires \[0, 1\]: leave out Normalize"),
     ],
 )
 def test_values_outside_the_range_are_refused(tmp_path, low, high, dtype, said):
@@ -177,13 +177,13 @@ def test_values_outside_the_range_are_refused(tmp_path, low, high, dtype, said):
 @pytest.mark.parametrize(
     ("x", "said"),
     [
-        (torch.tensor([-0.02, 1.04]), "from -0.02 to 1.04: a little outside"),
+        (torch.tensor([-0.02, 1.04]), "from -0.02 to 1.04, slightly outside"),
         (torch.tensor([0.0, 1 / 255]), "almost black"),
         (torch.tensor([0, 1], dtype=torch.uint8), "almost black"),
         (torch.tensor([0.0, 1.0]), "no sample of the first batches has a label"),
     ],
 )
-def test_odd_values_are_said_once(x, said, caplog):
+def test_unusual_values_are_logged_once(x, said, caplog):
     check = BatchCheck(3)
     for _ in range(20):
         check(x[:, None], torch.tensor([-1, -1]))
@@ -193,9 +193,9 @@ def test_odd_values_are_said_once(x, said, caplog):
 @pytest.mark.parametrize(
     ("labels", "said"),
     [
-        ([1, 2, 3, 1], r"the labels go from 1 to 3, the model has 3 classes.*Labels count from 0: subtract 1"),
-        ([0, 1, 2, 7], r"the labels go from 0 to 7, the model has 3 classes: .*from 0 to 2, or -1 for none"),
-        ([0, 1, 2, -5], r"the labels go from -5 to 2"),
+        ([1, 2, 3, 1], r"the labels range from 1 to 3, but the model has 3 classes.*Labels count from 0: subtract 1"),
+        ([0, 1, 2, 7], r"the labels range from 0 to 7, but the model has 3 classes: .*from 0 to 2, or -1 for no label"),
+        ([0, 1, 2, -5], r"the labels range from -5 to 2"),
     ],
 )
 @pytest.mark.parametrize("workers", [0, 1])
@@ -259,12 +259,12 @@ def test_buckets_stay_within_a_split(tmp_path):
     part = adapt(Subset(data, [4, 1]))
     assert part.bucket_of == [data.bucket_of[4], data.bucket_of[1]]
     batch = next(TrainLoader(part, DataConfig(num_workers=0), 2, seed=0))
-    assert batch["x"].shape == (2, 3, 8, 12)
+    assert batch.x.shape == (2, 3, 8, 12)
     with pytest.raises(UsageError, match="different buckets"):
         adapt(ConcatDataset([data, ImageFolder(tmp_path, 8)]))
 
 
-def test_a_data_set_with_set_epoch_is_told():
+def test_a_dataset_with_set_epoch_gets_the_epoch():
     class Turning(Dataset):
         epoch = 0
 

@@ -1,4 +1,4 @@
-"""What the benchmarks compute."""
+"""The computations of the benchmarks."""
 
 import importlib.util
 import sys
@@ -17,7 +17,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 def load(name):
     spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # run.py imports peers.py, which lies beside it; dataclasses look themselves up
+    sys.modules[name] = module  # run.py imports peers.py from its folder, and dataclasses look up their module
     spec.loader.exec_module(module)
     return module
 
@@ -34,7 +34,7 @@ def few_steps():
 
 
 def test_frechet_distance_of_known_gaussians(few_steps):
-    """Commuting covariances: the distance is that of the means plus that of the standard deviations."""
+    """If the covariances commute, the distance is that of the means plus that of the standard deviations."""
     generator = np.random.default_rng(0)
     turn, _ = np.linalg.qr(generator.normal(size=(5, 5)))
     std1, std2 = generator.uniform(0.1, 2, (2, 5))
@@ -55,15 +55,17 @@ def test_every_way_to_spoil_a_clip_but_the_first_changes_it(few_steps):
 
 
 def test_flops_of_a_step_are_those_of_info(run):
-    """Loss with self-conditioning: a first pass without memory, a pass, and its gradient at twice its cost less the
-    gradient of the input, which nobody asks for."""
+    """The loss consists of the self-conditioning pass, a second pass, and its gradient at twice the cost of that pass.
+
+    The gradient of the input is not computed.
+    """
     size = {"dim": 32, "dim_latent": 64, "num_latents": 8, "depth": 2, "image_size": 16, "patch_size": 4}
     contender = run.peers.rin(**size)
     model = contender.network
     forward = 1e9 * model_info(model.config).gflops
-    self_cond = 2 * 2 * 64 * 4 * 64  # the feed-forward of one latent that was handed on
+    self_cond = 2 * 2 * 64 * 4 * 64  # the feed-forward layer of the previous latents
     first_pass = forward - (8 - 1) * self_cond
-    no_input_gradient = 2 * 16 * (3 * 4 * 4) * 32  # of the patches
+    no_input_gradient = 2 * 16 * (3 * 4 * 4) * 32  # of the patch projection
     x = torch.rand(1, 3, 16, 16)
     found = run.flops(lambda: contender.loss(x).backward())
     assert found == pytest.approx(first_pass + 3 * forward - no_input_gradient, rel=0.01)
@@ -75,7 +77,7 @@ def test_exponent_of_a_power_law(run):
 
 
 def test_every_contender_of_ours_takes_a_step_on_its_data(run):
-    """The peers are not installed for the tests; ours follow the same interface."""
+    """The other packages are not installed for the tests; our models use the same interface."""
     machine = run.Machine("cpu")
     for options in ({"image_size": 16, "patch_size": 4}, {"image_size": 16, "frames": 4, "patch_size": (2, 4, 4)}):
         for extras in ({}, run.peers.EXTRAS):
@@ -88,7 +90,7 @@ def test_every_contender_of_ours_takes_a_step_on_its_data(run):
             assert contender.sample(2, 2).shape == x.shape
 
 
-def test_baselines_of_prediction_are_exact_where_they_should_be():
+def test_baselines_of_prediction_are_exact_for_simple_motion():
     prediction = load("prediction")
     start, step = torch.rand(2, 2, 3, 1, 4, 4, generator=torch.Generator().manual_seed(0)) / 20
     ramp = start + step * torch.arange(prediction.FRAMES).view(1, 1, -1, 1, 1)

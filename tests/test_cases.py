@@ -1,4 +1,4 @@
-"""Clips that people really have: what is shown is what FFmpeg's own program shows; these figures are from there."""
+"""Real-world clips: the frames equal the output of the FFmpeg program, which provided these figures."""
 
 import random
 from dataclasses import replace
@@ -23,7 +23,7 @@ from rin_video.errors import UsageError
 
 CASES = Path(__file__).parent / "cases"
 
-# File: frames, (H, W) as shown, frames a second, seconds, mean levels of the first frames.
+# By file: frames, displayed (H, W), frames per second, seconds, mean levels of the first frames.
 RIGHT = {
     "trimmed-edit-list.mp4": (52, (32, 64), 30, 1.733, [36, 39, 44, 47, 52]),
     "tag-not-utf8.avi": (10, (32, 64), 30, 0.333, [19, 39, 59, 80]),
@@ -59,7 +59,7 @@ def test_a_clip_is_what_is_shown(name, decoder):
         return
     try:
         open_video(CASES / name, decoder, info).close()
-    except UsageError:  # decord cannot open what says no duration; refused is right too
+    except UsageError:  # decord cannot open a file without duration; refusing it is correct too
         assert decoder != "pyav"
         return
     with open_video(CASES / name, decoder, info) as video:
@@ -70,13 +70,13 @@ def test_a_clip_is_what_is_shown(name, decoder):
         order = random.Random(0).sample(range(count), min(count, 12))
         for index in order:
             assert torch.equal(video.read([index])[0], frames[index])
-    with open_video(CASES / name, decoder, info) as fresh:  # a decoder that was not opened for another frame
+    with open_video(CASES / name, decoder, info) as fresh:  # a decoder that has not read another frame before
         assert torch.equal(fresh.read([1]), frames[1:2])
 
 
 @pytest.mark.parametrize("name", [*RIGHT, "damage", "long"])
-def test_samples_of_a_long_film_find_what_decoding_all_of_it_does(name, numbered, tmp_path, monkeypatch):
-    """Or it is decoded after all."""
+def test_sampling_a_long_video_gives_the_same_as_decoding_all_of_it(name, numbered, tmp_path, monkeypatch):
+    """Otherwise the complete file is decoded."""
     path = CASES / name
     if name == "damage":
         path = damaged(numbered(tmp_path / "a.mp4", options={"g": "5", "bf": "0", "sc_threshold": "0"}), 7)
@@ -89,7 +89,7 @@ def test_samples_of_a_long_film_find_what_decoding_all_of_it_does(name, numbered
     whole = probe_video(path)
     monkeypatch.setattr(probe, "DECODED_PIXELS", 0)
     sampled = probe_video(path)
-    if name == "damage":  # which the samples at the beginning have met
+    if name == "damage":  # which is among the samples at the beginning
         assert sampled.lost == whole.lost == (7, 10)
     assert sampled == whole
 
@@ -99,7 +99,7 @@ def test_times_keep_their_gaps():
     assert info.times[19:21] == pytest.approx([0.76, 0.92])
 
 
-def test_what_is_special_is_said_by_the_index_and_by_the_data(tmp_path):
+def test_the_index_and_the_dataset_report_special_properties(tmp_path):
     said = make_index(CASES, "video").describe()
     for name, text in {
         "hdr-hlg.mov": "HDR: HLG",
@@ -110,7 +110,7 @@ def test_what_is_special_is_said_by_the_index_and_by_the_data(tmp_path):
     }.items():
         assert f"{name}: {text}" in said
     data = ClipFolder(CASES, 16, 3).describe()
-    for line in ("HDR: 1 of 20", "transparent: 2 of 20", "frame rates differ (", "data.fps=8 makes them one"):
+    for line in ("HDR: 1 of 20", "transparent: 2 of 20", "frame rates differ (", "data.fps=8 makes them equal"):
         assert line in data
     assert "frame rates differ" not in ClipFolder(CASES, 16, 3, fps=8).describe()
 
@@ -145,7 +145,7 @@ def test_a_display_matrix_is_one_of_eight(tmp_path, numbered, orientation):
     assert np.array_equal(picture, expected)
 
 
-EDITS = {  # in frames of 1/8 s: first, number
+EDITS = {  # (first, number) in frames of 1/8 s
     "two parts": ([(0, 8), (11, 8)], [*range(8), *range(11, 19)]),
     "in other order": ([(11, 8), (0, 8)], [*range(11, 19), *range(8)]),
     "twice the same": ([(6, 8), (6, 4)], [*range(6, 14), *range(6, 10)]),
@@ -171,7 +171,7 @@ def test_edit_lists_are_followed(tmp_path, numbered, numbers, name):
     [("negative_cts_offsets", range(6, 20)), ("frag_keyframe+empty_moov+delay_moov", range(20))],
 )
 def test_time_stamps_may_be_below_0(tmp_path, numbers, flags, expected):
-    """Whether what lies there is shown is for the edit list to say."""
+    """The edit list determines whether frames before 0 are displayed."""
     path = tmp_path / "a.mp4"
     with av.open(str(path), "w", options={"avoid_negative_ts": "disabled", "movflags": flags}) as container:
         stream = container.add_stream("libx264", rate=8, options={"g": "5"})
@@ -215,7 +215,7 @@ def test_a_file_without_a_table_of_keyframes_is_read_from_real_ones(tmp_path, nu
     ],
 )
 def test_containers_of_cameras_and_of_old_are_read(tmp_path, numbered, numbers, name, codec, options):
-    """With B frames where there are such; in any order."""
+    """The clips have B frames if the codec supports them, and are read in any order."""
     coding = {"g": "6", "b": "4M", "x265-params": "log-level=none:keyint=6"}
     if codec not in ("wmv2", "flv"):
         coding["bf"] = "2"
@@ -227,7 +227,7 @@ def test_containers_of_cameras_and_of_old_are_read(tmp_path, numbered, numbers, 
             assert numbers(video.read([index])) == [index]
 
 
-def test_a_size_that_changes_is_scaled_to_the_first_and_said(tmp_path, numbered, numbers):
+def test_a_size_that_changes_is_scaled_to_the_first_and_reported(tmp_path, numbered, numbers):
     parts = [
         numbered(tmp_path / f"{i}.ts", frames=6, size=size).read_bytes() for i, size in enumerate([(32, 64), (48, 48)])
     ]
@@ -240,7 +240,7 @@ def test_a_size_that_changes_is_scaled_to_the_first_and_said(tmp_path, numbered,
 
 
 def damaged(path, first, last=None):
-    """Zeros in the middle of packets."""
+    """Overwrite the middle of packets with zeros."""
     content = bytearray(path.read_bytes())
     with av.open(str(path)) as container:
         packets = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
@@ -250,7 +250,7 @@ def damaged(path, first, last=None):
     return path
 
 
-def test_damage_costs_the_windows_that_touch_it(tmp_path, numbered, numbers, caplog):
+def test_only_clips_with_damaged_frames_are_avoided(tmp_path, numbered, numbers, caplog):
     path = damaged(numbered(tmp_path / "a.mp4", options={"g": "5", "bf": "0", "sc_threshold": "0"}), 7)
     info = probe_video(path)
     assert (info.num_frames, info.lost_ranges) == (20, [(7, 10)])
@@ -263,15 +263,15 @@ def test_damage_costs_the_windows_that_touch_it(tmp_path, numbered, numbers, cap
     data = ClipFolder(path, 16, 4)
     starts = {data.frames_of(0, epoch)[0] for epoch in range(200)}
     assert starts == {0, 1, 2, 3, *range(10, 17)}
-    assert "damaged: frames 7 to 9 cannot be decoded, other windows are used" in make_index(path, "video").describe()
-    with pytest.raises(UsageError, match=r"no 12 frames together that can be decoded \(frames 7 to 9 cannot\)"):
+    assert "damaged: frames 7 to 9 cannot be decoded, clips avoid them" in make_index(path, "video").describe()
+    with pytest.raises(UsageError, match=r"no 12 consecutive frames that can be decoded \(frames 7 to 9 cannot\)"):
         ClipFolder(path, 16, 12)
     whole = ClipFolder(path, 16, 12, span="whole")
     assert not {7, 8, 9}.intersection(whole.frames_of(0, 0))
 
 
-def test_no_window_goes_over_what_is_missing_where_frames_are_counted(tmp_path, numbered, numbers):
-    """As in an AVI with B frames, whose times find no frame."""
+def test_no_clip_spans_missing_frames_if_frames_are_counted(tmp_path, numbered, numbers):
+    """An AVI with B frames is an example: its timestamps do not identify frames."""
     coding = {"g": "5", "bf": "2", "b": "4M", "sc_threshold": "0"}
     path = numbered(tmp_path / "a.avi", size=(64, 96), options=coding)
     whole = probe_video(path)
@@ -290,7 +290,7 @@ def test_no_window_goes_over_what_is_missing_where_frames_are_counted(tmp_path, 
         assert clip == list(range(clip[0], clip[0] + 4))
 
 
-def test_prepare_keeps_what_damage_has_left(tmp_path, numbered, numbers):
+def test_prepare_keeps_the_undamaged_part(tmp_path, numbered, numbers):
     (tmp_path / "data").mkdir()
     damaged(numbered(tmp_path / "data" / "a.mp4", options={"g": "5", "bf": "0", "sc_threshold": "0"}), 7)
     said = prepare(tmp_path / "data", "video", tmp_path / "shards", (32, 64), DataConfig(), workers=1)
@@ -299,8 +299,8 @@ def test_prepare_keeps_what_damage_has_left(tmp_path, numbered, numbers):
     assert numbers(data[0]["x"].transpose(0, 1)) == list(range(10, 20))
 
 
-def test_damage_that_is_met_while_training_costs_no_file(tmp_path, numbered, monkeypatch):
-    """Of a long film the index has seen samples only: the draw learns, and is the same whoever draws."""
+def test_damage_found_in_training_does_not_exclude_the_file(tmp_path, numbered, monkeypatch):
+    """The index only samples a long video: drawing finds the damage, and gives the same result in every process."""
     path = damaged(numbered(tmp_path / "a.mp4", options={"g": "5", "bf": "0", "sc_threshold": "0"}), 7)
     whole = probe_video(path)
     monkeypatch.setattr(Probe, "_video", lambda self, source: replace(whole, lost=(), notes=()))
@@ -323,7 +323,7 @@ def test_the_usable_part_of_a_cut_file_is_used(tmp_path, numbered, numbers):
     path.write_bytes(content[: len(content) * 19 // 20])
     info = probe_video(path)
     assert 5 < info.num_frames < 20
-    assert f"cut short: its first {info.num_frames} of 20 frames" in info.notes
+    assert f"truncated: only the first {info.num_frames} of 20 frames" in info.notes
     with open_video(path) as video:
         assert numbers(video.read(range(info.num_frames))) == list(range(info.num_frames))
 
@@ -336,7 +336,7 @@ def test_browsers_show_animations_without_delays_at_10_frames_a_second(tmp_path)
         assert (info.num_frames, round(info.fps, 3), round(info.duration, 3)) == (4, 10, 0.4)
 
 
-def test_pointers_and_web_pages_are_told_from_media(tmp_path):
+def test_pointers_and_web_pages_are_distinguished_from_media(tmp_path):
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
     for name, kind in (("a.mp4", "video"), ("a.png", "image")):
         (tmp_path / name).write_bytes(pointer)
@@ -347,10 +347,10 @@ def test_pointers_and_web_pages_are_told_from_media(tmp_path):
             make_index(tmp_path / name, kind).require_some(strict=True)
 
 
-def test_files_that_are_passed_over_are_counted_and_named(tmp_path, numbered):
+def test_ignored_files_are_counted_and_named(tmp_path, numbered):
     numbered(tmp_path / "a.mp4", frames=4)
     for name in ("a.txt", "b.txt", "c.txt", "LICENSE"):  # the first is a caption
         (tmp_path / name).write_text("words")
-    said = "passed over: 3 files of other kinds (.txt 2, no extension 1): LICENSE, b.txt, c.txt"
+    said = "ignored: 3 files of other kinds (.txt 2, no extension 1): LICENSE, b.txt, c.txt"
     assert said in make_index(tmp_path, "video").describe()
     assert said in ClipFolder(tmp_path, 16, 4).describe()

@@ -1,4 +1,4 @@
-"""Checkpoints: atomic, checked, safe against what a disk or a stranger does to them."""
+"""Checkpoints are atomic and verified, and safe against disk errors and malicious changes."""
 
 import json
 import os
@@ -48,7 +48,7 @@ def damage_bit(path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["state.safetensors", "state.json", "manifest.json"])
 @pytest.mark.parametrize("harm", [damage_tail, damage_bit, Path.unlink, lambda path: path.write_bytes(b"")])
-def test_a_damaged_checkpoint_is_passed_over_and_named(run, name, harm, caplog):
+def test_a_damaged_checkpoint_is_skipped_and_named(run, name, harm, caplog):
     harm(run / "checkpoints/step-00000003" / name)
     folder, state = newest_state(run)
     assert state["step"] == 2
@@ -56,7 +56,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(run, name, harm, caplog):
     assert "step-00000003 is damaged" in caplog.text
 
 
-def test_an_unfinished_one_is_passed_over_and_named(run, caplog):
+def test_an_unfinished_checkpoint_is_skipped_and_named(run, caplog):
     os.rename(run / "checkpoints/step-00000003", run / "checkpoints/step-00000003.tmp")
     assert newest_state(run)[1]["step"] == 2
     assert "step-00000003.tmp was not finished" in caplog.text
@@ -65,7 +65,7 @@ def test_an_unfinished_one_is_passed_over_and_named(run, caplog):
     assert not list(run.glob("checkpoints/*.tmp"))
 
 
-def test_where_all_are_damaged_nothing_is_overwritten(run):
+def test_if_all_checkpoints_are_damaged_nothing_is_overwritten(run):
     for folder in saved_states(run):
         damage_bit(folder / "state.safetensors")
     with pytest.raises(UsageError, match="none of the 3 checkpoints"):
@@ -74,8 +74,8 @@ def test_where_all_are_damaged_nothing_is_overwritten(run):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="file-size limits are POSIX")
-def test_a_full_disk_is_said_and_the_previous_checkpoint_is_whole(tmp_path):
-    """A file-size limit between the second and the third checkpoint, which is larger."""
+def test_a_full_disk_is_reported_and_the_previous_checkpoint_is_complete(tmp_path):
+    """The file-size limit lies between the sizes of the second and the third checkpoint, which is larger."""
     code = f"""
 import resource, sys, torch
 from pathlib import Path
@@ -94,7 +94,7 @@ print(sorted(path.name for path in run.iterdir()), len(load_state(run / "step-1"
     error, left = done.stdout.splitlines()
     assert "step-2 could not be written" in error
     assert "B are free" in error
-    assert "make room" in error
+    assert "free some space" in error
     assert left == "['step-1'] 1000"
 
 
@@ -122,16 +122,18 @@ def test_a_flipped_bit_in_the_weights_is_refused(trained, tmp_path):
 @pytest.mark.parametrize(
     ("old", "new"), [("num_heads: 2", "num_heads: 4"), ("objective: v", "objective: eps"), ("scale: 1.0", "scale: 0.5")]
 )
-def test_weights_beside_other_options_are_refused(trained, tmp_path, old, new):
-    """num_heads changes no shape, and the objective is not in the weights at all."""
+def test_weights_with_other_options_are_refused(trained, tmp_path, old, new):
+    """num_heads changes no shape, and the objective does not affect the weights at all."""
     (tmp_path / "model.safetensors").write_bytes((trained / "model.safetensors").read_bytes())
     text = (trained / "config.yaml").read_text()
     assert old in text
     (tmp_path / "config.yaml").write_text(text.replace(old, new, 1))
-    with pytest.raises(UsageError, match=r"config\.yaml says .*but model\.safetensors was trained with"):
+    with pytest.raises(UsageError, match=r"config\.yaml has .*but model\.safetensors was trained with"):
         load_model(tmp_path)
     (tmp_path / "config.yaml").write_text(text.replace("guidance_rescale: 0.0", "guidance_rescale: 0.5"))
-    assert load_model(tmp_path)[1].sample.guidance_rescale == 0.5  # what is no part of the model may be edited
+    assert (
+        load_model(tmp_path)[1].sample.guidance_rescale == 0.5
+    )  # options that are not part of the model may be edited
 
 
 def test_foreign_weights_load_where_they_fit_and_are_refused_where_not(trained, tmp_path):
@@ -152,7 +154,7 @@ def test_old_states_go_and_every_mth_stays(tmp_path):
 
 
 class Part:
-    """A sharded tensor that counts how often it was put together."""
+    """A sharded tensor that counts how often it was gathered."""
 
     def __init__(self) -> None:
         self.value, self.gathered = torch.arange(4.0), 0
@@ -167,7 +169,7 @@ class Part:
 
 
 def test_a_process_that_cannot_write_still_contributes_its_parts(tmp_path, monkeypatch):
-    """Or the others would wait for them: every part is gathered once, written or not."""
+    """Otherwise the other processes would wait for them: every shard is gathered once, whether written or not."""
     written = {"a": Part(), "b": Part()}
     write_tensors(tmp_path / "x.safetensors", written, {"k": "v"}, digest=True)
     assert_close(load_file(tmp_path / "x.safetensors"), {"a": torch.arange(4.0), "b": torch.arange(4.0)})
@@ -184,7 +186,7 @@ def test_a_process_that_cannot_write_still_contributes_its_parts(tmp_path, monke
 
 
 def test_a_run_that_goes_back_forgets_what_it_went_back_from(tmp_path):
-    """The next resume takes the newest state, which has to be of this run."""
+    """The next resume uses the newest state, which must belong to this run."""
     run = make_trainer(tmp_path, train_num_steps=4, save_and_sample_every=100)
     run.train()
     run.save("a")

@@ -1,4 +1,4 @@
-"""Every list of names: the configuration accepts what is implemented, and the help says it."""
+"""For every list of names, the config accepts exactly what is implemented, and the help lists it."""
 
 from itertools import combinations
 from types import SimpleNamespace
@@ -21,7 +21,8 @@ from rin_video.datasets.clip_sampler import ClipSampler
 from rin_video.datasets.extensions import KINDS
 from rin_video.datasets.index import INFOS
 from rin_video.datasets.resize_crop import ResizeCrop
-from rin_video.diffusion.conditions import Conditions, check_guidance
+from rin_video.diffusion.conditions import Conditions
+from rin_video.diffusion.guidance import Guidance
 from rin_video.diffusion.masks import ANY_GRID, KNOWN_MASKS
 from rin_video.diffusion.objectives import CLIPS, LOSS_WEIGHTS, OBJECTIVES, TIME_SAMPLINGS, target, to_x0_eps
 from rin_video.diffusion.precision import running_in
@@ -38,7 +39,7 @@ OPTIONS = {
 }
 TABLES = {
     "model.position": [*POSITIONS],
-    "model.latent_position": [name for name in POSITIONS if name != "coordinate"],  # latents lie on no grid
+    "model.latent_position": [name for name in POSITIONS if name != "coordinate"],  # latents have no grid
     "diffusion.noise_schedule": [*SCHEDULES],
     "diffusion.objective": [*OBJECTIVES],
     "diffusion.loss_weight": ["none", *LOSS_WEIGHTS],
@@ -59,7 +60,7 @@ def shapes(**options):
 
 
 def predict(name):
-    """What the network is to say, which gives data and noise back."""
+    """The network output from which data and noise are recovered."""
     level = NoiseLevel.from_gamma(torch.tensor(0.7))
     x0, eps = torch.tensor([0.3]), torch.tensor([-0.8])
     said = target(name, x0, eps, level)
@@ -73,7 +74,7 @@ def window(**options):
 
 
 def crop(name):
-    frame = ResizeCrop(4, crop=name).plan((4, 400), np.random.default_rng(0))
+    frame = ResizeCrop(4, crop=name).draw_params((4, 400), np.random.default_rng(0))
     return frame.top, frame.left
 
 
@@ -89,7 +90,7 @@ def precision(name):
         return autocast, torch.get_float32_matmul_precision()
 
 
-# Names that branches of the code take: each does something else than the others.
+# Names that select a branch of the code: each must behave differently from the others.
 BRANCHES = {
     "model.time_conditioning": lambda name: shapes(time_conditioning=name),
     "model.class_conditioning": lambda name: shapes(class_conditioning=name),
@@ -101,7 +102,7 @@ BRANCHES = {
     "train.lr_schedule": learning_rate,
     "train.mixed_precision": precision,
     "sample.precision": precision,
-    "train.sharding": str,  # with processes: tests/test_processes.py
+    "train.sharding": str,  # requires several processes: tests/test_processes.py
     "sample.spacing": lambda name: make_levels(make_schedule("cosine"), 3, spacing=name),
 }
 
@@ -132,8 +133,8 @@ def test_lists_that_are_no_option_of_their_own():
         assert load_config(None, [f"diffusion.known.{kind}=1"]).diffusion.known == {kind: 1}
     with pytest.raises(UsageError, match=f"choose {', '.join(KNOWN_MASKS)}$"):
         load_config(None, ["diffusion.known.other=1"])
-    with pytest.raises(UsageError, match=f"takes {', '.join(get_args(config.GuidanceDropName))}$"):
-        check_guidance(1.0, "other", Conditions())
+    with pytest.raises(UsageError, match=f"choose {', '.join(get_args(config.GuidanceDropName))}$"):
+        Guidance(1.0, drop="other").check(Conditions())
 
 
 @pytest.mark.parametrize(
@@ -147,12 +148,12 @@ def test_names_that_are_joined(option, names):
         load_config(None, [f"model.{option}={get_args(names)[0]}+other"])
 
 
-def test_the_help_says_the_same():
+def test_the_help_lists_the_same_names():
     said = {
         (command, action.dest.rpartition(".")[2]): action.help
         for command, parser in make_parser().commands.items()
         for action in parser._actions
-        if command != "peek"  # another name of preview
+        if command != "peek"  # an alias of preview
     }
     wanted = {("sample", name): OPTIONS[f"sample.{name}"] for name in ("sampler", "spacing", "schedule")}
     wanted |= {(command, name): OPTIONS["data.decoder"] for command, name in said if name == "decoder"}

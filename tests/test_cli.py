@@ -1,4 +1,4 @@
-"""The command line: help without torch, one line for a mistake, and the whole way on tiny files made here."""
+"""The command line: help without torch, one-line errors, and the complete workflow on tiny generated files."""
 
 import json
 import logging
@@ -34,12 +34,12 @@ TINY = [
     "train.log_every=1",
     "train.warmup_steps=0",
 ]
-COMMANDS = [name for name in make_parser().commands if name != "peek"]  # another name of preview
+COMMANDS = [name for name in make_parser().commands if name != "peek"]  # an alias of preview
 
 
 @pytest.fixture
 def fails(capfd):
-    """Runs a command that must fail; its one line on stderr."""
+    """A function that runs a command that must fail, and returns its one line on stderr."""
 
     def run(*argv) -> str:
         capfd.readouterr()
@@ -68,7 +68,7 @@ def clips(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def train_clips(clips, tmp_path_factory):
-    """Trains 3 steps on them; the command, to be given again, and the folder of the run."""
+    """The command that trained 3 steps on the clips, to be repeated, and the folder of the run."""
     out = tmp_path_factory.mktemp("runs") / "clips"
     command = ["train", "--data", str(clips), "--frames", "4", "--size", "16", "--batch-size", "2", "--out", str(out)]
     assert cli.main([*command, "--steps", "3", *TINY]) == 0
@@ -96,7 +96,9 @@ def decode(path) -> np.ndarray:
         (["--steps", "4", "train.warmup_steps=4"], [0.25, 0.5], ""),
     ],
 )
-def test_a_warm_up_is_shortened_aloud_and_kept_where_it_is_given(clips, tmp_path, caplog, steps, lr, said):
+def test_a_default_warm_up_is_shortened_and_logged_but_an_explicit_one_is_kept(
+    clips, tmp_path, caplog, steps, lr, said
+):
     caplog.set_level(logging.INFO)
     command = ["train", "--data", str(clips), "--frames", "4", "--size", "16", "--batch-size", "2"]
     assert cli.main([*command, "--out", str(tmp_path), *TINY[:-1], *steps]) == 0
@@ -145,7 +147,7 @@ def test_version(capsys):
 # ---- parsing
 
 
-def test_overrides_may_stand_anywhere_but_for_an_option_s_value():
+def test_overrides_may_appear_anywhere_except_as_the_value_of_an_option():
     parser = make_parser()
     for argv in (
         ["a.b=1", "train", "--data", "x", "c.d=[1,2]"],
@@ -167,7 +169,7 @@ def test_overrides_may_stand_anywhere_but_for_an_option_s_value():
 @pytest.mark.parametrize(
     ("argv", "overrides"),
     [
-        (["train", "--data", "x", "--steps", "10", "train.seed=1"], ["train.seed=1", "train.train_num_steps=10"]),
+        (["train", "--data", "x", "--steps", "10", "train.seed=1"], ["train.train_num_steps=10", "train.seed=1"]),
         (["train", "--data", "x", "--strict", "--init-from", "y"], ["data.strict=True", "train.init_from=y"]),
         (["sample", "x", "--class", "all", "--guidance", "2"], ["sample.label=null", "sample.guidance=2.0"]),
         (["sample", "x", "--spacing", "null", "--num", "3"], ["sample.num_samples=3", "sample.spacing=null"]),
@@ -227,26 +229,29 @@ def test_mistakes_before_any_file_is_read(fails, clips, tmp_path):
     empty.mkdir()
     train = ("train", "--data", clips, "--frames", 4)
     for argv, words in (
-        (("info", "--config", "cifar11"), "no preset and no file is called cifar11"),
-        ((*train, "--config", "cifar11"), "no preset and no file is called cifar11"),
+        (("info", "--config", "cifar11"), "there is no preset and no file cifar11"),
+        ((*train, "--config", "cifar11"), "there is no preset and no file cifar11"),
         ((*train, "model.dimm=3"), "unknown key model.dimm: did you mean model.dim?"),
         ((*train, "model.dim=wide"), "model.dim"),
         ((*train, "--size", "abc"), "--size abc is not understood"),
         ((*train, "--size", "16x"), "--size 16x is not understood"),
-        ((*train, "--size", "18"), "height 18 is no multiple of its patch size 4: the nearest that fit are 16 and 20"),
+        (
+            (*train, "--size", "18"),
+            "height 18 is not a multiple of its patch size 4: the nearest sizes that fit are 16",
+        ),
         ((*train, "--size", "16", "--batch-size", "0"), "train.train_batch_size is 0"),
         ((*train, "--size", "16", "--steps", "0"), "train.train_num_steps is 0"),
         (("train", "--data", clips, "--frames", "-1"), "--frames is -1"),
-        (("train", "--data", clips, "--frames", "3"), "frames 3 is no multiple of its patch size 2"),
+        (("train", "--data", clips, "--frames", "3"), "frames 3 is not a multiple of its patch size 2"),
         (("train", "--data", tmp_path / "nowhere"), "there is no file or folder"),
         (("train", "--data", tmp_path / "nowhere", "--frames", "4"), "there is no file or folder"),
-        (("train", "--data", empty), "holds no"),
-        (("train", "--data", empty, "--frames", "4"), "holds no"),
-        (("train", "--data", clips, "--frames", "0", "--size", "16"), "it holds 3 clips: use --frames 16"),
-        ((*train[:-1], 8, "--size", "16", *TINY), "6 frames, 8 "),
-        (("sample", empty), "holds no config.yaml"),
-        (("sample", tmp_path / "nowhere"), "no folder is called"),
-        (("info", empty), "holds no config.yaml"),
+        (("train", "--data", empty), "contains no"),
+        (("train", "--data", empty, "--frames", "4"), "contains no"),
+        (("train", "--data", clips, "--frames", "0", "--size", "16"), "it contains 3 clips: use --frames 16"),
+        ((*train[:-1], 8, "--size", "16", *TINY), "6 frames, but 8 "),
+        (("sample", empty), "has no config.yaml"),
+        (("sample", tmp_path / "nowhere"), "there is no folder"),
+        (("info", empty), "has no config.yaml"),
         (("info", empty, "--config", "demo"), "not both"),
         (("export", tmp_path / "nowhere.gif", tmp_path / "x.mp4"), "there is no file or folder"),
         (("export", clips / "0.mp4", tmp_path / "x.doc"), "x.doc"),
@@ -263,25 +268,25 @@ def test_mistakes_with_a_run(fails, train_clips):
     for argv, words in (
         (("sample", run, "--num", "0"), "sample.num_samples is 0"),
         (("sample", run, "--sampler", "rk4"), "rk4"),
-        (("sample", run, "--sampler", "ddim", "sample.sampler_kwargs.eta=2"), "sampler_kwargs.eta is 2"),
-        (("sample", run, "--sampler", "heun", "sample.sampler_kwargs.churn=-5"), "sampler_kwargs.churn is -5"),
-        (("sample", run, "--sampler", "ddim", "sample.sampler_kwargs.eta=.nan"), "sampler_kwargs.eta is nan"),
-        (("sample", run, "--schedule", "cosine", "sample.schedule_kwargs.start=2"), "does not fall from signal"),
-        (("sample", run, "sample.schedule_kwargs.tau=0"), "does not fall from signal to noise"),
+        (("sample", run, "--sampler", "ddim", "sample.sampler.eta=2"), "sampler.eta is 2"),
+        (("sample", run, "--sampler", "heun", "sample.sampler.churn=-5"), "sampler.churn is -5"),
+        (("sample", run, "--sampler", "ddim", "sample.sampler.eta=.nan"), "sampler.eta is nan"),
+        (("sample", run, "--schedule", "cosine", "sample.schedule.start=2"), "does not decrease from signal"),
+        (("sample", run, "sample.schedule.tau=0"), "does not decrease from signal to noise"),
         (("sample", run, "--schedule", "rectified_flow"), "on another path than sigmoid"),
         (("sample", run, "sample.guidance_interval=[0.9,0.1]"), "sample.guidance_interval is [0.9, 0.1]"),
         (("sample", run, "--guidance", "nan"), "sample.guidance is nan"),
         (("sample", run, "--fps", "inf"), "fps is inf"),
         (("sample", run, "--out", run / "config.yaml" / "x.png"), "config.yaml is a file"),
-        (("sample", run / "config.yaml"), "config.yaml is a file: give the folder of a run"),
+        (("sample", run / "config.yaml"), "config.yaml is a file: pass the folder of a run"),
         (("sample", run, "--steps", "0"), "steps"),
         (("sample", run, "--guidance", "2", "--steps", "1", "--num", "1"), "guidance is 2"),
         (("sample", run, "sample.stps=3"), "unknown key sample.stps: did you mean sample.steps?"),
         (("sample", run, "model.dim=64"), "model.dim=64 cannot change a trained model"),
-        (("sample", run, "--class", "cat"), "class cat is asked for, but the model has no classes"),
+        (("sample", run, "--class", "cat"), "class cat was requested, but the model has no classes"),
         (("sample", run, "--spacing", "log"), "sample.spacing=log is unknown: choose uniform"),
         (("sample", run, "--schedule", "square"), "square"),
-        (("sample", run, "sample.sampler_kwargs.eta=0.5", "--sampler", "ddpm"), "eta"),
+        (("sample", run, "sample.sampler.eta=0.5", "--sampler", "ddpm"), "eta"),
         (("sample", run, "--max-batch", "0"), "--max-batch is 0"),
         (("sample", run, "--seed", "-1"), "--seed is -1"),
         (("diagnose", run, "--num", "1"), "--num is 1"),
@@ -311,7 +316,7 @@ def test_samples_come_as_any_kind_of_file(train_clips, tmp_path):
     assert cli.main([*common, str(tmp_path / "x.mp4")]) == 0
     video = decode(tmp_path / "x.mp4")
     assert video.shape[0] == 4
-    assert video.shape[1] >= 16  # two clips side by side, with a margin, both sides even
+    assert video.shape[1] >= 16  # a grid of two clips with a margin; both sizes are even
     assert video.shape[2] >= 32
     assert cli.main([*common, str(tmp_path / "x.gif"), "--fps", "5"]) == 0
     with Image.open(tmp_path / "x.gif") as image:
@@ -351,7 +356,7 @@ def test_another_sampler_than_the_run_s_takes_neither_its_parameters_nor_its_spa
     _, run = train_clips
     older = shutil.copytree(run, tmp_path / "older")
     config = load_config(older / "config.yaml")
-    config.sample.sampler, config.sample.sampler_kwargs, config.sample.spacing = "ddim", {"eta": 0.5}, "uniform"
+    config.sample.sampler, config.sample.spacing = {"name": "ddim", "eta": 0.5}, "uniform"
     (older / "config.yaml").write_text(to_yaml(config))
 
     def draw(folder, *options):
@@ -369,21 +374,21 @@ def test_diagnose_writes_pictures_and_words(train_clips, capsys):
     _, run = train_clips
     assert cli.main(["diagnose", str(run), "--num", "3"]) == 0
     said = capsys.readouterr().out
-    assert "untrained noise levels: at t = " in said  # three steps teach nothing
+    assert "untrained noise levels: at t = " in said  # three steps are not enough to learn anything
     report = json.loads((run / "diagnosis" / "diagnosis.json").read_text())
     assert len(report["t"]) == len(report["loss"]) == len(report["loss_raw"]) == 10
     assert len(report["clipped"]) == 2  # sampling steps
     assert len(report["latent_std"]) == 8
     assert all(f"- {finding}" in said for finding in report["findings"])
     with Image.open(run / "diagnosis" / "trajectory.png") as image:
-        assert image.height > image.width  # four samples, two steps
+        assert image.height > image.width  # a row per sample (4) and a column per step (2)
     with Image.open(run / "diagnosis" / "loss.png") as image:
         assert image.width >= 500
     with Image.open(run / "metrics.png") as image:
         assert image.width >= 1500
 
 
-def test_the_same_command_goes_on(train_clips, caplog):
+def test_the_same_command_resumes(train_clips, caplog):
     command, run = train_clips
     with caplog.at_level(logging.INFO, logger="rin_video"):
         assert cli.main([*command, "--steps", "5", *TINY]) == 0
@@ -405,7 +410,7 @@ def test_images_in_folders_of_classes(fails, tmp_path):
         Image.fromarray(generator.integers(256, size=(20, 24, 3), dtype=np.uint8)).save(path)
     run = tmp_path / "run"
     argv = ["train", "--data", str(tmp_path / "pictures"), "--size", "8x16", "--steps", "2", "--batch-size", "2"]
-    assert cli.main([*argv, "--out", str(run), *TINY]) == 0  # by what the folder holds: no --frames
+    assert cli.main([*argv, "--out", str(run), *TINY]) == 0  # the kind follows from the folder, without --frames
     config = load_config(run / "config.yaml")
     assert (config.model.frames, config.model.num_classes, config.model.image_size) == (None, 2, [8, 16])
     common = ["sample", str(run), "--num", "4", "--steps", "2", "--guidance", "1", "--out"]
@@ -491,8 +496,8 @@ def test_arrays_say_what_they_are(tmp_path, capsys, shape, said):
 @pytest.mark.parametrize(
     ("shape", "options", "said"),
     [
-        ((5, 28, 28), (), "give each sample its axis of channels, x[:, None]"),
-        ((5, 28, 28, 1), (), "put the channels first, np.moveaxis(x, -1, 1)"),
+        ((5, 28, 28), (), "add an axis of channels, x[:, None]"),
+        ((5, 28, 28, 1), (), "move the channels first, np.moveaxis(x, -1, 1)"),
         ((5, 1, 28, 28), ("--config", "image64"), "train on it with model.channels=1 --frames 0 --size 28x28"),
     ],
 )
@@ -505,7 +510,7 @@ def test_diagnose_on_other_data_names_options_that_it_has(train_clips, fails, tm
     _, run = train_clips
     write_video(torch.rand(3, 2, 24, 32), tmp_path / "short.mp4")
     line = fails("diagnose", run, "--data", tmp_path)
-    assert "has 2 frames, 4 are needed for 4 at stride 1: give longer clips (--data FOLDER)" in line
+    assert "has 2 frames, but 4 are needed for 4 at stride 1: give longer clips (--data FOLDER)" in line
 
 
 def test_a_long_run_on_a_cpu_is_hinted_at_once(caplog, monkeypatch):
@@ -541,7 +546,7 @@ def test_a_run_of_one_step_has_a_learning_rate_and_no_warning(clips, tmp_path, c
 
 def test_an_unknown_tokenizer_names_the_entry_point(fails):
     line = fails("info", "--config", "demo", "model.tokenizer=mine")
-    assert "unknown tokenizer 'mine': known are image, sequence, tube" in line
+    assert "unknown tokenizer 'mine': use one of image, sequence, tube" in line
     assert "entry point of the group rin_video.tokenizers" in line
 
 

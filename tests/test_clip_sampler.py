@@ -1,4 +1,4 @@
-"""Which frames a clip is made of, how often a file is drawn from, and what is done to its pixels."""
+"""The frames of a clip, the number of clips per file, and the transforms of the pixels."""
 
 from pathlib import Path
 
@@ -25,13 +25,13 @@ def info(frames: int, fps: float = 8, cuts: tuple[int, ...] = ()) -> VideoInfo:
 
 
 def draws(windows: ClipSampler, video: VideoInfo, num: int = 200, part: int = 0, parts: int = 1) -> list[list[int]]:
-    chance = np.random.default_rng(0)
-    return [windows.draw(video, part, parts, chance) for _ in range(num)]
+    rng = np.random.default_rng(0)
+    return [windows.draw(video, part, parts, rng) for _ in range(num)]
 
 
-def test_whole_takes_frames_from_all_over_the_file():
+def test_span_whole_samples_frames_over_the_complete_file():
     assert draws(ClipSampler(5, DataConfig(span="whole")), info(41), 1) == [[0, 10, 20, 30, 40]]
-    with pytest.raises(UsageError, match="has 4 frames, 5 are needed"):
+    with pytest.raises(UsageError, match="has 4 frames, but 5 are needed"):
         ClipSampler(5, DataConfig(span="whole")).check(Path("a.mp4"), info(4))
     with pytest.raises(UsageError, match="leave out stride"):
         DataConfig(span="whole", stride=2)
@@ -43,7 +43,7 @@ def test_over_time_long_files_come_more_often_and_the_parts_cover_the_file():
     assert ClipSampler(5, DataConfig(sampling="time", stride=2)).count(info(53)) == 5
     starts = [{clip[0] for clip in draws(windows, info(53), 300, part, 10)} for part in range(10)]
     assert sorted(set.union(*starts)) == list(range(49))
-    assert sum(map(len, starts)) == 49  # no start belongs to two parts
+    assert sum(map(len, starts)) == 49  # no start frame belongs to two parts
     assert ClipSampler(5, DataConfig(windows=3)).count(info(53)) == 3
 
 
@@ -84,26 +84,28 @@ def test_speed_and_reverse_keep_within_the_file():
     assert 60 < backwards < 140
     for clip in draws(ClipSampler(6, DataConfig(fps=4.0, augment_speed=[1.5, 1.5])), info(40)):
         assert clip[-1] - clip[0] in (14, 15, 16)
-    tight = draws(ClipSampler(6, DataConfig(augment_speed=[2.0, 2.0])), info(6), 3)  # too short for that: as it is
+    tight = draws(
+        ClipSampler(6, DataConfig(augment_speed=[2.0, 2.0])), info(6), 3
+    )  # too short for this speed: the original speed is used
     assert tight == [[0, 1, 2, 3, 4, 5]] * 3
 
 
 def test_augmentations_are_the_same_for_all_frames():
     still = torch.randint(256, (1, 3, 40, 60), dtype=torch.uint8).expand(5, -1, -1, -1)
-    framing = ResizeCrop(16, crop="random", flip=True, crop_scale=(0.4, 1.0), color=1.0)
+    resize_crop = ResizeCrop(16, crop="random", flip=True, crop_scale=(0.4, 1.0), color=1.0)
     seen = []
     for seed in range(12):
-        frames = framing(still, np.random.default_rng(seed))
+        frames = resize_crop(still, np.random.default_rng(seed))
         assert frames.shape == (5, 3, 16, 16)
         assert (frames == frames[:1]).all()
         seen.append(frames[0].float().mean().item())
     assert np.std(seen) > 5
-    again = framing(still, np.random.default_rng(3))
-    torch.testing.assert_close(again, framing(still, np.random.default_rng(3)))
+    again = resize_crop(still, np.random.default_rng(3))
+    torch.testing.assert_close(again, resize_crop(still, np.random.default_rng(3)))
 
 
 def test_what_is_enlarged_is_cut_first(monkeypatch):
-    """A picture of 20000x1 would otherwise become one of 1,280,000x64: gigabytes."""
+    """A picture of 20000x1 would otherwise become one of 1,280,000x64, which takes gigabytes."""
     from rin_video.datasets import resize_crop
 
     monkeypatch.setattr(resize_crop, "resize", lambda *_: pytest.fail("the whole picture is enlarged"))
@@ -172,7 +174,7 @@ def test_buckets_train_several_shapes(tmp_path, numbered):
         GaussianDiffusion(RIN(model)), tmp_path / "data", results_folder=tmp_path / "run", config=config, progress=False
     )
     batches = trainer.batches()
-    shapes = {tuple(next(batches)["x"].shape) for _ in range(4)}
+    shapes = {tuple(next(batches).x.shape) for _ in range(4)}
     assert shapes == {(2, 3, 4, 16, 16), (2, 3, 4, 16, 32)}
     trainer.train()
 

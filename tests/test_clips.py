@@ -1,4 +1,4 @@
-"""Clips are the frames they should be, the same in every worker, and short or broken files are told."""
+"""Clips consist of the right frames, the same in every worker, and short or broken files are reported."""
 
 import pickle
 import shutil
@@ -13,7 +13,7 @@ from rin_video.errors import UsageError
 
 @pytest.fixture
 def folder(tmp_path, clips):
-    """Three clips that decord reads and one that it does not, in two classes, and two files that cannot be used."""
+    """Two classes with three clips that decord can read and one that it cannot, and two unusable files."""
     for name in ("a/plain.mp4", "a/short_gop.mp4", "b/vp9.webm", "b/mpeg4.avi", "b/one_frame.mp4"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(clips / name[2:], tmp_path / name)
@@ -30,7 +30,7 @@ def test_a_clip_is_its_frames_at_the_stride(clips, numbers):
         found = numbers(data[0]["x"].transpose(0, 1))
         assert found == list(range(found[0], found[0] + 13, 3))
         starts.add(found[0])
-    assert starts == set(range(8))  # 20 frames, 13 of them used
+    assert starts == set(range(8))  # 20 frames, of which 13 are used
 
 
 def test_fps_takes_the_nearest_frame_in_time(clips, numbers):
@@ -39,10 +39,7 @@ def test_fps_takes_the_nearest_frame_in_time(clips, numbers):
     assert found == list(range(found[0], found[0] + 7, 2))
     data = ClipFolder(clips / "variable_rate.mp4", (32, 64), 7, fps=5.8)  # near 0, 5, 10, 15, 20, 26, 31
     assert numbers(data[0]["x"].transpose(0, 1)) == [0, 3, 5, 6, 7, 8, 9]
-    assert (
-        "slower than 100 fps: 16 of 16 clips, of which some frames repeat"
-        in ClipFolder(clips, 8, 4, fps=100).describe()
-    )
+    assert "16 of 16 clips below 100 fps: some frames repeat" in ClipFolder(clips, 8, 4, fps=100).describe()
 
 
 def test_clips_are_the_same_in_every_worker_and_differ_by_epoch(folder):
@@ -81,21 +78,23 @@ def test_labels_skips_and_decoders_are_reported(folder):
     assert "4 clips, 32x64, 20 frames" in said
     assert "2 classes: a, b" in said
     assert "pyav for" in said
-    assert "one_frame.mp4 has 1 frame, 6 are needed" in said
+    assert "one_frame.mp4 has 1 frame, but 6 are needed" in said
 
 
 def test_decord_by_name_reads_what_it_reads_right_and_pyav_the_rest(folder, clips, numbers):
     pytest.importorskip("decord")
     data = ClipFolder(folder, (32, 64), 6, decoder="decord")
-    assert "read by decord for 3, pyav for 1" in data.describe()
+    assert "decoders: decord for 3, pyav for 1" in data.describe()
     assert {info.decoder for info in data.infos} == {"decord", "pyav"}
     for index in range(4):
         assert numbers(data[index]["x"].transpose(0, 1)) == data.frames_of(index, 0)
-    assert "read by pyav for 4" in ClipFolder(folder, 16, 6, decoder="pyav").describe()
+    assert "decoders: pyav for 4" in ClipFolder(folder, 16, 6, decoder="pyav").describe()
 
 
 def test_too_short_names_file_numbers_and_remedy(clips):
-    with pytest.raises(UsageError, match=r"plain\.mp4 has 20 frames, 25 are needed .*: use --frames 10, or a smaller"):
+    with pytest.raises(
+        UsageError, match=r"plain\.mp4 has 20 frames, but 25 are needed .*: use --frames 10, or a smaller"
+    ):
         ClipFolder(clips / "plain.mp4", 16, 13, stride=2)
     ClipFolder(clips / "plain.mp4", 16, 10, stride=2)
     with pytest.raises(UsageError, match=r"plain\.mp4 lasts 2\.50 s.*use --frames 5, or a higher"):

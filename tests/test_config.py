@@ -1,4 +1,4 @@
-"""Configuration: precedence, presets, the round trip through YAML, and what a wrong key or value is told."""
+"""Configs: precedence, presets, the round trip through YAML, and the errors for wrong keys and values."""
 
 import dataclasses
 import subprocess
@@ -36,7 +36,7 @@ def preset_text(name):
 
 
 def plain(value, path="config"):
-    """Fails where anything but Python's own types and our dataclasses is found."""
+    """Fail if a value is neither a builtin type nor one of our dataclasses."""
     if type(value) in (Config, *SECTIONS.values()):
         for field in dataclasses.fields(value):
             plain(getattr(value, field.name), f"{path}.{field.name}")
@@ -97,7 +97,7 @@ WORDS = [
 def test_numbers_and_text_survive_the_round_trip(tmp_path_factory, number, word):
     config = Config()
     config.train.train_lr = number
-    config.diffusion.schedule_kwargs = {"tau": number}
+    config.diffusion.noise_schedule = {"name": "cosine", "tau": number}
     config.model.latent_self_attn_depth = [1, 2]
     config.data.path, config.data.classes, config.sample.label = word, [word, "x", word], word
     file = tmp_path_factory.getbasetemp() / "config.yaml"
@@ -133,42 +133,40 @@ def test_dataclass_then_preset_then_overrides(tmp_path):
     plain(config)
 
     file = tmp_path / "mine.yaml"
-    file.write_text("train: {train_lr: 1}\ndiffusion:\n  schedule_kwargs: {tau: 0.5}\n")
-    config = load_config(file, ["train.train_lr=2", "train.train_lr=5", "diffusion.schedule_kwargs.end=2"])
+    file.write_text("train: {train_lr: 1}\ndiffusion:\n  noise_schedule: {name: cosine, tau: 0.5}\n")
+    config = load_config(file, ["train.train_lr=2", "train.train_lr=5", "diffusion.noise_schedule.end=2"])
     assert config.train.train_lr == 5.0
-    assert config.diffusion.schedule_kwargs == {"tau": 0.5, "end": 2}
+    assert config.diffusion.noise_schedule == {"name": "cosine", "tau": 0.5, "end": 2}
     assert config.model == ModelConfig()
     plain(config)
 
 
 @pytest.mark.parametrize(
-    ("overrides", "loss_weight", "kwargs"),
+    ("overrides", "loss_weight"),
     [
-        ([], "power", {"power": 0.7}),
-        (["diffusion.loss_weight=none"], "none", {}),
-        (["diffusion.loss_weight_kwargs={}"], "power", {}),
-        (["diffusion.loss_weight_kwargs.gamma=3", "diffusion.loss_weight=min_snr"], "min_snr", {"gamma": 3}),
-        (["diffusion.loss_weight=power", "diffusion.loss_weight_kwargs.limit=5"], "power", {"power": 0.7, "limit": 5}),
+        ([], {"name": "power", "power": 0.7}),
+        (["loss_weight=none"], "none"),
+        (["loss_weight=power"], "power"),  # a name alone uses its default parameters
+        (["loss_weight={}"], "power"),
+        (["loss_weight={name: min_snr, gamma: 3}"], {"name": "min_snr", "gamma": 3}),
+        (["loss_weight=min_snr", "loss_weight.gamma=3"], {"name": "min_snr", "gamma": 3}),
+        (["loss_weight.gamma=3", "loss_weight=min_snr"], "min_snr"),  # the last one wins
+        (["loss_weight.limit=5"], {"name": "power", "power": 0.7, "limit": 5}),
     ],
 )
-def test_another_choice_does_not_keep_the_parameters_of_the_one_before(tmp_path, overrides, loss_weight, kwargs):
+@pytest.mark.parametrize("form", ["loss_weight: {name: power, power: 0.7}",
+                                  "loss_weight: power, loss_weight_kwargs: {power: 0.7}"])  # fmt: skip
+def test_a_name_and_its_parameters(tmp_path, form, overrides, loss_weight):
+    """Both the current form and that of an earlier version work."""
     file = tmp_path / "mine.yaml"
-    file.write_text("diffusion: {loss_weight: power, loss_weight_kwargs: {power: 0.7}}\n")
-    config = load_config(file, overrides).diffusion
-    assert (config.loss_weight, config.loss_weight_kwargs) == (loss_weight, kwargs)
-
-
-def test_of_several_choices_the_last_one_counts(tmp_path):
-    file = tmp_path / "mine.yaml"
-    file.write_text("diffusion: {loss_weight: power, loss_weight_kwargs: {power: 0.7}}\n")
-    there_and_back = ["diffusion.loss_weight=none", "diffusion.loss_weight=power"]
-    assert load_config(file, there_and_back).diffusion.loss_weight_kwargs == {"power": 0.7}
+    file.write_text(f"diffusion: {{{form}}}\n")
+    assert load_config(file, [f"diffusion.{one}" for one in overrides]).diffusion.loss_weight == loss_weight
 
 
 def test_defaults_are_not_shared_between_configurations():
     one, other = load_config(), load_config()
     one.train.betas.append(3)
-    one.diffusion.schedule_kwargs["tau"] = 3
+    one.diffusion.known["first"] = 3
     assert other == Config() == load_config()
 
 
@@ -204,7 +202,7 @@ def test_none_can_be_asked_for(text):
         ("train.train_lr=1e-2", 0.01),
         ("train.train_lr=3", 3.0),
         ("train.train_num_steps=100_000", 100_000),
-        ("sample.sampler_kwargs.eta=.inf", float("inf")),
+        ("sample.sampler.eta=.inf", float("inf")),
         ("model.qk_norm=yes", True),
         ("model.image_size=[8,16]", [8, 16]),
         ("model.image_size=8", 8),
@@ -230,24 +228,24 @@ def test_the_type_of_an_option_decides_how_it_is_read(text, value):
         ("train.train_rl=3", "unknown key train.train_rl: did you mean train.train_lr?"),
         ("model.train_lr=3", "unknown key model.train_lr: did you mean train.train_lr?"),
         ("depth=3", "unknown key depth: did you mean model.depth?"),
-        ("sample.zzzzzz=3", "unknown key sample.zzzzzz: known are"),
+        ("sample.zzzzzz=3", "unknown key sample.zzzzzz: known keys are"),
         ("model=3", "model is a section: write model.key=value"),
-        ("model.dim", "overrides are written section.key=value"),
+        ("model.dim", "write overrides as section.key=value"),
         ("model.dim=wide", "model.dim"),
         ("model.dim=2.5", "model.dim"),
         ("train.train_lr=fast", "train.train_lr"),
         ("train.betas=0.9", "train.betas"),
         ("train.betas=[0.9,x]", "train.betas"),
         ("model.qk_norm=perhaps", "model.qk_norm"),
-        ("diffusion.schedule_kwargs.tau=x", "tau"),
+        ("diffusion.noise_schedule.tau=x", "diffusion.noise_schedule.tau is 'x': it must be a number"),
         (
-            "diffusion.schedule_kwarg={}",
-            "diffusion.schedule_kwarg: did you mean diffusion.schedule_kwargs?",
+            "diffusion.noise_shedule={}",
+            "diffusion.noise_shedule: did you mean diffusion.noise_schedule?",
         ),
-        ("sampel.sampler_kwargs={}", "unknown key sampel: did you mean sample?"),
+        ("sampel.sampler={}", "unknown key sampel: did you mean sample?"),
         (
-            "diffusion.schedule_kwargs=[1]",
-            "schedule_kwargs is a list: it must be a mapping, each value a number",
+            "diffusion.known=[1]",
+            "known is a list: it must be a mapping, each value a number",
         ),
         ("model.dim=null", "model.dim"),
         ("model.dim=[", "model.dim=["),
@@ -265,7 +263,7 @@ def test_the_type_of_an_option_decides_how_it_is_read(text, value):
         ("data.crop=middle", "data.crop=middle is unknown: choose center, random"),
     ],
 )
-def test_a_wrong_override_is_told_in_one_line_what_is_wrong(override, words):
+def test_the_error_of_a_wrong_override_is_one_line(override, words):
     with pytest.raises(UsageError) as error:
         load_config("cifar10", [override])
     assert words in one_line(error)
@@ -278,10 +276,10 @@ def test_wrong_keys_and_values_in_a_file_name_the_file(tmp_path):
         ("trian: {seed: 3}", "unknown key trian: did you mean train?"),
         ("model: {dim: wide}", "wide"),
         ("model: 3", "model is a section"),
-        ("- 1\n- 2", "no mapping of sections"),
+        ("- 1\n- 2", "not a mapping of sections"),
         ("model: {dim: [", "mine.yaml"),
         ("model: {dim: 3}\n\tx: 1", "mine.yaml"),
-        ("model: {dim: 3, dim: 4}", "the key dim is there twice"),
+        ("model: {dim: 3, dim: 4}", "the key dim occurs twice"),
         ("model: {[dim]: 3}", "cannot be a key"),
         ("model: !!python/name:os.system {}", "model is a section"),
         ("a: 1\n---\nb: 1", "mine.yaml"),
@@ -289,8 +287,8 @@ def test_wrong_keys_and_values_in_a_file_name_the_file(tmp_path):
         ("model: {patch_size: &a [*a]}", "model.patch_size is a list: it must be a whole number"),
         ("model: {patch_size: [&a [1, 1], *a]}", "model.patch_size is a list: it must be a whole number"),
         ("data: {path: !!python/object/apply:os.getpid []}", "data.path has the tag"),
-        ("", "no mapping of sections"),
-        ("3", "no mapping of sections"),
+        ("", "not a mapping of sections"),
+        ("3", "not a mapping of sections"),
     ):
         file.write_text(text, encoding="utf-8")
         with pytest.raises(UsageError) as error:
@@ -302,11 +300,11 @@ def test_wrong_keys_and_values_in_a_file_name_the_file(tmp_path):
 def test_a_file_that_is_missing_or_no_text(tmp_path):
     with pytest.raises(UsageError) as error:
         load_config("cifar11")
-    assert "no preset and no file is called cifar11" in one_line(error)
+    assert "there is no preset and no file cifar11" in one_line(error)
     assert all(name in one_line(error) for name in presets())
     with pytest.raises(UsageError, match=r"missing\.yaml"):
         load_config(tmp_path / "missing.yaml")
-    with pytest.raises(UsageError, match="no file is called"):
+    with pytest.raises(UsageError, match="there is no preset and no file"):
         load_config(tmp_path)
     (tmp_path / "picture.yaml").write_bytes(b"\x89PNG\xff\xfe\x00")
     with pytest.raises(UsageError, match=r"picture\.yaml is not a text file") as error:

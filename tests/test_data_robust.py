@@ -1,4 +1,4 @@
-"""Files that break things break no run: probing apart, the index, workers that die or hang."""
+"""Bad files do not end a run: probing in subprocesses, the index, workers that die or hang."""
 
 import errno
 import gc
@@ -59,7 +59,9 @@ def test_tasks_that_crash_or_hang_cost_only_themselves():
 
 
 def test_the_start_of_a_child_is_not_counted_against_its_first_task(monkeypatch):
-    monkeypatch.setattr(probing, "get_context", lambda: get_context("spawn"))  # each imports torch first: seconds
+    monkeypatch.setattr(
+        probing, "get_context", lambda: get_context("spawn")
+    )  # each imports torch first, which takes seconds
     assert dict(run_in_subprocess(["a", "bb"], len, seconds=0.5)) == {0: 1, 1: 2}
 
 
@@ -72,7 +74,7 @@ def go_on(task):
 
 
 class Prepared:
-    """What has to be ready before the first file."""
+    """Work with a warm-up before the first file."""
 
     def warm_up(self):
         time.sleep(0.7)
@@ -82,8 +84,8 @@ class Prepared:
         return self.ready and task
 
 
-def test_work_that_goes_on_and_what_it_imports_are_not_counted(monkeypatch):
-    """Hashing and scene cuts take as long as a file is; a limit is for one that stands still, and its message helps."""
+def test_work_with_progress_and_imports_do_not_count_towards_the_limit(monkeypatch):
+    """Hashing and scene cuts may take long for a long file; the limit is only for work without progress."""
     monkeypatch.setattr(probing, "BEAT_EVERY", 0.05)
     assert dict(run_in_subprocess(["long", "b"], go_on, seconds=0.5)) == {0: "long", 1: "b"}
     assert dict(run_in_subprocess(["a"], Prepared(), seconds=0.3)) == {0: "a"}
@@ -100,7 +102,7 @@ class Tidying:
 
 
 def test_a_child_does_not_tidy_up_what_it_inherits(monkeypatch):
-    """FFmpeg's scaler waits for its threads when it is freed, and a fork has none of them."""
+    """FFmpeg's scaler waits for its threads when it is freed, but a forked process does not have them."""
     monkeypatch.setattr(probing, "SECONDS_TO_START", 20.0)
     frame = av.VideoFrame(640, 480, "yuv420p")
     frame.reformat(format="rgb24", width=320, height=240)
@@ -110,7 +112,7 @@ def test_a_child_does_not_tidy_up_what_it_inherits(monkeypatch):
     assert dict(run_in_subprocess(["a"], Tidying(), seconds=5.0)) == {0: "a"}
 
 
-def test_hashing_and_cuts_say_that_they_go_on(tmp_path, clips, monkeypatch):
+def test_hashing_and_scene_cuts_report_progress(tmp_path, clips, monkeypatch):
     from rin_video.datasets import index, probe
 
     beats = []
@@ -127,8 +129,8 @@ def end_at_once(*_):
 
 
 def test_a_child_that_does_not_start_is_no_fault_of_a_file(monkeypatch):
-    monkeypatch.setattr(probing, "_serve", end_at_once)
-    with pytest.raises(UsageError, match=r"ended at its start \(code 1\).*__main__"):
+    monkeypatch.setattr(probing, "_child_main", end_at_once)
+    with pytest.raises(UsageError, match=r"exited at its start \(code 1\).*__main__"):
         dict(run_in_subprocess(["a"], len, seconds=5.0))
 
 
@@ -162,14 +164,14 @@ def test_the_index_is_kept_updated_and_complete(tmp_path, numbered):
     assert "broken.mp4 cannot be read" in broken.error
     said = index.describe()
     assert "2 of 3 files can be used" in said
-    assert "1 of them is a copy of others" in said
+    assert "1 duplicate" in said
     with pytest.raises(UsageError, match=r"1 of 3 files cannot be used, and data.strict is true: .*broken"):
         index.require_some(strict=True)
     index.require_some(strict=False)
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert len(rows) == 4
 
-    # Nothing is looked into again, then only what changed.
+    # First nothing is probed again, then only the changed file.
     rows[1][5] = "kept"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert make_index(data, "video", path=path).entries[0].hash == "kept"
@@ -179,13 +181,13 @@ def test_the_index_is_kept_updated_and_complete(tmp_path, numbered):
     assert [entry.hash == "kept" for entry in again.entries] == [True, False]
     assert again.unusable == []
     assert len(path.read_text().splitlines()) == 3
-    path.write_text(path.read_text()[:-20])  # damaged: made anew
+    path.write_text(path.read_text()[:-20])  # the damaged index is created again
     assert make_index(data, "video", path=path).entries[0].hash == two.hash
     assert not [file for file in path.parent.iterdir() if file != path]
 
 
 def calls_of(work):
-    """How many functions, of Python or C, `work` calls: its cost where no clock can be trusted."""
+    """Return the number of Python and C functions that `work` calls, a cost that is independent of the clock."""
     num = 0
 
     def count(frame, event, arg):
@@ -201,7 +203,7 @@ def calls_of(work):
 
 
 @pytest.mark.parametrize("num", [2000, pytest.param(100_000, marks=pytest.mark.slow)])
-def test_an_index_loads_whole_and_cheaply(tmp_path, clips, num):
+def test_an_index_loads_completely_and_cheaply(tmp_path, clips, num):
     info = probe_video(clips / "plain.mp4")
     entries = [
         Entry(Path(f"/data/{i % 7}/clip-{i:06d}.mp4"), 12345 + i, 1_700_000_000_000_000_000 + i, info, hash="0" * 32)
@@ -215,13 +217,13 @@ def test_an_index_loads_whole_and_cheaply(tmp_path, clips, num):
 
     for some in (entries, entries[: num // 2]):
         DataIndex("/data", some).save(tmp_path / f"{len(some)}.jsonl", probe)
-    assert load(entries) == entries  # also fills the caches of pathlib
-    # Twenty calls an entry, most of them of json: filling it through __init__ would add fourteen.
+    assert load(entries) == entries  # this also fills the caches of pathlib
+    # There are twenty calls per entry, most of them in json; __init__ would add fourteen.
     assert calls_of(lambda: load(entries)) - calls_of(lambda: load(entries[: num // 2])) <= 30 * num // 2
 
 
 class Rogue(Dataset):
-    """Sample 3 kills the process that reads it, 5 hangs, 7 cannot be read."""
+    """Sample 3 kills the process that reads it, sample 5 hangs, sample 7 cannot be read."""
 
     length = 12
 
@@ -242,25 +244,25 @@ class Rogue(Dataset):
 
 
 def drawn(batches, num):
-    return [int(i) for _ in range(num) for i in next(batches)["x"].flatten()]
+    return [int(i) for _ in range(num) for i in next(batches).x.flatten()]
 
 
 @pytest.mark.parametrize(
     ("bad", "said"), [("kills", "3 kills the process"), ("hangs", "3 hangs"), ("fails", "sample 3 is damaged")]
 )
-def test_a_sample_that_breaks_its_reader_is_replaced_and_the_run_goes_on(bad, said, caplog):
+def test_a_sample_that_breaks_its_reader_is_replaced_and_the_run_continues(bad, said, caplog):
     with TrainLoader(Rogue(**{bad: 3}), DataConfig(num_workers=1, read_timeout=0.6), 4, seed=1) as batches:
         found = drawn(batches, 6)
     clean = TrainLoader(Rogue(), DataConfig(num_workers=0), 4, seed=1)
     expected = [4 if i == 3 else i for i in drawn(clean, 6)]
-    assert found == expected  # the neighbour stands in, everything else is as it was
+    assert found == expected  # the neighbour replaces it, and everything else is unchanged
     assert batches.num_bad == 1
-    if bad != "fails":  # said by the worker itself otherwise
+    if bad != "fails":  # otherwise the worker itself logs it
         assert said in caplog.text
 
 
 class Slow(Rogue):
-    """Every sample takes its time."""
+    """Every sample takes a while."""
 
     def draw(self, index, epoch):
         time.sleep(0.12)
@@ -268,24 +270,26 @@ class Slow(Rogue):
 
 
 def test_a_batch_of_slow_samples_takes_as_long_as_it_needs(caplog, monkeypatch):
-    """The limit is for one sample; a long wait is reported with what is being read."""
+    """The limit applies to one sample; during a long wait, the samples being read are reported."""
     monkeypatch.setattr(loading, "SECONDS_BETWEEN_REPORTS", 0.1)
     with TrainLoader(Slow(), DataConfig(num_workers=1, read_timeout=0.4), 4, seed=1) as batches:
         found = drawn(batches, 1)
     assert found == drawn(TrainLoader(Rogue(), DataConfig(num_workers=0), 4, seed=1), 1)
     assert (batches.crashes, batches.num_bad) == (0, 0)
-    assert re.search(rf"no batch for \d s; being read: sample ({'|'.join(map(str, found))}) for 0 s", caplog.text)
+    assert re.search(
+        rf"no batch for \d s; workers are reading: sample ({'|'.join(map(str, found))}) for 0 s", caplog.text
+    )
 
 
 class TwoArgumentsError(Exception):
-    """Cannot be unpickled: its class wants two."""
+    """An error that cannot be unpickled, because its class requires two arguments."""
 
     def __init__(self, one, two):
         super().__init__(one + two)
 
 
 class Mistaken(Rogue):
-    """Sample 3 raises what is not a UsageError, or ends its process by Python's own means."""
+    """Sample 3 raises an error other than UsageError, or exits its process."""
 
     def __init__(self, error):
         super().__init__()
@@ -320,7 +324,7 @@ def test_an_error_of_the_dataset_ends_the_run_with_one_line_that_names_the_sampl
         if error is not TwoArgumentsError:
             assert (type(cause), cause.args) == (type(error), error.args)
         if num_workers:
-            assert "in draw" in str(cause.__cause__)  # the traceback of the worker
+            assert "in draw" in str(cause.__cause__)  # the worker's traceback
         assert (batches.crashes, batches.num_bad) == (0, 0)
     assert caplog.text == ""
 
@@ -337,7 +341,7 @@ class Uneven(Rogue):
 
 
 def test_samples_that_do_not_fit_into_one_batch_are_named():
-    with pytest.raises(UsageError, match=r"sample 3 cannot be put into a batch with sample \d+: RuntimeError: stack"):
+    with pytest.raises(UsageError, match=r"sample 3 cannot be collated with sample \d+: RuntimeError: stack"):
         drawn(TrainLoader(Uneven(), DataConfig(num_workers=0), 4, seed=1), 3)
 
 
@@ -360,25 +364,27 @@ def test_a_worker_killed_while_the_training_computes_is_replaced(caplog):
     data = Counted()
     with TrainLoader(data, options, 4, seed=1) as batches:
         found = drawn(batches, 2)
-        while data.num_drawn.tolist() != [8, 8] or (batches.draws.at >= 0).any():  # until they have read ahead
+        while data.num_drawn.tolist() != [8, 8] or (batches.draws.at >= 0).any():  # until the workers have read ahead
             time.sleep(0.001)
         for worker in active_children():
             os.kill(worker.pid, signal.SIGKILL)
         for worker in active_children():
             worker.join()
-        sum(range(100_000))  # Python's code, in which handlers of signals are called
+        sum(range(100_000))  # Python code, during which signal handlers are called
         found += drawn(batches, 4)
         assert found == expected
         assert (batches.crashes, batches.num_bad) == (1, 0)
-        assert "a worker that was reading no sample died (signal 9) and is replaced" in caplog.text
+        assert "an idle worker died (signal 9) and is replaced" in caplog.text
     assert active_children() == []
     assert torch.equal(torch.random.get_rng_state(), random)
     after = signal.getsignal(signal.SIGCHLD)
-    assert after is before or after.__name__ == "handler"  # torch's, of the first loader in this process
+    assert (
+        after is before or after.__name__ == "handler"
+    )  # torch's handler, installed by the first loader in this process
 
 
 class Collated(dict):
-    """Does something where it is put into a batch."""
+    """A sample that calls a function when it is collated."""
 
     def __init__(self, what):
         super().__init__(x=torch.zeros(1))
@@ -415,7 +421,7 @@ def begin(ready, worker):
     ready.set()
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of torch, whose iterator is half made
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # raised by torch's incomplete iterator
 def test_too_little_for_the_second_worker_leaves_none(monkeypatch):
     start, ready = BaseProcess.start, get_context().Event()
 
@@ -436,7 +442,7 @@ class Unsendable(Rogue):
         class Local(dict):
             pass
 
-        return Local(x=torch.zeros(1))
+        return {"x": Local(values=torch.zeros(1))}
 
 
 def test_a_batch_that_never_arrives_ends_the_run(monkeypatch):
@@ -452,7 +458,7 @@ def test_a_worker_that_does_not_start_is_no_fault_of_a_file():
     options = DataConfig(num_workers=1)
     with (
         TrainLoader(Rogue(), options, 4, seed=1, worker_init_fn=end_at_once) as batches,
-        pytest.raises(UsageError, match=r"ended at its start \(code 1\).*__main__"),
+        pytest.raises(UsageError, match=r"exited at its start \(code 1\).*__main__"),
     ):
         next(batches)
 
@@ -469,7 +475,7 @@ def test_too_many_failures_end_the_run():
         drawn(batches, 9)
 
 
-def test_batches_go_on_where_they_stopped():
+def test_batches_resume_where_they_stopped():
     options = DataConfig(num_workers=1)
     whole = drawn(TrainLoader(Rogue(), options, 4, seed=3), 8)
     assert drawn(TrainLoader(Rogue(), options, 4, seed=3, first_batch=5), 3) == whole[20:]
@@ -493,7 +499,7 @@ def test_names_of_any_bytes_are_indexed_and_shown_on_one_line(tmp_path, clips):
 
 
 class HangsOnce:
-    """Hangs at the start of the first child, as a fork may that copied a lock which another thread held."""
+    """Work that hangs at the start of the first child, like a fork that copied a lock held by another thread."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker

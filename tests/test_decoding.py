@@ -1,4 +1,4 @@
-"""read([i]) is frame i: of every kind of file, in any order, by every decoder that takes the file."""
+"""read([i]) returns frame i, for every kind of file, in any order, with every decoder that supports the file."""
 
 import importlib.machinery
 import os
@@ -12,7 +12,7 @@ import torch
 
 from rin_video.datasets import backends
 from rin_video.datasets.backends import DECODERS, DecordReader, PyAVReader, suits, torchcodec_problem
-from rin_video.datasets.decoding import OPEN_FILES, Video, backends_for, kept_open, open_video, probe_video
+from rin_video.datasets.decoding import OPEN_FILES, Video, backends_for, open_cached, open_video, probe_video
 from rin_video.datasets.video_info import pack_table, unpack_table
 from rin_video.errors import UsageError
 
@@ -60,7 +60,7 @@ def test_every_frame_is_the_one_asked_for(clips, numbers, decoder, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_decoders_agree(clips, name):
-    """On pixels, and on pixels resized while decoding, which is no more than another rounding."""
+    """They agree on the pixels, and on pixels that are resized while decoding, apart from rounding."""
     info = probe_video(clips / name)
     frames, small = [], []
     for decoder in backends_for(info):
@@ -75,8 +75,8 @@ def test_decoders_agree(clips, name):
 
 
 @pytest.mark.parametrize("codec", ["libx264", "libx265", "mpeg4", "mpeg2video", "libsvtav1", "libvpx-vp9"])
-def test_frames_that_are_passed_over_change_no_pixel(tmp_path, codec):
-    """PyAV does not decode what is neither asked for nor referred to: most B frames on the way, where it can say so."""
+def test_skipped_frames_change_no_pixel(tmp_path, codec):
+    """PyAV skips frames that are neither requested nor referred to: most B frames, if the codec marks them."""
     path = tmp_path / "drift.mp4"
     noise = torch.randint(0, 256, (3, 64, 112), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     options = {"g": "12", "bf": "2", "x265-params": "log-level=none:keyint=12", "preset": "12"}
@@ -107,8 +107,8 @@ def test_auto_never_takes_decord_and_decord_only_what_is_plain(clips):
     assert backends_for(probe_video(clips / "animation.webp")) == ["pillow"]
 
 
-def test_torchcodec_that_does_not_work_is_passed_over_and_says_why(clips, monkeypatch):
-    """Without a shared FFmpeg it imports, and fails when a file is opened."""
+def test_torchcodec_that_does_not_work_is_skipped_with_the_reason(clips, monkeypatch):
+    """Without a shared FFmpeg it can be imported, but opening a file fails."""
     module = types.ModuleType("torchcodec")
     module.__spec__ = importlib.machinery.ModuleSpec("torchcodec", None)
     module.decoders = types.SimpleNamespace(VideoDecoder=lambda *_: (_ for _ in ()).throw(OSError("no libavutil.so")))
@@ -123,8 +123,8 @@ def test_torchcodec_that_does_not_work_is_passed_over_and_says_why(clips, monkey
         torchcodec_problem.cache_clear()
 
 
-def test_play_lists_lead_nowhere(tmp_path, clips):
-    """FFmpeg would open the files that these name."""
+def test_playlists_are_not_followed(tmp_path, clips):
+    """FFmpeg would open the files that playlists name."""
     for name, text in (
         ("list.mp4", f"ffconcat version 1.0\nfile {clips / 'plain.mp4'}\n"),
         ("live.mp4", f"#EXTM3U\n#EXT-X-TARGETDURATION:5\n#EXTINF:5,\n{clips / 'plain.mp4'}\n#EXT-X-ENDLIST\n"),
@@ -136,9 +136,9 @@ def test_play_lists_lead_nowhere(tmp_path, clips):
 
 def test_videos_that_stay_open_are_few_and_each_process_has_its_own(tmp_path, numbered):
     files = [numbered(tmp_path / f"{i}.mp4", frames=2) for i in range(OPEN_FILES + 3)]
-    videos = [kept_open(file, "pyav", probe_video(file)) for file in files]
-    assert kept_open(files[-1], "pyav", videos[-1].info) is videos[-1]
-    assert kept_open(files[0], "pyav", videos[0].info) is not videos[0]
+    videos = [open_cached(file, "pyav", probe_video(file)) for file in files]
+    assert open_cached(files[-1], "pyav", videos[-1].info) is videos[-1]
+    assert open_cached(files[0], "pyav", videos[0].info) is not videos[0]
     from rin_video.datasets import decoding
 
     assert len(decoding._open[os.getpid()]) == OPEN_FILES
@@ -150,7 +150,7 @@ def test_tables_survive_packing():
     assert len(pack_table(range(0, 10**6, 512))) < 100
 
 
-def test_another_backend_takes_over_where_one_fails_or_misfits(tmp_path, numbered, numbers, monkeypatch):
+def test_another_backend_is_used_if_one_fails_or_returns_other_frames(tmp_path, numbered, numbers, monkeypatch):
     class Failing(PyAVReader):
         def read(self, indices, size):
             frames = super().read(indices, None)
@@ -158,7 +158,7 @@ def test_another_backend_takes_over_where_one_fails_or_misfits(tmp_path, numbere
                 raise RuntimeError("as decord raises")
             return frames
 
-    class Misfit(PyAVReader):  # as decord and torchcodec check what comes
+    class Misfit(PyAVReader):  # like the checks of decord and torchcodec
         def read(self, indices, size):
             raise UsageError("another size")
 
@@ -174,22 +174,22 @@ def test_another_backend_takes_over_where_one_fails_or_misfits(tmp_path, numbere
         assert numbers(video.read([2, 3])) == [2, 3]
         assert video.backend == "torchcodec"
     with open_video(path, "torchcodec") as video:
-        for _ in range(2):  # a video whose read failed can be read again
+        for _ in range(2):  # a video can be read again after a failed read
             with pytest.raises(UsageError, match=r"a\.mp4 cannot be read: as decord raises"):
                 video.read([7, 2])
             assert numbers(video.read([2])) == [2]
 
 
-def test_decord_is_refused_where_its_pixels_are_others(clips, monkeypatch):
+def test_decord_is_refused_if_its_pixels_differ(clips, monkeypatch):
     pytest.importorskip("decord")
     path = clips / "short_gop.mp4"
-    monkeypatch.setattr(backends, "_proved", set())
+    monkeypatch.setattr(backends, "_verified", set())
     with open_video(path, "decord") as video:
         assert video.backend == "decord"
-    monkeypatch.setattr(backends, "_proved", set())
+    monkeypatch.setattr(backends, "_verified", set())
     right = DecordReader.read
     monkeypatch.setattr(DecordReader, "read", lambda self, i, size: right(self, [k // 4 * 4 for k in i], size))
-    with pytest.raises(UsageError, match="decord does not find the frames"):
+    with pytest.raises(UsageError, match="decord returns other frames"):
         open_video(path, "decord")
     assert suits("decord", probe_video(path))
 
@@ -207,8 +207,8 @@ def test_times_are_those_of_the_frames(clips):
 
 @pytest.mark.parametrize(("rotation", "corner"), [(90, (-1, 0)), (-90, (0, -1)), (180, (-1, -1))])
 def test_rotation_is_applied(tmp_path, numbered, decoder, rotation, corner):
-    """The white corner is at the upper left as stored."""
-    if decoder != "pyav":  # others are not given what is turned
+    """The white corner is at the upper left of the stored frames."""
+    if decoder != "pyav":  # other decoders are not used for rotated clips
         return
     try:
         path = numbered(tmp_path / "turned.mp4", frames=3, rotation=rotation)
@@ -222,7 +222,7 @@ def test_rotation_is_applied(tmp_path, numbered, decoder, rotation, corner):
     assert frame[1][0, 0] < 100
 
 
-def test_truncated_file_is_read_to_where_it_ends(tmp_path, numbered, numbers):
+def test_a_truncated_file_is_read_to_its_end(tmp_path, numbered, numbers):
     whole = numbered(tmp_path / "whole.mkv", frames=20, options={"g": "4"}).read_bytes()
     path = tmp_path / "cut.mkv"
     path.write_bytes(whole[: len(whole) * 2 // 3])
@@ -233,7 +233,7 @@ def test_truncated_file_is_read_to_where_it_ends(tmp_path, numbered, numbers):
 
 
 @pytest.mark.parametrize("content", [random.Random(0).randbytes(20_000), b"", b"\0" * 5000, b"not a video"])
-def test_what_is_no_video_is_said_to_be_none(tmp_path, content):
+def test_files_that_are_not_videos_are_reported(tmp_path, content):
     path = tmp_path / "noise.mp4"
     path.write_bytes(content)
     with pytest.raises(UsageError, match=r"noise\.mp4 cannot be read" if content else r"noise\.mp4 is empty: download"):

@@ -1,4 +1,4 @@
-"""Diagnosis: the numbers of exact denoisers against closed forms, and the words for each thing that can be wrong."""
+"""Diagnosis: figures of exact denoisers against closed forms, and the text of each finding."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ STD = 0.5
 
 
 class Gaussian(nn.Module):
-    """The exact predictor of v for data N(0, STD^2), or `factor` times what it says; its latents are half dead."""
+    """The exact predictor of v for data N(0, STD^2), times `factor`; half of its latents are dead."""
 
     def __init__(self, factor: float = 1.0) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ def data() -> TensorDataset:
 
 
 def test_losses_are_those_of_the_closed_form(data):
-    """v has variance gamma + (1 - gamma) STD^2; given x_t, STD^2 over that of x_t is left."""
+    """v has variance gamma + (1 - gamma) STD^2; conditioned on x_t, it is STD^2 divided by the variance of x_t."""
     found = diagnose(GaussianDiffusion(Gaussian(), objective="v"), data)
     for i, log_snr in enumerate(found.log_snr):
         gamma = torch.tensor(log_snr).sigmoid().item()
@@ -59,18 +59,18 @@ def test_dead_latents_are_counted(data):
     assert words.startswith("dead latents: 2 of 4")
 
 
-def test_untrained_network_is_told(data):
+def test_an_untrained_network_is_reported(data):
     words = " ".join(diagnose(GaussianDiffusion(Gaussian(-1.0), objective="v"), data).findings())
     assert "untrained noise levels: at t = " in words
     assert "averaged" not in words
 
 
-def test_averaged_weights_that_lag_are_told(data):
+def test_averaged_weights_that_lag_are_reported(data):
     found = diagnose(GaussianDiffusion(Gaussian(0.0), objective="v"), data, raw_model=Gaussian())
     assert any(words.startswith("the averaged weights lag: their loss is ") for words in found.findings())
 
 
-def test_findings_in_words():
+def test_text_of_the_findings():
     fine = Diagnosis(
         t=[0.25, 0.75],
         log_snr=[2, -2],

@@ -1,4 +1,4 @@
-"""The loss and the samplers against closed forms; regression tests for the traps other ports fell into."""
+"""The loss and the samplers against closed forms; regression tests for known bugs of other ports ("traps")."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ TINY = {"dim": 32, "num_latents": 6, "dim_latent": 32, "depth": 1, "num_heads": 
 
 
 class Gaussian(nn.Module):
-    """The exact denoiser of data N(0, std^2), for any shape; it counts its calls in what it hands on."""
+    """The exact denoiser of data N(0, std^2), for any shape; its self-conditioning state counts its calls."""
 
     def __init__(self, std: float, objective: str) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ def test_loss_of_the_exact_denoiser_is_its_bayes_error(objective):
     std = 0.5
     diffusion = GaussianDiffusion(Gaussian(std, objective), objective=objective, train_prob_self_cond=0.9)
     torch.manual_seed(0)
-    x = torch.randn(20_000, 16) * std / 2 + 0.5  # the [0, 1] door
+    x = torch.randn(20_000, 16) * std / 2 + 0.5  # data in [0, 1]
     loss, t = diffusion(x, per_sample=True)
     gamma = diffusion.schedule(t.double()).gamma
     error = std**2 * (1 - gamma) / (gamma * std**2 + 1 - gamma)
@@ -58,7 +58,7 @@ def test_loss_of_the_exact_denoiser_is_its_bayes_error(objective):
 
 
 class Recorder(nn.Module):
-    """Predicts zero, hands on ones, and keeps what it was given."""
+    """A model that predicts zero, returns ones as self-conditioning state, and records its inputs."""
 
     def __init__(self, x0: bool = False) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class Recorder(nn.Module):
 
 
 def test_self_conditioning_is_drawn_for_each_sample():
-    """Trap 8: not one coin for the batch. The first pass sees everyone; a tenth of the samples loses its result."""
+    """Trap 8: one draw for the batch. The first pass includes all samples; a tenth of them drop its result."""
     model = Recorder(x0=True)
     GaussianDiffusion(model, objective="x0")(torch.rand(5000, 2))
     first, second = model.calls
@@ -80,7 +80,7 @@ def test_self_conditioning_is_drawn_for_each_sample():
     kept = second["latents"][0][:, 0]
     assert set(kept.tolist()) == {0.0, 1.0}
     assert kept.mean().item() == pytest.approx(0.9, abs=0.02)
-    assert (second["latents"][1].flatten(1).mean(1) == kept).all()  # one coin for all that a sample carries
+    assert (second["latents"][1].flatten(1).mean(1) == kept).all()  # one draw for the complete state of a sample
     assert second["x0"].shape == (5000, 2)
 
 
@@ -90,22 +90,24 @@ def test_no_first_pass_without_self_conditioning():
     assert len(model.calls) == 1
 
 
-def test_model_is_told_gamma_not_t():
-    """Trap 10: which is why a model may be sampled with another schedule than it was trained with."""
+def test_the_model_gets_gamma_not_t():
+    """Trap 10: therefore a model can be sampled with another schedule than it was trained with."""
     model = Recorder()
     diffusion = GaussianDiffusion(model, noise_schedule="cosine")
-    diffusion.sample(2, shape=(3,), steps=4, schedule="linear")
-    told = torch.stack([call["gamma"] for call in model.calls])
-    assert_close(told, torch.tensor([1e-9, 0.25, 0.5, 0.75])[:, None].expand(4, 2))
+    diffusion.sample(batch_size=2, shape=(3,), steps=4, schedule="linear")
+    gammas = torch.stack([call["gamma"] for call in model.calls])
+    assert_close(gammas, torch.tensor([1e-9, 0.25, 0.5, 0.75])[:, None].expand(4, 2))
 
 
 def test_scale_is_applied_in_training_and_in_sampling():
     """Trap 6. With data of std b the noisy input is divided by its own std, and the result by b."""
     model = Recorder()
     diffusion = GaussianDiffusion(model, scale=0.3, objective="x0", train_prob_self_cond=0)
-    loss, _ = diffusion(torch.ones(64, 500), per_sample=True)  # 1 everywhere inside; zero is predicted
+    loss, _ = diffusion(
+        torch.ones(64, 500), per_sample=True
+    )  # 1 everywhere in diffusion range; the model predicts zero
     assert_close(loss, torch.full((64,), 0.09))
-    samples = diffusion.sample(8, shape=(500,), steps=3)
+    samples = diffusion.sample(batch_size=8, shape=(500,), steps=3)
     assert_close(samples, torch.full((8, 500), 0.5))
     for call in model.calls:
         assert_close(call["x"].std(1), torch.ones(len(call["x"])))
@@ -130,7 +132,7 @@ def test_uint8_and_float_are_the_same_data():
 
 
 def test_every_parameter_learns_under_bf16_autocast_with_self_conditioning():
-    """Trap 1: weight casts cached by a pass without gradient must not serve the pass that trains."""
+    """Trap 1: weight casts that a pass without gradient caches must not be used by the pass that trains."""
     torch.manual_seed(0)
     model = RIN(**TINY, image_size=8, patch_size=4, num_classes=2)
     with torch.no_grad():
@@ -145,7 +147,7 @@ def test_every_parameter_learns_under_bf16_autocast_with_self_conditioning():
 
 
 def test_loss_leaves_gradients_alone():
-    """Trap 4: accumulating over two halves is the whole batch."""
+    """Trap 4: accumulation over two halves equals the complete batch."""
     model = nn.Linear(4, 4)
 
     class Contract(nn.Module):
@@ -169,36 +171,36 @@ def test_sample_i_does_not_depend_on_the_batch():
     torch.manual_seed(1)
     diffusion = GaussianDiffusion(RIN(**TINY, image_size=8, patch_size=4))
     options = {"steps": 3, "sampler": "ddpm", "seed": 5}
-    whole = diffusion.sample(7, **options)
-    assert_close(diffusion.sample(3, **options), whole[:3], rtol=0, atol=1e-5)
-    assert_close(diffusion.sample(1, **options), whole[:1], rtol=0, atol=1e-5)
-    assert_close(diffusion.sample(7, max_batch=3, **options), whole, rtol=0, atol=1e-5)
+    whole = diffusion.sample(batch_size=7, **options)
+    assert_close(diffusion.sample(batch_size=3, **options), whole[:3], rtol=0, atol=1e-5)
+    assert_close(diffusion.sample(batch_size=1, **options), whole[:1], rtol=0, atol=1e-5)
+    assert_close(diffusion.sample(batch_size=7, max_batch=3, **options), whole, rtol=0, atol=1e-5)
     noise = NoiseSource(5, range(7), (3, 8, 8), torch.device("cpu"))()
     assert_close(NoiseSource(5, [6], (3, 8, 8), torch.device("cpu"))()[0], noise[6], rtol=0, atol=0)
-    assert not torch.equal(diffusion.sample(1, steps=3, seed=6), whole[:1])
+    assert not torch.equal(diffusion.sample(batch_size=1, steps=3, seed=6), whole[:1])
 
 
 def test_sampling_leaves_the_mode_and_the_random_state_alone():
     diffusion = GaussianDiffusion(RIN(**TINY, image_size=8, patch_size=4)).train()
     state = torch.get_rng_state()
-    diffusion.sample(1, steps=1, seed=0)
+    diffusion.sample(batch_size=1, steps=1, seed=0)
     assert diffusion.training
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_timesteps_are_the_sampling_steps_where_none_are_asked_for(tmp_path):
-    """As in the port. They had no effect above 50."""
-    for timesteps, steps, calls in ((60, None, 60), (60, 7, 7), (None, None, 50), (3, None, 3)):
+def test_timesteps_are_the_default_of_the_sampling_steps(tmp_path):
+    """This is as in the port. They had no effect above 50."""
+    for timesteps, options, calls in ((60, {}, 60), (60, {"steps": 7}, 7), (None, {}, 50), (3, {}, 3)):
         model = Recorder()
-        GaussianDiffusion(model, timesteps=timesteps).sample(1, shape=(2,), steps=steps)
+        GaussianDiffusion(model, timesteps=timesteps).sample(batch_size=1, shape=(2,), **options)
         assert len(model.calls) == calls
     diffusion = GaussianDiffusion(RIN(**TINY, image_size=8, patch_size=4), timesteps=60)
     diffusion.save_pretrained(tmp_path)
-    assert load_config(tmp_path / "config.yaml").sample.steps == 60  # what `rin-video sample` goes by
+    assert load_config(tmp_path / "config.yaml").sample.steps == 60  # which `rin-video sample` uses
 
 
-def test_usage_of_the_known_port_stands():
-    """`RIN(dim=256, image_size=128, ...)` in small: images in [0, 1] in, (4, 3, H, W) out."""
+def test_code_for_the_pytorch_port_works():
+    """A small version of `RIN(dim=256, image_size=128, ...)` takes images in [0, 1] and returns (4, 3, H, W)."""
     model = RIN(dim=32, image_size=32, patch_size=8, depth=2, num_latents=8, dim_latent=64, latent_self_attn_depth=2)
     diffusion = GaussianDiffusion(model, timesteps=4, train_prob_self_cond=0.9, scale=1.0)
     loss = diffusion(torch.rand(4, 3, 32, 32))
@@ -218,12 +220,12 @@ def test_mistakes_are_named():
         GaussianDiffusion(model, train_prob_self_cond=9)
     with pytest.raises(UsageError, match="scale is 0"):
         GaussianDiffusion(model, scale=0)
-    with pytest.raises(UsageError, match="does not say its shape"):
-        GaussianDiffusion(model).sample(2)
-    with pytest.raises(UsageError, match=r"'dddim'.*ddim, euler, ddpm"):
-        GaussianDiffusion(model).sample(2, shape=(3,), sampler="dddim")
+    with pytest.raises(UsageError, match="the model has no shape"):
+        GaussianDiffusion(model).sample(batch_size=2)
+    with pytest.raises(UsageError, match=r"sample\.sampler=dddim is unknown: choose ddim, euler, ddpm"):
+        GaussianDiffusion(model).sample(batch_size=2, shape=(3,), sampler="dddim")
     with pytest.raises(UsageError, match="steps is -1"):
-        GaussianDiffusion(model).sample(2, shape=(3,), steps=-1)
+        GaussianDiffusion(model).sample(batch_size=2, shape=(3,), steps=-1)
 
 
 def test_map_tensors_keeps_the_form():
@@ -236,10 +238,10 @@ def test_map_tensors_keeps_the_form():
 
 @pytest.mark.parametrize("scale", [0.3, 1.0])
 def test_carried_estimate_is_in_the_range_of_the_data(scale):
-    """Trap 6: x0 self-conditioning comes from the estimate, not from the normalised input, and without the scale."""
+    """Trap 6: x0 self-conditioning uses the predicted x0, not the normalised input, and without the scale."""
 
     class Exact(Recorder):
-        """Says the data are 0.5 everywhere (in the scaled problem), and keeps what it was given."""
+        """A model that predicts data of 0.5 everywhere (in the scaled problem) and records its inputs."""
 
         def forward(self, x, gamma, **inputs):
             super().forward(x, gamma, **inputs)
@@ -248,14 +250,14 @@ def test_carried_estimate_is_in_the_range_of_the_data(scale):
     model = Exact(x0=True)
     diffusion = GaussianDiffusion(model, objective="x0", scale=scale, train_prob_self_cond=1.0)
     diffusion(torch.rand(3, 2, 4))
-    diffusion.sample(2, shape=(2, 4), steps=3)
+    diffusion.sample(batch_size=2, shape=(2, 4), steps=3)
     carried = [call["x0"] for call in model.calls if "x0" in call]
     assert len(carried) == 3  # the second pass of training, and two of three sampling steps
     for x0 in carried:
         assert_close(x0, torch.full_like(x0, 0.5))
 
 
-def test_no_first_pass_where_the_model_carries_nothing():
+def test_no_first_pass_without_a_self_conditioning_state():
     model = Recorder()
     model.self_conditioning = False
     GaussianDiffusion(model)(torch.rand(4, 2))

@@ -1,4 +1,4 @@
-"""The diffusion algebra and whole sampling runs against the authors' release (tests/golden)."""
+"""Diffusion formulas and complete sampling runs against the authors' release (tests/golden)."""
 
 import json
 
@@ -9,15 +9,16 @@ from golden_files import GOLDEN, build, channels_first, load_weights
 from torch.testing import assert_close
 
 from rin_video.diffusion.conditions import Conditions
+from rin_video.diffusion.guidance import Guidance
 from rin_video.diffusion.objectives import eps_from_x0, to_x0_eps
 from rin_video.diffusion.process import GaussianDiffusion
 from rin_video.diffusion.samplers import get_sampler, make_levels
 from rin_video.diffusion.schedules import NoiseLevel, make_schedule
 
 FILES = sorted(GOLDEN.glob("diffusion_steps*.npz"))
-NETWORK = GOLDEN / "image_rin.npz"  # whose weights the runs in those files used
+NETWORK = GOLDEN / "image_rin.npz"  # the weights of the runs in those files
 OBJECTIVES = {"eps": "eps", "x": "x0", "v": "v"}
-RUNS = {  # name in the file: sampler, time difference, schedule of sampling
+RUNS = {  # by name in the file: sampler, time difference, sampling schedule
     "ddim.td0": ("ddim", 0, None),
     "ddim.td1": ("ddim", 1, None),
     "ddpm.td0": ("ddpm", 0, None),
@@ -85,13 +86,13 @@ def golden_diffusion(info: dict) -> GaussianDiffusion:
     load_weights(model, network)
     name, numbers = info["schedule"].split("@")
     kwargs = dict(zip(("start", "end", "tau"), map(float, numbers.split(",")), strict=True))
-    return GaussianDiffusion(model, noise_schedule=name, schedule_kwargs=kwargs, objective="eps")
+    return GaussianDiffusion(model, noise_schedule={"name": name, **kwargs}, objective="eps")
 
 
 @runs
 @pytest.mark.parametrize(("run", "batched"), [*[(run, True) for run in RUNS], ("ddim.td0.guided", False)])
 @torch.no_grad()
-def test_whole_runs(file, run, batched):
+def test_complete_runs(file, run, batched):
     arrays = np.load(file)
     info = json.loads(str(arrays["info_json"]))
     diffusion = golden_diffusion(info)
@@ -99,8 +100,8 @@ def test_whole_runs(file, run, batched):
     schedule = diffusion.schedule if schedule is None else make_schedule(schedule)
     noise = map(channels_first, arrays["gen.step_noise"])
     guidance = info["guidance_scale"] if "guided" in run else 0.0
-    denoise = diffusion.denoiser(Conditions(tensor(arrays, "gen.labels")), guidance, batched_guidance=batched)
-    levels = make_levels(schedule, info["steps"], time_difference=td, dtype=torch.float32)  # as the release has them
+    denoise = diffusion.denoiser(Conditions(tensor(arrays, "gen.labels")), Guidance(guidance, batched=batched))
+    levels = make_levels(schedule, info["steps"], time_difference=td, dtype=torch.float32)  # as in the release
     steps = get_sampler(sampler)(denoise, channels_first(arrays["gen.init_noise"]), levels, lambda: next(noise))
     worst = 0.0
     for i, ((level, next_level), step) in enumerate(zip(levels, steps, strict=True)):
@@ -125,6 +126,6 @@ def test_hidden_states_of_the_first_pass(file):
     _, latents = diffusion.predict(
         channels_first(arrays["selfcond.x_noised"]), level, Conditions(tensor(arrays, "gen.labels")), None
     )
-    theirs = tensor(arrays, "selfcond.latent")  # by share: the first of two samples keeps its states
+    theirs = tensor(arrays, "selfcond.latent")  # the rate keeps the state of the first of two samples
     assert_close(latents[:1], theirs[:1], rtol=0, atol=5e-4)
     assert (theirs[1:] == 0).all()

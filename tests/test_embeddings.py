@@ -1,4 +1,4 @@
-"""What comes with a sample: vectors from files beside it, captions through a text encoder."""
+"""Embeddings of samples: vectors from files next to them, and captions encoded by a text encoder."""
 
 import os
 import sys
@@ -28,7 +28,7 @@ WORDS = ["a", "red", "blue", "ball", "box", "rolls", "falls"]
 
 @pytest.fixture
 def pictures(tmp_path):
-    """Four pictures; three have a vector beside them, one of them two."""
+    """Four pictures, of which three have embedding files; one of these has two vectors."""
     folder = tmp_path / "pictures"
     folder.mkdir()
     for i in range(4):
@@ -41,7 +41,7 @@ def pictures(tmp_path):
 
 @pytest.fixture(scope="session")
 def encoder(tmp_path_factory) -> Path:
-    """A BERT of one layer with random weights, as `transformers` saves it."""
+    """A BERT with one layer and random weights, saved by `transformers`."""
     here = os.path.realpath(os.getcwd())
     path, sys.path[:] = list(sys.path), [entry for entry in sys.path if os.path.realpath(entry or ".") != here]
     try:
@@ -63,14 +63,14 @@ def encoder(tmp_path_factory) -> Path:
 # ---- files
 
 
-def test_vectors_beside_the_files_come_with_the_samples(pictures):
+def test_vectors_next_to_the_files_are_returned_with_the_samples(pictures):
     data = ImageFolder(pictures, 16, embeddings=True)
     assert embedding_shape(data) == (2, 6)
-    told = torch.stack([data[i]["embedding"] for i in range(4)])
+    embeddings = torch.stack([data[i]["embedding"] for i in range(4)])
     expected = torch.zeros(4, 2, 6)
     expected[0, 0], expected[1], expected[2, 0] = 0.5, torch.arange(12.0).reshape(2, 6), 1
-    assert_close(told, expected, rtol=0, atol=0)
-    assert "2 vectors of 6, beside 3 of 4 files; the others are trained on without" in data.describe()
+    assert_close(embeddings, expected, rtol=0, atol=0)
+    assert "2 vectors of width 6, for 3 of 4 files; the others get a null embedding" in data.describe()
     assert "embedding" not in ImageFolder(pictures, 16)[0]
 
 
@@ -93,7 +93,7 @@ def test_in_shards_they_have_the_stem_of_the_sample(tmp_path, pictures):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (np.zeros((2, 7), np.float32), "vectors of 7"),
+        (np.zeros((2, 7), np.float32), "vectors of width 7"),
         (np.zeros((1, 2, 6), np.float32), r"\(1, 2, 6\).*\(vectors, width\)"),
         (np.array([object()]), "3.npy"),
     ],
@@ -114,7 +114,7 @@ def test_no_file_has_any(tmp_path):
     Image.new("RGB", (16, 16)).save(tmp_path / "x.png")
     with pytest.raises(UsageError, match=r"save them as NAME\.npy"):
         ImageFolder(tmp_path, 16, embeddings=True)
-    with pytest.raises(UsageError, match=r"write it as NAME\.txt"):
+    with pytest.raises(UsageError, match=r"write it to NAME\.txt"):
         ImageFolder(tmp_path, 16, text_encoder="nobody/nothing")
 
 
@@ -127,7 +127,7 @@ def test_the_width_of_clips_and_images_must_be_one(pictures, tmp_path, numbered)
     assert embedding_shape(mixed) == (3, 6)
     assert mixed[1]["embedding"].shape == (2, 6)
     np.save(tmp_path / "clips" / "x.npy", np.zeros((3, 5), np.float32))
-    with pytest.raises(UsageError, match="5 wide, those of images 6"):
+    with pytest.raises(UsageError, match="width 5, those of images 6"):
         embedding_shape(MixedDataset(ClipFolder(tmp_path / "clips", 16, 2, embeddings=True), images))
 
 
@@ -140,10 +140,10 @@ def test_train_and_sample_with_vectors(pictures, tmp_path, capsys):
     draw = ["sample", run, "--num", "3", "--steps", "2", "--guidance", "1", "--out", str(tmp_path / "x.npy")]
     assert cli.main([*draw, "--embedding", str(pictures / "0.npy"), str(pictures / "1.npy")]) == 0
     drawn = np.load(tmp_path / "x.npy")
-    told = torch.zeros(3, 2, 6)
-    told[0, 0], told[2, 0], told[1] = 0.5, 0.5, torch.arange(12.0).reshape(2, 6)
+    embedding = torch.zeros(3, 2, 6)
+    embedding[0, 0], embedding[2, 0], embedding[1] = 0.5, 0.5, torch.arange(12.0).reshape(2, 6)
     diffusion = GaussianDiffusion.from_pretrained(run)
-    expected = diffusion.sample_from_config(config.sample, batch_size=3, steps=2, guidance=1.0, embedding=told, seed=0)
+    expected = diffusion.sample(config.sample, batch_size=3, steps=2, guidance=1.0, embedding=embedding, seed=0)
     assert_close(torch.from_numpy(drawn).float() / (255 if drawn.dtype == np.uint8 else 1), expected, rtol=0, atol=1e-5)
     assert cli.main([*draw, "--embedding", str(tmp_path / "missing.npy")]) == 2
     np.save(tmp_path / "wide.npy", np.zeros((3, 9)))
@@ -167,7 +167,7 @@ def test_a_model_that_waits_for_vectors_must_get_them(pictures, tmp_path, capsys
 
 @pytest.fixture
 def outside(monkeypatch, tmp_path):
-    """Not in a folder with `tokenizers` and `datasets`, which would hide the packages of these names."""
+    """Run outside a folder with `tokenizers` and `datasets`, which would shadow the packages of these names."""
     monkeypatch.chdir(tmp_path)
     here = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if os.path.realpath(entry or ".") != here])
@@ -181,15 +181,15 @@ def test_captions_become_vectors_once_for_each_that_differs(pictures, encoder, o
     index = tmp_path / "run" / "index.jsonl"
     options = {"text_encoder": str(encoder), "caption_tokens": 6, "index": index}
     data = ImageFolder(pictures, 16, **options)
-    told = torch.stack([data[i]["embedding"] for i in range(4)])
-    assert told.shape == (4, 6, 8)
-    assert torch.equal(told[0], told[2])
-    assert not told[3].any()
-    assert not told[0, 5].any()  # [CLS] a red ball [SEP] are five
+    embeddings = torch.stack([data[i]["embedding"] for i in range(4)])
+    assert embeddings.shape == (4, 6, 8)
+    assert torch.equal(embeddings[0], embeddings[2])
+    assert not embeddings[3].any()
+    assert not embeddings[0, 5].any()  # [CLS] a red ball [SEP] are five tokens
     alone, cut = TextEncoder(encoder).encode(["a blue box falls"], 6)
-    assert_close(told[1], alone[0], rtol=1e-5, atol=1e-5)
+    assert_close(embeddings[1], alone[0], rtol=1e-5, atol=1e-5)
     assert cut == 0
-    assert "6 vectors of 8" in data.describe()
+    assert "6 vectors of width 8" in data.describe()
     assert index.with_suffix(CACHE).exists()
 
     def refuse(*_, **__):
@@ -197,7 +197,7 @@ def test_captions_become_vectors_once_for_each_that_differs(pictures, encoder, o
 
     monkeypatch.setattr(TextEncoder, "encode", refuse)
     again = ImageFolder(pictures, 16, **options)
-    assert torch.equal(again[1]["embedding"], told[1])
+    assert torch.equal(again[1]["embedding"], embeddings[1])
     (pictures / "3.txt").write_text("a box")
     with pytest.raises(AssertionError, match="kept"):
         ImageFolder(pictures, 16, **options)

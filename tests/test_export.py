@@ -1,4 +1,4 @@
-"""What is written reads back the same, plays in a browser, and what cannot be written is said and leaves nothing."""
+"""Written files read back unchanged and play in a browser; what cannot be written gives an error and no file."""
 
 import logging
 
@@ -41,20 +41,20 @@ def test_colours_are_kept(tmp_path):
 
 
 def test_the_same_frames_give_the_same_file(tmp_path):
-    """x264 without cpu-independent gives other bytes for a quarter of such clips: it reads memory it never set."""
-    chance = np.random.default_rng(0)
+    """Without cpu-independent x264 gives other bytes for a quarter of such clips: it reads uninitialised memory."""
+    rng = np.random.default_rng(0)
     for seed in range(12):
         clip = torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (3, 12, 18, 32), dtype=np.uint8))
         written = set()
         for value in range(4):
-            rubbish = [np.full(size, value * 70, np.uint8) for size in chance.integers(1000, 100_000, 20)]
+            rubbish = [np.full(size, value * 70, np.uint8) for size in rng.integers(1000, 100_000, 20)]
             write_video(clip, tmp_path / "clip.mp4")
             written.add((tmp_path / "clip.mp4").read_bytes())
             del rubbish
         assert len(written) == 1
 
 
-def test_odd_sizes_are_padded_and_said(tmp_path, gradient):
+def test_odd_sizes_are_padded_with_a_warning(tmp_path, gradient):
     clip = gradient[:, :, :31, :45]
     with pytest.warns(UserWarning, match="padded from 31x45 to 32x46"):
         write_video(clip, tmp_path / "odd.mp4")
@@ -68,11 +68,11 @@ def test_gif_keeps_frames_and_rate(tmp_path, gradient, fps):
     write_video(gradient, tmp_path / "clip.gif", fps)
     read, read_fps = load_media(tmp_path / "clip.gif")
     assert read.shape == gradient.shape
-    assert read_fps == pytest.approx(fps, rel=0.03)  # GIF counts in hundredths of a second
+    assert read_fps == pytest.approx(fps, rel=0.03)  # GIF durations are in hundredths of a second
     assert psnr(read, gradient) > 23
 
 
-def test_numpy_uint8_and_grey_are_taken(tmp_path, gradient):
+def test_numpy_uint8_and_grey_are_accepted(tmp_path, gradient):
     write_video((gradient * 255).byte().numpy(), tmp_path / "a.mp4")
     write_video(gradient[:1], tmp_path / "b.mp4")
     with open_video(tmp_path / "b.mp4") as video:
@@ -195,7 +195,7 @@ def test_export_converts_and_reports(tmp_path, gradient):
 
 @pytest.fixture
 def reads(monkeypatch):
-    """How many frames each call of `Video.read` was asked for, and of which size."""
+    """The number of frames and the size of each call of `Video.read`."""
     found = []
     real = Video.read
 
@@ -243,8 +243,8 @@ def test_of_a_context_as_long_as_the_samples_the_start_is_taken(tmp_path, number
 
 
 @pytest.mark.parametrize("shape", [(3, 3, 16, 16), (3, 1, 16, 16), (1, 3, 16, 16), (1, 1, 16, 16), (5, 3, 16, 16)])
-def test_an_array_of_rank_four_is_a_clip_where_a_clip_is_written(tmp_path, shape):
-    """Channels first; where the first axis cannot be channels, frames first. A PNG of it is a grid of images."""
+def test_an_array_of_rank_four_is_written_as_a_clip_to_clip_formats(tmp_path, shape):
+    """Channels come first, or frames if the first axis cannot be channels. As PNG it is a grid of images."""
     np.save(tmp_path / "x.npy", np.zeros(shape, np.uint8))
     export(tmp_path / "x.npy", tmp_path / "x.mp4")
     with open_video(tmp_path / "x.mp4") as video:

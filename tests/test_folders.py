@@ -1,4 +1,4 @@
-"""Folders, shards and pictures as people have them: classes, splits, strays, captions, orientation, depth."""
+"""Real-world folders, shards and pictures: classes, splits, stray files, captions, orientation, bit depth."""
 
 import codecs
 
@@ -20,7 +20,7 @@ from rin_video.labels import class_index
 
 @pytest.fixture(autouse=True)
 def say_again():
-    finding._say_once.cache_clear()
+    finding._warn_once.cache_clear()
 
 
 def pictures(root, *names, size=(8, 8)):
@@ -40,13 +40,13 @@ def test_folders_that_are_numbers_are_classes_in_their_order_and_mean_themselves
         class_index(0, data.classes, 12)
     assert class_index(3, ["01", "02", "03"], 3) == 2
     assert class_index("1", ["cat", "dog"], 2) == class_index(1, [], 2) == 1
-    assert class_index(2, ["0", "1", "10", "2"], 4) == 3  # a run from before, in another order
+    assert class_index(2, ["0", "1", "10", "2"], 4) == 3  # an earlier run with another order of classes
 
 
 @pytest.mark.parametrize("names", [("train", "val"), ("Train", "test", "valid"), ("training", "dev")])
 def test_splits_are_no_classes(tmp_path, names):
     pictures(tmp_path, *(f"{split}/{name}/a.png" for split in names for name in ("cat", "dog")))
-    with pytest.raises(UsageError, match=r"holds the splits .*, not classes: give one of them, .*[Tt]rain"):
+    with pytest.raises(UsageError, match=r"contains the splits .*, not classes: use one of them, .*[Tt]rain"):
         ImageFolder(tmp_path, 8)
     assert ImageFolder(tmp_path / names[0], 8).classes == ["cat", "dog"]
 
@@ -62,41 +62,42 @@ def test_a_stray_file_does_not_switch_classes_off(tmp_path, caplog):
     data = ImageFolder(tmp_path, 8)
     assert data.classes == ["cat", "dog"]
     assert data.labels == [0, 1, 1, -1]
-    assert "1 of 4 files lie in no class folder: they are trained on without a label" in caplog.text
+    assert "1 of 4 files are in no class folder and get no label" in caplog.text
     pictures(tmp_path, *(f"{i}.png" for i in range(9)))
     assert ImageFolder(tmp_path, 8).classes == []
-    assert "10 of 13 files lie beside the folders cat, dog: these are not taken for classes" in caplog.text
+    assert "10 of 13 files are outside the folders cat, dog: the folders are not used as classes" in caplog.text
 
 
-def test_what_is_passed_over_is_counted_and_named(tmp_path, capsys, monkeypatch):
+def test_ignored_files_are_counted_and_named(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     pictures(tmp_path / "data", "a.png", "b.png")
     for name in ("a.txt", "b.npy", "clip.rmvb", "list.csv", "list2.csv", "c.txt", "LICENSE"):
         (tmp_path / "data" / name).write_bytes(b"")
     assert cli.main(["index", "data"]) == 0
     said = capsys.readouterr().out
-    assert "passed over: 5 files of other kinds (.csv 2, no extension 1, .txt 1, .rmvb 1): " in said
+    assert "ignored: 5 files of other kinds (.csv 2, no extension 1, .txt 1, .rmvb 1): " in said
     for name in ("clip.rmvb", "list.csv", "list2.csv", "c.txt", "LICENSE"):
         assert name in said
-    assert "passed over: 5 files of other kinds" in ImageFolder(tmp_path / "data", 8).describe()
+    assert "ignored: 5 files of other kinds" in ImageFolder(tmp_path / "data", 8).describe()
 
 
-def test_links_to_class_folders_are_said(tmp_path, caplog):
+def test_links_to_class_folders_are_reported(tmp_path, caplog):
     pictures(tmp_path / "data", "cat/1.png", "dog/1.png")
     pictures(tmp_path / "elsewhere", "1.png")
     (tmp_path / "data/owl").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
     assert ImageFolder(tmp_path / "data", 8).classes == ["cat", "dog"]
-    assert "owl is a link to a folder, which is not followed: it leads to" in caplog.text
+    assert "owl is a link to the folder" in caplog.text
+    assert "and is not followed" in caplog.text
 
 
-def test_gifs_of_one_frame_are_images_and_a_stray_animation_is_passed_over(tmp_path, numbered):
+def test_gifs_of_one_frame_are_images_and_a_stray_animation_is_ignored(tmp_path, numbered):
     pictures(tmp_path, "0.gif", *(f"{i}.png" for i in range(20)))
     assert detect_kind(tmp_path) == "image"
     assert len(ImageFolder(tmp_path, 8)) == 21
     numbered(tmp_path / "moving.gif", codec="gif", frames=3)
     assert detect_kind(tmp_path) == "image"
     said = ImageFolder(tmp_path, 8).describe()
-    assert "passed over: 1 file of other kinds (.gif 1): " in said
+    assert "ignored: 1 file of other kinds (.gif 1): " in said
     assert "moving.gif" in said
     assert len(ClipFolder(tmp_path, 8, 3)) == 1
 
@@ -107,10 +108,10 @@ def test_numbered_frames_are_answered(tmp_path, capsys, monkeypatch, caplog, nam
     pictures(tmp_path / "data", *(f"{clip}/{name.format(i)}" for clip in ("one", "two") for i in range(1, 10)))
     assert cli.main(["train", "--data", "data", "--frames", "4", "--out", "out"]) == 2
     said = capsys.readouterr().err
-    assert "in each of 2 folders the files are numbered in a row (from data" in said
-    assert "make each folder a clip: rin-video export FOLDER clip.mp4" in said
+    assert "in each of 2 folders the files are numbered consecutively (starting with data" in said
+    assert "convert each folder to a clip: rin-video export FOLDER clip.mp4" in said
     ImageFolder("data", 8)
-    assert ("they are trained on as images. If they are frames" in caplog.text) == ("frame" in name)
+    assert ("they are used as separate images. If they are frames" in caplog.text) == ("frame" in name)
 
 
 @pytest.mark.parametrize("suffix", [".3gp", ".qt", ".MP4"])
@@ -121,12 +122,12 @@ def test_clips_under_other_names(tmp_path, numbered, suffix):
 
 @pytest.mark.parametrize("suffix", [".mpg", ".mpeg", ".wmv", ".mts", ".m2ts", ".ogv", ".flv", ".3g2"])
 def test_clips_that_cannot_be_read_are_named(tmp_path, numbered, suffix):
-    """Whether FFmpeg can is seen by trying: none is passed over."""
+    """Every clip is tried, because only FFmpeg knows whether it can read it: none is skipped."""
     numbered(tmp_path / "a.mp4", frames=4)
     (tmp_path / f"b{suffix}").write_bytes(b"nothing of the kind" * 99)
     index = make_index(tmp_path, "video")
     assert [path.name for path, _ in index.unusable] == [f"b{suffix}"]
-    assert not index.passed_over
+    assert not index.ignored
 
 
 # ---- shards
@@ -146,7 +147,7 @@ def test_keys_of_shards_end_at_the_first_dot(tmp_path):
 
 
 @pytest.mark.parametrize("beside", ["part.parquet", "_SUCCESS", "list.csv", "notes.md", "sizes.json"])
-def test_tables_beside_shards_do_not_hide_them(tmp_path, beside):
+def test_tables_next_to_shards_do_not_hide_them(tmp_path, beside):
     (tmp_path / "s").mkdir()
     write_shard(tmp_path / "s/0.tar", {"a.png": (pictures(tmp_path, "p.png") / "p.png").read_bytes()})
     (tmp_path / "s" / beside).write_bytes(b"")
@@ -215,7 +216,7 @@ def test_broken_exif_does_not_cost_the_picture(tmp_path, monkeypatch, what):
     assert read_image(tmp_path / "a.jpg").shape == (3, *size)
 
 
-def test_sixteen_bits_keep_their_transparency_and_twelve_are_said(tmp_path):
+def test_sixteen_bits_keep_their_transparency_and_twelve_are_reported(tmp_path):
     grey = (np.arange(48).reshape(6, 8) * 1000).astype(np.uint16)
     Image.fromarray(grey).save(tmp_path / "a.png", transparency=5000)
     image = read_image(tmp_path / "a.png", 4)
@@ -223,12 +224,12 @@ def test_sixteen_bits_keep_their_transparency_and_twelve_are_said(tmp_path):
     assert read_image(tmp_path / "a.png")[:, 0, 5].tolist() == [255] * 3
     Image.fromarray(grey // 12).save(tmp_path / "b.png")  # up to 3916
     (note,) = probe_image(tmp_path / "b.png").notes
-    assert note.startswith("16-bit values up to 3916 only, as of 12 bits: dark")
+    assert note.startswith("16-bit values only up to 3916, like 12 bits, look dark")
     assert not probe_image(tmp_path / "a.png").notes
     data = ImageFolder(tmp_path, 6, index=tmp_path / "index.jsonl")
-    assert "1 of 2: 16-bit values up to 3916" in data.describe()
+    assert "1 of 2: 16-bit values only up to 3916" in data.describe()
     again = ImageFolder(tmp_path, 6, index=tmp_path / "index.jsonl")
-    assert "b.png: 16-bit values up to 3916" in again.index.describe()
+    assert "b.png: 16-bit values only up to 3916" in again.index.describe()
 
 
 def test_one_animation_among_few_pictures_is_a_stray(tmp_path):
@@ -238,7 +239,7 @@ def test_one_animation_among_few_pictures_is_a_stray(tmp_path):
     assert detect_kind(tmp_path) == "image"
     (tmp_path / "0.png").unlink()
     (tmp_path / "1.png").unlink()
-    with pytest.raises(UsageError, match="holds 1 image and 1 clip"):
+    with pytest.raises(UsageError, match="contains 1 image and 1 clip"):
         detect_kind(tmp_path)
 
 
@@ -247,11 +248,14 @@ def test_one_animation_among_few_pictures_is_a_stray(tmp_path):
     [
         (b"", "is empty"),
         (b"../.git/annex/objects/a/b/c.mp4", "is a git-annex pointer"),
-        (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "is text (XML or JSON), not media"),
-        (b'{"error": "expired"}', "is text (XML or JSON), not media"),
+        (
+            b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>",
+            "is text (XML or JSON), perhaps a server error, not media",
+        ),
+        (b'{"error": "expired"}', "is text (XML or JSON), perhaps a server error, not media"),
     ],
 )
-def test_what_is_no_media_is_said(tmp_path, content, said):
+def test_files_that_are_not_media_are_reported(tmp_path, content, said):
     for name in ("x.mp4", "x.png"):
         (tmp_path / name).write_bytes(content)
         assert said in not_media(tmp_path / name)
@@ -261,5 +265,5 @@ def test_files_beside_shards_are_named(tmp_path):
     write_shard(tmp_path / "0.tar", {"a.pgm": b"P5 4 4 255\n" + bytes(16)})
     for name in ("_SUCCESS", "rows.parquet"):
         (tmp_path / name).write_bytes(b"x")
-    said = "passed over: 2 files of other kinds (no extension 1, .parquet 1): _SUCCESS, rows.parquet"
+    said = "ignored: 2 files of other kinds (no extension 1, .parquet 1): _SUCCESS, rows.parquet"
     assert said in make_index(tmp_path, "image").describe()

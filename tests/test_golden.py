@@ -1,4 +1,4 @@
-"""The network against the authors' release, number by number (arrays and formulas: tests/golden)."""
+"""The network against the authors' release, value by value (arrays and formulas: tests/golden)."""
 
 import json
 
@@ -54,5 +54,5 @@ def test_sincos_tables_of_the_release(file):
     model = build(json.loads(str(arrays["config_json"])))
     for name, ours in {"latent": model.core.latents, "tape": model.tokenizer.position}.items():
         if f"code.{name}_pos_emb" in arrays.files:
-            # one unit in the last place of a position near 1000 is 6.1e-5, and that is the angle's error
+            # a position near 1000 has a rounding error of 6.1e-5, which is the error of the angle
             assert difference(ours.code, arrays[f"code.{name}_pos_emb"]) < 6.2e-5

@@ -1,4 +1,4 @@
-"""Files that somebody else made, and names that mean something to a parser: they are shown, and do nothing."""
+"""Files of other people, and names with meaning to a parser, are displayed and have no effect."""
 
 import json
 import os
@@ -24,7 +24,7 @@ from rin_video.training.provenance import read_json
 from rin_video.weights import save_model
 
 NAMES = ["${oc.env:HOME}", "???", "null", "1e3", "a: b", "' #x", " [y]", "😀 &z"]
-if os.name == "nt":  # which has no such files
+if os.name == "nt":  # it does not allow such names
     NAMES = [name for name in NAMES if not set(name) & set('?:"*<>|')]
 TITLE = "$title & model" if os.name == "nt" else "<b>$title & model"
 SMALL = [f"model.{name}={value}" for name, value in TINY.items() if name != "image_size"]
@@ -37,7 +37,7 @@ MARKUP = [
 
 
 class Page(HTMLParser):
-    """The tags of a page with their attributes, and the text between them."""
+    """A parser that records the tags of a page with their attributes, and its text."""
 
     def __init__(self, text):
         super().__init__()
@@ -53,7 +53,7 @@ class Page(HTMLParser):
 
 @pytest.fixture
 def pictures(tmp_path, monkeypatch):
-    """Four pictures in a folder `data`; we are beside it."""
+    """Four pictures in the folder `data` of the working directory."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
     for i in range(4):
@@ -63,7 +63,7 @@ def pictures(tmp_path, monkeypatch):
 
 @pytest.fixture
 def model(tmp_path, monkeypatch):
-    """The folder of a model whose classes are called like `MARKUP`, with files that a run leaves."""
+    """The folder of a model whose classes are named `MARKUP`, with the files of a run."""
     monkeypatch.setenv("SECRET", "hunter2")
     folder = tmp_path / TITLE
     config = Config()
@@ -83,7 +83,7 @@ def model(tmp_path, monkeypatch):
 
 
 def train_in(name, run, classes):
-    """Trains, resumes, samples and reports."""
+    """Train, resume, sample and report."""
     for kind in classes:
         shutil.copytree("data", os.path.join(name, kind))
     train = ["train", "--data", name, "--size", "8", "--batch-size", "2", "--out", run, *SMALL]
@@ -112,7 +112,7 @@ def test_folders_of_each_such_name_are_trained_on_and_written_to(name, pictures)
     train_in(name, f"{name}.run", ["other", name])
 
 
-def test_other_commands_take_folders_of_such_names(pictures, capsys):
+def test_other_commands_accept_folders_of_such_names(pictures, capsys):
     for name in NAMES:
         shutil.copytree("data", name)
         assert cli.main(["index", name, "--out", f"{name}.jsonl"]) == 0
@@ -126,7 +126,7 @@ def test_other_commands_take_folders_of_such_names(pictures, capsys):
 
 @pytest.mark.parametrize("command", ["train", "peek", "diagnose"])
 def test_a_configuration_cannot_run_commands(command, pictures, capfd):
-    """`data.images` or `data.path` of a file is a command, and the file says that it may be run."""
+    """`data.images` or `data.path` in a config file is a command, and the file claims to allow it."""
     config = Config(model=RIN(**TINY).config)
     config.data.path = f"pipe:echo x > {pictures / 'executed'}"
     save_model(pictures / "model", RIN(config.model), config)
@@ -147,7 +147,7 @@ def test_a_configuration_cannot_run_commands(command, pictures, capfd):
     assert cli.main(argv) == 2
     assert "allow it with data.allow_pipe=true on the command line" in capfd.readouterr().err
     assert not (pictures / "executed").exists()
-    assert cli.main([*argv, "data.allow_pipe=true"]) == 2  # an empty shard, or no folder to keep shards in
+    assert cli.main([*argv, "data.allow_pipe=true"]) == 2  # the shard is empty, or there is no folder for shards
     assert "allow_pipe" not in capfd.readouterr().err
     assert (pictures / "executed").exists() == (command == "train")
 
@@ -158,11 +158,11 @@ def test_only_people_allow_commands(tmp_path):
     assert load_config(tmp_path / "mine.yaml").data.stride == 2
     allowed = load_config(tmp_path / "mine.yaml", ["data.allow_pipe=true"])
     assert allowed.data.allow_pipe
-    assert "allow_pipe" not in to_yaml(allowed)  # the command that resumes says it again
+    assert "allow_pipe" not in to_yaml(allowed)  # the resuming command must repeat the permission
 
 
 def test_nothing_is_resolved(model, tmp_path, monkeypatch):
-    """A secret of the environment is not read, so it cannot be published."""
+    """Secrets in the environment are not read, so they cannot be published."""
     (tmp_path / "mine.yaml").write_text("data: {path: '${oc.env:SECRET}', images: \"${env:SECRET}\"}", encoding="utf-8")
     config = load_config(tmp_path / "mine.yaml", ["data.text_encoder=${oc.env:SECRET}", "train.init_from=${data.path}"])
     assert (config.data.path, config.data.images) == ("${oc.env:SECRET}", "${env:SECRET}")
@@ -178,7 +178,7 @@ def test_nothing_is_resolved(model, tmp_path, monkeypatch):
 
 
 def test_a_card_shows_text_as_it_is(model):
-    """By another reader of Markdown: no tag, link or picture but ours, every name in its cell."""
+    """Another Markdown parser finds only our tags, links and pictures, and every name in its cell."""
     card = model_card(model, "alice/_a_", license="no")
     _, head, body = card.split("---\n", 2)
     assert yaml.safe_load(head)["license"] == "no"
@@ -194,7 +194,7 @@ def test_a_card_shows_text_as_it_is(model):
     for words in ("_a_\n", ", ".join(shown), "a | <i>*b*\\n```", "<img src=x onerror=alert(1)> | [x](http://x.y)",
                   "torch <b>2</b> ![x](http://x.y)"):  # fmt: skip
         assert words in text, words
-    assert "http\\://x.y" in body  # no reader takes it for an address
+    assert "http\\://x.y" in body  # no parser makes it a link
 
 
 def test_a_report_shows_text_as_it_is(model, tmp_path):
@@ -222,7 +222,7 @@ def test_files_of_a_run_that_hold_something_else(model, tmp_path):
 
 
 def test_what_commands_kept_and_somebody_changed(pictures, capfd):
-    """An index is made again, and shards are left alone."""
+    """An index is created again, and shards are not touched."""
     for text in ("[" * 100_000, "3", "\xff", "{}", "[1]"):
         (pictures / "index.jsonl").write_text(text, encoding="latin-1")
         assert cli.main(["index", "data", "--out", "index.jsonl"]) == 0
@@ -244,8 +244,8 @@ def test_an_error_is_one_line_that_a_terminal_can_show(model, capfd):
 
 
 def test_a_text_encoder_runs_no_code_of_its_own(tmp_path, monkeypatch):
-    """A folder with code, and a person who says yes to whatever is asked."""
-    here = os.path.realpath(os.getcwd())  # whose `tokenizers` is ours
+    """The folder contains code, and the user answers yes to every question."""
+    here = os.path.realpath(os.getcwd())  # where `tokenizers` is our package
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if os.path.realpath(entry or ".") != here])
     pytest.importorskip("transformers")
     monkeypatch.setattr("builtins.input", lambda *words: "y")

@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face package as people have them: rows without a picture, columns of any name."""
+"""Real-world datasets of the Hugging Face package: rows without a picture, columns of any name."""
 
 import numpy as np
 import pytest
@@ -22,31 +22,31 @@ def saved(hub, folder, columns, features=None):
     return folder
 
 
-def test_a_row_that_lacks_its_picture_costs_itself(tmp_path, hub, caplog):
+def test_a_row_without_picture_only_excludes_itself(tmp_path, hub, caplog):
     cells = [png(tmp_path, 10), None, {"bytes": None, "path": str(tmp_path / "gone.png")}, png(tmp_path, 40)]
     saved(hub, tmp_path / "typed", {"image": [png(tmp_path, 1)] * 4}, {"image": hub.Image()})
     data = open_dataset(tmp_path / "typed", (3, 8, 8), DataConfig())
     data.table = [{"image": cell} for cell in cells]
-    with pytest.raises(UsageError, match=r"typed\[1\] holds nothing in column image"):
+    with pytest.raises(UsageError, match=r"typed\[1\] has no value in column image"):
         data.draw(1, 0)
     with pytest.raises(UsageError, match=r"typed\[2\]: .*gone\.png cannot be read"):
         data.draw(2, 0)
     batches = TrainLoader(data, DataConfig(num_workers=0), 4, seed=0)
-    values = [int(value) for _ in range(2) for value in next(batches)["x"][:, 0, 0, 0]]
+    values = [int(value) for _ in range(2) for value in next(batches).x[:, 0, 0, 0]]
     assert sorted(set(values)) == [10, 40]
     assert batches.num_bad == 2
 
 
 @pytest.mark.parametrize("option", ["buckets=[8x8]", "avoid_cuts=True", "sampling='time'"])
-def test_options_that_would_not_be_heeded_are_refused(tmp_path, hub, option):
+def test_options_without_effect_are_refused(tmp_path, hub, option):
     folder = saved(hub, tmp_path / "set", {"image": [png(tmp_path, 1)]}, {"image": hub.Image()})
     name, value = option.split("=")
     options = DataConfig(**{name: ["8x8"] if name == "buckets" else eval(value)})
-    with pytest.raises(UsageError, match=f"data.{name}=.* is for folders and shards"):
+    with pytest.raises(UsageError, match=f"data.{name}=.* requires folders or shards"):
         open_dataset(folder, (3, 8, 8), options)
 
 
-def test_windows_are_heeded(tmp_path, hub, clips, numbers):
+def test_the_option_windows_takes_effect(tmp_path, hub, clips, numbers):
     cells = [{"bytes": (clips / "plain.mp4").read_bytes(), "path": None}]
     folder = saved(hub, tmp_path / "set", {"v": cells}, {"v": hub.Video(decode=False)})
     hub.load_from_disk(folder).cast_column("v", hub.Video()).save_to_disk(tmp_path / "typed")
@@ -57,7 +57,7 @@ def test_windows_are_heeded(tmp_path, hub, clips, numbers):
 
 
 def test_columns_by_name(tmp_path, hub):
-    """Pictures as bytes of no type, labels as whole numbers and as text."""
+    """Pictures are untyped bytes; labels are integers or text."""
     columns = {
         "first": [png(tmp_path, i) for i in (1, 2, 3)],
         "photo": [png(tmp_path, i)["bytes"] for i in (10, 20, 30)],
@@ -67,7 +67,7 @@ def test_columns_by_name(tmp_path, hub):
     folder = saved(hub, tmp_path / "set", columns)
     hub.load_from_disk(folder).cast_column("first", hub.Image()).save_to_disk(tmp_path / "typed")
     data = open_dataset(tmp_path / "typed", (3, 8, 8), DataConfig())
-    said = "no labels: kind are whole numbers; --label-column kind takes them"
+    said = "no labels; integer columns: kind; --label-column kind uses one"
     assert data.describe() == f"3 rows of column first\n{said}"
     data = open_dataset(tmp_path / "typed", (3, 8, 8), DataConfig(image_column="photo", label_column="kind"))
     assert data.classes == ["3", "7"]
@@ -80,16 +80,16 @@ def test_columns_by_name(tmp_path, hub):
     assert (data.classes, data.labels) == (["a", "b"], [1, 0, 1])
     for options, said in [
         ({"image_column": "picture"}, r"has no column picture: it has first \(Image\), photo \(Value\)"),
-        ({"image_column": "kind"}, "column kind holds no images"),
-        ({"label_column": "first"}, "no class labels"),
+        ({"image_column": "kind"}, "column kind contains no images"),
+        ({"label_column": "first"}, "not class labels"),
     ]:
         with pytest.raises(UsageError, match=said):
             open_dataset(tmp_path / "typed", (3, 8, 8), DataConfig(**options))
-    with pytest.raises(UsageError, match="this is none: leave it out"):
+    with pytest.raises(UsageError, match="which this is not: leave it out"):
         open_dataset(tmp_path, (3, 8, 8), DataConfig(label_column="name"))
 
 
-def test_a_set_of_images_is_taken_for_images(tmp_path, hub, capsys, monkeypatch):
+def test_a_dataset_of_images_is_detected(tmp_path, hub, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     saved(
         hub,
@@ -105,7 +105,9 @@ def test_a_set_of_images_is_taken_for_images(tmp_path, hub, capsys, monkeypatch)
     saved(hub, tmp_path / "both", both, {"image": hub.Image(), "clip": hub.Video(decode=False)})
     hub.load_from_disk(tmp_path / "both").cast_column("clip", hub.Video()).save_to_disk(tmp_path / "two")
     assert cli.main(["peek", "two", "--size", "8"]) == 2
-    assert "has images (image) and clips (clip): say which to use, --frames 16 or --frames 0" in capsys.readouterr().err
+    assert (
+        "has images (image) and clips (clip): choose the clips (--frames 16) or the images" in capsys.readouterr().err
+    )
     saved(hub, tmp_path / "none", {"image": []}, {"image": hub.Image()})
     assert cli.main(["peek", "none", "--size", "8"]) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("rin-video: error: none ")

@@ -1,4 +1,4 @@
-"""A run is of its data: default folders do not collide, and a run goes on with the same data only."""
+"""A run belongs to its data: default folders do not collide, and a run only resumes with the same data."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from rin_video import RIN, GaussianDiffusion, Trainer, UsageError
 from rin_video.datasets import index as indexing
 from rin_video.datasets.index import make_index
 from rin_video.datasets.open import INDEX
-from rin_video.datasets.probing import _died
+from rin_video.datasets.probing import _crash_error
 from rin_video.errors import TimeLimitError, TransientError
 from rin_video.training.identity import check_same_data, run_folder
 
@@ -50,14 +50,14 @@ def test_default_folders_do_not_collide(tmp_path, monkeypatch, one, other):
         pictures(folder, "c")
     first = run_folder(one)
     make_index("x" if "{" in one else one, "image", path=first / INDEX)
-    if "{" in one:  # what an index of shards says of itself
+    if "{" in one:  # the header of an index of shards
         (first / INDEX).write_text(json.dumps({"root": os.path.abspath(one)}) + "\n")
     assert run_folder(other) != first
-    assert run_folder(one) == first  # the same command goes on
+    assert run_folder(one) == first  # the same command resumes
     assert run_folder(os.path.abspath(one)) == first
 
 
-def test_a_refused_start_does_not_take_the_folder_over(tmp_path, monkeypatch):
+def test_a_refused_start_does_not_change_the_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     pictures(tmp_path / "a/clips", "c")
     pictures(tmp_path / "b/clips", "c", seed=5)
@@ -82,7 +82,7 @@ def test_default_folders_are_named_after_the_data(tmp_path, monkeypatch, data, f
     assert run_folder(data).as_posix() == f"runs/{folder}"
 
 
-def test_a_run_does_not_go_on_with_other_data(tmp_path, caplog):
+def test_a_run_does_not_resume_with_other_data(tmp_path, caplog):
     one, other = pictures(tmp_path / "one", "a", "b"), pictures(tmp_path / "other", "a", "b", seed=7)
     run_of(one, tmp_path / "run").save()
     index = (tmp_path / "run" / INDEX).read_text()
@@ -98,7 +98,7 @@ def test_a_run_does_not_go_on_with_other_data(tmp_path, caplog):
     assert "changed since" not in caplog.text
 
 
-def test_a_run_goes_on_with_data_that_moved_or_grew(tmp_path, caplog):
+def test_a_run_resumes_with_data_that_moved_or_grew(tmp_path, caplog):
     pictures(tmp_path / "one", "a", "b")
     run_of(tmp_path / "one", tmp_path / "run").save()
     (tmp_path / "one").rename(tmp_path / "moved")
@@ -110,7 +110,7 @@ def test_a_run_goes_on_with_data_that_moved_or_grew(tmp_path, caplog):
     assert "have changed since the last checkpoint: the run goes on with them" in caplog.text
 
 
-def test_a_checkpoint_of_before_is_taken(tmp_path, monkeypatch):
+def test_a_checkpoint_of_an_earlier_version_is_accepted(tmp_path, monkeypatch):
     from rin_video.training import trainer
 
     monkeypatch.setattr(trainer, "identify", lambda dataset, config: None)
@@ -123,7 +123,7 @@ def test_a_checkpoint_of_before_is_taken(tmp_path, monkeypatch):
 
 
 def probed(monkeypatch, results):
-    """Replaces the search: gives `results` one after the other, and lists what was asked for."""
+    """Replace probing: return `results` one after the other, and list the requested files."""
     asked = []
 
     def run(tasks, work, **options):
@@ -182,22 +182,22 @@ def test_refusals_that_were_not_the_file_s_are_tried_again(tmp_path, monkeypatch
 
 
 def test_which_refusals_are_not_the_file_s(tmp_path):
-    assert isinstance(_died("x", -9), TransientError)
-    assert isinstance(_died("x", -signal.SIGTERM), TransientError)
-    assert not isinstance(_died("x", -signal.SIGSEGV), TransientError)
+    assert isinstance(_crash_error("x", -9), TransientError)
+    assert isinstance(_crash_error("x", -signal.SIGTERM), TransientError)
+    assert not isinstance(_crash_error("x", -signal.SIGSEGV), TransientError)
 
 
-def test_a_long_search_says_what_is_kept(tmp_path, monkeypatch, caplog):
+def test_a_long_indexing_logs_what_is_saved(tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO", logger="rin_video")
     monkeypatch.setattr(indexing, "MANY", 2)
     pictures(tmp_path / "data", *"abc")
     make_index(tmp_path / "data", "image", progress=True)
-    assert "looking into 3 files, once; nothing is kept: `rin-video index" in caplog.text
+    assert "indexing 3 files; the index is not saved: `rin-video index" in caplog.text
     make_index(tmp_path / "data", "image", path=tmp_path / INDEX, progress=True)
-    assert "looking into 3 files, once; what is found is kept" in caplog.text
+    assert "indexing 3 files; the index is saved" in caplog.text
 
 
-def test_other_images_beside_the_same_clips_are_refused():
+def test_other_images_with_the_same_clips_are_refused():
     then = {"path": "/clips", "images": "/a", "classes": [], "content": "1-2", "columns": [None, None]}
     check_same_data(Path("run"), then, then)
     check_same_data(Path("run"), then, {**then, "images": "/moved"})  # the same content
@@ -208,6 +208,6 @@ def test_other_images_beside_the_same_clips_are_refused():
 def test_other_columns_of_a_data_set_are_refused():
     then = {"path": "hf:x", "images": None, "classes": [], "content": None, "columns": ["pic", "fine"]}
     check_same_data(Path("run"), then, then)
-    check_same_data(Path("run"), {name: then[name] for name in then if name != "columns"}, then)  # of before
+    check_same_data(Path("run"), {name: then[name] for name in then if name != "columns"}, then)  # of the earlier run
     with pytest.raises(UsageError, match=r"was trained on the columns pic and fine, now they are pic2 and fine"):
         check_same_data(Path("run"), then, {**then, "columns": ["pic2", "fine"]})

@@ -1,4 +1,4 @@
-"""Images come out as a person sees them, and what is drawn depends on (seed, epoch, index) alone."""
+"""Images are read as displayed, and items depend on (seed, epoch, index) alone."""
 
 import pickle
 
@@ -50,24 +50,24 @@ def test_exif_orientation_is_applied(tmp_path):
 
 
 def test_frames_reduce_to_a_single_pixel():
-    """torch 2.14 fails an assertion there for uint8."""
+    """torch 2.14 fails an assertion in this case for uint8."""
     frames = torch.tensor([[0, 100], [50, 90]], dtype=torch.uint8).expand(2, 3, 2, 2)
     assert torch.equal(ResizeCrop(1)(frames, np.random.default_rng(0)), torch.full((2, 3, 1, 1), 60, dtype=torch.uint8))
 
 
 @settings(deadline=None, max_examples=30)
 @given(*[st.integers(1, 40)] * 4, st.sampled_from(["center", "random"]))
-def test_framing_fills_the_size_and_keeps_the_aspect(height, width, H, W, crop):
-    framing = ResizeCrop((H, W), crop=crop, flip=True)
+def test_resize_crop_fills_the_size_and_keeps_the_aspect(height, width, H, W, crop):
+    resize_crop = ResizeCrop((H, W), crop=crop, flip=True)
     frames = torch.full((2, 3, height, width), 7, dtype=torch.uint8)
-    out = framing(frames, np.random.default_rng(0))
+    out = resize_crop(frames, np.random.default_rng(0))
     torch.testing.assert_close(out, torch.full((2, 3, H, W), 7, dtype=torch.uint8))
 
 
-def test_framing_of_the_right_size_is_the_identity():
+def test_resize_crop_of_the_right_size_is_the_identity():
     frames = torch.randint(256, (2, 3, 9, 12), dtype=torch.uint8)
-    framing = ResizeCrop((9, 12), crop="random", flip=False)
-    torch.testing.assert_close(framing(frames, np.random.default_rng(0)), frames)
+    resize_crop = ResizeCrop((9, 12), crop="random", flip=False)
+    torch.testing.assert_close(resize_crop(frames, np.random.default_rng(0)), frames)
 
 
 @given(*[st.integers(0, 2**31)] * 3)
@@ -100,14 +100,14 @@ def test_classes_labels_skips_and_enlargement_are_reported(tmp_path):
     assert [item["label"] for item in ImageFolder(tmp_path, 16)] == [0, 0, 1, -1]
 
 
-def test_folders_say_what_they_hold(tmp_path):
+def test_errors_report_what_a_folder_contains(tmp_path):
     with pytest.raises(UsageError, match="there is no file or folder"):
         find_files(tmp_path / "nowhere", IMAGE_EXTENSIONS)
-    with pytest.raises(UsageError, match=r"holds no \.png"):
+    with pytest.raises(UsageError, match=r"contains no \.png"):
         ImageFolder(tmp_path, 8)
     (tmp_path / "a.gif").touch()
     assert detect_kind(tmp_path) == "video"
-    with pytest.raises(UsageError, match="it holds 1 clip: use --frames 16"):
+    with pytest.raises(UsageError, match="it contains 1 clip: use --frames 16"):
         ImageFolder(tmp_path, 8)
     (tmp_path / "b.JPG").touch()
     with pytest.raises(UsageError, match="1 image and 1 clip"):

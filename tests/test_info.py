@@ -1,4 +1,4 @@
-"""Counts against those of the authors' released code (tests/golden/paper_models.json), and what training needs."""
+"""Counts against those of the authors' released code (tests/golden/paper_models.json), and the memory of training."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ from rin_video.training.memory import LIBRARIES, MALLOC, PeakMemory, training_me
 COUNTS = GOLDEN / "paper_models.json"
 RELEASED = json.loads(COUNTS.read_text(encoding="utf-8"))["from_released_configs"] if COUNTS.exists() else {}
 PRESETS = {"cifar10": "cifar10_32", "imagenet64": "imagenet_64_patch8"} if RELEASED else {}
-SIZES = {  # what the file says by its names and comments only: image size and patch size
+SIZES = {  # image size and patch size, which the file only mentions in names and comments
     "cifar10_32": (32, 2),
     "imagenet_64_patch8": (64, 8),
     "imagenet_64_patch4_per_comment": (64, 4),
@@ -30,7 +30,7 @@ SIZES = {  # what the file says by its names and comments only: image size and p
 
 
 def from_release(name: str) -> ModelConfig:
-    """Our options for an entry of the file."""
+    """Return our options for an entry of the file."""
     theirs, (image_size, patch_size) = RELEASED[name]["config"], SIZES[name]
     assert theirs["patch_volume"] == 3 * patch_size**2
     return ModelConfig(
@@ -164,7 +164,7 @@ def test_what_cannot_be_built_is_refused_with_the_words_of_the_model(options):
 
 
 def test_a_tokenizer_of_others_is_built_to_be_counted(monkeypatch):
-    monkeypatch.setitem(TOKENIZERS._things, "own", TOKENIZERS.get("image"))
+    monkeypatch.setitem(TOKENIZERS._objects, "own", TOKENIZERS.get("image"))
     config = ModelConfig(dim=32, image_size=16, num_latents=6, depth=1)
     assert model_info(dataclasses.replace(config, tokenizer="own")) == model_info(config)
 
@@ -177,13 +177,13 @@ def test_counting_imports_no_torch():
 
 
 def test_counting_allocates_nothing():
-    """A model of 300 GB is counted."""
+    """A model of 300 GB can be counted."""
     info = model_info(ModelConfig(dim=16384, image_size=64, depth=24))
     assert info.params * 4 > 3e11
 
 
 def test_flops_of_a_layer_are_two_a_weight_and_token():
-    """Widening the patch projection by a channel costs 2 x patch volume x dim x tokens at each end."""
+    """One more channel costs 2 x patch volume x dim x tokens in each of the two patch projections."""
     one, two = (
         model_info(ModelConfig(dim=32, image_size=16, channels=c, num_latents=6, depth=1)).gflops * 1e9 for c in (1, 2)
     )
@@ -202,19 +202,21 @@ def test_training_memory_is_weights_and_a_linear_share_for_each_sample():
     assert each[0] == pytest.approx(each[1], rel=1e-3) == pytest.approx(each[2], rel=1e-3)
     assert each[0] > 0
     beyond = needs[16] - 16 * each[0] - LIBRARIES
-    assert 6 * params * 4 <= beyond < 8 * params * 4  # weights, two moments, three averages; gradients come late
+    assert (
+        6 * params * 4 <= beyond < 8 * params * 4
+    )  # weights, two moments, three averages; gradients are allocated late
 
 
 @pytest.mark.parametrize(("checkpointing", "conv_width"), [(False, 0), (True, 0), (False, 8)])
 def test_training_memory_is_what_a_real_step_takes(checkpointing, conv_width):
-    """Shapes without contents give the peak that real tensors have."""
+    """Meta tensors give the same peak as real tensors."""
     config = Config(model=ModelConfig(dim=32, image_size=16, num_latents=16, depth=2, conv_width=conv_width))
     config.train.train_batch_size, config.train.gradient_checkpointing = 16, checkpointing
     with PeakMemory() as memory:
         model = RIN(config.model)
         model.core.gradient_checkpointing = checkpointing
         weights = sum(p.numel() * 4 for p in model.parameters())
-        diffusion = GaussianDiffusion.from_config(model, config.diffusion)
+        diffusion = GaussianDiffusion(model, config.diffusion)
         diffusion(torch.rand(16, 3, 16, 16)).backward()
     step = training_memory(config) - 5 * weights - LIBRARIES
     assert weights + (step - weights) / MALLOC == pytest.approx(memory.peak, rel=0.02)
@@ -227,5 +229,5 @@ def test_the_description_holds_the_counts():
 
 
 def test_a_model_that_cannot_be_is_refused():
-    with pytest.raises(UsageError, match="height 30 is no multiple"):
+    with pytest.raises(UsageError, match="height 30 is not a multiple"):
         model_info(ModelConfig(image_size=30))

@@ -1,4 +1,4 @@
-"""Where things are: imports point down only, and go round in no circle."""
+"""The layout of the package: imports only point down, without circles."""
 
 import ast
 from graphlib import TopologicalSorter
@@ -6,7 +6,7 @@ from pathlib import Path
 
 CHECKOUT = Path(__file__).parents[1]
 HOMES = {"rin_video": "rin_video", "datasets": "rin_video.datasets", "tokenizers": "rin_video.tokenizers"}
-FLOORS = [  # from the ground up: a module imports from lower floors, or from its own without a circle
+FLOORS = [  # from the ground up: a module imports from lower layers, or from its own without a circle
     {"errors", "registry", "files", "tensors", "layers", "ranks", "plain_yaml", "tensor_files", "labels"}
     | {"progress", "wording"},
     {"config", "config_checks", "config_files", "port"},
@@ -31,7 +31,7 @@ def find_modules() -> dict[str, Path]:
 
 
 def find_imports(path: Path, modules: dict[str, Path]) -> set[str]:
-    """Every module of ours that a file imports, be it in a function or for types only."""
+    """Return all modules of ours that a file imports, including imports in functions and for types only."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         names = [node.module + "." + alias.name for alias in node.names] if isinstance(node, ast.ImportFrom) else []
@@ -47,6 +47,6 @@ def test_imports_point_down_and_in_no_circle():
     floors = {name: number for number, names in enumerate(FLOORS) for name in names}
     floor = {name: floors[[*name.split("."), ""][1]] for name in modules}
     graph = {name: find_imports(path, modules) for name, path in modules.items()}
-    assert sum(map(len, graph.values())) > 200  # they are really read
+    assert sum(map(len, graph.values())) > 200  # imports were found
     assert not {(one, two) for one, below in graph.items() for two in below if floor[two] > floor[one]}
     TopologicalSorter(graph).prepare()  # raises CycleError

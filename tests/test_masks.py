@@ -1,4 +1,4 @@
-"""Known cells: what training draws, what the model sees, and that loss and samplers leave them alone."""
+"""Observed masks: their drawing in training, their use in the model; loss and samplers keep observed values."""
 
 import pytest
 import torch
@@ -9,6 +9,7 @@ from rin_video import RIN, GaussianDiffusion, UsageError
 from rin_video.cli.trained import check_sampling
 from rin_video.config_files import load_config
 from rin_video.diffusion.conditions import Conditions
+from rin_video.diffusion.guidance import Guidance
 from rin_video.diffusion.masks import KNOWN_MASKS, draw_known, place_context
 from rin_video.diffusion.noise import NoiseSource
 from rin_video.diffusion.objectives import OBJECTIVES
@@ -23,7 +24,7 @@ MIXTURE = dict.fromkeys(KNOWN_MASKS, 1.0)
 def make(**options) -> GaussianDiffusion:
     torch.manual_seed(0)
     model = RIN(**TINY, **CLIP, num_classes=options.pop("num_classes", 0), **options.pop("model", {}))
-    for parameter in model.parameters():  # what starts at zero would hide mistakes
+    for parameter in model.parameters():  # zero-initialised parameters would hide mistakes
         nn.init.normal_(parameter, std=0.1)
     return GaussianDiffusion(model, known=MIXTURE, **options)
 
@@ -89,13 +90,13 @@ def test_model_sees_clean_values_and_the_mask_and_no_loss_is_taken_there():
         diffusion(x).backward()
         known = seen["known"].expand_as(x)
         assert known.any()
-        assert_close(seen["x"][known], (2 * x - 1)[known])  # in the data's own range, whatever the scale
+        assert_close(seen["x"][known], (2 * x - 1)[known])  # in the range of the data, for any scale
         assert (seen["out"].grad[known] == 0).all()
         assert (seen["out"].grad[~known] != 0).all()
 
 
-def test_loss_and_prediction_do_not_depend_on_noise_at_known_cells():
-    """With a scale below 1 the input is normalised by the spread of what is not known, or noise would leak in there."""
+def test_loss_and_prediction_do_not_depend_on_noise_at_observed_pixels():
+    """With a scale below 1 the input is normalised by the std of the unobserved pixels, so that no noise leaks in."""
     for scale in (1.0, 0.4):
         diffusion = make(scale=scale)
         known = draw_known({"boxes": 1}, [], 3, (4, 8, 8))
@@ -107,7 +108,7 @@ def test_loss_and_prediction_do_not_depend_on_noise_at_known_cells():
         assert_close(one, two)
 
 
-def test_mean_and_spread_over_unknown_cells():
+def test_mean_and_std_over_unobserved_pixels():
     x = torch.randn(2, 3, 4, 5)
     known = torch.zeros(2, 1, 4, 5, dtype=torch.bool)
     known[0, :, 1:3], known[1] = True, True
@@ -131,7 +132,7 @@ def test_without_a_mask_in_the_config_nothing_changes():
     assert_close(GaussianDiffusion(plain, known={})(torch.rand(2, *plain.shape)), loss)
 
 
-def test_every_parameter_gets_a_gradient_with_known_cells():
+def test_every_parameter_gets_a_gradient_with_an_observed_mask():
     diffusion = make(model={"self_conditioning": "latent+x0"}, num_classes=3)
     diffusion(torch.rand(8, *diffusion.shape), torch.arange(8) % 3).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in diffusion.parameters())
@@ -141,7 +142,7 @@ def test_every_parameter_gets_a_gradient_with_known_cells():
 
 
 class Correlated(nn.Module):
-    """The exact denoiser of two cells with unit variance and correlation rho, either of them perhaps known."""
+    """The exact denoiser of two pixels with unit variance and correlation rho, of which each may be observed."""
 
     def __init__(self, rho: float, power: int) -> None:
         super().__init__()
@@ -164,13 +165,13 @@ class Correlated(nn.Module):
     [*[(name, "cosine", 2) for name in SAMPLERS], ("ddim", "rectified_flow", 1), ("dpmpp_2m_sde", "rectified_flow", 1)],
 )
 def test_samplers_draw_from_the_conditional(sampler, path, power):
-    """Given one of two correlated cells, the other has mean rho times it and variance 1 - rho^2."""
+    """If one of two correlated pixels is observed, the other has mean rho times it and variance 1 - rho^2."""
     model = Correlated(0.8, power)
     diffusion = GaussianDiffusion(model, noise_schedule=path, objective="x0", clip_x0="none", shape=(1, 2))
-    context, known = torch.full((1, 2), 0.6), torch.tensor([True, False])  # 0.2 in the range of diffusion
-    out = diffusion.sample(3000, steps=60, sampler=sampler, seed=0, context=context, known=known)
+    context, known = torch.full((1, 2), 0.6), torch.tensor([True, False])  # 0.2 in diffusion range
+    out = diffusion.sample(batch_size=3000, steps=60, sampler=sampler, seed=0, context=context, known=known)
     assert (out[:, 0, 0] == 0.6).all()
-    # [0, 1] cuts the tails off; these two do not depend on them
+    # clamping to [0, 1] removes the tails; these two do not depend on them
     inside = 2 * out[:, 0, 1] - 1
     assert inside.median().item() == pytest.approx(0.8 * 0.2, abs=0.04)
     assert (inside > 0.16 + 0.6).float().mean().item() == pytest.approx(0.1587, abs=0.02)
@@ -178,7 +179,7 @@ def test_samplers_draw_from_the_conditional(sampler, path, power):
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("clip_x0", ["static", "dynamic", "none"])
-def test_known_cells_come_back_bit_for_bit(sampler, clip_x0):
+def test_observed_pixels_are_returned_bit_for_bit(sampler, clip_x0):
     diffusion = make(scale=0.5, num_classes=2, model={"self_conditioning": "latent+x0"})
     context = torch.rand(3, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(0)
@@ -195,7 +196,7 @@ def test_known_cells_come_back_bit_for_bit(sampler, clip_x0):
 def test_a_short_context_is_the_start_and_bytes_stay_exact():
     diffusion = make()
     context = torch.randint(0, 256, (1, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    out = diffusion.sample(2, context=context, steps=2, seed=0)
+    out = diffusion.sample(batch_size=2, context=context, steps=2, seed=0)
     assert out.shape == (2, 1, 4, 8, 8)
     assert ((out[:, :, :3] * 255).round().to(torch.uint8) == context).all()
     assert (out[:, :, :3] == context / 255).all()
@@ -215,9 +216,8 @@ def test_guidance_may_drop_the_known_part():
     x, values = torch.randn(2, 2, 1, 4, 8, 8)
     known = draw_known({"first": 1}, [2, 2], 2, (4, 8, 8))
     conditions, level = Conditions(known=known, values=values), NoiseLevel.from_gamma(0.5)
-    guided = [
-        diffusion.denoiser(conditions, 1.5, guidance_drop="known", batched_guidance=b)(x, level, None) for b in (0, 1)
-    ]
+    guidance = [Guidance(1.5, drop="known", batched=batched) for batched in (False, True)]
+    guided = [diffusion.denoiser(conditions, how)(x, level, None) for how in guidance]
     assert_close(guided[0][0], guided[1][0])
     with_known, _ = diffusion.predict(x, level, conditions, None)
     without, _ = diffusion.predict(x, level, Conditions(), None)
@@ -229,30 +229,30 @@ def test_mistakes_are_named():
     diffusion = make()
     clip, half = torch.rand(1, 4, 8, 8), torch.zeros(4, 8, 8, dtype=torch.bool)
     for options, message in (
-        ({"context": torch.rand(1, 5, 8, 8)}, "context has 5 frames, the window is 4: give at most 3"),
-        ({"context": clip}, "context fills the whole 4x8x8"),
-        ({"context": torch.rand(3, 2, 8, 8)}, "context has 3 channels, the model 1"),
-        ({"context": torch.rand(1, 2, 9, 8)}, "context is 9x8, the model makes 8x8"),
-        ({"context": clip, "known": half[:2]}, r"known has the shape \(2, 8, 8\): give \(4, 8, 8\)"),
-        ({"context": clip, "known": half.float()}, "known is torch.float32: give booleans"),
-        ({"context": clip, "known": ~half}, "every cell is known"),
-        ({"context": clip[:, :2], "known": half}, "context has 2 frames, `known` speaks of 4"),
-        ({"known": half}, "not what they hold: give context"),
-        ({"context": torch.rand(8, 8)}, r"context has the shape \(8, 8\)"),
-        ({"context": clip[:, :2], "guidance": 1.0}, "no label to be guided by.*guidance_drop=known"),
+        ({"context": torch.rand(1, 5, 8, 8)}, "context has 5 frames, but the window has 4: pass at most 3"),
+        ({"context": clip}, "context fills the complete grid 4x8x8"),
+        ({"context": torch.rand(3, 2, 8, 8)}, "context has 3 channels, but the model has 1"),
+        ({"context": torch.rand(1, 2, 9, 8)}, "context is 9x8, but the model generates 8x8"),
+        ({"context": clip, "known": half[:2]}, r"known has shape \(2, 8, 8\): pass \(4, 8, 8\)"),
+        ({"context": clip, "known": half.float()}, "known is torch.float32: pass booleans"),
+        ({"context": clip, "known": ~half}, "every pixel is known"),
+        ({"context": clip[:, :2], "known": half}, "context has 2 frames, but `known` covers 4"),
+        ({"known": half}, "a mask without values: pass context"),
+        ({"context": torch.rand(8, 8)}, r"context has shape \(8, 8\)"),
+        ({"context": clip[:, :2], "guidance": 1.0}, "no label or embedding: pass one, or set guidance_drop=known"),
         ({"context": clip[:, :2], "guidance": 1.0, "guidance_drop": "frames"}, "guidance_drop is frames"),
     ):
         with pytest.raises(UsageError, match=message):
-            diffusion.sample(1, steps=1, **options)
+            diffusion.sample(batch_size=1, steps=1, **options)
     unaware = RIN(**TINY, **(CLIP | {"known_mask": False}))
-    with pytest.raises(UsageError, match="trained without known cells"):
-        GaussianDiffusion(unaware).sample(1, context=clip[:, :2])
+    with pytest.raises(UsageError, match="trained without an observed mask"):
+        GaussianDiffusion(unaware).sample(batch_size=1, context=clip[:, :2])
     with pytest.raises(UsageError, match=r"set model\.known_mask=true"):
         GaussianDiffusion(unaware, known={"first": 1})
     with pytest.raises(UsageError, match="known_mask=True"):
         unaware(torch.rand(1, 1, 4, 8, 8), torch.ones(1), known=half[None, None])
     image = RIN(**TINY, image_size=8, known_mask=True)
-    with pytest.raises(UsageError, match="first, for clips"):
+    with pytest.raises(UsageError, match="only first, for clips"):
         GaussianDiffusion(image, known={"first": 1})
 
 

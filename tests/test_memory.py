@@ -1,4 +1,4 @@
-"""Less memory: checkpointed blocks, the batch that fits, what is predicted; and torch.compile."""
+"""Memory: gradient checkpointing, the largest batch size that fits, the prediction; and torch.compile."""
 
 import logging
 
@@ -25,7 +25,7 @@ def gradients(checkpointing: bool, bf16: bool) -> tuple[torch.Tensor, list[torch
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_checkpointed_blocks_give_the_same_gradients(bf16):
-    """Dropout and drop-path too: the second pass draws what the first drew."""
+    """Dropout and drop-path are included: the recomputation draws the same numbers."""
     assert_close(gradients(True, bf16), gradients(False, bf16), rtol=0, atol=0)
 
 
@@ -41,7 +41,7 @@ def test_a_model_without_blocks_cannot_be_checkpointed():
     checkpoint_blocks(torch.nn.Linear(1, 1), False)
 
 
-def test_peak_memory_is_that_of_what_lives_at_once():
+def test_peak_memory_is_that_of_tensors_alive_at_once():
     with PeakMemory() as memory:
         one = torch.zeros(1000)
         for _ in range(3):
@@ -49,12 +49,12 @@ def test_peak_memory_is_that_of_what_lives_at_once():
         del other
         kept = one * 2
     assert memory.now == 8000
-    assert memory.peak == 12000  # the loop's old result lives until its name is taken
+    assert memory.peak == 12000  # the previous result lives until the variable is reassigned
     del kept
 
 
 def test_memory_is_predicted_with_every_condition():
-    """Known cells, a label and an embedding: what training feeds must pass without values, too."""
+    """The conditions are an observed mask, a label and an embedding; training must also work with meta tensors."""
     overrides = ["model.known_mask=true", "diffusion.known.first=1", "model.num_classes=3", "model.embedding_dim=8"]
     assert training_memory(load_config("demo", overrides)) > training_memory(load_config("demo"))
 
@@ -73,7 +73,7 @@ def test_the_largest_batch_fits_and_the_next_does_not(monkeypatch):
 
 
 def test_batch_size_auto_and_the_same_again(tmp_path, monkeypatch, caplog):
-    """The run that goes on keeps its batch: the order of the data depends on it."""
+    """A resumed run keeps its batch size, because the order of the data depends on it."""
     for i in range(3):
         write_video(torch.rand(3, 4, 16, 16), tmp_path / "clips" / f"{i}.mp4")
     command = ["train", "--data", str(tmp_path / "clips"), "--frames", "4", "--size", "16", "--batch-size", "auto",
@@ -107,17 +107,14 @@ def test_a_failing_compiler_is_left_out(tmp_path, monkeypatch, caplog):
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_compiler_that_fails_at_a_later_shape_is_left_out(tmp_path, monkeypatch, caplog, accumulate):
-    from torch._dynamo.exc import TorchRuntimeError
+    compile_ = torch.nn.Module.compile
 
-    def compile_clips_only(model):
-        def call(x, *args, **options):
-            if x.ndim == 4:  # an image
-                raise TorchRuntimeError("no compiler for this shape")
-            return model._call_impl(x, *args, **options)
+    def clips_only(graph, inputs):
+        if any(x.ndim == 4 and x.shape[1] == 3 for x in inputs):  # an image
+            raise RuntimeError("no compiler for this shape")
+        return graph
 
-        model._compiled_call_impl = call
-
-    monkeypatch.setattr(torch.nn.Module, "compile", compile_clips_only)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile_(self, backend=clips_only))
     options = {"mixture": True, "train_num_steps": 4, "gradient_accumulate_every": accumulate}
     run = make_trainer(tmp_path / "compiled", compile=True, **options)
     run.train()
@@ -129,7 +126,7 @@ def test_a_compiler_that_fails_at_a_later_shape_is_left_out(tmp_path, monkeypatc
 
 def test_other_errors_of_a_compiled_model_are_raised(tmp_path, monkeypatch):
     run = make_trainer(tmp_path / "run", train_num_steps=3)
-    run.compiling = run.compiled = True  # as after a first step that compiled
+    run.compiler.on = run.compiler.worked = True  # as after the first step, which compiles
 
     def fails(*args, **options):
         raise ZeroDivisionError("of another reason")
@@ -151,28 +148,30 @@ def test_other_errors_of_a_compiled_model_are_raised(tmp_path, monkeypatch):
                 "known_mask": True,
                 "self_conditioning": "latent+x0",
             },
-            marks=pytest.mark.slow,  # to trace takes seconds, and all but the mask and the estimate is in the other
+            marks=pytest.mark.slow,  # tracing takes seconds, and the other case covers everything but the mask and x0
         ),
     ],
     ids=["image", "video"],
 )
 def test_a_compiled_model_is_one_graph(options):
-    """No break: neither without a previous pass nor with one, neither in training nor in sampling."""
+    """There is no graph break, with and without a previous pass, in training and in sampling."""
     model = RIN(**({"dim": 32, "dim_latent": 32, "num_latents": 6, "depth": 1, "patch_size": 4} | options))
-    compiled = torch.compile(model, fullgraph=True, backend="eager")  # an error where it breaks
+    compiled = torch.compile(model, fullgraph=True, backend="eager")  # raises at a graph break
     x, gamma = torch.rand(2, *model.shape), torch.full((2,), 0.5)
-    told = {"label": torch.tensor([0, 1])} if model.num_classes else {"known": torch.rand(2, 1, *x.shape[2:]) < 0.5}
+    conditions = (
+        {"label": torch.tensor([0, 1])} if model.num_classes else {"known": torch.rand(2, 1, *x.shape[2:]) < 0.5}
+    )
     for grad in (True, False):
         with torch.set_grad_enabled(grad):
-            prediction, latents = compiled(x, gamma, **told)
-            assert_close(prediction, model(x, gamma, **told)[0])
-            again, _ = compiled(prediction, gamma, latents=latents, **told)
-            assert_close(again, model(prediction, gamma, latents=latents, **told)[0])
+            prediction, latents = compiled(x, gamma, **conditions)
+            assert_close(prediction, model(x, gamma, **conditions)[0])
+            again, _ = compiled(prediction, gamma, latents=latents, **conditions)
+            assert_close(again, model(prediction, gamma, latents=latents, **conditions)[0])
 
 
 @pytest.mark.slow
 def test_a_compiled_model_trains(tmp_path, caplog):
-    """Where there is a compiler: the losses of the plain model, and a state dict with the usual names."""
+    """If there is a compiler, the losses equal those of the plain model, and the state dict has the usual names."""
     run = make_trainer(tmp_path / "compiled", compile=True, train_num_steps=3, callbacks=[])
     before = {name: value.clone() for name, value in run.diffusion.model.state_dict().items()}
     run.train()
@@ -196,7 +195,7 @@ def test_a_compiled_model_trains(tmp_path, caplog):
     ],
 )
 def test_the_prediction_is_near_the_measured_peak(name, batch):
-    """Linux: the peak of a process' memory, as benchmarks/memory.py measures it."""
+    """On Linux, the peak memory of a process is measured as in benchmarks/memory.py."""
     import json
     import subprocess
     import sys

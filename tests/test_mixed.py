@@ -1,4 +1,4 @@
-"""Clips and images in one run, and starting from another model's weights."""
+"""Clips and images in one run, and initialisation with the weights of another model."""
 
 import json
 from collections import Counter
@@ -22,7 +22,7 @@ BOTH = {**CORE, "tokenizer": "tube+image", "frames": 4, "image_size": 8, "patch_
 
 
 class Labelled(torch.utils.data.Dataset):
-    """`count` samples; the value of number i is i / 255."""
+    """`count` samples with labels; sample i has the value i / 255."""
 
     def __init__(self, count, shape, classes=(), label=0):
         self.count, self.size, self.classes, self.label = count, shape, list(classes), label
@@ -48,7 +48,7 @@ def batches(data, first=0, count=12, group=1):
 
 @pytest.mark.parametrize("ratio", [0.5, 0.25, 0.7])
 @pytest.mark.parametrize("group", [1, 3])
-def test_the_ratio_is_met_in_whole_steps_and_every_epoch_draws_each_sample_once(ratio, group):
+def test_the_ratio_counts_complete_steps_and_every_epoch_draws_each_sample_once(ratio, group):
     sampler = MixtureSampler(mixture(ratio), 1, group=group, seed=0)
     kinds = [sampler.is_of_images(batch) for batch in range(40 * group)]
     assert abs(sum(kinds) - ratio * 40 * group) < group
@@ -56,15 +56,15 @@ def test_the_ratio_is_met_in_whole_steps_and_every_epoch_draws_each_sample_once(
     assert [sampler.images_before(batch) for batch in range(len(kinds))] == [sum(kinds[:b]) for b in range(len(kinds))]
     drawn = Counter(next(it)[0] for it in [iter(sampler)] for _ in range(40 * group))
     for index in range(5):
-        assert drawn[0, 6 + index] == 1  # the images' first epoch
+        assert drawn[0, 6 + index] == 1  # the first epoch of the images
 
 
 @pytest.mark.parametrize("first", [1, 7, 10])
-def test_batches_go_on_where_they_stopped(first):
+def test_batches_resume_where_they_stopped(first):
     whole, rest = batches(mixture(0.4), group=2), batches(mixture(0.4), first, 12 - first, group=2)
     for one, two in zip(whole[first:], rest, strict=True):
-        assert_close(one["x"], two["x"], rtol=0, atol=0)
-    assert {batch["x"].ndim for batch in whole} == {4, 5}
+        assert_close(one.x, two.x, rtol=0, atol=0)
+    assert {batch.x.ndim for batch in whole} == {4, 5}
 
 
 def test_classes_are_joined_by_name():
@@ -110,8 +110,8 @@ def test_one_checkpoint_samples_both_and_resumes_exactly(tmp_path):
     parts = train(tmp_path / "parts", 6)
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     diffusion = GaussianDiffusion.from_pretrained(tmp_path / "whole")
-    assert diffusion.sample(1, steps=1).shape == (1, 3, 4, 8, 8)
-    assert diffusion.sample(1, steps=1, shape=(3, 8, 8)).shape == (1, 3, 8, 8)
+    assert diffusion.sample(batch_size=1, steps=1).shape == (1, 3, 4, 8, 8)
+    assert diffusion.sample(batch_size=1, steps=1, shape=(3, 8, 8)).shape == (1, 3, 8, 8)
     names = {path.name for path in (tmp_path / "whole" / "samples").iterdir()}
     assert {"step-00000006.mp4", "step-00000006.png", "step-00000006-images.png"} <= names
 
@@ -165,12 +165,12 @@ def test_a_core_of_images_starts_a_model_of_clips(tmp_path):
     assert moved.new
     assert all(name.startswith("tokenizer tube.") for name in moved.new)
     assert not moved.left
-    # Images are denoised as before.
+    # Images are denoised as by the original model.
     x, gamma = torch.randn(2, 3, 8, 8), torch.tensor([0.3, 0.8])
     assert_close(model(x, gamma)[0], source(x, gamma)[0], rtol=0, atol=0)
     only_clips = transfer_weights(tmp_path / "images", RIN(**{**BOTH, "tokenizer": "tube"}))
     assert all(name.startswith("tokenizer image.") for name in only_clips.left)
-    assert "new" in only_clips.describe()
+    assert "initialised" in only_clips.describe()
 
 
 def test_another_size_patch_and_depth(tmp_path):
@@ -189,17 +189,17 @@ def test_another_size_patch_and_depth(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("more", "told"),
+    ("more", "conditions"),
     [({"known_mask": True}, ["known"]), ({"self_conditioning": "latent+x0", "known_mask": True}, ["known", "x0"])],
 )
-def test_convolutions_take_further_channels_at_zero(tmp_path, more, told):
+def test_convolutions_take_further_channels_at_zero(tmp_path, more, conditions):
     source = image_run(tmp_path / "run", conv_width=6)
     convolved = {**CORE, "image_size": 8, "patch_size": 4, "conv_width": 6}
     model = RIN(**convolved, **more)
     assert not transfer_weights(tmp_path / "run", model).new
     x, gamma = torch.randn(2, 3, 8, 8), torch.tensor([0.3, 0.8])
     inputs = {"known": torch.rand(2, 1, 8, 8) < 0.5, "x0": torch.randn(2, 3, 8, 8)}
-    prediction, _ = model(x, gamma, **{name: inputs[name] for name in told})
+    prediction, _ = model(x, gamma, **{name: inputs[name] for name in conditions})
     assert_close(prediction, source(x, gamma)[0], rtol=0, atol=1e-5)
     save_model(tmp_path / "more", model, Config(model=model.config))
     fewer = transfer_weights(tmp_path / "more", RIN(**convolved)).new
@@ -224,7 +224,7 @@ def test_another_core_is_refused_and_nothing_copied(tmp_path, option, value):
     assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
 
 
-def test_a_run_that_goes_on_keeps_its_weights(tmp_path, caplog):
+def test_a_resumed_run_keeps_its_weights(tmp_path, caplog):
     image_run(tmp_path / "images")
     caplog.set_level("INFO", logger="rin_video")
     started = train(tmp_path / "run", 3, init_from=str(tmp_path / "images"))

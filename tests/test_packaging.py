@@ -1,4 +1,4 @@
-"""The wheel: one top-level package, with everything it needs and nothing else."""
+"""The wheel contains one top-level package with everything it needs and nothing else."""
 
 import os
 import re
@@ -18,7 +18,7 @@ BUILD = "import sys; from setuptools import build_meta; print(build_meta.build_w
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """A wheel of a copy of the checkout, built offline by the setuptools that is installed."""
+    """A wheel of a copy of the checkout, built offline with the installed setuptools."""
     pytest.importorskip("setuptools", minversion="77")
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     ignore = shutil.ignore_patterns("__pycache__", "golden")
@@ -41,7 +41,7 @@ def names(wheel) -> set[str]:
 
 
 def test_the_only_top_level_package_is_ours(names):
-    """`tokenizers` and `datasets` are the names of two packages that half of our users have."""
+    """`tokenizers` and `datasets` are the names of two packages that many users have installed."""
     tops = {name.split("/")[0] for name in names}
     info = {top for top in tops if top.endswith(".dist-info")}
     assert tops - info == {"rin_video"}
@@ -69,7 +69,8 @@ def test_it_brings_the_command_and_the_licence(wheel, names):
 
 
 def test_every_extra_that_is_spoken_of_exists(wheel):
-    places = [CHECKOUT / "README.md", *CHECKOUT.glob("rin_video/**/*.py"), *CHECKOUT.glob("datasets/*.py")]
+    pages = [CHECKOUT / "README.md", *CHECKOUT.glob("docs/*.md")]
+    places = [*pages, *CHECKOUT.glob("rin_video/**/*.py"), *CHECKOUT.glob("datasets/*.py")]
     named = {extra for path in places for extra in re.findall(r"rin-video\[([a-z]+)\]", path.read_text("utf-8"))}
     with zipfile.ZipFile(wheel) as file:
         (metadata,) = (name for name in file.namelist() if name.endswith("/METADATA"))
@@ -78,7 +79,7 @@ def test_every_extra_that_is_spoken_of_exists(wheel):
 
 
 def test_it_runs_from_the_wheel_alone(wheel, tmp_path):
-    """Presets are found inside the zip, and nothing comes from the checkout."""
+    """Presets are found in the wheel, and nothing is imported from the checkout."""
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]);"
         "sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f)];"

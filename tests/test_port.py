@@ -1,4 +1,4 @@
-"""Code written for the PyTorch port: its options one by one, and what people give for tensors and labels."""
+"""Code written for the PyTorch port: each of its options, and the accepted tensors and labels."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from rin_video.weights import save_model
 TINY = {"dim": 32, "image_size": 8, "patch_size": 4, "depth": 1, "num_latents": 6, "dim_latent": 32,
         "latent_self_attn_depth": 1, "num_heads": 2, "latent_num_heads": 2}  # fmt: skip
 
-# The signatures of rin-pytorch 0.8: an option, a value, and the field it becomes here, or what is said.
+# The signatures of rin-pytorch 0.8: an option, a value, and the field that it becomes here, or the error message.
 MODEL = [
     ("dim", 48, ("dim", 48)),
     ("image_size", 16, ("image_size", 16)),
@@ -34,7 +34,7 @@ MODEL = [
     ("inverted_cross_attn", False, ("dim", 32)),
     ("heads", 4, ("num_heads", 4)),
     ("heads", 4, ("latent_num_heads", 4)),
-    ("dim_head", 32, "dim_head is not chosen here.*num_heads"),
+    ("dim_head", 32, "dim_head has no counterpart.*num_heads"),
     ("qk_norm", True, ("qk_norm", True)),
     ("flash", True, ("dim", 32)),
 ]
@@ -44,12 +44,12 @@ DIFFUSION = [
     ("use_ddim", False, None),
     ("noise_schedule", "cosine", ("noise_schedule", "cosine")),
     ("objective", "x0", ("objective", "x0")),
-    ("schedule_kwargs", {"tau": 0.5}, ("schedule_kwargs", {"tau": 0.5})),
+    ("schedule_kwargs", {"tau": 0.5}, ("noise_schedule", {"name": "sigmoid", "tau": 0.5})),
     ("time_difference", 0.0, ("objective", "v")),
-    ("time_difference", 0.02, r"counts t there and steps here, .*sample\(steps=50, time_difference=1\)"),
+    ("time_difference", 0.02, r"in units of t in the port, .*sample\(steps=50, time_difference=1\)"),
     ("min_snr_loss_weight", True, ("loss_weight", "min_snr")),
     ("min_snr_loss_weight", False, ("loss_weight", "none")),
-    ("min_snr_gamma", 3, r"loss_weight='min_snr', loss_weight_kwargs=\{'gamma': 3\}"),
+    ("min_snr_gamma", 3, r"loss_weight=\{'name': 'min_snr', 'gamma': 3\}"),
     ("train_prob_self_cond", 0.5, ("train_prob_self_cond", 0.5)),
     ("scale", 0.5, ("scale", 0.5)),
 ]
@@ -119,7 +119,7 @@ def test_options_of_the_trainer(tmp_path, folder, option, value, becomes):
         run = Trainer(diffusion, folder=str(folder), **options)
         assert getattr(getattr(run.config, section), name) == becomes[1]
         if section == "data":
-            assert run.dataset.framing.flip
+            assert run.dataset.resize_crop.flip
 
 
 def test_the_sampler_is_that_of_use_ddim():
@@ -129,10 +129,12 @@ def test_the_sampler_is_that_of_use_ddim():
     for use_ddim, name in ((True, "ddim"), (False, "ddpm")):
         diffusion = GaussianDiffusion(model, timesteps=4, use_ddim=use_ddim)
         plain = GaussianDiffusion(model, timesteps=4)
-        assert torch.equal(diffusion.sample(2, seed=3), plain.sample(2, seed=3, sampler=name))
-        assert torch.equal(diffusion.with_model(model).sample(2, seed=3), diffusion.sample(2, seed=3))
+        assert torch.equal(diffusion.sample(batch_size=2, seed=3), plain.sample(batch_size=2, seed=3, sampler=name))
+        assert torch.equal(
+            diffusion.with_model(model).sample(batch_size=2, seed=3), diffusion.sample(batch_size=2, seed=3)
+        )
     weighted = GaussianDiffusion(model, min_snr_loss_weight=True, min_snr_gamma=3)
-    assert weighted.config.loss_weight_kwargs == {"gamma": 3}
+    assert weighted.config.loss_weight == {"name": "min_snr", "gamma": 3}
 
 
 def test_a_program_of_the_port_runs(tmp_path, folder):
@@ -158,26 +160,26 @@ def test_a_program_of_the_port_runs(tmp_path, folder):
         other.load(7)
 
 
-def test_what_is_missing_or_said_twice(tmp_path, folder):
+def test_missing_and_contradictory_options(tmp_path, folder):
     diffusion = GaussianDiffusion(RIN(**TINY))
     for wrong, said in [
         (lambda: Trainer(diffusion), "given no data: a folder, or a Dataset"),
         (lambda: Trainer(folder=folder), "given no a GaussianDiffusion"),
         (lambda: Trainer(diffusion, folder, mixed_precision="bf16", amp=False), "leave out amp"),
-        (lambda: Trainer(diffusion, [1], augment_horizontal_flip=True), "is for a folder"),
+        (lambda: Trainer(diffusion, [1], augment_horizontal_flip=True), "requires a folder"),
         (lambda: Trainer(diffusion, folder, train_lrate=1), "unknown key train_lrate: did you mean train_lr"),
         (lambda: GaussianDiffusion(RIN(**TINY), timestep=3), "unknown key timestep: did you mean timesteps"),
-        (lambda: RIN(**TINY, heads=4), "heads means num_heads=4, and num_heads=2 is given too"),
+        (lambda: RIN(**TINY, heads=4), "heads sets num_heads=4, but num_heads=2 was passed too"),
     ]:
         with pytest.raises(UsageError, match=said):
             wrong()
 
 
-def test_batches_for_every_process_are_told(folder, monkeypatch):
+def test_the_error_for_a_batch_size_per_process_names_the_global_one(folder, monkeypatch):
     from rin_video.port import trainer_options
 
     monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(UsageError, match="that of all processes together: give 4 times as much"):
+    with pytest.raises(UsageError, match="is the global batch size: pass 4 times as much"):
         trainer_options({"split_batches": False}, channels=3, is_folder=True)
 
 
@@ -202,7 +204,9 @@ def conditional():
 def test_labels_in_any_form_are_the_same(label):
     diffusion, x = conditional(), torch.rand(2, 3, 8, 8)
     wanted = torch.tensor([2, 0])
-    assert torch.equal(diffusion.sample(2, label=label, seed=1), diffusion.sample(2, label=wanted, seed=1))
+    assert torch.equal(
+        diffusion.sample(batch_size=2, label=label, seed=1), diffusion.sample(batch_size=2, label=wanted, seed=1)
+    )
     losses = []
     for form in (label, wanted):
         torch.manual_seed(5)
@@ -213,7 +217,9 @@ def test_labels_in_any_form_are_the_same(label):
 @pytest.mark.parametrize("label", ["dog", 1, np.int64(1), np.array(1), torch.tensor(1)])
 def test_one_label_for_all(label):
     diffusion = conditional()
-    assert torch.equal(diffusion.sample(2, label=label, seed=1), diffusion.sample(2, label=[1, 1], seed=1))
+    assert torch.equal(
+        diffusion.sample(batch_size=2, label=label, seed=1), diffusion.sample(batch_size=2, label=[1, 1], seed=1)
+    )
 
 
 @pytest.mark.parametrize(
@@ -221,12 +227,12 @@ def test_one_label_for_all(label):
     [
         (
             [1, 3],
-            r"the labels go from 1 to 3, the model has 3 classes: .*or -1 for none\. Labels count from 0",
+            r"the labels range from 1 to 3, but the model has 3 classes: .*or -1 for no label\. Labels count from 0",
         ),
-        ([0, -2], "the labels go from -2 to 0, the model has 3 classes"),
-        (-5, "the labels go from -5 to -5"),
-        ([0, 1, 2], r"labels of shape \(3,\) do not suit 2 samples"),
-        ([0.5, 1], "not whole"),
+        ([0, -2], "the labels range from -2 to 0, but the model has 3 classes"),
+        (-5, "the labels range from -5 to -5"),
+        ([0, 1, 2], r"labels of shape \(3,\) do not fit 2 samples"),
+        ([0.5, 1], "not integers"),
         ("fox", "has no class fox"),
         (["cat", "fox"], "has no class fox"),
     ],
@@ -236,21 +242,21 @@ def test_labels_that_cannot_be_are_refused(label, said):
     with pytest.raises(UsageError, match=said):
         diffusion(torch.rand(2, 3, 8, 8), label)
     with pytest.raises(UsageError, match=said):
-        diffusion.sample(2, label=label)
+        diffusion.sample(batch_size=2, label=label)
 
 
-def test_arrays_serve_as_tensors():
+def test_arrays_are_accepted_like_tensors():
     diffusion, x = conditional(), np.random.default_rng(0).random((2, 3, 8, 8))
     losses = []
     for form in (x, torch.from_numpy(x), torch.from_numpy(x).float()):
         torch.manual_seed(5)
         losses.append(diffusion(form))
     assert losses[0] == losses[1] == losses[2]
-    with pytest.raises(UsageError, match=r"the data are torch.int64: give uint8 \(0 to 255\), or floats"):
+    with pytest.raises(UsageError, match=r"the data is torch.int64: pass uint8 \(0 to 255\), or floats"):
         diffusion((x * 255).astype(int))
     known = np.zeros((8, 8), bool)
     known[:4] = True
-    sampled = diffusion.sample(2, context=x.astype(np.float32), known=known, label=0, seed=0)
+    sampled = diffusion.sample(batch_size=2, context=x.astype(np.float32), known=known, label=0, seed=0)
     assert_close(sampled[:, :, :4], torch.from_numpy(x).float()[:, :, :4], rtol=0, atol=0)
 
 
@@ -259,6 +265,6 @@ def test_names_of_classes_travel_with_the_model(tmp_path):
     diffusion.save_pretrained(tmp_path)
     assert load_config(tmp_path / "config.yaml").data.classes == ["cat", "dog", "owl"]
     again = GaussianDiffusion.from_pretrained(tmp_path)
-    assert torch.equal(again.sample(1, label="owl", seed=0), diffusion.sample(1, label=2, seed=0))
+    assert torch.equal(again.sample(batch_size=1, label="owl", seed=0), diffusion.sample(batch_size=1, label=2, seed=0))
     save_model(tmp_path / "model", diffusion.model, Config(model=diffusion.model.config))
     assert GaussianDiffusion.from_pretrained(tmp_path / "model").classes == []

@@ -1,4 +1,4 @@
-"""In which precision the network runs, in training and in sampling."""
+"""The precision of the network in training and in sampling."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
 class Watched(nn.Module):
-    """Notes the type of a matrix product."""
+    """A model that records the dtype of a matrix product."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,28 +30,26 @@ def test_sampling_takes_the_precision_of_training_or_another():
     assert sampling_precision(None, "bf16", GPU) == "bf16"
     assert sampling_precision(None, "bf16", CPU) == "no"
     assert sampling_precision("bf16", "no", CPU) == "bf16"
-    with pytest.raises(UsageError, match="unknown precision 'half': known are no, tf32, bf16, fp16"):
-        sampling_precision("half", "no", CPU)
+    with pytest.raises(UsageError, match=r"sample\.precision=half is unknown: choose no, tf32, bf16, fp16"):
+        SampleConfig(precision="half")
     diffusion = GaussianDiffusion(Watched(), objective="x0", clip_x0="none")
     for precision, dtype in (("no", torch.float32), ("bf16", torch.bfloat16)):
         diffusion.model.types.clear()
-        samples = diffusion.sample_from_config(
-            SampleConfig(num_samples=2, steps=2, precision=precision), shape=(4,), seed=0
-        )
+        samples = diffusion.sample(SampleConfig(num_samples=2, steps=2, precision=precision), shape=(4,), seed=0)
         assert diffusion.model.types == {dtype}
         assert samples.dtype == torch.float32
-    with torch.autocast("cpu", torch.bfloat16):  # turned on by the caller: it stays on
+    with torch.autocast("cpu", torch.bfloat16):  # the caller has enabled it: it stays enabled
         diffusion.model.types.clear()
-        diffusion.sample(2, shape=(4,), steps=1)
+        diffusion.sample(batch_size=2, shape=(4,), steps=1)
     assert diffusion.model.types == {torch.bfloat16}
 
 
-def test_a_run_says_its_precision_to_those_who_sample_from_it(tmp_path):
+def test_sampling_uses_the_precision_of_the_run(tmp_path):
     run = make_trainer(tmp_path, mixed_precision="bf16", train_num_steps=1)
     backward = []
     run.diffusion.model.core.latents.table.register_hook(lambda grad: backward.append(torch.is_autocast_enabled("cpu")))
     run.train()
-    assert backward == [False]  # the backward pass runs in the types of the forward pass, autocast is not for it
+    assert backward == [False]  # the backward pass uses the dtypes of the forward pass, without autocast
     loaded = GaussianDiffusion.from_pretrained(tmp_path)
     assert loaded.precision == run.averaged().precision == loaded.with_model(loaded.model).precision == "bf16"
     loaded.save_pretrained(tmp_path / "again")

@@ -1,4 +1,4 @@
-"""Nothing that was computed is lost to a picture or to its name."""
+"""Results are not lost if a picture cannot be drawn, or because of its name."""
 
 import errno
 import os
@@ -16,6 +16,7 @@ from rin_video import media as exporting
 from rin_video.config import Config
 from rin_video.datasets import ImageFolder
 from rin_video.media import check_target, sample_files
+from rin_video.training.previews import is_previewed
 from rin_video.weights import save_model
 
 TINY = {"dim": 32, "num_latents": 6, "dim_latent": 32, "depth": 1, "num_heads": 2, "latent_num_heads": 2,
@@ -48,7 +49,7 @@ def test_clips_that_cannot_be_encoded_leave_their_sheet(tmp_path, monkeypatch, c
         "step-00000001.png",
     ]
     assert "step-00000001.mp4 could not be made" in caplog.text
-    assert run.is_sampled()
+    assert is_previewed(tmp_path, 1)
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), MemoryError("no memory")])
@@ -63,7 +64,7 @@ def test_a_full_disk_for_previews_does_not_end_a_training(tmp_path, monkeypatch,
 
 
 def test_samples_that_are_no_pictures_are_numbers(tmp_path):
-    """Two channels: not grey, not colours."""
+    """Samples with two channels are neither grey nor coloured."""
     diffusion = GaussianDiffusion(RIN(**TINY, channels=2), timesteps=2)
     run = Trainer(diffusion, torch.rand(4, 2, 8, 8), results_folder=tmp_path, num_workers=0, train_num_steps=1,
                   train_batch_size=2, num_samples=1, progress=False)  # fmt: skip
@@ -73,7 +74,7 @@ def test_samples_that_are_no_pictures_are_numbers(tmp_path):
 
 @pytest.mark.parametrize("backend", ["module://not_here.backend_inline", "not_here"])
 def test_a_backend_that_is_not_there_does_not_keep_curves_from_being_drawn(tmp_path, backend):
-    """Colab sets MPLBACKEND for the notebook, and the command has no such module."""
+    """Colab sets MPLBACKEND for the notebook, but the command cannot import that module."""
     code = "import os; from rin_video.training.plots import _axes; _axes(1, 1); print(os.environ['MPLBACKEND'])"
     environment = os.environ | {"MPLBACKEND": backend}
     done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
@@ -89,9 +90,9 @@ def test_a_backend_that_is_not_there_does_not_keep_curves_from_being_drawn(tmp_p
     [
         ("x.jpg", 4, 4, "cannot write transparency"),
         ("x.jpeg", 4, 5, "cannot write transparency"),
-        ("x.mp4", 4, 5, "clips have no 4 channels"),
-        ("x.png", 2, 4, r"pictures have no 2 channels: write \.npy or \.safetensors"),
-        ("folder", 2, 5, "clips have no 2 channels"),
+        ("x.mp4", 4, 5, "clips cannot have 4 channels"),
+        ("x.png", 2, 4, r"pictures cannot have 2 channels: use \.npy or \.safetensors"),
+        ("folder", 2, 5, "clips cannot have 2 channels"),
     ],
 )
 def test_what_cannot_be_written_is_refused_before(tmp_path, name, channels, rank, said):
@@ -103,15 +104,15 @@ def test_what_cannot_be_written_is_refused_before(tmp_path, name, channels, rank
 def test_the_command_refuses_before_it_samples(tmp_path, capsys, monkeypatch):
     model = RIN(**TINY, channels=4)
     save_model(tmp_path / "run", model, Config(model=model.config))
-    monkeypatch.setattr(GaussianDiffusion, "sample_from_config", None)
+    monkeypatch.setattr(GaussianDiffusion, "sample", None)
     assert cli.main(["sample", str(tmp_path / "run"), "--out", str(tmp_path / "x.jpg")]) == 2
     assert "cannot write transparency" in capsys.readouterr().err
 
 
-def test_an_encoder_that_is_missing_is_said_before(tmp_path, monkeypatch):
+def test_a_missing_encoder_is_reported_before_the_work(tmp_path, monkeypatch):
     monkeypatch.setattr(exporting, "ENCODER", "libx999")
     for name in ("x.mp4", "folder"):
-        with pytest.raises(UsageError, match=r"built without libx999: pip install av .*, or write \.gif or \.png"):
+        with pytest.raises(UsageError, match=r"built without libx999: pip install av .*, or use \.gif or \.png"):
             check_target(tmp_path / name, 5, 8, 3)
     check_target(tmp_path / "x.gif", 5, 8, 3)
 

@@ -1,4 +1,4 @@
-"""Two processes on the CPU: the same training as one, and checkpoints that pass from one number to another."""
+"""Training with two processes on the CPU equals training with one, and checkpoints work for any number of processes."""
 
 import json
 import os
@@ -31,12 +31,12 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reaso
 
 
 def launch(*words: str, processes: int = 2, script: str = tiny_run.__file__) -> None:
-    """`tiny_run.py`, or another script, with torchrun."""
+    """Run `tiny_run.py`, or another script, with torchrun."""
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
-    if torch.accelerator.is_available():  # elsewhere it must be found that there are CPUs only
+    if torch.accelerator.is_available():  # on other systems the CPU must be detected
         environment["ACCELERATE_USE_CPU"] = "true"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     done = subprocess.run([*torchrun, script, *words], env=environment, capture_output=True, text=True, timeout=240)
@@ -52,7 +52,7 @@ def losses(folder: Path) -> list[float]:
 
 
 def without_key_bias(value):
-    """Adam makes steps of full size from the gradient of a key's bias, which is rounding: softmax cancels it."""
+    """Drop the bias of the keys: softmax cancels it, so Adam makes full-size steps from rounding errors."""
     if isinstance(value, list):
         return [without_key_bias(item) for item in value]
     kept = dict(value)
@@ -66,7 +66,7 @@ def without_key_bias(value):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
-    """20 steps of 2 x 2 x 2 samples: in one process, in two (DDP), in two with FSDP2."""
+    """Runs of 20 steps with 2 x 2 x 2 samples: in one process, in two (DDP), and in two with FSDP2."""
     folder = tmp_path_factory.mktemp("runs")
     common = ["train_batch_size=4", "gradient_accumulate_every=2"]
     make_trainer(folder / "one", train_batch_size=4, gradient_accumulate_every=2).train()
@@ -85,38 +85,38 @@ def runs(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp2"])
 def test_the_loss_curve_is_that_of_one_process(runs, name):
-    """The same samples, noise and times: what differs is the order of sums."""
+    """Samples, noise and times are equal; only the order of sums differs."""
     one, two = losses(runs / "one"), losses(runs / name)
     assert len(one) == len(two) == 20
     assert_close(torch.tensor(two), torch.tensor(one), rtol=2e-6, atol=0)
 
 
 def test_clips_mixed_with_images_too(runs):
-    """Each step leaves one tokenizer without a gradient, in both processes the same one."""
+    """In each step one tokenizer gets no gradient, the same one in both processes."""
     one, two = losses(runs / "one-mixture"), losses(runs / "mixture")
     assert len(one) == len(two) == SHORT
     assert_close(torch.tensor(two), torch.tensor(one), rtol=2e-6, atol=0)
 
 
 def test_what_is_drawn_for_each_sample_too(runs):
-    """Known frames and boxes, label dropout, evenly spread times and the gap; in batches of buckets."""
+    """This includes observed frames and boxes, label dropout, low-discrepancy times and the gap, with buckets."""
     one, two = losses(runs / "one-conditions"), losses(runs / "conditions")
     assert len(one) == len(two) == SHORT
     assert_close(torch.tensor(two), torch.tensor(one), rtol=2e-6, atol=0)
 
 
 def test_a_checkpoint_of_shards_gathers_one_tensor_at_a_time(runs):
-    """In each process: what a save takes for a moment, beside what is there."""
+    """Measures the additional memory of a save in each process."""
     for rank in range(2):
         found = json.loads((runs / f"fsdp2/save-{rank}.json").read_text())
         assert found["is_sharded"]
-        assert found["in_all"] > 1.8 * found["shard"]  # everything is gathered
-        assert found["peak"] <= 2 * found["largest"]  # gloo lets go of one late; before it was all of them
+        assert found["in_all"] > 1.8 * found["shard"]  # all tensors are gathered
+        assert found["peak"] <= 2 * found["largest"]  # gloo frees one tensor late; previously all tensors were alive
         assert found["shard"] + found["peak"] < 2 * found["shard"] + found["largest"]
 
 
 def test_processes_decide_together(runs):
-    """One batch size, the smallest that fits into all; one that indexes; one error ends all."""
+    """They use the smallest batch size that fits into all, one process indexes, and one error ends all."""
     first, second = json.loads((runs / "together.json").read_text())
     assert first["batch"] == second["batch"] == 250
     assert (first["was_there"], second["was_there"]) == (False, True)
@@ -126,7 +126,7 @@ def test_processes_decide_together(runs):
 
 
 def test_processes_share_the_samples_out(runs):
-    """The same ones as one process draws, contexts and longer clips too, also where there are fewer than processes."""
+    """The samples equal those of one process, with contexts, for longer clips, and if they are fewer than processes."""
     together, alone = torch.load(runs / "samples.pt", weights_only=True), draw()
     assert together.keys() == alone.keys()
     for name, samples in alone.items():
@@ -137,7 +137,7 @@ def test_processes_share_the_samples_out(runs):
 
 
 def test_ranks_take_consecutive_rows_of_a_batch_of_buckets():
-    """As their noise is drawn, and as their files are named."""
+    """This matches the order of their noise and of their file names."""
     bucket_of, options = [index % 3 for index in range(20)], {"seed": 1}
     alone = iter(BucketSampler(bucket_of, 6, **options))
     shares = [iter(BucketSampler(bucket_of, 2, **options, rank=rank, num_ranks=3)) for rank in range(3)]
@@ -145,8 +145,8 @@ def test_ranks_take_consecutive_rows_of_a_batch_of_buckets():
         assert [draw for per_process_batch in shares for draw in next(per_process_batch)] == next(alone)
 
 
-def test_muon_sees_whole_matrices_where_they_are_sharded(runs):
-    """Its update is that of a matrix, not of rows; and of convolutions."""
+def test_muon_uses_complete_matrices_if_they_are_sharded(runs):
+    """Its update depends on the complete matrix, not on the rows of a shard; the same holds for convolutions."""
     one, two = losses(runs / "one-muon"), losses(runs / "muon")
     assert len(one) == len(two) == SHORT
     assert_close(torch.tensor(two), torch.tensor(one), rtol=1e-4, atol=0)
@@ -160,7 +160,7 @@ def test_one_process_takes_up_what_two_wrote(runs, name, tmp_path):
     state, expected = newest_state(runs / name)[1], newest_state(runs / "one")[1]
     for part in ("model", "ema", "tracks"):
         assert_close(without_key_bias(state[part]), without_key_bias(expected[part]), rtol=0, atol=1e-4)
-    assert GaussianDiffusion.from_pretrained(runs / name).sample(1, steps=1).shape == (1, 3, 8, 8)
+    assert GaussianDiffusion.from_pretrained(runs / name).sample(batch_size=1, steps=1).shape == (1, 3, 8, 8)
     make_trainer(runs / name, train_num_steps=24, train_batch_size=4, gradient_accumulate_every=2).train()
     make_trainer(runs / "one", train_num_steps=24, train_batch_size=4, gradient_accumulate_every=2).train()
     assert_close(torch.tensor(losses(runs / name)), torch.tensor(losses(runs / "one")), rtol=1e-5, atol=0)
@@ -168,7 +168,7 @@ def test_one_process_takes_up_what_two_wrote(runs, name, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sharding", ["none", "fsdp2"])
-def test_two_processes_take_up_what_one_wrote(tmp_path, sharding):
+def test_two_processes_resume_what_one_wrote(tmp_path, sharding):
     make_trainer(tmp_path / "parts", train_num_steps=10, lr_schedule="constant").train()
     make_trainer(tmp_path / "whole", lr_schedule="constant").train()
     launch(str(tmp_path / "parts"), "train_num_steps=20", "lr_schedule=constant", f"sharding={sharding}")
@@ -196,7 +196,7 @@ def test_accelerate_launch_with_its_own_fsdp2_options(tmp_path):
 
 
 def test_a_process_that_finds_no_others_is_refused(tmp_path, monkeypatch):
-    """Or each would train for itself, all into one folder."""
+    """Otherwise each would train on its own, all into the same folder."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr("rin_video.training.distributed.Accelerator", Alone)
     with pytest.raises(UsageError, match="WORLD_SIZE is 2, but this process found 1 of them"):
@@ -214,7 +214,7 @@ class Alone(Accelerator):
 
 @pytest.mark.slow
 def test_two_processes_share_an_epoch_of_shards_out_and_resume(tmp_path):
-    """Every image once an epoch, in one process alone; a run that begins in the middle reads what was left."""
+    """Every image is read once per epoch by one process; a run that starts in the middle reads the rest."""
     images = [np.full((8, 8 * (1 + i % 2)), 10 * i, np.uint8) for i in range(24)]
     for shard in range(3):
         own = {f"{i:02d}.pgm": images[i] for i in range(shard, 24, 3)}
@@ -244,8 +244,8 @@ def test_accumulation_sends_gradients_once_a_step(tmp_path, monkeypatch):
     assert len(calls) == 2
 
 
-def test_rows_draw_the_same_whoever_draws_them():
-    """And no process draws for the others: six rows of one process, or two of each of three."""
+def test_rows_draw_the_same_in_any_process():
+    """No process draws for the others: one process with six rows equals three processes with two rows each."""
 
     def draw(rows):
         rng = BatchRNG((5, 7, 0), rows, 6, torch.device("cpu"))
@@ -255,7 +255,7 @@ def test_rows_draw_the_same_whoever_draws_them():
     alone, parts = draw(range(6)), [draw(range(2 * rank, 2 * rank + 2)) for rank in range(3)]
     for one, rows in zip(alone, zip(*parts, strict=True), strict=True):
         assert torch.equal(torch.cat(rows), one)
-    assert len(alone[0].unique()) == 6  # each its own
+    assert len(alone[0].unique()) == 6  # each process has its own rows
     assert not torch.equal(alone[0], alone[5])
 
 
@@ -264,12 +264,12 @@ def test_noise_of_a_batch_is_standard_normal():
     noise = rng.noise((1000,))
     assert noise.mean().item() == pytest.approx(0, abs=0.02)
     assert noise.std().item() == pytest.approx(1, abs=0.02)
-    assert noise.corrcoef().fill_diagonal_(0).abs().max() < 0.2  # rows have nothing in common
+    assert noise.corrcoef().fill_diagonal_(0).abs().max() < 0.2  # rows are independent
     uniform = torch.cat([BatchRNG((0, step, 0), range(64), 64, torch.device("cpu")).uniform() for step in range(40)])
     assert ((uniform.histc(10, 0, 1) - 256).abs() < 80).all()
 
 
-def test_a_batch_that_cannot_be_shared_out_is_said():
+def test_a_batch_size_that_cannot_be_divided_is_reported():
     assert per_process_batch(12, 4) == 3
     with pytest.raises(UsageError, match="train_batch_size is 10, to be shared out among 4 processes: use 8, or 12"):
         per_process_batch(10, 4)
@@ -300,8 +300,8 @@ def test_callbacks_see_steps_lines_samples_checkpoints_and_measure(tmp_path):
             self.count("checkpoint")
 
         def evaluate(self, trainer, diffusion):
-            torch.manual_seed(trainer.step)  # changes nothing in the training
-            return {"mean": diffusion.sample(2, steps=1, seed=0).mean().item()}
+            torch.manual_seed(trainer.step)  # does not change the training
+            return {"mean": diffusion.sample(batch_size=2, steps=1, seed=0).mean().item()}
 
         def on_end(self, trainer):
             self.count("end")
@@ -317,7 +317,7 @@ def test_callbacks_see_steps_lines_samples_checkpoints_and_measure(tmp_path):
 
 
 def test_processes_agree_on_a_stop_no_oftener_than_they_log(tmp_path, monkeypatch):
-    """To agree they wait for each other: it was every step."""
+    """They must wait for each other to agree; previously they did so in every step."""
     run = make_trainer(tmp_path, train_num_steps=12, log_every=5, save_and_sample_every=6)
     asked = []
     monkeypatch.setattr(type(run.accelerator), "num_processes", 2)
@@ -325,4 +325,4 @@ def test_processes_agree_on_a_stop_no_oftener_than_they_log(tmp_path, monkeypatc
         "rin_video.training.trainer.any_rank", lambda flag, accelerator: asked.append(run.step) or False
     )
     run.train()
-    assert asked == [0, 5, 6, 10, 12]  # the first: whether there are pictures to be drawn
+    assert asked == [0, 5, 6, 10, 12]  # the first decision is whether there are samples to be drawn

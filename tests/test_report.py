@@ -1,4 +1,4 @@
-"""The page about a run, and the trackers."""
+"""The HTML report of a run, and the trackers."""
 
 import json
 import re
@@ -68,7 +68,7 @@ def test_the_page_holds_everything_and_needs_nothing(run, tmp_path):
         (["1 May", "2 May"], "started today, resumed 2 times (begun 1 May)."),
     ],
 )
-def test_the_summary_says_how_often_a_run_was_resumed(tmp_path, starts, words):
+def test_the_summary_reports_how_often_a_run_was_resumed(tmp_path, starts, words):
     (tmp_path / "metrics.jsonl").write_text(
         json.dumps(
             {"step": 1, "loss": 1.0, "samples_per_second": 2.0, "lr": 1e-3, "grad_norm": 1.0, "loss_by_t": [1.0] * 10}
@@ -90,7 +90,7 @@ def test_a_folder_without_metrics_is_refused(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome on PATH")
 def test_a_browser_shows_the_page_and_plays_the_clips(run, tmp_path):
-    """The page says how long its clips are and whether they could be decoded; the screenshot is not blank."""
+    """The page reports the length of its clips and whether they were decoded; the screenshot is not blank."""
     assert cli.main(["report", str(run), "--out", str(tmp_path / "page.html")]) == 0
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
              "--disable-background-networking", "--disable-component-update", f"--user-data-dir={tmp_path / 'profile'}",
@@ -133,7 +133,7 @@ def test_tensorboard_gets_numbers_and_clips(tmp_path):
 
 @pytest.mark.slow
 def test_wandb_gets_numbers_pictures_and_clips(tmp_path, monkeypatch):
-    """Offline: what it keeps lies in the run's folder, and is read back from its own log."""
+    """wandb runs offline: its files are in the run's folder, and its log is read back."""
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")

@@ -1,4 +1,4 @@
-"""RIN for every option: shapes, gradients, what is equal to what, where it starts; the mistakes it names."""
+"""RIN with every option: shapes, gradients, equivalences, initialisation and errors."""
 
 import itertools
 
@@ -54,7 +54,7 @@ def words(options):
 
 
 def build(kind="image", *, perturbed=True, **options) -> RIN:
-    """A tiny model; perturbed, no parameter is zero, so that everything is reached."""
+    """Build a tiny model; if perturbed, no parameter is zero, so that all parts have an effect."""
     torch.manual_seed(0)
     model = RIN(**{**TINY, **KINDS[kind], **options})
     if perturbed:
@@ -86,7 +86,7 @@ def test_every_option_keeps_the_shape_and_reaches_every_parameter(kind, options)
     assert out.shape == first.shape == x.shape
     assert torch.isfinite(out).all()
     (out * torch.randn_like(out)).sum().backward()
-    heads_ignore_shifts = []  # softmax ignores what all keys have in common
+    heads_ignore_shifts = []  # softmax ignores a constant that is added to all keys
     for name, parameter in model.named_parameters():
         if name.endswith("k_norm.bias") or (name.endswith("to_kv.bias") and not model.config.qk_norm):
             heads_ignore_shifts.append((name, parameter))
@@ -100,7 +100,7 @@ def test_every_option_keeps_the_shape_and_reaches_every_parameter(kind, options)
 
 
 def test_a_last_block_without_compute_layers_does_not_write():
-    """So its read has no part in the prediction, but in the latents that are handed on."""
+    """Its read therefore does not affect the prediction, but it affects the latents of the self-conditioning state."""
     model = build(latent_self_attn_depth=[1, 0])
     x, gamma = inputs(model)
     out, latents = model(x, gamma)
@@ -155,9 +155,9 @@ def test_other_sizes_than_the_built_one(kind, grid, position, options):
     assert model(x, gamma, latents=latents)[0].shape == out.shape == x.shape
 
 
-def test_learned_positions_say_that_they_serve_one_size():
+def test_learned_positions_report_that_they_fit_one_size_only():
     model = build()
-    with pytest.raises(UsageError, match="2x3 tokens and cannot serve 4x3"):
+    with pytest.raises(UsageError, match="2x3 tokens and do not fit 4x3"):
         model(*inputs(model, grid=(16, 12)))
 
 
@@ -206,7 +206,7 @@ def test_the_noise_level_is_seen(place):
 
 
 @pytest.mark.parametrize(("time", "label"), list(itertools.product(PLACES, PLACES)))
-def test_conditions_go_where_they_are_sent(time, label):
+def test_conditions_reach_their_modules(time, label):
     places = {"time_conditioning": time, "class_conditioning": label}
     config = ModelConfig(dim=16, dim_latent=24, num_classes=4, **places)
     conditioner = Conditioner(config)
@@ -231,16 +231,19 @@ def test_conditions_go_where_they_are_sent(time, label):
     [
         ({"dimm": 3}, r"unknown key dimm: did you mean dim\?$"),
         ({"train_lr": 3}, r"unknown key train_lr: did you mean train.train_lr\?"),
-        ({"num_heads": 17}, "num_heads is 17, more than the attention is wide .16."),
-        ({"latent_num_heads": 25}, "latent_num_heads is 25, more than the attention is wide .24."),
-        ({"num_latents": 2}, "num_latents is 2, of which time and class take 2"),
+        ({"num_heads": 17}, "^num_heads is 17, but the attention has a width of 16"),
+        ({"latent_num_heads": 25}, "latent_num_heads is 25, but the attention has a width of 24"),
+        ({"num_latents": 2}, "num_latents is 2, of which conditions take 2"),
         ({"num_latents": 0}, "num_latents is 0"),
         ({"depth": 0}, "depth is 0"),
-        ({"dim_latent": 20}, "8 divides, not 20"),
-        ({"latent_self_attn_depth": [1, 1, 1]}, r"latent_self_attn_depth \[1, 1, 1\] must be one number or 2"),
+        ({"dim_latent": 20}, "multiple of 8, not 20"),
+        (
+            {"latent_self_attn_depth": [1, 1, 1]},
+            r"latent_self_attn_depth is \[1, 1, 1\]: it must be one whole number, or 2 ",
+        ),
         ({"latent_self_attn_depth": -1}, "latent_self_attn_depth"),
-        ({"image_size": [8, 14]}, "width 14 is no multiple of its patch size 4: the nearest that fit are 12 and 16"),
-        ({"tokenizer": "images"}, "unknown tokenizer 'images': known are .*image"),
+        ({"image_size": [8, 14]}, "width 14 is not a multiple of its patch size 4: .* that fit are 12 and 16"),
+        ({"tokenizer": "images"}, "unknown tokenizer 'images': use one of .*image"),
         ({"position": "sin"}, "model.position=sin is unknown: choose learned, sincos, sincos_learned, coordinate"),
         ({"latent_position": "coordinate"}, "model.latent_position=coordinate is unknown"),
         ({"self_conditioning": "latent+x1"}, "model.self_conditioning=x1 is unknown"),
@@ -256,9 +259,9 @@ def test_mistakes_are_named_when_the_model_is_built(options, message):
     assert "\n" not in str(error.value)
 
 
-def test_the_time_token_counts_as_a_latent_only_where_it_is_one():
+def test_the_time_token_counts_as_a_latent_only_if_it_is_one():
     assert build(num_latents=1, time_conditioning="adaln", class_conditioning="interface").core.num_latents == 1
-    with pytest.raises(UsageError, match="time and class take 1"):
+    with pytest.raises(UsageError, match="conditions take 1"):
         build(num_latents=1, class_conditioning="interface")
 
 
@@ -269,7 +272,7 @@ def test_norms_compute_in_float32_under_autocast():
     norm = LayerNorm(64)
     nn.init.normal_(norm.weight)
     nn.init.normal_(norm.bias)
-    x = 100 + torch.randn(8, 64)  # a mean that bfloat16 would drown the rest in
+    x = 100 + torch.randn(8, 64)  # the mean is so large that bfloat16 would lose the differences
     exact = F.layer_norm(x, (64,), norm.weight, norm.bias, 1e-6)
     rounded = F.layer_norm(x.bfloat16().float(), (64,), norm.weight, norm.bias, 1e-6)
     with torch.autocast("cpu", torch.bfloat16):
@@ -310,7 +313,7 @@ def test_residual_streams_stay_float32_under_autocast(options):
 
 
 def glorot_std(shape: tuple[int, ...]) -> float:
-    """Keras' rule for a kernel of any rank, uniform on [-sqrt(6 / fans), sqrt(6 / fans)]: std is that over sqrt(3)."""
+    """Return the std of Keras' rule for a kernel of any rank: uniform on [-sqrt(6 / fans), sqrt(6 / fans)]."""
     receptive = torch.Size(shape[:-2]).numel()
     return (2 / (receptive * shape[-2] + receptive * shape[-1])) ** 0.5
 
@@ -420,7 +423,7 @@ def test_no_weight_decay_names_the_embeddings(options, names):
 
 
 def test_the_core_knows_no_pixels():
-    """Weights of an image model's core move to a video model's and a sequence model's, and do the same there."""
+    """The weights of an image model's core work unchanged in a video model and in a sequence model."""
     image = build("image").eval()
     tokens, latents = torch.randn(2, 7, 16), torch.randn(2, 5, 24)
     cond = Condition(torch.randn(2, 2, 24), torch.randn(2, 0, 16), None)

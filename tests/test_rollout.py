@@ -1,4 +1,4 @@
-"""Clips longer than the model's window, other sizes, several tokenizers on one core, embeddings."""
+"""Rollout to clips longer than the model's, other sizes, several tokenizers for one core, embeddings."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ CLIP = {"frames": 8, "image_size": 8, "patch_size": (2, 4, 4), "position": "sinc
 
 
 class Ramp(nn.Module):
-    """Knows that every frame is a little brighter than the one before; begins at 0 where nothing is known."""
+    """A model whose frames are slightly brighter than the previous ones; it starts at 0 without observed frames."""
 
     STEP = 0.002
     known_mask = True
@@ -58,7 +58,7 @@ def test_the_context_comes_first_bit_for_bit_and_may_be_longer_than_a_window():
 
 
 def test_key_frames_first_then_those_between():
-    """The ramp takes every window for consecutive frames, so the key frames show how far apart they were put."""
+    """The ramp treats every chunk as consecutive frames, so the key frames reveal their distance."""
     seen = []
 
     class Spy(Ramp):
@@ -77,7 +77,7 @@ def test_key_frames_first_then_those_between():
 
 
 def test_memory_does_not_grow_with_the_length():
-    """The storage that is alive at once, of whatever kind and whoever holds it."""
+    """Measures the storage of all tensors that are alive at the same time."""
 
     def most(frames: int) -> int:
         diffusion = GaussianDiffusion(Ramp(), objective="x0", clip_x0="none", shape=(3, 16, 32, 32))
@@ -92,10 +92,10 @@ def test_memory_does_not_grow_with_the_length():
 def test_mistakes_of_extension_are_named():
     model = RIN(**TINY, **(CLIP | {"known_mask": False}))
     for diffusion, options, message in (
-        (ramp(), {"overlap": 16}, "overlap is 16: it must lie between 1 and 15"),
-        (ramp(), {"context": torch.rand(1, 100, 2, 2)}, "context has 100 frames of 100"),
-        (GaussianDiffusion(model), {}, "more than the window of 8, and the model cannot go on"),
-        (GaussianDiffusion(RIN(**TINY, image_size=8)), {}, "only clips"),
+        (ramp(), {"overlap": 16}, "overlap is 16: it must be 1 to 15"),
+        (ramp(), {"context": torch.rand(1, 100, 2, 2)}, "context has 100 frames, but the clips have 100"),
+        (GaussianDiffusion(model), {}, "more than the window of 8, and the model takes no conditioning frames"),
+        (GaussianDiffusion(RIN(**TINY, image_size=8)), {}, "requires clips"),
     ):
         with pytest.raises(UsageError, match=message):
             list(diffusion.rollout(100, batch_size=1, steps=1, **options))
@@ -110,7 +110,7 @@ def test_a_video_written_in_parts_is_that_written_at_once(tmp_path, gradient):
         write_video(clip, tmp_path / "whole.mp4", 8)
     parts, whole = read(tmp_path / "parts.mp4"), read(tmp_path / "whole.mp4")
     assert parts.shape == whole.shape == (3, 8, 18, 32)
-    assert_close(parts, whole, rtol=0, atol=8 / 255)  # the encoder itself is not deterministic to the bit
+    assert_close(parts, whole, rtol=0, atol=8 / 255)  # the encoder itself is not bit-deterministic
     writer = VideoWriter(tmp_path / "failed.mp4")
     with pytest.raises(RuntimeError, match="on the way"), writer:
         raise RuntimeError("on the way")
@@ -123,16 +123,16 @@ def test_a_video_written_in_parts_is_that_written_at_once(tmp_path, gradient):
 @pytest.mark.parametrize("position", ["sincos", "coordinate"])
 def test_sizes_never_seen(position):
     diffusion = GaussianDiffusion(RIN(**TINY, **(CLIP | {"position": position})))
-    assert diffusion.sample(1, shape=(3, 12, 16, 12), steps=2).shape == (1, 3, 12, 16, 12)
+    assert diffusion.sample(batch_size=1, shape=(3, 12, 16, 12), steps=2).shape == (1, 3, 12, 16, 12)
 
 
 def test_learned_positions_are_refused_or_interpolated():
     model = RIN(**TINY, **(CLIP | {"position": "learned"}))
     diffusion = GaussianDiffusion(model)
-    with pytest.raises(UsageError, match=r"4x2x2 tokens and cannot serve 6x2x2.*--interpolate-positions"):
-        diffusion.sample(1, shape=(3, 12, 8, 8), steps=1)
+    with pytest.raises(UsageError, match=r"4x2x2 tokens and do not fit 6x2x2.*--interpolate-positions"):
+        diffusion.sample(batch_size=1, shape=(3, 12, 8, 8), steps=1)
     model.interpolate_positions()
-    assert diffusion.sample(1, shape=(3, 12, 16, 8), steps=1).shape == (1, 3, 12, 16, 8)
+    assert diffusion.sample(batch_size=1, shape=(3, 12, 16, 8), steps=1).shape == (1, 3, 12, 16, 8)
 
 
 def test_interpolation_reads_a_ramp_in_between():
@@ -148,7 +148,7 @@ def test_interpolation_reads_a_ramp_in_between():
 # ---- images and clips on one core
 
 
-def test_one_core_serves_images_and_clips():
+def test_one_core_works_for_images_and_clips():
     model = RIN(**TINY, **CLIP, tokenizer="tube+image", interface_mixing="conv")
     assert model.shapes == [(3, 8, 8, 8), (3, 8, 8)]
     diffusion = GaussianDiffusion(model, known={"none": 1, "first": 1, "boxes": 1})
@@ -156,13 +156,13 @@ def test_one_core_serves_images_and_clips():
         model.zero_grad()
         diffusion(torch.rand(4, *shape)).backward()
         assert all(p.grad is not None for p in model.core.parameters())
-        assert diffusion.sample(2, shape=shape, steps=2).shape == (2, *shape)
+        assert diffusion.sample(batch_size=2, shape=shape, steps=2).shape == (2, *shape)
     touched = {name for name, p in model.named_parameters() if p.grad is None and "tokenizer" in name}
-    assert all(name.startswith("tokenizer.") for name in touched)  # the last batch was of images
+    assert all(name.startswith("tokenizer.") for name in touched)  # the last batch contained images
     alone = RIN(**TINY, **CLIP, interface_mixing="conv")
     shared = {k for k in model.state_dict() if not k.startswith("other_tokenizers.")}
     assert shared == set(alone.state_dict())
-    with pytest.raises(UsageError, match="takes one kind of data twice"):
+    with pytest.raises(UsageError, match="two tokenizers for one kind of data"):
         RIN(**TINY, image_size=8, tokenizer="image+image")
 
 
@@ -189,9 +189,9 @@ def test_embeddings_condition_the_model_and_zeros_are_none(place):
     assert model.conditioner.embedding.projection.weight.grad.abs().sum() > 0
     assert diffusion.sample(embedding=embedding, guidance=1.0, steps=2).shape == (2, 3, 8, 8)
     for wrong in (torch.zeros(2, 4, 5), torch.zeros(2, 2, 6), torch.zeros(2, 5)):
-        with pytest.raises(UsageError, match="embedding has the shape"):
+        with pytest.raises(UsageError, match="embedding has shape"):
             model(x, gamma, embedding=wrong)
-    with pytest.raises(UsageError, match="takes none"):
+    with pytest.raises(UsageError, match="without embeddings"):
         RIN(**TINY, image_size=8)(x, gamma, embedding=embedding)
 
 
@@ -213,7 +213,7 @@ def test_dropped_labels_and_embeddings_go_together():
 
 
 def test_training_with_embeddings_and_with_frames_that_are_always_given(tmp_path):
-    """Where something is always given, previews are given it too: unconditional ones would be noise."""
+    """If training always has conditioning frames, previews have them too; unconditional samples would be noise."""
     torch.manual_seed(0)
     clips = torch.rand(4, 3, 8, 8, 8)
     data = [{"x": x, "embedding": torch.randn(2, 5)} for x in clips]
@@ -233,7 +233,7 @@ def test_training_with_embeddings_and_with_frames_that_are_always_given(tmp_path
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A model of 4 frames that goes on from given ones, with two classes, as training would have left it."""
+    """The run of a model of 4 frames that can be conditioned on frames, with two classes."""
     folder = tmp_path_factory.mktemp("run")
     torch.manual_seed(0)
     model = RIN(**TINY, **(CLIP | {"frames": 4, "image_size": 16}), tokenizer="tube+image", num_classes=2)
@@ -265,7 +265,7 @@ def test_contexts_on_the_command_line(run, tmp_path):
     filled = drawn(*context, "--fill", "1:3")
     assert (filled[:, :, [0, 3]] == source[:, [0, 3]]).all()
     assert (filled[:, :, 1] != source[:, 1]).any()
-    longer = drawn(*context, "--frames", "13", "--overlap", "1")  # as bytes: longer clips may not fit as floats
+    longer = drawn(*context, "--frames", "13", "--overlap", "1")  # as uint8, because long clips may not fit as floats
     assert longer.shape == (2, 3, 13, 16, 16)
     assert (longer[:, :, :8] == (source * 255).round()).all()
     cli.main([*sample, "--frames", "0", "--size", "8x24", "--out", str(tmp_path / "picture.png"), "--num", "1"])
@@ -295,8 +295,8 @@ def test_mistakes_with_contexts(run, capfd):
         ((*clip, "--frames", "0"), "--context is for clips, and these are images"),
         (("--overlap", "2"), "--overlap is for clips longer than a window"),
         (("--frames", "-1"), "--frames is -1"),
-        (("--frames", "9", "--window", "9"), "9 is no multiple of its patch size 2"),
-        (("--size", "9"), "9 is no multiple of its patch size 4"),
+        (("--frames", "9", "--window", "9"), "9 is not a multiple of its patch size 2"),
+        (("--size", "9"), "9 is not a multiple of its patch size 4"),
         (("--guidance", "2", "--class", "dog"), "never learnt to do without labels"),
     ):
         capfd.readouterr()

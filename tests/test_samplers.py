@@ -1,4 +1,4 @@
-"""Samplers against a denoiser whose score is known exactly: order, churn, spacings, guidance, thresholds."""
+"""Samplers against a denoiser with a known score: order of convergence, churn, spacings, guidance, thresholds."""
 
 import math
 from functools import cache, partial
@@ -13,6 +13,7 @@ from rin_video import GaussianDiffusion, UsageError
 from rin_video.config import SampleConfig
 from rin_video.diffusion import sampling
 from rin_video.diffusion.conditions import Conditions
+from rin_video.diffusion.guidance import Guidance
 from rin_video.diffusion.noise import RNG
 from rin_video.diffusion.objectives import (
     LOSS_WEIGHTS,
@@ -29,15 +30,15 @@ from rin_video.diffusion.schedules import NoiseLevel, make_schedule
 
 
 class MixedDataset(nn.Module):
-    """The exact denoiser of a mixture of two Gaussians at -1/2 and 1/2 (in every coordinate) with std 0.3."""
+    """The exact denoiser of two Gaussians with means -1/2 and 1/2 (in every coordinate) and std 0.3."""
 
     std, place = 0.3, 0.5
 
     def x0(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        spread = alpha**2 * self.std**2 + sigma**2
-        logit = (2 * alpha * self.place * x / spread).flatten(1).sum(1).view(-1, *[1] * (x.ndim - 1))
+        variance = alpha**2 * self.std**2 + sigma**2
+        logit = (2 * alpha * self.place * x / variance).flatten(1).sum(1).view(-1, *[1] * (x.ndim - 1))
         mean = self.place * torch.tanh(logit / 2)
-        return mean + alpha * self.std**2 / spread * (x - alpha * mean)
+        return mean + alpha * self.std**2 / variance * (x - alpha * mean)
 
 
 def denoise(x: Tensor, level: NoiseLevel, self_cond) -> tuple[Tensor, Tensor, None]:
@@ -64,7 +65,7 @@ ORDERS = {
 
 @cache
 def converged(schedule: str, spacing: str, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Noise, and where 2,000 steps of Heun lead from it."""
+    """Noise, and the result of 2,000 Heun steps from it."""
     x = torch.randn(64, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     return x, run("heun", schedule, 2000, x, spacing)
 
@@ -73,7 +74,7 @@ def converged(schedule: str, spacing: str, shape: tuple[int, ...]) -> tuple[Tens
 @pytest.mark.parametrize("schedule", ["cosine", "rectified_flow"])
 @pytest.mark.parametrize(("sampler", "spacing"), ORDERS)
 def test_order_of_convergence(sampler, spacing, schedule, shape):
-    """The error against 2,000 steps of Heun falls with the slope of the method's order as steps double."""
+    """The error against 2,000 Heun steps decreases with the order of the method."""
     x, reference = converged(schedule, spacing, shape)
     errors = [float((run(sampler, schedule, steps, x, spacing) - reference).abs().mean()) for steps in STEPS]
     logs = torch.tensor(STEPS).double().log(), torch.tensor(errors).double().log()
@@ -85,7 +86,7 @@ def test_order_of_convergence(sampler, spacing, schedule, shape):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_every_sampler_on_every_spacing_finds_the_mixture(sampler, spacing):
-    """Half of the samples near each place, with the right spread; 150 steps, 4,000 samples."""
+    """Half of the samples are near each mean, with the right std; 150 steps, 4,000 samples."""
     x = torch.randn(4000, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     torch.manual_seed(1)
     samples = run(sampler, "cosine", 150, x, spacing)
@@ -95,8 +96,8 @@ def test_every_sampler_on_every_spacing_finds_the_mixture(sampler, spacing):
     assert samples.square().mean().sqrt().item() == pytest.approx(expected, rel=0.04)
 
 
-# Steps at which the estimate of the last one is within 1 % of the data, where the exact denoiser is known: what is left
-# is the error of the step, which falls with more.
+# Numbers of steps for which the last x0 of the exact denoiser is within 1 % of the data: the remaining error is that
+# of the steps, which decreases with their number.
 ENOUGH = {
     "ddim": (800, 400, 400, 400),
     "euler": (800, 400, 400, 400),
@@ -110,10 +111,10 @@ ENOUGH = {
 
 
 def exact_gaussian(sampler: str, path: str, spacing: str, scale: float, steps: int) -> tuple[float, float]:
-    """Mean and std of the samples of data N(0.1, 0.5^2), without sampling.
+    """Return mean and std of the samples for data N(0.1, 0.5^2), without sampling.
 
-    The exact denoiser is affine and so is every sampler: a state is followed as its constant part and its weight on
-    each draw of noise, which are independent. Nothing here is random.
+    The exact denoiser and every sampler are affine: a state is represented by its constant and its weights of the
+    independent draws of noise. Nothing is random.
     """
     mean, std, draws = 0.1 * scale, 0.5 * scale, iter(torch.eye(steps + 2, dtype=torch.float64)[1:])
     constant = torch.zeros(steps + 2, dtype=torch.float64)
@@ -135,7 +136,7 @@ def exact_gaussian(sampler: str, path: str, spacing: str, scale: float, steps: i
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_every_sampler_finds_a_gaussian_on_every_spacing_path_and_scale(sampler, spacing):
-    """Of the straight path the first level is no pure noise: sampling that began with it was 6 % too wide."""
+    """The first level of the straight path is not pure noise; starting with pure noise gave a std 6 % too large."""
     steps = ENOUGH[sampler][SPACINGS.index(spacing)]
     for path in ("cosine", "rectified_flow"):
         for scale in (1.0, 0.4, 0.2):
@@ -145,7 +146,7 @@ def test_every_sampler_finds_a_gaussian_on_every_spacing_path_and_scale(sampler,
 
 
 def test_sampling_begins_with_the_first_level():
-    """0.941 of noise on the straight path at scale 0.2, whose Karras spacing begins at sigma / alpha = 16."""
+    """On the straight path with scale 0.2, Karras spacing starts at sigma / alpha = 16, which is 0.941 of noise."""
 
     class First(nn.Module):
         def forward(self, x, gamma, latents=None):
@@ -156,14 +157,14 @@ def test_sampling_begins_with_the_first_level():
     for spacing in SPACINGS:
         diffusion.model.__dict__.pop("std", None)
         levels = make_levels(diffusion.schedule, 2, spacing=spacing)
-        diffusion.sample(4, shape=(20_000,), steps=2, sampler="heun", spacing=spacing, seed=0)
+        diffusion.sample(batch_size=4, shape=(20_000,), steps=2, sampler="heun", spacing=spacing, seed=0)
         assert diffusion.model.std == pytest.approx(levels[0][0].sigma, rel=5e-3)
     assert make_levels(diffusion.schedule, 2, spacing="karras", scale=0.2)[0][0].sigma == pytest.approx(16 / 17)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_samplers_take_any_rank(sampler):
-    """The same numbers in any shape; and what the model hands on reaches its every next call."""
+    """The numbers are the same in any shape, and every call gets the self-conditioning state of the previous one."""
 
     def self_cond_state(x, level, self_cond):
         return 0.5 * x, (x - level.alpha * 0.5 * x) / level.sigma, 0 if self_cond is None else self_cond + 1
@@ -190,7 +191,7 @@ def test_noise_put_back_keeps_the_distribution(options, schedule):
     torch.manual_seed(1)
     samples = run(sampler, schedule, 150, x, **kwargs)
     still = run(sampler, schedule, 150, x)
-    assert (samples - still).abs().mean() > 0.05  # it is another sample
+    assert (samples - still).abs().mean() > 0.05  # it is a different sample
     expected = math.sqrt(MixedDataset.std**2 + MixedDataset.place**2)
     assert samples.square().mean().sqrt().item() == pytest.approx(expected, rel=0.04)
 
@@ -205,7 +206,7 @@ def test_ddim_with_full_noise_is_ddpm_with_the_small_variance():
 
 
 def test_heun_on_the_straight_path_is_heun_in_time():
-    """On rectified flow the general form is the textbook's, dx/dt = eps - x0."""
+    """For rectified flow the general form is the textbook form, dx/dt = eps - x0."""
     x = expected = torch.randn(20, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     levels = make_levels(make_schedule("rectified_flow"), 12)
     for level, next_level in levels:
@@ -216,7 +217,7 @@ def test_heun_on_the_straight_path_is_heun_in_time():
             x0, eps, _ = denoise(euler, next_level, None)
             slope = (slope + eps - x0) / 2
         expected = expected + h * slope
-    assert_close(run("heun", "rectified_flow", 12, x), expected, rtol=1e-4, atol=1e-4)  # t = 1 is moved by 3e-5
+    assert_close(run("heun", "rectified_flow", 12, x), expected, rtol=1e-4, atol=1e-4)  # t = 1 is shifted by 3e-5
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
@@ -250,7 +251,7 @@ def test_time_difference_reaches_further():
 
 
 class Labelled(nn.Module):
-    """Predicts its label; hands on how often it was called, and with how many samples."""
+    """A model that predicts its label; its state counts the calls and their samples."""
 
     def forward(self, x, gamma, latents=None, label=None):
         seen = torch.zeros(len(x)) if latents is None else latents
@@ -264,7 +265,7 @@ def test_guidance_batched_and_in_two_passes_are_the_same():
     level = NoiseLevel.from_gamma(0.5)
     results = []
     for batched in (True, False):
-        denoise = diffusion.denoiser(Conditions(label), 2.0, batched_guidance=batched)
+        denoise = diffusion.denoiser(Conditions(label), Guidance(2.0, batched=batched))
         _, _, self_cond = denoise(x, level, None)
         results.append(denoise(x, level, self_cond))
         assert diffusion.model.batch == (6 if batched else 3)
@@ -278,9 +279,9 @@ def test_guidance_interval_and_rescale():
     diffusion = GaussianDiffusion(Labelled(), objective="eps", clip_x0="none")
     x, label, level = torch.randn(3, 400), torch.tensor([1, 2, 3]), NoiseLevel.from_gamma(0.5)
     plain = diffusion.denoiser(Conditions(label))(x, level, None)
-    outside = diffusion.denoiser(Conditions(label), 2.0, guidance_interval=(0.6, 1))(x, level, None)
+    outside = diffusion.denoiser(Conditions(label), Guidance(2.0, interval=(0.6, 1)))(x, level, None)
     assert_close(outside, plain)
-    rescaled = diffusion.denoiser(Conditions(label), 2.0, guidance_rescale=1.0)(x, level, None)
+    rescaled = diffusion.denoiser(Conditions(label), Guidance(2.0, rescale=1.0))(x, level, None)
     assert_close(rescaled[1].std(1), plain[1].std(1), rtol=1e-4, atol=1e-4)
 
 
@@ -290,7 +291,7 @@ def test_dynamic_threshold():
     clipped = clip_dynamic(x0, 1.0, quantile=0.9)
     assert clipped[0].abs().max().item() == pytest.approx(1)
     assert (clipped[0].abs() >= 0.999).float().mean().item() == pytest.approx(0.1, abs=0.01)
-    assert_close(clipped[1], x0[1])  # within the range already
+    assert_close(clipped[1], x0[1])  # already within the range
 
 
 # ---- training
@@ -299,7 +300,7 @@ def test_dynamic_threshold():
 @pytest.mark.parametrize(
     ("objective", "snr", "expected"),
     [
-        # hand-computed for gamma = 5: min(snr, 5) over 1, snr, snr + 1, (sqrt(snr) + 1)^2
+        # computed by hand for gamma = 5: min(snr, 5) divided by 1, snr, snr + 1, (sqrt(snr) + 1)^2
         ("x0", 0.1, 0.1), ("x0", 5.0, 5.0), ("x0", 100.0, 5.0),
         ("eps", 0.1, 1.0), ("eps", 5.0, 1.0), ("eps", 100.0, 0.05),
         ("v", 0.1, 1 / 11), ("v", 5.0, 5 / 6), ("v", 100.0, 5 / 101),
@@ -307,7 +308,7 @@ def test_dynamic_threshold():
     ],
 )  # fmt: skip
 def test_min_snr_by_hand(objective, snr, expected):
-    """Trap 9: it is a minimum, and for v it is divided by snr + 1."""
+    """Trap 9: the weight is a minimum, and for v it is divided by snr + 1."""
     weight = make_loss_weight("min_snr", objective)(NoiseLevel.from_gamma(torch.tensor(snr / (1 + snr)).double()))
     assert weight.item() == pytest.approx(expected, rel=1e-5)
 
@@ -315,7 +316,7 @@ def test_min_snr_by_hand(objective, snr, expected):
 @pytest.mark.parametrize("name", LOSS_WEIGHTS)
 @pytest.mark.parametrize("schedule", ["cosine", "rectified_flow"])
 def test_weighted_loss_is_the_same_whatever_the_objective(name, schedule):
-    """The same error of the data costs the same, however the model says it."""
+    """The same error of x0 has the same loss for every objective."""
     generator = torch.Generator().manual_seed(0)
     x0, wrong, eps = torch.randn(3, 1000, generator=generator, dtype=torch.float64)
     for t in (0.1, 0.5, 0.9):
@@ -327,7 +328,9 @@ def test_weighted_loss_is_the_same_whatever_the_objective(name, schedule):
             error = (said - target(objective, x0, eps, level)) ** 2
             costs.append((make_loss_weight(name, objective)(level) * error).mean())
         if schedule == "rectified_flow":
-            costs.pop(OBJECTIVES.index("v"))  # v keeps variance; on the straight path it is another combination
+            costs.pop(
+                OBJECTIVES.index("v")
+            )  # v assumes constant variance; on the straight path it is a different combination
         assert_close(torch.stack(costs), costs[0].expand(len(costs)))
 
 
@@ -366,7 +369,7 @@ def test_logit_normal_times():
     ],
 )
 def test_parameters_of_loss_weights_are_checked(name, options, words):
-    with pytest.raises(UsageError, match=f"diffusion.loss_weight_kwargs.{words}"):
+    with pytest.raises(UsageError, match=f"diffusion.loss_weight.{words}"):
         make_loss_weight(name, "x0", options)
 
 
@@ -380,7 +383,7 @@ def test_low_discrepancy_times_are_uniform_and_equally_far_apart():
 
 
 class ScaledGaussian(nn.Module):
-    """The exact v of data N(0, (b std)^2), told the input divided by its own standard deviation."""
+    """The exact v of data N(0, (b std)^2), for an input that is divided by its own standard deviation."""
 
     def __init__(self, std: float) -> None:
         super().__init__()
@@ -397,10 +400,10 @@ class ScaledGaussian(nn.Module):
 
 @pytest.mark.parametrize("scale", [0.3, 1.0])
 def test_scaled_data_are_sampled_without_bias(scale):
-    """Trap 6: b in training and in sampling, the normalised input in both, the result divided by b."""
+    """Trap 6: training and sampling both use b and the normalised input, and the result is divided by b."""
     std = 0.25
     model = ScaledGaussian(std * scale)
-    if scale == 1:  # then the input is not normalised: give the model what it expects
+    if scale == 1:  # the input is not normalised in this case: normalise it for the model
 
         class Plain(nn.Module):
             def forward(self, x, gamma, latents=None):
@@ -409,7 +412,7 @@ def test_scaled_data_are_sampled_without_bias(scale):
         diffusion = GaussianDiffusion(Plain(), scale=scale, noise_schedule="cosine", clip_x0="none")
     else:
         diffusion = GaussianDiffusion(model, scale=scale, noise_schedule="cosine", clip_x0="none")
-    samples = diffusion.sample(50, shape=(4000,), steps=50, seed=0, sampler="heun", spacing="karras")
+    samples = diffusion.sample(batch_size=50, shape=(4000,), steps=50, seed=0, sampler="heun", spacing="karras")
     inside = 2 * samples.double() - 1
     assert inside.std().item() == pytest.approx(std, rel=0.02)
     assert inside.mean().item() == pytest.approx(0, abs=0.01)
@@ -422,7 +425,7 @@ def test_scaled_data_are_sampled_without_bias(scale):
 
 
 def test_first_pass_comes_from_a_noisier_level():
-    """Trap 12: with a gap, the memory is made at t + U(0, gap) of the same noise, as the sampler makes it."""
+    """Trap 12: with a gap, the state comes from t + U(0, gap) with the same noise, as in the sampler."""
     calls = []
 
     class Seen(nn.Module):
@@ -450,7 +453,7 @@ def test_trajectory_and_callback_see_the_estimates():
     diffusion = GaussianDiffusion(ScaledGaussian(0.5), noise_schedule="cosine")
     seen = []
     samples, trajectory = diffusion.sample(
-        5,
+        batch_size=5,
         shape=(16,),
         steps=4,
         seed=0,
@@ -469,34 +472,34 @@ def test_trajectory_and_callback_see_the_estimates():
 def test_mistakes_are_named():
     diffusion = GaussianDiffusion(ScaledGaussian(0.5))
     for options, message in (
-        ({"sampler": "ddim", "sampler_kwargs": {"etta": 1}}, r"sampler ddim has no option etta: it has eta"),
-        ({"spacing": "log"}, r"unknown spacing 'log': known are uniform"),
+        ({"sampler": {"name": "ddim", "etta": 1}}, r"sampler ddim has no option etta: it has eta"),
+        ({"spacing": "log"}, "sample.spacing=log is unknown: choose uniform"),
         ({"spacing": "karras", "time_difference": 1}, r"time_difference is 1"),
-        ({"guidance": 1.0}, r"no label to be guided by"),
-        ({"clip_x0": "hard"}, r"unknown clip_x0 'hard'"),
+        ({"guidance": 1.0}, r"the samples have no label or embedding: pass one$"),
+        ({"clip_x0": "hard"}, "sample.clip_x0=hard is unknown"),
     ):
         with pytest.raises(UsageError, match=message):
-            diffusion.sample(1, shape=(3,), steps=2, **options)
+            diffusion.sample(batch_size=1, shape=(3,), steps=2, **options)
     with pytest.raises(UsageError, match=r"loss_weight=snr is unknown: choose none, min_snr"):
         GaussianDiffusion(ScaledGaussian(0.5), loss_weight="snr")
     with pytest.raises(UsageError, match=r"loss_weight min_snr has no parameter k: it has gamma"):
-        GaussianDiffusion(ScaledGaussian(0.5), loss_weight="min_snr", loss_weight_kwargs={"k": 1})
+        GaussianDiffusion(ScaledGaussian(0.5), loss_weight={"name": "min_snr", "k": 1})
     with pytest.raises(UsageError, match="time_sampling=normal is unknown"):
         GaussianDiffusion(ScaledGaussian(0.5), time_sampling="normal")
-    with pytest.raises(UsageError, match=r"time_sampling_kwargs.std is -1: it must be above 0"):
-        GaussianDiffusion(ScaledGaussian(0.5), time_sampling="logit_normal", time_sampling_kwargs={"std": -1})
+    with pytest.raises(UsageError, match=r"time_sampling.std is -1: it must be above 0"):
+        GaussianDiffusion(ScaledGaussian(0.5), time_sampling={"name": "logit_normal", "std": -1})
 
 
 def test_the_spacing_suits_the_sampler_unless_it_is_chosen():
-    """Karras for DPM-Solver++ and Heun; uniform for the others, and where a schedule or td speaks of time."""
-    draw = partial(GaussianDiffusion(ScaledGaussian(0.5)).sample, 2, shape=(3,), steps=5, seed=0)
+    """It is Karras for DPM-Solver++ and Heun, and uniform for others and if a schedule or time difference is set."""
+    draw = partial(GaussianDiffusion(ScaledGaussian(0.5)).sample, batch_size=2, shape=(3,), steps=5, seed=0)
     for options, spacing in (
         ({}, "karras"),
         ({"sampler": "heun"}, "karras"),
         ({"sampler": "ddim"}, "uniform"),
         ({"time_difference": 1.0}, "uniform"),
         ({"schedule": "linear"}, "uniform"),
-        ({"schedule_kwargs": {"tau": 0.5}}, "uniform"),
+        ({"schedule": {"tau": 0.5}}, "uniform"),
     ):
         other = "uniform" if spacing == "karras" else "quadratic"
         assert torch.equal(draw(**options), draw(**options, spacing=spacing)), options
@@ -505,20 +508,30 @@ def test_the_spacing_suits_the_sampler_unless_it_is_chosen():
 
 def test_another_sampler_than_the_configurations_leaves_its_parameters_out():
     diffusion = GaussianDiffusion(ScaledGaussian(0.5))
-    config = SampleConfig(sampler="ddim", sampler_kwargs={"eta": 0.5}, num_samples=2, steps=4)
+    config = SampleConfig(sampler={"name": "ddim", "eta": 0.5}, num_samples=2, steps=4)
     options = {"shape": (3,), "seed": 0}
-    found = diffusion.sample_from_config(config, sampler="ddpm", **options)
-    assert torch.equal(found, diffusion.sample(2, steps=4, sampler="ddpm", **options))
-    kept = diffusion.sample_from_config(config, **options)
-    assert torch.equal(kept, diffusion.sample(2, steps=4, sampler="ddim", sampler_kwargs={"eta": 0.5}, **options))
+    found = diffusion.sample(config, sampler="ddpm", **options)
+    assert torch.equal(found, diffusion.sample(batch_size=2, steps=4, sampler="ddpm", **options))
+    kept = diffusion.sample(config, **options)
+    assert torch.equal(kept, diffusion.sample(batch_size=2, steps=4, sampler={"name": "ddim", "eta": 0.5}, **options))
 
 
-def test_every_option_of_the_configuration_reaches_the_sampler(monkeypatch):
-    """`sample_from_config` hands on every field but the file's frame rate and the number of samples."""
-    seen = {}
-    monkeypatch.setattr(sampling, "sample", lambda diffusion, **options: seen.update(options))
-    GaussianDiffusion(ScaledGaussian(0.5)).sample_from_config(SampleConfig(num_samples=3))
-    assert set(vars(SampleConfig())) - {"num_samples", "fps"} <= set(seen)
+def test_every_option_of_the_configuration_is_read(monkeypatch):
+    """Sampling reads all fields of `SampleConfig` except the frame rate of the file, and no other fields."""
+    read = set()
+
+    class Recorder:
+        def __init__(self, config):
+            self.config = config
+
+        def __getattr__(self, name):
+            read.add(name)
+            return getattr(self.config, name)
+
+    diffusion = GaussianDiffusion(ScaledGaussian(0.5))
+    monkeypatch.setattr(sampling.dataclasses, "replace", lambda config, **overrides: Recorder(config))
+    diffusion.sample(SampleConfig(num_samples=3), shape=(2,))
+    assert read == set(vars(SampleConfig())) - {"fps"}
 
 
 @pytest.mark.parametrize("name", ["none", *LOSS_WEIGHTS])
@@ -532,7 +545,7 @@ def test_loss_weights_are_finite_from_the_cleanest_to_the_noisiest_level(name, o
 
 
 def test_a_weight_is_that_of_the_same_error_whatever_the_objective_and_the_path():
-    """The weighted error of eps, v and velocity is the weighted error of x0 that they amount to."""
+    """The weighted error of eps, v and velocity equals the weighted error of the corresponding x0."""
     for path in ("cosine", "rectified_flow"):
         level = make_schedule(path)(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64))
         x_t, right, wrong = torch.tensor([[0.3, -0.2, 0.9], [0.1, 0.2, -0.4], [0.2, -0.1, 0.3]], dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Noise schedules against the release's, in double precision."""
+"""Noise schedules against those of the release, in double precision."""
 
 import json
 
@@ -16,7 +16,7 @@ NAMES = {"simple_linear": "linear", "cosine_simple": "cosine_simple", "cosine": 
 
 
 def ours(name: str):
-    """NAME of the file, such as `cosine_0.2_1_2`, as our schedule."""
+    """Return our schedule for a name in the file, such as `cosine_0.2_1_2`."""
     if name in NAMES:
         return make_schedule(NAMES[name])
     kind, *numbers = name.split("_")
@@ -32,7 +32,7 @@ def test_schedule_is_the_release_s(file, name):
     t = torch.from_numpy(arrays["t"])
     assert_close(ours(name)(t).gamma, torch.from_numpy(arrays[f"f64.{name}"]), rtol=0, atol=1e-12)
     single = ours(name)(t.float()).gamma
-    finite = np.isfinite(arrays[f"f32.{name}"])  # the release gives NaN at one end of some; we do not
+    finite = np.isfinite(arrays[f"f32.{name}"])  # the release gives NaN at one end of some schedules, ours do not
     assert single.isfinite().all()
     assert_close(single[finite], torch.from_numpy(arrays[f"f32.{name}"])[finite], rtol=0, atol=2e-6)
 
@@ -48,9 +48,9 @@ def test_levels_lie_on_their_path(name):
 
 
 def test_unknown_names_and_parameters_are_named():
-    with pytest.raises(UsageError, match=r"'cosin'.*known are .*cosine"):
+    with pytest.raises(UsageError, match=r"'cosin': choose .*cosine"):
         make_schedule("cosin")
     with pytest.raises(UsageError, match="no parameter stop: it has start, end, tau"):
         make_schedule("sigmoid", {"stop": 1})
-    with pytest.raises(UsageError, match="does not fall"):
+    with pytest.raises(UsageError, match="does not decrease"):
         make_schedule("sigmoid", {"start": 1, "end": 1})

@@ -1,4 +1,4 @@
-"""Images of every kind, shards, arrays, the Hugging Face package, preparing and peeking."""
+"""Images of all formats, shards, arrays, the Hugging Face package, `prepare` and `preview`."""
 
 import io
 import os
@@ -25,7 +25,7 @@ from rin_video.errors import UsageError
 
 
 def test_images_that_are_much_too_large_shrink_without_aliasing(tmp_path):
-    """A chessboard of single pixels is grey from afar; the plain antialiased resize is the oracle."""
+    """A chessboard of single pixels becomes grey; the oracle is a plain antialiased resize."""
     board = (np.indices((512, 768)).sum(0) % 2 * 255).astype(np.uint8)
     smooth = (np.indices((512, 768))[1] / 3).astype(np.uint8)
     for suffix in (".png", ".jpg"):
@@ -35,7 +35,7 @@ def test_images_that_are_much_too_large_shrink_without_aliasing(tmp_path):
         assert min(small.shape[1:]) in (32, 64)
         data = ImageFolder(tmp_path / f"board{suffix}", 16)
         assert (data[0]["x"].float() - 127.5).abs().max() < 3
-        exact = ImageFolder(tmp_path / f"smooth{suffix}", 16).framing(
+        exact = ImageFolder(tmp_path / f"smooth{suffix}", 16).resize_crop(
             read_image(tmp_path / f"smooth{suffix}"), np.random.default_rng(0)
         )
         found = ImageFolder(tmp_path / f"smooth{suffix}", 16)[0]["x"]
@@ -107,14 +107,16 @@ def test_shards_that_would_lead_elsewhere(tmp_path):
     assert len(refused) == 3
     data = ImageFolder(path, 4)
     assert len(data) == 1
-    assert "names a place outside the shard" in data.describe()
+    assert "has a path outside the shard" in data.describe()
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["0.tar", "s"]
 
 
 def test_shard_patterns_and_pipes(tmp_path):
     assert expand("a{08..11}b{1..2}") == [f"a{i}b{j}" for i in ("08", "09", "10", "11") for j in (1, 2)]
-    with pytest.raises(UsageError, match="the range goes up"):
+    with pytest.raises(UsageError, match="use an ascending range"):
         expand("{5..1}.tar")
+    with pytest.raises(UsageError, match="names 10000000 shards: use an ascending range of at most 1,000,000"):
+        expand("{0..999}/{0..9999}.tar")
     write_tar(tmp_path / "000.tar", {})
     with pytest.raises(UsageError, match=r"there is no shard .*001\.tar \(1 of 2"):
         list_shards(f"{tmp_path}/{{000..001}}.tar")
@@ -126,7 +128,7 @@ def test_shard_patterns_and_pipes(tmp_path):
         with pytest.raises(UsageError, match="failed with exit code"):
             list_shards("pipe:false", allow_pipe=True, cache=tmp_path / "cache")
     (tmp_path / "not.tar").write_bytes(b"nothing of the kind" * 100)
-    with pytest.raises(UsageError, match="cannot be read as a plain tar"):
+    with pytest.raises(UsageError, match="cannot be read as an uncompressed tar"):
         ImageFolder(tmp_path / "not.tar", 8)
 
 
@@ -157,7 +159,7 @@ def test_arrays_of_any_rank(tmp_path):
     torch.testing.assert_close(data[2]["x"], torch.from_numpy(many[1]))
     torch.testing.assert_close(data[4]["x"], torch.from_numpy(one) / 2)
     said = data.describe()
-    assert "other.npy has shape (2, 3, 7), the model takes (2, 5, 7)" in said
+    assert "other.npy has shape (2, 3, 7), but the model has shape (2, 5, 7)" in said
     assert "object.npy" in said
     np.save(tmp_path / "a/one.npy", one * 3)
     with pytest.raises(UsageError, match=r"scale them to \[0, 1\]"):
@@ -197,9 +199,9 @@ def header(text: str, length: int | None = None) -> bytes:
         (b"", "its header would be 0 bytes long"),
         (header("{}", 2**60), "its header would be 1,152,921,504,606,846,976 bytes long"),
         (header("[]"), "cannot be read as an array"),
-        (header("{}"), "holds nothing"),
-        (header('{"x": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 20]}}'), "no array of shape"),
-        (header('{"x": {"dtype": "F32", "shape": [-2, -3], "data_offsets": [0, 24]}}'), "no array of shape"),
+        (header("{}"), "contains no array"),
+        (header('{"x": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 20]}}'), "do not fit an array of shape"),
+        (header('{"x": {"dtype": "F32", "shape": [-2, -3], "data_offsets": [0, 24]}}'), "do not fit an array of shape"),
         (header('{"x": {"dtype": "I64", "shape": [3], "data_offsets": [0, 24]}}'), "save it as one of uint8"),
         (header("[" * 100_000), "cannot be read as an array"),
     ],
@@ -225,7 +227,7 @@ def test_hugging_face_images(tmp_path, hub):
 
 @pytest.mark.parametrize("stored", ["bytes", "path"])
 def test_hugging_face_clips(tmp_path, clips, hub, numbers, stored):
-    """A column of type Video, saved to disk or found by its name, gives the frames that the files give."""
+    """A column of type Video, saved to disk or loaded by name, gives the same frames as the files."""
     names = ["plain.mp4", "short_gop.mp4", "vp9.webm"]
     cells = [
         {"bytes": (clips / name).read_bytes(), "path": name}
@@ -243,12 +245,12 @@ def test_hugging_face_clips(tmp_path, clips, hub, numbers, stored):
         found = numbers(item["x"].transpose(0, 1))
         assert found == list(range(found[0], found[0] + 9, 2))
         assert item["label"] == label
-    with pytest.raises(UsageError, match=r"set\[0\].* has 20 frames, 30 are needed"):
+    with pytest.raises(UsageError, match=r"set\[0\].* has 20 frames, but 30 are needed"):
         open_dataset(tmp_path / "set", (3, 30, 32, 64), DataConfig()).draw(0, 0)
 
 
 def test_hugging_face_name_and_split(tmp_path, hub, monkeypatch):
-    """`hf:NAME:SPLIT`, where NAME is a folder in the hub's layout: the same code, without the network."""
+    """NAME in `hf:NAME:SPLIT` is a folder in the hub's layout, which runs the same code without the network."""
     monkeypatch.setattr(hub.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     for split, classes in {"train": "aabb", "test": "ab"}.items():
         for i, name in enumerate(classes):
@@ -263,7 +265,7 @@ def test_hugging_face_name_and_split(tmp_path, hub, monkeypatch):
 
 
 def test_photos_of_phones(tmp_path):
-    """HEIC with the package pillow-heif, else one line that says so."""
+    """HEIC is read with the package pillow-heif; without it there is a one-line error."""
     pillow_heif = pytest.importorskip("pillow_heif")
     pixels = np.full((16, 24, 3), (200, 30, 90), np.uint8)
     pillow_heif.from_bytes("RGB", (24, 16), pixels.tobytes()).save(tmp_path / "x.heic", quality=95)
@@ -279,7 +281,7 @@ def test_a_photo_of_a_phone_without_the_package(tmp_path, monkeypatch):
         ImageFolder(tmp_path, 8)
 
 
-def test_a_folder_called_datasets_is_told_from_the_package(monkeypatch):
+def test_a_folder_called_datasets_is_distinguished_from_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", types.ModuleType("datasets"))
     with pytest.raises(UsageError, match="not the Hugging Face package: run rin-video from another folder"):
         import_hub()
@@ -302,11 +304,11 @@ def test_prepare_writes_shards_resumes_and_refuses_others(two_classes, tmp_path,
     command = ["prepare", str(two_classes), "--size", "16x32", "--fps", "4", "--out", "shards", "--workers", "1"]
     assert main(command) == 0
     said = capsys.readouterr().out
-    assert "2 files in 1 shard (0 were there already)" in said
+    assert "2 files in 1 shard (0 existed already)" in said
     assert "a second before" in said
     first = (tmp_path / "shards/000000.tar").read_bytes()
     assert main(command) == 0
-    assert "(1 were there already)" in capsys.readouterr().out
+    assert "(1 existed already)" in capsys.readouterr().out
     assert (tmp_path / "shards/000000.tar").read_bytes() == first
     assert main([*command, "--fps", "2"]) == 2
     assert "fps was 4.0, now it is 2.0" in capsys.readouterr().err
@@ -327,7 +329,7 @@ def test_prepare_keeps_images_exactly(tmp_path, monkeypatch, capsys):
     assert (item.permute(1, 2, 0).numpy() == pixels).all()
 
 
-def test_peek_and_index_say_and_show_what_there_is(two_classes, tmp_path, capsys, monkeypatch):
+def test_preview_and_index_report_the_data(two_classes, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (two_classes / "dog/broken.mp4").write_bytes(b"\0" * 99)
     options = ["--frames", "4", "--size", "16", "--num", "2"]
@@ -335,7 +337,7 @@ def test_peek_and_index_say_and_show_what_there_is(two_classes, tmp_path, capsys
         assert main(["peek", str(two_classes), *options, "--out", out]) == 0
         assert (tmp_path / out).stat().st_size > 1000
     said = capsys.readouterr().out
-    assert "samples of each class: cat 1, dog 1" in said
+    assert "samples per class: cat 1, dog 1" in said
     assert "durations: 2.50 s each" in said
     assert "2 samples of 3x4x16x16: mean 0." in said
     assert sorted(p.name for p in tmp_path.iterdir()) == ["data", "sheet.mp4", "sheet.png"]

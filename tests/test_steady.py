@@ -1,4 +1,4 @@
-"""Pictures that move, short clips and variable frame rates in `export` and `prepare`."""
+"""Animated images, short clips and variable frame rates in `export` and `prepare`."""
 
 import numpy as np
 import pytest
@@ -51,7 +51,9 @@ def test_pictures_that_move_are_exported_with_all_their_frames(tmp_path, suffix)
     said = export(source, tmp_path / "out.mp4")
     levels, fps = levels_of(tmp_path / "out.mp4")
     assert fps == pytest.approx(10)
-    assert np.abs(np.array(levels[:6]) - [0, 60, 120, 120, 180, 180]).max() < 8  # at 0.4 s, 0.5 s is nearer than 0.2 s
+    assert (
+        np.abs(np.array(levels[:6]) - [0, 60, 120, 120, 180, 180]).max() < 8
+    )  # for 0.4 s, the frame at 0.5 s is nearer than that at 0.2 s
     assert "10 fps" in said
 
 
@@ -78,7 +80,7 @@ def test_clips_of_one_or_three_frames_are_clips(tmp_path, numbered, frames):
 
 
 def test_a_variable_rate_is_exported_in_its_time(tmp_path, clips):
-    """Frames at 0, 1, 2, 5, 6, 10, 20, 21, 22, 30 thirtieths of a second, of grey 10, 20, ..."""
+    """The frames have times 0, 1, 2, 5, 6, 10, 20, 21, 22, 30 in 1/30 s, and grey levels 10, 20, ..."""
     said = export(clips / "variable_rate.mp4", tmp_path / "out.mp4")
     assert "the rate varies, the nearest frames are taken at 30 fps" in said
     levels, fps = levels_of(tmp_path / "out.mp4")
@@ -91,7 +93,7 @@ def test_a_variable_rate_is_exported_in_its_time(tmp_path, clips):
 def test_prepare_keeps_the_time_of_a_variable_rate(tmp_path, clips, monkeypatch, capsys, numbers):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["prepare", str(clips / "variable_rate.mp4"), "--size", "32x64", "--out", "shards"]) == 0
-    assert "the frame rate varies in 1 of 1 clip: nearest frames at a regular rate" in capsys.readouterr().out
+    assert "1 of 1 clip had a variable frame rate and used the nearest frames" in capsys.readouterr().out
     (length,) = [info.num_frames for info in ClipFolder(tmp_path / "shards", (32, 64), 1).infos]
     data = ClipFolder(tmp_path / "shards", (32, 64), length)
     shown = numbers(data.draw(0, 0)["x"].transpose(0, 1))

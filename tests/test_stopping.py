@@ -1,5 +1,6 @@
-"""Signals, kills, numbers that are none, no memory: a run that ends early says so and loses nothing."""
+"""Signals, kills, NaN, out of memory: a run that ends early reports it and loses nothing."""
 
+import errno
 import json
 import os
 import signal
@@ -20,13 +21,14 @@ from torch.testing import assert_close
 from rin_video import UsageError, cli
 from rin_video.errors import Stopped
 from rin_video.training.callbacks import Callback
+from rin_video.training.locking import lock_run
 from rin_video.training.metrics import Metrics
 from rin_video.training.signals import StopSignals
 from rin_video.training.state import newest_state
 
 
 class At(Callback):
-    """Does something once, after a step."""
+    """A callback that calls a function once, after a step."""
 
     def __init__(self, step, what):
         self.step, self.what = step, what
@@ -37,20 +39,20 @@ class At(Callback):
 
 
 def lines(folder: Path) -> list:
-    """The metrics without what a clock says."""
+    """Return the metrics without timings."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if k not in ("samples_per_second", "data_wait")} for row in rows]
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
-    """A run that was never stopped."""
+    """An uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole")
     make_trainer(folder, log_every=4).train()
     return folder
 
 
-CODES = {  # of ways in which trainings end; those that are killed have none on Windows
+CODES = {  # by the way in which a training ends; killed processes have none on Windows
     "end": 0,
     "error of the dataset": 1,
     "error of the training": 1,
@@ -70,7 +72,7 @@ CODES = {  # of ways in which trainings end; those that are killed have none on 
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory) -> SimpleNamespace:
-    """Trainings that ended in all these ways, and the processes that were left ten seconds later."""
+    """Trainings that ended in all these ways, and the processes that were still running ten seconds later."""
     folder = tmp_path_factory.mktemp("endings")
     command = [sys.executable, str(Path(tiny_run.__file__).with_name("endings.py")), str(folder), *CODES]
     environment = os.environ | {"ENDINGS": str(folder), "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -78,7 +80,7 @@ def ended(tmp_path_factory) -> SimpleNamespace:
     end = time.monotonic() + 10
 
     def processes() -> list[psutil.Process]:
-        """Those that have inherited the environment."""
+        """Return the processes that have inherited the environment."""
         found = psutil.process_iter(["environ"])
         return [process for process in found if (process.info["environ"] or {}).get("ENDINGS") == str(folder)]
 
@@ -102,8 +104,8 @@ def assert_same_run(folder: Path, whole: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
-def test_a_signal_stops_kindly_and_nothing_is_lost(tmp_path, whole, name):
-    """In the middle between two lines and two checkpoints."""
+def test_a_signal_stops_gracefully_and_nothing_is_lost(tmp_path, whole, name):
+    """The signal arrives between two lines of metrics and between two checkpoints."""
     if not hasattr(signal, name):
         pytest.skip(f"no {name} here")
     before = signal.getsignal(getattr(signal, name))
@@ -125,7 +127,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         make_trainer(tmp_path, callbacks=[At(3, twice)]).train()
     assert newest_state(tmp_path) is None
-    with StopSignals() as signals:  # what a cluster sends after its first signal changes nothing
+    with StopSignals() as signals:  # later signals of the cluster change nothing
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGTERM)
     assert signals.received == "SIGTERM"
@@ -141,7 +143,7 @@ def test_the_command_line_ends_with_a_code_of_its_own(monkeypatch, capsys):
 
 
 def test_a_kill_while_writing_loses_nothing(ended, whole):
-    """The short version of benchmarks/kill_test.py: the second checkpoint is cut off while it is written."""
+    """A short version of benchmarks/kill_test.py: the process is killed while it writes the second checkpoint."""
     folder = ended.folder / "kill while writing"
     assert (folder / "checkpoints" / "step-00000020.tmp" / "state.safetensors").exists()
     assert newest_state(folder)[1]["step"] == 10
@@ -150,13 +152,15 @@ def test_a_kill_while_writing_loses_nothing(ended, whole):
 
 
 def test_whatever_ends_a_training_no_process_is_left(ended):
-    """Not even workers that hang, or ignore the signals that a cluster sends to all processes of a job."""
+    """This includes workers that hang, or ignore the signals that a cluster sends to all processes of a job."""
     assert ended.left == []
     assert ended.running == []
     assert all(seconds < 10 for seconds in ended.seconds.values()), ended.seconds
     if os.name != "nt":
         assert ended.codes == CODES
-    assert newest_state(ended.folder / "SIGTERM")[1]["step"] == 1  # workers got the signal too, and the step was done
+    assert (
+        newest_state(ended.folder / "SIGTERM")[1]["step"] == 1
+    )  # the workers got the signal too, and the step was completed
 
 
 def test_stopped_between_checkpoint_and_pictures(tmp_path, whole):
@@ -170,7 +174,7 @@ def test_stopped_between_checkpoint_and_pictures(tmp_path, whole):
 
 
 class Broken(Noise):
-    """Sample 5 is not a number."""
+    """Sample 5 is NaN."""
 
     def __getitem__(self, index):
         return {"x": torch.full((3, 8, 8), torch.nan) if index == 5 else self.x[index]}
@@ -196,7 +200,7 @@ def test_the_first_bad_step_is_found_among_many():
     metrics = Metrics(None, step=100)
     for step in range(4):
         loss = [torch.ones(3), torch.tensor([1.0, torch.nan if step >= 2 else 1.0, 1.0])]
-        read = [[10 * step, 1, 2], [3, 10 * step + 4, 5]]  # a stand-in among them
+        read = [[10 * step, 1, 2], [3, 10 * step + 4, 5]]  # one of them is a replacement
         metrics.add([LossTerms(one, torch.rand(3)) for one in loss], torch.tensor(1.0), 0.0, read)
     assert metrics.failure() == (103, [24], True)
     metrics.restart(104)
@@ -208,7 +212,7 @@ def test_the_first_bad_step_is_found_among_many():
 # ---- memory
 
 
-def test_no_memory_is_said_with_numbers(tmp_path, monkeypatch):
+def test_out_of_memory_errors_have_numbers(tmp_path, monkeypatch):
     run = make_trainer(tmp_path)
 
     def fail(*batch, **options):
@@ -246,19 +250,37 @@ def test_the_example_trains_on_tensors_of_its_own(tmp_path):
 
 
 def test_one_training_at_a_time_in_a_folder(tmp_path):
-    """The lock goes with the process that has it, even where it is killed."""
-    code = "import sys, time; from pathlib import Path; from rin_video.training.locking import lock_run"
-    code += "; file = lock_run(Path(sys.argv[1]))"
+    """The lock is released with its process, even if that is killed and its children survive."""
+    code = "import os, sys, time; from pathlib import Path; from rin_video.training.locking import lock_run"
+    code += "; lock = lock_run(Path(sys.argv[1])); lock.__enter__(); child = os.fork(); child or os.close(1)"
     other = subprocess.Popen(
-        [sys.executable, "-c", f"{code}; print('locked', flush=True); time.sleep(60)", tmp_path / "run"],
+        [
+            sys.executable,
+            "-c",
+            f"{code}; child and print('locked', child, flush=True); time.sleep(60)",
+            tmp_path / "run",
+        ],
         stdout=subprocess.PIPE,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
     )
-    assert other.stdout.readline().strip() == b"locked"
+    said, child = other.stdout.readline().split()
+    assert said == b"locked"
     with pytest.raises(UsageError, match=r"another process is training in .*run: wait until it ends, stop it, or"):
         make_trainer(tmp_path / "run", train_num_steps=1).train()
     assert not (tmp_path / "run/metrics.jsonl").exists()
     other.kill()
     other.communicate()
-    make_trainer(tmp_path / "run", train_num_steps=1).train()
+    try:
+        make_trainer(tmp_path / "run", train_num_steps=1).train()
+    finally:
+        os.kill(int(child), signal.SIGKILL)
     assert (tmp_path / "run/model.safetensors").exists()
+
+
+def test_a_folder_without_locks_is_tolerated(tmp_path, monkeypatch, caplog):
+    def refuse(handle, operation):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with lock_run(tmp_path):
+        assert "cannot be locked" in caplog.text

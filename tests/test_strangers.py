@@ -1,4 +1,4 @@
-"""Odd folders and odd options: one line that says what is wrong, and exit code 2."""
+"""Unusual folders and options give one line that states the problem, and exit code 2."""
 
 import os
 from pathlib import Path
@@ -12,7 +12,7 @@ from rin_video.cli import main
 
 @pytest.fixture
 def here(tmp_path, monkeypatch, clips) -> Path:
-    """A folder of odd folders, in which the commands run."""
+    """The working directory with unusual folders in which the commands run."""
     monkeypatch.chdir(tmp_path)
     for name in ("empty", "images", "nested/a/b c/ü", "both", "zero", "notes", "arrays", "links", "clips"):
         (tmp_path / name).mkdir(parents=True)
@@ -30,24 +30,24 @@ def here(tmp_path, monkeypatch, clips) -> Path:
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        ("index empty", "empty holds no .png"),
+        ("index empty", "empty contains no .png"),
         ("index nowhere", "there is no file or folder nowhere"),
-        ("index notes", "notes holds no .png"),
+        ("index notes", "notes contains no .png"),
         ("index links", "links to folders are not followed"),
         ("index zero", "a.png is empty: download the file again"),
-        ("index both", "holds 1 image and 1 clip: say which to use, the clips (--frames 16, or --kind video)"),
+        ("index both", "contains 1 image and 1 clip: choose the clips (--frames 16, or --kind video)"),
         ("index images --kind audio", "unknown kind 'audio': use one of image, video, array"),
-        ("index images --kind video", "it holds 1 image"),
+        ("index images --kind video", "it contains 1 image"),
         ("index images --out clips", "the index clips cannot be written"),
         ("index images --out file/index.jsonl", "cannot be written"),
         ("index images train.train_lr=1", "train.train_lr=1: index trains nothing, it takes data.key=value"),
         ("index hf:someone/something", "index takes files and shards"),
-        ("peek images --frames 4", "it holds 1 image: leave out --frames"),
+        ("peek images --frames 4", "it contains 1 image: leave out --frames"),
         ("peek clips --frames 4 --num 0", "--num is 0: it must be at least 1"),
-        ("peek clips --frames 4 --size 7", "height 7 is no multiple of its patch size"),
-        ("peek clips --frames 4 data.fps=10 data.stride=2", "both choose frames: leave one out"),
+        ("peek clips --frames 4 --size 7", "height 7 is not a multiple of its patch size"),
+        ("peek clips --frames 4 data.fps=10 data.stride=2", "both choose frames: set only one"),
         ("peek clips --frames 4 data.buckets=[16x16]", "data.buckets has 16x16: write 16x48x80"),
-        ("train --data clips --frames 40 --out out", "a clip.mp4 has 20 frames, 40 are needed"),
+        ("train --data clips --frames 40 --out out", "a clip.mp4 has 20 frames, but 40 are needed"),
         ("peek clips --frames 4 --out file/sheet.png", "cannot be written"),
         ("prepare images --size 8 --out file/shards", "--out file"),
         ("prepare images --size 8 --out images", "is the data itself: give another folder"),
@@ -55,7 +55,7 @@ def here(tmp_path, monkeypatch, clips) -> Path:
         ("prepare arrays --size 8 --out out", "prepare takes clips or images, arrays is of kind array"),
         ("prepare clips --size 8 --out out --fps 0", "data.fps is 0.0: it must be above 0"),
         ("prepare clips --size 8 --out out --workers 0", "--workers is 0: it must be at least 1"),
-        ("train --data empty --out out", "empty holds no .png"),
+        ("train --data empty --out out", "empty contains no .png"),
         ("train --data images --out file", "--out file is a file: give a folder"),
         ("train --data images --steps 0 --out out", "train.train_num_steps is 0: it must be at least 1"),
         ("train --data clips --frames 40 --out out", "use --frames 20, or a smaller stride"),
@@ -74,13 +74,13 @@ def test_odd_folders_that_can_be_used(here, capsys, name):
     (here / "loop").mkdir()
     (here / "loop/again").symlink_to(here / "loop", target_is_directory=True)
     (here / "loop/a.png").write_bytes((here / "images/a.png").read_bytes())
-    (here / "loop/b.png").symlink_to(here / "loop/b.png")  # to itself
+    (here / "loop/b.png").symlink_to(here / "loop/b.png")  # a link to itself
     assert main(["peek", name, "--size", "8", "--out", "new/sheet.png"]) == 0
     assert "1 sample of 3x8x8: mean 0.353 0.471 0.118, std 0.000 0.000 0.000" in capsys.readouterr().out
     assert (here / "new/sheet.png").is_file()
 
 
-def test_what_may_not_be_read_is_said(here, capsys):
+def test_files_without_permission_are_reported(here, capsys):
     Image.new("RGB", (4, 4)).save(here / "images/secret.png")
     (here / "images/secret.png").chmod(0)
     if os.access(here / "images/secret.png", os.R_OK):

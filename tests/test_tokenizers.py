@@ -1,6 +1,6 @@
-"""Tokenizers: exact inverses, the order of what they do, position codes against closed forms, plug-ins by name.
+"""Tokenizers: exact inverses, the order of operations, position codes against closed forms, plug-ins by name.
 
-What is parametrised over `TOKENIZERS` enrols every registered tokenizer.
+Tests that are parametrised over `TOKENIZERS` include every registered tokenizer.
 """
 
 import itertools
@@ -27,14 +27,14 @@ PATCHES = {1: (4,), 2: (2, 3), 3: (2, 3, 1)}  # by the number of axes
 
 
 class Nowhere(nn.Module):
-    """A position code that says nothing."""
+    """A position code of zeros."""
 
     def forward(self, grid):
         return torch.zeros(())
 
 
 def build(name, *, grid=None, dim=16, in_channels=3, **options) -> PatchTokenizer:
-    """The tokenizer called `name`, for a grid of unequal sides."""
+    """Build the tokenizer `name` for a grid with unequal sizes."""
     kind = TOKENIZERS.get(name)
     patch = PATCHES[len(kind.axes)]
     grid = grid or tuple((i + 2) * p for i, p in enumerate(patch))
@@ -42,7 +42,7 @@ def build(name, *, grid=None, dim=16, in_channels=3, **options) -> PatchTokenize
 
 
 def bare(tokenizer: PatchTokenizer) -> PatchTokenizer:
-    """Projections, norms and position taken out: what is left only rearranges."""
+    """Remove projections, norms and position, so that the tokenizer only rearranges."""
     for part in ("patch_norm", "to_tokens", "norm", "out_norm", "to_patches"):
         setattr(tokenizer, part, nn.Identity())
     tokenizer.position = Nowhere()
@@ -155,7 +155,7 @@ def test_sizes_that_do_not_divide_name_axis_size_and_the_nearest_that_fit(name):
         grid = [3 * p for p in patch]
         grid[axis] += 1
         fits = f"{3 * patch[axis]} and {4 * patch[axis]}"
-        message = f"^{tokenizer.axes[axis]} {grid[axis]} is no multiple of its patch size {patch[axis]}.*{fits}$"
+        message = f"^{tokenizer.axes[axis]} {grid[axis]} is not a multiple of its patch size {patch[axis]}.*{fits}$"
         for attempt in (
             lambda grid=grid: build(name, grid=tuple(grid)),
             lambda grid=grid: tokenizer.tokenize(torch.zeros(1, 3, *grid)),
@@ -169,8 +169,8 @@ def test_sizes_that_do_not_divide_name_axis_size_and_the_nearest_that_fit(name):
         tokenizer.tokenize(torch.zeros(1, 4, *tokenizer.grid))
 
 
-def test_a_grid_smaller_than_its_patch_is_told_the_one_size_that_is_near():
-    with pytest.raises(UsageError, match=r"length 3 is no multiple of its patch size 4: the nearest that fit are 4$"):
+def test_the_error_of_a_grid_smaller_than_its_patch_names_the_nearest_size():
+    with pytest.raises(UsageError, match=r"length 3 is not a multiple of its patch size 4: .* that fit are 4$"):
         build("sequence", grid=(3,))
 
 
@@ -227,7 +227,7 @@ def test_auto_goes_by_what_the_data_is(options, name):
         ({"image_size": 8, "conv_width": 1.5}, "model.conv_width is 1.5"),
     ],
 )
-def test_what_a_configuration_lacks_is_said(options, words):
+def test_options_that_a_config_lacks_are_reported(options, words):
     with pytest.raises(UsageError, match=words):
         make_tokenizer(ModelConfig(dim=16, **options), 3)
 
@@ -236,7 +236,7 @@ def test_what_a_configuration_lacks_is_said(options, words):
 
 
 def closed_form(grid: tuple[int, ...], dim: int, coordinate_range: float | None) -> np.ndarray:
-    """sin and cos of p / 10000^(2k/d), written out in float64; axes of one token take no width."""
+    """Return sin and cos of p / 10000^(2k/d), computed directly in float64; axes of one token get no width."""
     long = [axis for axis, size in enumerate(grid) if size > 1] or [0]
     share = dim // len(long) // 2 * 2
     widths = dict.fromkeys(long, share) | {long[0]: dim - share * (len(long) - 1)}
@@ -259,7 +259,7 @@ def closed_form(grid: tuple[int, ...], dim: int, coordinate_range: float | None)
 def test_sincos_is_the_closed_form_of_unit_amplitude(grid, dim, coordinate_range):
     code = grid_sincos(grid, dim, coordinate_range)
     assert code.dtype == torch.float32
-    # Near 1000 a float32 is good to 6.1e-5 (position) and the frequency to 6e-8 of itself: the angle's error.
+    # The error of the angle: near 1000 a float32 position is accurate to 6.1e-5, and the frequency to 6e-8 relatively.
     atol = 1.3e-4 if coordinate_range else 2e-6
     assert_close(code.double(), torch.from_numpy(closed_form(grid, dim, coordinate_range)), rtol=0, atol=atol)
     axes = sum(size > 1 for size in grid) or 1
@@ -277,17 +277,15 @@ def test_sincos_codes_of_neighbours_differ_and_odd_widths_are_refused():
 
 
 def test_sincos_keeps_its_layout_on_an_axis_of_one_token():
-    """A model of clips sampled at the length of one tube sees the codes of its first tube, channel by channel."""
+    """A clip model that samples the length of one tube uses the codes of its first tube, channel by channel."""
     position = make_position("sincos", (4, 5, 6), 36)
     first = position((4, 5, 6)).view(4, 30, 36)[0]
     assert_close(position((1, 5, 6)), first, rtol=0, atol=0)
     assert_close(position((1, 1, 1)), first[:1], rtol=0, atol=0)
     still = make_position("sincos", (1, 5, 6), 36)
-    assert_close(still((1, 5, 6)), grid_sincos((5, 6), 36), rtol=0, atol=0)  # as made: two axes share the width
+    assert_close(still((1, 5, 6)), grid_sincos((5, 6), 36), rtol=0, atol=0)  # as built: two axes share the width
     assert still((1, 9, 2)).shape == (18, 36)
-    with pytest.raises(
-        UsageError, match=r"made for 1x5x6 tokens and cannot tell those of 2x5x6 apart: train with more"
-    ):
+    with pytest.raises(UsageError, match=r"made for 1x5x6 tokens and cannot distinguish 2x5x6 tokens: train with more"):
         still((2, 5, 6))
 
 
@@ -295,7 +293,7 @@ def test_sincos_keeps_its_layout_on_an_axis_of_one_token():
 def test_learned_positions_refuse_another_grid(name):
     position = make_position(name, (2, 3), 16)
     assert position((2, 3)).shape == (6, 16)
-    with pytest.raises(UsageError, match=r"made for 2x3 tokens and cannot serve 3x2.*position=sincos"):
+    with pytest.raises(UsageError, match=r"made for 2x3 tokens and do not fit 3x2.*position=sincos"):
         position((3, 2))
 
 
@@ -309,7 +307,7 @@ def test_sincos_at_another_size_is_the_code_of_that_size():
 
 @settings(deadline=None, max_examples=20)
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=3))
-def test_coordinate_positions_serve_any_size_and_reach_every_parameter(grid):
+def test_coordinate_positions_fit_any_size_and_use_every_parameter(grid):
     position = CoordinatePosition(len(grid), 16)
     code = position(tuple(grid))
     assert code.shape == (np.prod(grid), 16)
@@ -318,7 +316,7 @@ def test_coordinate_positions_serve_any_size_and_reach_every_parameter(grid):
 
 
 def test_coordinate_positions_of_a_third_of_the_grid_are_those_of_its_middles():
-    """Token i of 4 has the centre of token 3 i + 1 of 12."""
+    """The centre of token i of 4 is that of token 3 i + 1 of 12."""
     position = CoordinatePosition(2, 16)
     fine = position((12, 6)).unflatten(0, (12, 6))
     assert_close(position((4, 2)).unflatten(0, (4, 2)), fine[1::3, 1::3])
@@ -335,7 +333,7 @@ def test_an_unknown_position_lists_the_known():
 def test_a_name_that_is_taken_raises():
     registry: Registry[object] = Registry("thing", group="rin_video.nothing")
     assert registry.register("a")(1) == 1
-    with pytest.raises(ValueError, match="a thing named 'a' is registered already"):
+    with pytest.raises(ValueError, match="a thing named 'a' is already registered"):
         registry.register("a")(2)
     assert registry.get("a") == 1
     for name in NAMES:
@@ -344,7 +342,7 @@ def test_a_name_that_is_taken_raises():
 
 
 def test_an_unknown_name_lists_the_known():
-    with pytest.raises(UsageError, match=r"unknown tokenizer 'tubes': known are .*image.*sequence.*tube"):
+    with pytest.raises(UsageError, match=r"unknown tokenizer 'tubes': use one of .*image.*sequence.*tube"):
         TOKENIZERS.get("tubes")
     assert "tubes" not in TOKENIZERS
     assert set(NAMES) >= {"image", "sequence", "tube"}
@@ -382,22 +380,22 @@ class Chords(nn.Module):
 
 @pytest.fixture
 def plugin(tmp_path, monkeypatch):
-    """The distribution acme-chords, as pip would leave it, on the path."""
+    """The distribution acme-chords, as installed by pip, on the path."""
     (tmp_path / "acme_chords.py").write_text(PLUGIN)
     info = tmp_path / "acme_chords-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: acme-chords\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[rin_video.tokenizers]\nchords = acme_chords:Chords\n")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(TOKENIZERS, "_things", dict(TOKENIZERS._things))
+    monkeypatch.setattr(TOKENIZERS, "_objects", dict(TOKENIZERS._objects))
     yield "chords"
     sys.modules.pop("acme_chords", None)
 
 
 def test_a_tokenizer_of_another_distribution_trains_and_samples(plugin):
     assert plugin in TOKENIZERS
-    assert "acme_chords" not in sys.modules  # listing does not import
-    with pytest.raises(UsageError, match="known are chords, image, sequence, tube"):
+    assert "acme_chords" not in sys.modules  # listing the names does not import the plug-in
+    with pytest.raises(UsageError, match="use one of chords, image, sequence, tube"):
         RIN(dim=16, tokenizer="chord", sequence_length=16)
     assert "acme_chords" not in sys.modules
 
@@ -412,14 +410,14 @@ def test_a_tokenizer_of_another_distribution_trains_and_samples(plugin):
     diffusion(torch.rand(4, 2, 16)).backward()
     optimizer.step()
     assert all((p != before[name]).any() for name, p in model.tokenizer.named_parameters())
-    samples = diffusion.sample(2, steps=2, seed=0)
+    samples = diffusion.sample(batch_size=2, steps=2, seed=0)
     assert samples.shape == (2, 2, 16)
-    with pytest.raises(UsageError, match="conv_width is 8, but the tokenizer chords convolves nothing"):
+    with pytest.raises(UsageError, match="conv_width is 8, but the tokenizer chords has no convolutions"):
         RIN(dim=16, tokenizer=plugin, sequence_length=16, channels=2, num_latents=4, conv_width=8)
     assert 0 <= samples.min() <= samples.max() <= 1
 
 
-def test_a_name_of_another_distribution_is_taken_too(plugin):
+def test_a_name_of_another_distribution_counts_as_taken(plugin):
     TOKENIZERS.get(plugin)
     with pytest.raises(ValueError, match="'chords'"):
         TOKENIZERS.register(plugin)(PatchTokenizer)

@@ -1,4 +1,4 @@
-"""The training loop: exact resume, averaged weights, accumulation, what is written."""
+"""The training loop: exact resume, averaged weights, accumulation, the files it writes."""
 
 import json
 import shutil
@@ -19,6 +19,7 @@ from rin_video import RIN, GaussianDiffusion, Trainer, UsageError
 from rin_video.config import Config, DataConfig, TrainConfig
 from rin_video.config_files import load_config
 from rin_video.datasets.epochs import EpochDataset, EpochSampler
+from rin_video.training.previews import previews_of
 from rin_video.training.state import load_state, save_state
 from rin_video.training.trainer import Metrics, make_lr_schedule, make_optimizer
 
@@ -35,7 +36,7 @@ TINY = {
 
 
 class Noise(Dataset):
-    """Random pictures, their flips drawn by (index, epoch)."""
+    """Random pictures, whose flips depend on (index, epoch)."""
 
     def __init__(self, classes: int = 0) -> None:
         self.x = torch.rand(13, 3, 8, 8, generator=torch.Generator().manual_seed(3))
@@ -88,14 +89,14 @@ def lines(folder: Path) -> list[dict]:
 
 @pytest.mark.parametrize("optimizer", ["adamw", "lamb", "muon"])
 def test_resume_is_bit_exact(tmp_path, optimizer):
-    """20 steps without a stop are 10, a new process' worth of objects, and 10 more."""
+    """20 uninterrupted steps equal 10 steps, new objects as in a new process, and 10 more steps."""
     options = {"optimizer": optimizer, "model": {"dropout": 0.1, "drop_path": 0.1}, "gradient_accumulate_every": 2}
     whole = trainer(tmp_path / "whole", 20, **options)
     whole.train()
     first = trainer(tmp_path / "parts", 10, **options)
     first.train()
     second = trainer(tmp_path / "parts", 20, **options)
-    torch.manual_seed(99)  # nothing may hang on the state of the process
+    torch.manual_seed(99)  # nothing may depend on the state of the process
     second.train()
     assert_close(weights(second), weights(whole), rtol=0, atol=0)
     assert not torch.equal(weights(first)["core.latents.table"], weights(whole)["core.latents.table"])
@@ -119,11 +120,11 @@ def test_what_is_written(tmp_path):
     assert load_config(tmp_path / "config.yaml").model == run.config.model
     loaded = GaussianDiffusion.from_pretrained(tmp_path)
     assert_close(loaded.model.state_dict(), run.ema.ema_model.state_dict(), rtol=0, atol=0)
-    assert loaded.sample(1, steps=1).shape == (1, 3, 8, 8)
+    assert loaded.sample(batch_size=1, steps=1).shape == (1, 3, 8, 8)
 
 
 def test_average_is_not_the_raw_weights_and_follows_them(tmp_path):
-    """Trap 2: an average written backwards equals the weights."""
+    """Trap 2: an average with swapped weights equals the raw weights."""
     run = trainer(tmp_path, 12, ema_decay=0.9)
     run.train()
     raw, averaged = run.diffusion.model.core.latents.table, run.ema.ema_model.core.latents.table
@@ -133,7 +134,7 @@ def test_average_is_not_the_raw_weights_and_follows_them(tmp_path):
 
 
 def test_accumulation_is_the_big_batch(tmp_path):
-    """Trap 4: two batches of 4 and one step give the gradient of their mean."""
+    """Trap 4: one step with two batches of 4 uses the gradient of their mean."""
     run = trainer(tmp_path, 1, gradient_accumulate_every=2, max_grad_norm=0, weight_decay=0)
     seen = []
     run.optimizer.optimizer.step = lambda *a, **k: seen.append(
@@ -143,7 +144,7 @@ def test_accumulation_is_the_big_batch(tmp_path):
     run = trainer(tmp_path, 1, gradient_accumulate_every=2)
     batches = run.batches()
     run.diffusion.train()
-    loss = sum(run.diffusion(next(batches)["x"], rng=run.rng(micro)) for micro in range(2)) / 2
+    loss = sum(run.diffusion(next(batches).x, rng=run.rng(micro)) for micro in range(2)) / 2
     loss.backward()
     assert_close(torch.cat([p.grad.flatten() for p in run.diffusion.parameters()]), seen[0])
 
@@ -263,7 +264,7 @@ def test_the_precision_that_accelerate_launch_asks_for(tmp_path, monkeypatch, ca
         trainer(tmp_path, 1)
 
 
-def test_a_set_smaller_than_a_batch_is_said(tmp_path, caplog):
+def test_a_dataset_smaller_than_a_batch_is_reported(tmp_path, caplog):
     trainer(tmp_path, 1, train_batch_size=13)
     assert "a batch is" not in caplog.text
     trainer(tmp_path, 1, train_batch_size=14)
@@ -293,7 +294,7 @@ def test_state_survives_the_disk(tmp_path):
         load_state(tmp_path / "state")
 
 
-# For each option of training another value than the run was made with, and where to read what is in force.
+# For each option of training: a value that differs from that of the run, and a function that reads the effective value.
 ANOTHER = {
     "train_num_steps": (4, lambda run: run.step),
     "train_batch_size": (2, lambda run: run.batch_size),
@@ -311,11 +312,11 @@ ANOTHER = {
     "ema_snapshot_every": (3, lambda run: 3 if (run.folder / "averages/step-00000003.safetensors").exists() else 0),
     "mixed_precision": ("bf16", lambda run: run.accelerator.mixed_precision),
     "gradient_checkpointing": (True, lambda run: run.unwrapped.model.core.gradient_checkpointing),
-    "compile": (True, lambda run: run.compiled),
-    "sharding": ("fsdp2", lambda run: run.options.sharding),  # of a single process there is nothing to shard
-    "save_and_sample_every": (3, lambda run: 3 if run.pictures() else 0),
+    "compile": (True, lambda run: run.compiler.worked),
+    "sharding": ("fsdp2", lambda run: run.options.sharding),  # a single process has nothing to shard
+    "save_and_sample_every": (3, lambda run: 3 if previews_of(run.folder, 3) else 0),
     "keep_checkpoints": (1, lambda run: len(run.checkpoints)),
-    "keep_every": (2, lambda run: 2 if run.milestone("step-00000002").exists() else 0),
+    "keep_every": (2, lambda run: 2 if (run.folder / "checkpoints/step-00000002").exists() else 0),
     "log_every": (3, lambda run: 3 if [line["step"] for line in lines(run.folder)][-1] == 3 else 0),
     "trackers": (["jsonl"], lambda run: [*run.options.trackers]),
 }
@@ -333,7 +334,7 @@ SPECIAL = (
 
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory):
-    """Two steps of what most of them go on from."""
+    """A run of two steps from which most cases resume."""
     folder = tmp_path_factory.mktemp("begun")
     run = trainer(folder, 2, train_batch_size=4, ema_sigma_rel=[], save_and_sample_every=100)
     run.sample = lambda: None
@@ -342,14 +343,14 @@ def begun(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(TrainConfig)])
-def test_after_a_resume_what_the_configuration_says_is_what_runs(begun, tmp_path, monkeypatch, name):
-    """Every option of training that is given another value than before holds, or is refused."""
+def test_after_a_resume_the_config_takes_effect(begun, tmp_path, monkeypatch, name):
+    """Every option of training with a changed value takes effect, or is refused."""
     base = {"train_batch_size": 4, "lr_schedule": "constant" if name != "lr_cosine_portion" else "cosine",
             "ema_sigma_rel": [0.05, 0.1] if name in ("ema_sigma_rel", "ema_snapshot_every") else [],
             "save_and_sample_every": 1 if name == "keep_checkpoints" else 100}  # fmt: skip
     if name != "save_and_sample_every":
         monkeypatch.setattr(Trainer, "sample", lambda run: None)
-    if name == "compile":  # what it does is tested elsewhere
+    if name == "compile":  # its effect is tested elsewhere
         monkeypatch.setattr(RIN, "compile", lambda model: None)
     if name == "trackers":
         monkeypatch.setattr("rin_video.training.trainer.check_trackers", lambda names: None)
@@ -378,7 +379,7 @@ def NoTrackers(kind, log_with=None, **options):  # noqa: N802
 
 
 def test_a_group_of_parameters_that_is_new_takes_up_its_moments_by_name(tmp_path):
-    """Without weight decay the optimizer has one group, and its parameters come in another order."""
+    """Without weight decay the optimizer has one group, and its parameters have another order."""
     trainer(tmp_path / "a", 3, weight_decay=0.0).train()
     run = trainer(tmp_path / "a", 4, weight_decay=0.1)
     run.resume()

@@ -1,7 +1,8 @@
-"""Data to interface tokens and back: pluggable by name.
+"""Tokenizers convert data to interface tokens and back; they are registered by name.
 
-A tokenizer is an `nn.Module` that follows `Tokenizer` below. Add one by `@TOKENIZERS.register("name")`, or from another
-distribution through the entry-point group `rin_video.tokenizers`; `ModelConfig.tokenizer` then takes the name.
+A tokenizer is an `nn.Module` that implements the `Tokenizer` protocol. `@TOKENIZERS.register("name")` registers one;
+another distribution registers it through the entry-point group `rin_video.tokenizers`. `ModelConfig.tokenizer` then
+accepts the name.
 """
 
 from __future__ import annotations
@@ -34,24 +35,27 @@ __all__ = [
 
 
 class Tokenizer(Protocol):
-    """What a RIN asks of a tokenizer, which is an `nn.Module` too."""
+    """The interface that a RIN expects of a tokenizer, which must also be an `nn.Module`."""
 
     @classmethod
     def from_config(cls, config: ModelConfig, in_channels: int) -> nn.Module:
-        """Build it for a model; `in_channels` may exceed `config.channels`."""
+        """Build the tokenizer of a model; `in_channels` may exceed `config.channels`."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of one sample, (C, *grid)."""
+        """The shape of one sample, (C, *grid)."""
 
     def token_grid(self, grid: Sequence[int]) -> tuple[int, ...]:
-        """How many tokens lie along each axis of a data grid; a `UsageError` where it does not fit."""
+        """Return the number of tokens along each axis of a data grid; raise `UsageError` if the grid does not fit."""
 
     def tokenize(self, x: Tensor) -> Tensor:
-        """(B, in_channels, *grid) to (B, N, dim), positions included."""
+        """Convert data (B, in_channels, *grid) to tokens (B, N, dim) and add the position codes."""
 
     def detokenize(self, tokens: Tensor, grid: Sequence[int], x: Tensor) -> Tensor:
-        """(B, N, dim) to (B, C, *grid). `x` (B, in_channels, *grid) is what was tokenized: most have no use for it."""
+        """Convert tokens (B, N, dim) to data (B, C, *grid).
+
+        `x` (B, in_channels, *grid) is the input of `tokenize`; most tokenizers ignore it.
+        """
 
 
 TOKENIZERS: Registry[type[Tokenizer]] = Registry("tokenizer", group="rin_video.tokenizers")
@@ -61,16 +65,24 @@ TOKENIZERS.register("sequence")(SequenceTokenizer)
 
 
 def tokenizer_names(config: ModelConfig) -> list[str]:
-    """The tokenizers of a model, joined by + in its configuration; `auto` goes by what the data is."""
+    """Return the names of a model's tokenizers, which its config joins with `+`.
+
+    `auto` is "tube" if the config has `frames`, "sequence" if it has a `sequence_length`, and "image" otherwise.
+    """
     if config.tokenizer == "auto":
         return ["tube" if config.frames else "sequence" if config.sequence_length else "image"]
     return config.tokenizer.split("+")
 
 
 def make_tokenizer(config: ModelConfig, in_channels: int, name: str | None = None) -> nn.Module:
-    """The tokenizer called `name`, or the first one that a configuration names."""
+    """Build the tokenizer `name`, by default the first one that the config names.
+
+    Raises `UsageError` if the name is unknown, or if `config.conv_width` is set and the tokenizer has no convolutions.
+    """
     name = name or tokenizer_names(config)[0]
     tokenizer = TOKENIZERS.get(name).from_config(config, in_channels)
     if config.conv_width and getattr(tokenizer, "conv_in", None) is None:
-        raise UsageError(f"model.conv_width is {config.conv_width}, but the tokenizer {name} convolves nothing: use 0")
+        raise UsageError(
+            f"model.conv_width is {config.conv_width}, but the tokenizer {name} has no convolutions: use 0"
+        )
     return tokenizer

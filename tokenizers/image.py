@@ -1,4 +1,4 @@
-"""Images to tokens: square or rectangular patches."""
+"""The tokenizer of images: square or rectangular patches."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ if TYPE_CHECKING:
 
 
 class ImageTokenizer(PatchTokenizer):
-    """Images (B, C, H, W), any H and W that the patch divides."""
+    """Tokenizes images (B, C, H, W) of any H and W that are multiples of the patch size."""
 
     axes = ("height", "width")
 
     @classmethod
     def grid_of(cls, config: ModelConfig) -> tuple[int, ...]:
+        """Return (H, W) of a model's images."""
         return config.height_width

@@ -1,4 +1,4 @@
-"""Patches of an N-dimensional grid to tokens and back: the one implementation behind sequence, image and tube."""
+"""The patch tokenizer for grids of any rank, which the sequence, image and tube tokenizers specialise."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ if TYPE_CHECKING:
 
 
 class PatchTokenizer(nn.Module):
-    """(B, C, *grid) to (B, N, dim) and back, for non-overlapping patches.
+    """Converts data (B, C, *grid) to tokens (B, N, dim) and back, with non-overlapping patches.
 
-    Projection, LayerNorm, then position, in that order: the norm does not act on the position. Patches are flattened
-    row-major with the channel fastest, tokens row-major with the first axis outermost. Values are those of diffusion,
-    about [-1, 1].
+    A token is the LayerNorm of the projected patch plus the position code, which is not normalised. Patches are
+    flattened in row-major order with the channel last, tokens in row-major order with the first axis outermost. Values
+    are in diffusion range, about [-1, 1].
 
-    `grid` and `patch_size` have one number for each axis. `in_channels` may exceed `out_channels` where the input
-    carries more than the data (a previous estimate, a mask). With `dual_patchnorm` the raw patch is normalised too
-    (Kumar et al. 2023). With `conv_width` two convolutions of size 3, of so many channels, lie before the patches are
-    cut (Xiao et al. 2021, arXiv 2106.14881) and two after they are put together, so that neighbours meet over their
-    seams; the last two see the input again, so that fine detail need not go through the tokens. Raises `UsageError`
-    where a size is no multiple of its patch.
+    `grid` and `patch_size` have one number per axis. `in_channels` may exceed `out_channels` if the input contains more
+    than the data (a previous prediction, a mask). `dual_patchnorm` also normalises the raw patch (Kumar et al. 2023).
+    `conv_width` adds two convolutions of size 3 with that many channels before the patches are cut (Xiao et al. 2021,
+    arXiv 2106.14881), and two after they are assembled, which smooth the seams between patches. The last two also
+    receive the input, so that fine detail can bypass the tokens. Raises `UsageError` if a size is not a multiple of
+    its patch size.
     """
 
     axes: ClassVar[tuple[str, ...]] = ()
@@ -72,12 +72,12 @@ class PatchTokenizer(nn.Module):
 
     @classmethod
     def grid_of(cls, config: ModelConfig) -> tuple[int, ...]:
-        """The data grid that a model's configuration asks for: what a tokenizer for new axes has to say."""
-        raise NotImplementedError(f"{cls.__name__} does not say how to read its grid from a ModelConfig")
+        """Return the data grid of a model; a subclass for new axes must implement this."""
+        raise NotImplementedError(f"{cls.__name__} must implement grid_of, which reads its grid from a ModelConfig")
 
     @classmethod
     def from_config(cls, config: ModelConfig, in_channels: int) -> Self:
-        """The tokenizer of a model; `in_channels` counts what a model feeds beside the data too."""
+        """Build the tokenizer of a model; `in_channels` counts the data and all further inputs, such as a mask."""
         grid = cls.grid_of(config)
         return cls(
             grid,
@@ -93,11 +93,14 @@ class PatchTokenizer(nn.Module):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of one sample, (C, *grid), as built."""
+        """The shape of one sample, (C, *grid), for which the tokenizer was built."""
         return (self.out_channels, *self.grid)
 
     def token_grid(self, grid: Sequence[int]) -> tuple[int, ...]:
-        """How many tokens lie along each axis of a data grid. Raises `UsageError` where the patch does not fit."""
+        """Return the number of tokens along each axis of a data grid.
+
+        Raises `UsageError` if the grid has another number of axes, or a size is not a multiple of its patch size.
+        """
         if len(grid) != len(self.patch_size):
             raise UsageError(
                 f"{type(self).__name__} takes {len(self.patch_size)} axes {self._axes()}, not {tuple(grid)}"
@@ -106,38 +109,46 @@ class PatchTokenizer(nn.Module):
             if size < 1 or size % patch:
                 fits = sorted({max(size // patch, 1) * patch, (size // patch + 1) * patch})
                 raise UsageError(
-                    f"{axis} {size} is no multiple of its patch size {patch}: "
-                    f"the nearest that fit are {' and '.join(map(str, fits))}"
+                    f"{axis} {size} is not a multiple of its patch size {patch}: "
+                    f"the nearest sizes that fit are {' and '.join(map(str, fits))}"
                 )
         return tuple(size // patch for size, patch in zip(grid, self.patch_size, strict=True))
 
     def tokenize(self, x: Tensor) -> Tensor:
-        """(B, in_channels, *grid) to (B, N, dim)."""
+        """Convert data (B, in_channels, *grid) to float32 tokens (B, N, dim), position codes included.
+
+        Raises `UsageError` if the number of channels or the grid does not fit.
+        """
         grid = self.token_grid(x.shape[2:])
         if x.shape[1] != self.in_channels:
             raise UsageError(f"the input has {x.shape[1]} channels, the tokenizer takes {self.in_channels}")
         if self.conv_in is not None:
             x = self.conv_in(x)
-        patches = rearrange(x, f"b c {self._cells()} -> b ({self._counts()}) ({self._inside()} c)", **self._sizes())
+        patches = rearrange(
+            x, f"b c {self._axis_sizes()} -> b ({self._counts()}) ({self._inside()} c)", **self._sizes()
+        )
         tokens = self.norm(self.to_tokens(self.patch_norm(patches)))
         return tokens.float() + self.position(grid).float()  # the residual stream stays float32 under autocast
 
     def detokenize(self, tokens: Tensor, grid: Sequence[int], x: Tensor) -> Tensor:
-        """(B, N, dim) to (B, out_channels, *grid); `x` is what was tokenized, which the convolutions see again."""
+        """Convert tokens (B, N, dim) to data (B, out_channels, *grid).
+
+        `x` (B, in_channels, *grid) is the input of `tokenize`; only the convolutions use it.
+        """
         counts = dict(zip(self._counts().split(), self.token_grid(grid), strict=True))
         patches = self.to_patches(self.out_norm(tokens))
-        pattern = f"b ({self._counts()}) ({self._inside()} c) -> b c {self._cells()}"
+        pattern = f"b ({self._counts()}) ({self._inside()} c) -> b c {self._axis_sizes()}"
         out = rearrange(patches, pattern, **counts, **self._sizes())
         return out if self.conv_out is None else self.conv_out(torch.cat([out, x.to(out)], dim=1))
 
-    # einops spells axis i of the grid as n{i} patches of p{i} cells.
+    # In the einops patterns, axis i of the grid has n{i} patches of p{i} elements.
     def _counts(self) -> str:
         return " ".join(f"n{i}" for i in range(len(self.patch_size)))
 
     def _inside(self) -> str:
         return " ".join(f"p{i}" for i in range(len(self.patch_size)))
 
-    def _cells(self) -> str:
+    def _axis_sizes(self) -> str:
         return " ".join(f"(n{i} p{i})" for i in range(len(self.patch_size)))
 
     def _sizes(self) -> dict[str, int]:
@@ -148,8 +159,8 @@ class PatchTokenizer(nn.Module):
 
 
 def _convolutions(axes: int, channels: int, width: int, out_channels: int) -> nn.Sequential:
-    """Size 3, GELU, size 3: (B, channels, *grid) to (B, out_channels, *grid)."""
+    """Two convolutions of size 3 with a GELU between them: (B, channels, *grid) to (B, out_channels, *grid)."""
     if axes > 3:
-        raise UsageError(f"model.conv_width convolves over 1 to 3 axes, the data has {axes}: set it to 0")
+        raise UsageError(f"model.conv_width supports 1 to 3 axes, but the data has {axes}: set it to 0")
     conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[axes - 1]
     return nn.Sequential(conv(channels, width, 3, padding=1), nn.GELU(), conv(width, out_channels, 3, padding=1))

@@ -1,4 +1,4 @@
-"""Position codes for a grid of tokens of any number of axes."""
+"""Position codes for token grids with any number of axes."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from rin_video.errors import UsageError
 
 
 def sincos(position: Tensor, dim: int) -> Tensor:
-    """Sines then cosines of `position` (any shape) at `dim / 2` frequencies from 1 down to 1/10000: (..., dim).
+    """Return the sin-cos code of `position` (any shape) at `dim / 2` frequencies from 1 down to 1/10000: (..., dim).
 
-    Raises `UsageError` for an odd `dim`. Source: Vaswani et al. 2017, not interleaved.
+    The sines come first, then the cosines. Raises `UsageError` if `dim` is odd. Source: Vaswani et al. 2017, not
+    interleaved.
     """
     if dim % 2:
         raise UsageError(f"a sin-cos code needs an even width, not {dim}: choose a multiple of 2 per axis")
@@ -27,7 +28,7 @@ def sincos(position: Tensor, dim: int) -> Tensor:
 
 
 def coded_axes(grid: tuple[int, ...]) -> tuple[int, ...]:
-    """The axes of a grid that are longer than one token: those that a sin-cos code has to tell apart."""
+    """Return the axes of a grid that are longer than one token, which a sin-cos code must encode; at least axis 0."""
     return tuple(axis for axis, size in enumerate(grid) if size > 1) or (0,)
 
 
@@ -37,11 +38,11 @@ def grid_sincos(
     coordinate_range: float | None = 1000.0,
     axes: tuple[int, ...] | None = None,
 ) -> Tensor:
-    """Unit-amplitude sin-cos code of a grid, row-major: (N, dim) in float32.
+    """Return the sin-cos code of a grid with unit amplitude, in row-major order: (N, dim), float32.
 
-    Each of `axes` (default: those longer than one token) gets an equal, even share of `dim`, first axis first (the
-    first takes what is left over). Positions run from 0 to `coordinate_range` along every axis, as in the authors'
-    release (1000); None counts tokens instead (0, 1, 2, ...).
+    Each of `axes` (default: those longer than one token) gets an equal, even share of `dim`, in their order; the first
+    axis also gets the remainder. Positions range from 0 to `coordinate_range` along every axis, as in the authors'
+    release (1000). If it is None, they are token indices (0, 1, 2, ...).
     """
     axes = coded_axes(grid) if axes is None else axes
     share = 2 * (dim // (2 * len(axes)))
@@ -59,9 +60,10 @@ def grid_sincos(
 
 
 class LearnedPosition(nn.Module):
-    """A table, truncated normal 0.02: one row a token, for one grid only.
+    """A learned table with one row per token of one grid, initialised from a truncated normal with std 0.02.
 
-    With `interpolate` set, another grid of as many axes (up to three) reads the table in between, linearly.
+    If `interpolate` is set, the table is interpolated linearly for other grids with the same number of axes, up to
+    three.
     """
 
     def __init__(self, grid: tuple[int, ...], dim: int) -> None:
@@ -70,11 +72,12 @@ class LearnedPosition(nn.Module):
         self.table = nn.Parameter(nn.init.trunc_normal_(torch.empty(math.prod(grid), dim), std=0.02))
 
     def forward(self, grid: tuple[int, ...]) -> Tensor:
+        """Return the codes of a token grid, (N, dim); raise `UsageError` if the table does not fit the grid."""
         if tuple(grid) == self.grid:
             return self.table
         if not self.interpolate:
             raise UsageError(
-                f"learned positions were made for {_by(self.grid)} tokens and cannot serve {_by(grid)}: interpolate "
+                f"learned positions were made for {_by(self.grid)} tokens and do not fit {_by(grid)}: interpolate "
                 "them (--interpolate-positions), or train with position=sincos or position=coordinate"
             )
         if len(grid) != len(self.grid) or len(grid) > 3:
@@ -85,10 +88,10 @@ class LearnedPosition(nn.Module):
 
 
 class SinCosPosition(nn.Module):
-    """`grid_sincos`; with `learned`, plus a table that starts at zero (and ties it to one grid).
+    """The sin-cos code of `grid_sincos`.
 
-    The grid at construction decides which axes get a share of the width. Other grids keep that layout, even with a
-    single token along such an axis. A grid with more than one token along an axis without a share is refused.
+    `learned` adds a zero-initialised table, which restricts it to one grid. The grid at construction determines which
+    axes get a share of the width. Other grids use the same shares, even if they have a single token along such an axis.
     """
 
     code: Tensor
@@ -105,22 +108,26 @@ class SinCosPosition(nn.Module):
             nn.init.zeros_(self.residual.table)
 
     def forward(self, grid: tuple[int, ...]) -> Tensor:
+        """Return the codes of a token grid, (N, dim).
+
+        Raises `UsageError` if the grid has more than one token along an axis that has no share of the width.
+        """
         code = self.code
         if tuple(grid) != self.grid:
             if any(size > 1 and axis not in self.axes for axis, size in enumerate(grid)):
                 raise UsageError(
-                    f"sin-cos positions were made for {_by(self.grid)} tokens and cannot tell those of {_by(grid)} "
-                    "apart: train with more than one token along each axis that is to grow"
+                    f"sin-cos positions were made for {_by(self.grid)} tokens and cannot distinguish {_by(grid)} "
+                    "tokens: train with more than one token along each axis that is to grow"
                 )
             code = grid_sincos(tuple(grid), self.dim, self.coordinate_range, self.axes).to(code)
         return code if self.residual is None else code + self.residual(grid)
 
 
 class CoordinatePosition(nn.Module):
-    """A small network of the coordinate for each axis, summed over axes: works for any grid of that many axes.
+    """The sum of one small network per axis, which maps a coordinate to a code, for any grid with that many axes.
 
-    Coordinates are the centres of the tokens in [-1, 1]; each is seen through sines of 8 octaves. A size never seen in
-    training is read in between (or more finely than) the positions that were.
+    Coordinates are token centres in [-1, 1], encoded as sines and cosines of 8 octaves. Grid sizes that were not seen
+    in training interpolate between the positions that were.
     """
 
     OCTAVES = 8
@@ -132,6 +139,7 @@ class CoordinatePosition(nn.Module):
         )
 
     def forward(self, grid: tuple[int, ...]) -> Tensor:
+        """Return the codes of a token grid, (N, dim)."""
         total: Tensor | float = 0.0
         for axis, (size, network) in enumerate(zip(grid, self.axes, strict=True)):
             weight = next(network.parameters())
@@ -156,9 +164,12 @@ POSITIONS: dict[PositionName, Callable[[tuple[int, ...], int, float | None], nn.
 def make_position(
     name: PositionName, grid: tuple[int, ...], dim: int, coordinate_range: float | None = 1000.0
 ) -> nn.Module:
-    """The position code called `name` (one of `POSITIONS`) for a grid of tokens: maps a grid to (N, dim)."""
+    """Build the position code `name` (one of `POSITIONS`) for a token grid; the module maps a grid to (N, dim).
+
+    Raises `UsageError` if the name is unknown.
+    """
     if name not in POSITIONS:
-        raise UsageError(f"unknown position {name!r}: known are {', '.join(POSITIONS)}")
+        raise UsageError(f"unknown position {name!r}: use one of {', '.join(POSITIONS)}")
     return POSITIONS[name](grid, dim, coordinate_range)
 
 

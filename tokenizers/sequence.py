@@ -1,4 +1,4 @@
-"""Sequences to tokens: stretches of one axis (audio, sensors, motion)."""
+"""The tokenizer of sequences: segments of one axis (audio, sensors, motion)."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ if TYPE_CHECKING:
 
 
 class SequenceTokenizer(PatchTokenizer):
-    """Sequences (B, C, L), any L that the patch divides."""
+    """Tokenizes sequences (B, C, L) of any L that is a multiple of the patch size."""
 
     axes = ("length",)
 
     @classmethod
     def grid_of(cls, config: ModelConfig) -> tuple[int, ...]:
+        """Return (L,) of a model's sequences; raise `UsageError` if `model.sequence_length` is not set."""
         if not config.sequence_length:
             raise UsageError("the sequence tokenizer needs a length: set model.sequence_length")
         return (config.sequence_length,)

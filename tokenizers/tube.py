@@ -1,4 +1,4 @@
-"""Video to tokens: tubes of (frames, height, width)."""
+"""The tokenizer of video: tubes of (frames, height, width)."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ if TYPE_CHECKING:
 
 
 class TubeTokenizer(PatchTokenizer):
-    """Clips (B, C, F, H, W), any F, H and W that the tube divides. The paper's tubes are (2, 4, 4)."""
+    """Tokenizes clips (B, C, F, H, W) of any F, H and W that are multiples of the tube; the paper's is (2, 4, 4)."""
 
     axes = ("frames", "height", "width")
 
     @classmethod
     def grid_of(cls, config: ModelConfig) -> tuple[int, ...]:
+        """Return (F, H, W) of a model's clips; raise `UsageError` if `model.frames` is not set."""
         if not config.frames:
             raise UsageError("the tube tokenizer needs frames: set model.frames (--frames 16)")
         return (config.frames, *config.height_width)

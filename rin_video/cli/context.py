@@ -21,7 +21,7 @@ from rin_video.datasets.extensions import CLIP_EXTENSIONS
 from rin_video.datasets.folders import find_files
 from rin_video.datasets.probe import probe_video
 from rin_video.datasets.reading import read_image
-from rin_video.datasets.resize_crop import ResizeCrop, smaller
+from rin_video.datasets.resize_crop import ResizeCrop
 from rin_video.datasets.video_info import VideoInfo
 from rin_video.diffusion.masks import known_frames_mask
 from rin_video.errors import UsageError
@@ -143,8 +143,8 @@ def read_context(
 
 def read_start_image(path: Path, shape: tuple[int, ...]) -> Tensor:
     """An image as a clip of one frame, resized and cropped at the centre: uint8 (C, 1, H, W)."""
-    framing = ResizeCrop((shape[-2], shape[-1]))
-    return framing(read_image(_existing(path), shape[0]), np.random.default_rng(0)).unsqueeze(1)
+    resize_crop = ResizeCrop((shape[-2], shape[-1]))
+    return resize_crop(read_image(_existing(path), shape[0]), np.random.default_rng(0)).unsqueeze(1)
 
 
 def parse_fill(text: str, frames: int) -> range:
@@ -161,15 +161,9 @@ def parse_fill(text: str, frames: int) -> range:
 
 
 def _read_clip(file: Path, info: VideoInfo, indices: Sequence[int], shape: tuple[int, ...]) -> Tensor:
-    framing = ResizeCrop((shape[-2], shape[-1]))
-    plan = framing.plan(info.size, np.random.default_rng(0))
+    resize_crop = ResizeCrop((shape[-2], shape[-1]))
     with open_video(file, "auto", info) as video:  # all decoders give the same frames
-        clip = framing.cut(video.read(indices, smaller(plan.size, info.size)), plan)
-    if shape[0] == 1:
-        from torchvision.transforms.v2 import functional as transforms
-
-        clip = transforms.rgb_to_grayscale(clip)
-    return clip.transpose(0, 1)
+        return resize_crop.read_clip(video, indices, info.size, np.random.default_rng(0), shape[0])
 
 
 def _indices(file: Path, info: VideoInfo, options: DataConfig, frames: int | None) -> Sequence[int]:

@@ -48,11 +48,11 @@ def run_demo(folder: Path, overrides: Sequence[str] = ()) -> None:
     log.info("1. %s of moving shapes (%s): %s", counted(len(clips), "clip"), ", ".join(SHAPES), folder / "data")
     log.info("2. training a small model on them\n%s", describe(config.model))
     torch.manual_seed(config.train.seed)
-    diffusion = GaussianDiffusion.from_config(RIN(config.model), config.diffusion)
+    diffusion = GaussianDiffusion(RIN(config.model), config.diffusion)
     trainer = Trainer(diffusion, dataset, results_folder=folder / "run", config=config)
     trainer.train()
     log.info("3. sampling new clips, a column for each class")
-    samples = trainer.averaged().sample_from_config(config.sample, seed=0, progress=True)
+    samples = trainer.averaged().sample(config.sample, seed=0, progress=True)
     save_samples(samples, folder / "sample.mp4", fps=config.sample.fps or DEFAULT_FPS)
     contact_sheet(samples, folder / "contact_sheet.png")
     log.info(

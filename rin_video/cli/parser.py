@@ -85,9 +85,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def read_options(argv: Sequence[str]) -> argparse.Namespace:
-    """The options of a command. `overrides` are the key=value words, then the flags that stand for one.
+    """The options of a command. `overrides` are the flags that stand for a key=value, then the key=value words.
 
-    Such a flag has the key as its `dest`, so that `--steps 10` is `train.train_num_steps=10`.
+    Such a flag has the key as its `dest`: `--steps 10` is `train.train_num_steps=10`. Flags come first, so that
+    `sample.sampler.eta=0.5` adds to `--sampler ddim` wherever it stands.
     """
     parser = make_parser()
     arguments, overrides = split_overrides(parser, argv)
@@ -95,7 +96,7 @@ def read_options(argv: Sequence[str]) -> argparse.Namespace:
     if overrides and "overrides" not in options:
         raise UsageError(f"{options.command} takes no key=value: {overrides[0]}")
     flags = [f"{key}={value}" for key, value in vars(options).items() if "." in key and value is not None]
-    options.overrides = [*overrides, *flags]
+    options.overrides = [*flags, *overrides]
     return options
 
 
@@ -130,7 +131,7 @@ def split_overrides(parser: Parser, argv: Sequence[str]) -> tuple[list[str], lis
             raise UsageError(f"{word} is no option: did you mean --data {word}?")
         arguments.append(word)
     if not arguments:
-        raise UsageError(f"give a command: {', '.join(parser.commands)} (rin-video COMMAND --help)")
+        raise UsageError(f"give a command: {', '.join(parser.commands)} (rin-video --help)")
     return arguments, overrides
 
 
@@ -142,7 +143,7 @@ def find_option(command: Parser, name: str) -> str:
         raise UsageError(f"option {name} may be {' or '.join(begun)}: write it out")
     if not begun:
         if command.commands:
-            raise UsageError(f"unknown option {name}{nearest(name, known)}: options follow the command")
+            raise UsageError(f"unknown option {name}{nearest(name, known) or ': options follow the command'}")
         raise UsageError(f"unknown option {name}{nearest(name, known) or f': see {command.prog} --help'}")
     return begun[0]
 

@@ -11,7 +11,6 @@ from torch import Tensor
 from rin_video.cli.options import parse_size
 from rin_video.config import SampleConfig
 from rin_video.diffusion.process import GaussianDiffusion
-from rin_video.diffusion.sampling import sample_options
 from rin_video.errors import UsageError
 from rin_video.progress import progress_bar
 from rin_video.ranks import is_first
@@ -76,9 +75,10 @@ def extend_parts(
     diffusion: GaussianDiffusion, wanted: SampleConfig, options: Namespace, pass_: Pass, common: dict[str, Any]
 ) -> Iterator[Tensor]:
     """The samples in parts (B, C, f, H, W), with a progress bar. `common` are arguments of `sample`."""
-    merged, gather = rank_part(diffusion, sample_options(diffusion, wanted) | common)
+    merged, gather = rank_part(diffusion, wanted, common)
     parts = diffusion.rollout(
         pass_.frames,
+        wanted,
         overlap=options.overlap,
         carry_latents=options.carry_latents,
         key_frames=options.key_frames,

@@ -78,7 +78,7 @@ def add_parsers(commands: Any) -> None:
         "and so on where that exists)",
     )
     command.epilog = (
-        "More options as sample.key=value: sampler_kwargs.eta=0.5, time_difference=1, guidance_interval=[0.1,0.9], "
+        "More options as sample.key=value: sampler.eta=0.5, time_difference=1, guidance_interval=[0.1,0.9], "
         "guidance_rescale=0.7, clip_x0=dynamic"
     )
     command.set_defaults(run=sample, overrides=[])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,12 @@ def add_parsers(commands: Any) -> None:
 
 def batch_size(text: str) -> int | str:
     """A number, or auto."""
-    return text if text == "auto" else int(text)
+    if text == "auto":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise ArgumentTypeError(f"{text} is neither a whole number nor auto") from None
 
 
 def train(options: Namespace) -> None:
@@ -101,7 +106,7 @@ def train(options: Namespace) -> None:
     if options.batch_size == "auto":
         config.train.train_batch_size = choose_batch(config, folder, len(dataset))
     torch.manual_seed(config.train.seed)
-    diffusion = GaussianDiffusion.from_config(RIN(config.model), config.diffusion)
+    diffusion = GaussianDiffusion(RIN(config.model), config.diffusion)
     trainer = Trainer(diffusion, dataset, results_folder=folder, config=config, callbacks=[SlowRunHint()])
     log.info(
         "training\n  on %s, about %s, %s of %s, into %s",

@@ -7,8 +7,7 @@ from pathlib import Path
 import torch
 
 from rin_video.config import Config
-from rin_video.diffusion.samplers import get_sampler, make_levels
-from rin_video.diffusion.sampling import sampling_schedule, suited_spacing
+from rin_video.diffusion.sampling import plan_steps
 from rin_video.errors import UsageError
 from rin_video.labels import class_index
 
@@ -42,11 +41,7 @@ def check_sampling(config: Config, *, always_given: bool = True) -> None:
         )
     if wanted.label is not None:
         wanted.label = class_index(wanted.label, config.data.classes, config.model.num_classes)
-    get_sampler(wanted.sampler, wanted.sampler_kwargs)
-    schedule = sampling_schedule(config.diffusion, wanted.schedule, wanted.schedule_kwargs)
-    in_time = (wanted.schedule, wanted.schedule_kwargs, wanted.time_difference)
-    spacing = wanted.spacing or suited_spacing(wanted.sampler, *in_time)
-    make_levels(schedule, wanted.steps, spacing=spacing, time_difference=wanted.time_difference)
+    plan_steps(config.diffusion, wanted)
 
 
 def own_folder(model: str) -> Path:

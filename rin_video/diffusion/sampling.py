@@ -1,15 +1,16 @@
-"""Drawing samples: the options resolved, the batch in chunks, what is given in its place. Methods of the diffusion."""
+"""Sampling: resolves the options, draws the batch in chunks, and keeps the known pixels."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
-from typing import Any, Protocol, get_args
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from rin_video.config import (
     ClippingName,
@@ -18,23 +19,24 @@ from rin_video.config import (
     SampleConfig,
     SamplerName,
     ScheduleName,
-    SpacingName,
+    check_names,
 )
-from rin_video.config_files import PARAMETERS
-from rin_video.diffusion.conditions import Conditions, check_guidance
+from rin_video.config_checks import split_parameters
+from rin_video.diffusion.conditions import Conditions
+from rin_video.diffusion.guidance import Guidance
 from rin_video.diffusion.masks import place_context
 from rin_video.diffusion.noise import NoiseSource
-from rin_video.diffusion.objectives import CLIPS
 from rin_video.diffusion.precision import running_in
-from rin_video.diffusion.samplers import KARRAS, Denoise, get_sampler, initial_state, make_levels
+from rin_video.diffusion.samplers import KARRAS, Denoise, Levels, Sampler, get_sampler, initial_state, make_levels
 from rin_video.diffusion.schedules import Schedule, make_schedule
 from rin_video.errors import UsageError
 from rin_video.labels import Labels, check_labels
+from rin_video.progress import progress_bar
 from rin_video.tensors import from_diffusion_range, join_tensors, map_tensors, to_diffusion_range, to_unit_range
 
 
 class Diffusion(Protocol):
-    """What sampling asks of a `GaussianDiffusion`."""
+    """The part of `GaussianDiffusion` that sampling uses."""
 
     model: Any
     config: DiffusionConfig
@@ -44,35 +46,28 @@ class Diffusion(Protocol):
     precision: PrecisionName
     training: bool
 
-    def denoiser(self, conditions: Conditions, guidance: float, **options: Any) -> Denoise: ...
-    def parameters(self) -> Iterator[nn.Parameter]: ...
-    def train(self, mode: bool = True) -> Any: ...
+    def denoiser(self, conditions: Conditions, guidance: Guidance, clip_x0: ClippingName | None) -> Denoise:
+        """Return the model as samplers see it."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Iterate over the weights of the model."""
+
+    def train(self, mode: bool = True) -> Any:
+        """Set training mode or, if `mode` is False, eval mode."""
 
 
 @torch.no_grad()
 def sample(
     diffusion: Diffusion,
-    batch_size: int | None = None,
+    config: SampleConfig | None = None,
+    /,
     *,
+    batch_size: int | None = None,
     shape: tuple[int, ...] | None = None,
-    steps: int | None = None,
-    sampler: SamplerName | None = None,
-    sampler_kwargs: Mapping[str, float] | None = None,
-    spacing: SpacingName | None = None,
-    time_difference: float = 0.0,
-    schedule: ScheduleName | None = None,
-    schedule_kwargs: Mapping[str, float] | None = None,
     label: Labels | None = None,
     embedding: Tensor | np.ndarray | None = None,
     context: Tensor | np.ndarray | None = None,
     known: Tensor | np.ndarray | None = None,
-    guidance: float = 0.0,
-    guidance_drop: str = "label",
-    guidance_interval: Sequence[float] = (0.0, 1.0),
-    guidance_rescale: float = 0.0,
-    batched_guidance: bool = True,
-    clip_x0: ClippingName | None = None,
-    precision: PrecisionName | None = None,
     seed: int | None = None,
     first_index: int = 0,
     max_batch: int | None = None,
@@ -81,73 +76,66 @@ def sample(
     callback: Callable[[int, Tensor], None] | None = None,
     return_trajectory: bool = False,
     return_self_cond: bool = False,
+    **overrides: Any,
 ) -> Any:
-    """Draw `batch_size` samples (B, C, *grid) in [0, 1], at most `max_batch` of them at a time.
+    """Draw `batch_size` samples (B, C, *grid) in [0, 1], at most `max_batch` at a time.
 
-    By default `shape` (C, *grid) is the model's, `steps` is `timesteps` or 50, `sampler` is `dpmpp_2m_sde` (or that of
-    the diffusion's `use_ddim`), and `schedule` and clipping are those of training. `spacing` defaults to "karras" for
-    DPM-Solver++ and Heun, and to "uniform" for the others and with a `schedule`, its parameters or a `time_difference`.
-    See `rin_video.diffusion.samplers` for the samplers, their options and the spacings, and `denoiser` for guidance.
-    `label` is one class for all samples or one for each, by number or name; `embedding` is (L, D) or (B, L, D). Arrays
-    are accepted in place of tensors.
+    `config` holds the sampling options, and `overrides` are fields of it: steps, sampler, spacing, guidance, ... (see
+    `SampleConfig`; `rin_video.diffusion.samplers` describes samplers and spacings, and `Guidance` the guidance). Raises
+    `UsageError` for options that do not fit. The defaults are:
 
-    `context` (C, *grid) or (B, C, *grid), in [0, 1] or uint8, is kept bit for bit where `known`, booleans over the
-    grid or (B, *grid), is true. A context of fewer frames needs no mask: it is the start.
+    - `steps`, `sampler`: without a `config`, `timesteps` of the diffusion or 50, and "dpmpp_2m_sde".
+    - `shape` (C, *grid): that of the model.
+    - `batch_size`: that of `context` or `embedding`, or else `config.num_samples`.
+    - `spacing`: "karras" for DPM-Solver++ and Heun, "uniform" for other samplers and with a `schedule` or a
+      `time_difference`.
+    - `precision`: that of training if the diffusion comes from a run or a `Trainer`, and float32 on a CPU.
 
-    `precision` is "no" (float32, or the caller's autocast), "tf32", "bf16" or "fp16". The default is the precision of
-    training if the diffusion comes from a run or a `Trainer`, and float32 on a CPU.
+    `label` is one class for all samples or one per sample, by number or name; -1 means no class. Without labels, a
+    model with classes draws each class in turn. `embedding` is (L, D) or (B, L, D). `context` (C, *grid) or (B, C,
+    *grid), in [0, 1] or uint8, is kept bit for bit where the observed mask `known`, booleans (*grid) or (B, *grid), is
+    true. A context with fewer frames needs no mask: it is the beginning of the clip. Arrays are accepted in place of
+    tensors.
 
-    With a `seed`, sample i is the same whatever the batch, the chunks and the device: each has its own generator,
-    on the CPU. The first sample has the number `first_index`, so that a batch can be drawn in parts.
-    `callback(i, x0)` sees the estimate (B', C, *grid) in [0, 1] after every step of every chunk.
-    `return_trajectory` returns them all too, (B, steps, C, *grid) on the CPU; `return_self_cond` what the model would
-    hand on, for another call's `self_cond`. Raises `UsageError` for what does not fit.
+    With a `seed`, sample i does not depend on the batch, the chunks or the device, because each sample has its own CPU
+    generator. `first_index` is the number of the first sample, so that a batch can be drawn in parts. `progress` shows
+    a progress bar. `callback(i, x0)` receives the estimate (B', C, *grid) in [0, 1] after step i of each chunk. With
+    `return_trajectory`, these estimates are returned too, (B, steps, C, *grid) on the CPU. With `return_self_cond`, the
+    last self-conditioning state is returned too; another call takes it as `self_cond`.
     """
+    if config is None:
+        config = SampleConfig(
+            steps=diffusion.config.timesteps or SampleConfig.steps, sampler=diffusion.sampler or SampleConfig.sampler
+        )
+    if not isinstance(config, SampleConfig):
+        raise UsageError(f"sample({config!r}): pass a SampleConfig, or options by name as in sample(batch_size=4)")
+    check_names(overrides, SampleConfig, "sample", prefix="")
+    config = dataclasses.replace(config, **overrides)
     embedding, context, known = (None if x is None else torch.as_tensor(x) for x in (embedding, context, known))
     shape = tuple(shape) if shape else diffusion.shape
     if shape is None:
-        raise UsageError("the model does not say its shape: give sample(shape=(C, *grid))")
+        raise UsageError("the model has no shape: pass it as in sample(shape=(C, *grid))")
     if batch_size is None:
-        batched = next(
-            (x for x, rank in ((context, len(shape)), (embedding, 2)) if x is not None and x.ndim > rank), ()
-        )
-        batch_size = len(batched) or 16
+        ranks = ((context, len(shape)), (embedding, 2))
+        batch_size = next((len(x) for x, rank in ranks if x is not None and x.ndim > rank), config.num_samples)
     if batch_size < 1:
-        raise UsageError(f"batch_size is {batch_size}: draw at least 1 sample")
-    if clip_x0 not in (None, *CLIPS):
-        raise UsageError(f"unknown clip_x0 {clip_x0!r}: known are {', '.join(CLIPS)}")
-    sampler_name: SamplerName = sampler or diffusion.sampler or SampleConfig.sampler
+        raise UsageError(f"batch_size is {batch_size}: it must be at least 1")
+    numbers = torch.arange(first_index, first_index + batch_size)
     device = next((p.device for p in diffusion.parameters()), torch.device("cpu"))
-    levels = make_levels(
-        sampling_schedule(diffusion.config, schedule, schedule_kwargs),
-        (diffusion.config.timesteps or SampleConfig.steps) if steps is None else steps,
-        spacing=spacing or suited_spacing(sampler_name, schedule, schedule_kwargs, time_difference),
-        time_difference=time_difference,
-        scale=diffusion.config.scale,
-    )
-    draw = get_sampler(sampler_name, sampler_kwargs)
-    precision = sampling_precision(precision, diffusion.precision, device)
-    conditions, data = _given(diffusion, batch_size, shape, label, embedding, context, known)
-    if guidance:
-        check_guidance(guidance, guidance_drop, conditions)
+    levels, draw = plan_steps(diffusion.config, config)
+    precision = sampling_precision(config.precision, diffusion.precision, device)
+    label = choose_labels(diffusion, config.label if label is None else label, numbers)
+    conditions, data = make_conditions(diffusion, batch_size, shape, label, embedding, context, known)
+    guidance = Guidance.from_config(config)
+    guidance.check(conditions)
     seed = int(torch.randint(2**62, ())) if seed is None else seed
-    chunks = torch.arange(batch_size).split(max_batch or batch_size)
-    bar = tqdm(total=len(levels) * len(chunks), desc="sampling", unit="step", disable=not progress)
-    samples, trajectories, handed_on = [], [], []
-    was_training = diffusion.training
-    diffusion.train(False)
-    try:
+    chunks = torch.split(torch.arange(batch_size), max_batch or batch_size)
+    steps = len(levels) * len(chunks)
+    samples, trajectories, states = [], [], []
+    with evaluating(diffusion), progress_bar(steps, "sampling", "step", disable=not progress) as bar:
         for chunk in chunks:
-            noise = NoiseSource(seed, (chunk + first_index).tolist(), shape, device)
-            denoise = diffusion.denoiser(
-                conditions.at(chunk, device),
-                guidance,
-                guidance_drop=guidance_drop,
-                guidance_interval=guidance_interval,
-                guidance_rescale=guidance_rescale,
-                batched_guidance=batched_guidance,
-                clip_x0=clip_x0,
-            )
+            noise = NoiseSource(seed, numbers[chunk].tolist(), shape, device)
+            denoise = diffusion.denoiser(conditions.at(chunk, device), guidance, config.clip_x0)
             start = map_tensors(partial(_at, indices=chunk, device=device), self_cond)
             estimates = []
             with running_in(precision, device):
@@ -162,36 +150,65 @@ def sample(
                 drawn = torch.where(conditions.known[chunk].to(device), data[chunk].to(drawn), drawn)
             samples.append(drawn)
             trajectories += [torch.stack(estimates, dim=1)] if return_trajectory else []
-            handed_on.append(step.self_cond)
-    finally:
-        diffusion.train(was_training)
-        bar.close()
+            states.append(step.self_cond)
     result: list[Any] = [torch.cat(samples)]
     result += [torch.cat(trajectories)] if return_trajectory else []
-    result += [join_tensors(handed_on)] if return_self_cond else []
+    result += [join_tensors(states)] if return_self_cond else []
     return tuple(result) if len(result) > 1 else result[0]
 
 
-def _given(
+@contextmanager
+def evaluating(diffusion: Diffusion) -> Iterator[None]:
+    """Set the model to eval mode within the block."""
+    was_training = diffusion.training
+    diffusion.train(False)
+    try:
+        yield
+    finally:
+        diffusion.train(was_training)
+
+
+def plan_steps(diffusion: DiffusionConfig, config: SampleConfig) -> tuple[Levels, Sampler]:
+    """Return the noise levels of the steps, and the sampler. Raises `UsageError` for options that do not fit."""
+    name, parameters = split_parameters(config.sampler)
+    karras = name in KARRAS and not config.schedule and not config.time_difference
+    levels = make_levels(
+        sampling_schedule(diffusion, config.schedule),
+        config.steps,
+        spacing=config.spacing or ("karras" if karras else "uniform"),
+        time_difference=config.time_difference,
+        scale=diffusion.scale,
+    )
+    return levels, get_sampler(name, parameters)
+
+
+def choose_labels(diffusion: Diffusion, label: Labels | None, numbers: Tensor) -> Tensor | None:
+    """Return the labels (B,) of the samples `numbers` (B,): `label`, or by default each class of the model in turn."""
+    classes = getattr(diffusion.model, "num_classes", 0)
+    if label is None:
+        return numbers % classes if classes else None
+    return check_labels(label, len(numbers), classes, diffusion.classes)
+
+
+def make_conditions(
     diffusion: Diffusion,
     batch: int,
     shape: tuple[int, ...],
-    label: Labels | None,
+    label: Tensor | None,
     embedding: Tensor | None,
     context: Tensor | None,
     known: Tensor | None,
 ) -> tuple[Conditions, Tensor | None]:
-    """What a batch is drawn by; and the context in [0, 1], so that it comes back bit for bit."""
-    label = check_labels(label, batch, getattr(diffusion.model, "num_classes", 0), diffusion.classes)
+    """Return the conditions of a batch, and the context in [0, 1], from which samples copy the known pixels."""
     if embedding is not None:
         embedding = embedding.expand(batch, *embedding.shape[-2:])
     if context is None:
         if known is not None:
-            raise UsageError("known says which cells are given, but not what they hold: give context too")
+            raise UsageError("known is a mask without values: pass context too")
         return Conditions(label, embedding), None
     if getattr(diffusion.model, "known_mask", True) is False:
         raise UsageError(
-            "the model was trained without known cells and cannot take a context: train with "
+            "the model was trained without an observed mask and takes no context: train with "
             "model.known_mask=true diffusion.known.none=1 diffusion.known.first=1"
         )
     data, mask = place_context(context, known, shape, batch)
@@ -199,77 +216,25 @@ def _given(
     return Conditions(label, embedding, mask, diffusion.config.scale * to_diffusion_range(data)), data
 
 
-def sample_from_config(diffusion: Diffusion, config: SampleConfig, **options: Any) -> Any:
-    """`sample` with the options of a configuration; `config.label` as a number.
-
-    Without one, each class in turn where the model has classes. `options` are further arguments of `sample`
-    (seed, progress, ...), and go before the configuration's; another sampler or schedule leaves its parameters out.
-    """
-    return sample(diffusion, **merged_options(diffusion, config, **options))
-
-
-def merged_options(diffusion: Diffusion, config: SampleConfig, **options: Any) -> dict[str, Any]:
-    """The arguments that `sample_from_config` gives to `sample`."""
-    chosen = sample_options(diffusion, config)
-    for name, parameters in PARAMETERS["sample"].items():
-        if options.get(name, chosen[name]) != chosen[name]:
-            chosen[parameters] = None
-    return chosen | options
-
-
-def sample_options(diffusion: Diffusion, config: SampleConfig) -> dict[str, Any]:
-    """The arguments of `sample` that a configuration sets."""
-    classes = getattr(diffusion.model, "num_classes", 0)
-    in_turn = torch.arange(config.num_samples) % classes if classes else None
-    return {
-        "batch_size": config.num_samples,
-        "steps": config.steps,
-        "sampler": config.sampler,
-        "sampler_kwargs": config.sampler_kwargs,
-        "spacing": config.spacing,
-        "time_difference": config.time_difference,
-        "schedule": config.schedule,
-        "schedule_kwargs": config.schedule_kwargs,
-        "label": in_turn if config.label is None else config.label,
-        "guidance": config.guidance,
-        "guidance_drop": config.guidance_drop,
-        "guidance_interval": config.guidance_interval,
-        "batched_guidance": config.batched_guidance,
-        "guidance_rescale": config.guidance_rescale,
-        "clip_x0": config.clip_x0,
-        "precision": config.precision,
-    }
-
-
 def _at(part: Tensor, indices: Tensor, device: torch.device) -> Tensor:
     return part[indices.to(part.device)].to(device)
 
 
-def suited_spacing(sampler: SamplerName, *in_time: Any) -> SpacingName:
-    """ "karras" for DPM-Solver++ and Heun; "uniform" for the rest, and with any option that is about time."""
-    return "karras" if sampler in KARRAS and not any(in_time) else "uniform"
+def sampling_precision(requested: PrecisionName | None, trained: PrecisionName, device: torch.device) -> PrecisionName:
+    """Return the requested precision; by default that of training, or float32 on a CPU, where others gain nothing."""
+    return requested or ("no" if device.type == "cpu" else trained)
 
 
-def sampling_precision(asked: PrecisionName | None, trained: PrecisionName, device: torch.device) -> PrecisionName:
-    """The requested precision; by default that of training, or float32 on a CPU, where others gain nothing."""
-    if asked is None:
-        return "no" if device.type == "cpu" else trained
-    if asked not in (known := get_args(PrecisionName)):
-        raise UsageError(f"unknown precision {asked!r}: known are {', '.join(known)}")
-    return asked
+def sampling_schedule(config: DiffusionConfig, choice: ScheduleName | Mapping[str, Any] | None = None) -> Schedule:
+    """Return the schedule for sampling: another one by name, or that of training with other parameters.
 
-
-def sampling_schedule(
-    config: DiffusionConfig, name: ScheduleName | None = None, schedule_kwargs: Mapping[str, float] | None = None
-) -> Schedule:
-    """The schedule to sample with: another one by name, or that of training with other parameters.
-
-    Raises `UsageError` for one on another path, whose inputs the network never saw.
+    Raises `UsageError` for a schedule on another path, on which the network was not trained.
     """
-    if name is None:
-        name, schedule_kwargs = config.noise_schedule, {**config.schedule_kwargs, **(schedule_kwargs or {})}
-    schedule = make_schedule(name, schedule_kwargs)
-    trained = make_schedule(config.noise_schedule, config.schedule_kwargs)
-    if schedule(torch.tensor(0.5)).power != trained(torch.tensor(0.5)).power:
-        raise UsageError(f"schedule {name} is on another path than {config.noise_schedule}, which the model learnt")
+    own_name, own = split_parameters(config.noise_schedule)
+    name, parameters = split_parameters(choice)
+    schedule = make_schedule(own_name, own | parameters) if name is None else make_schedule(name, parameters)
+    if schedule(torch.tensor(0.5)).power != make_schedule(own_name, own)(torch.tensor(0.5)).power:
+        raise UsageError(
+            f"schedule {name} is on another path than {own_name}, the schedule of training: choose one on the same path"
+        )
     return schedule

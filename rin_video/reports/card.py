@@ -13,11 +13,10 @@ from typing import Any, Protocol
 from rin_video.config import Config
 from rin_video.config_files import load_config, to_yaml
 from rin_video.errors import UsageError, one_line
-from rin_video.files import CONFIG, WEIGHTS
-from rin_video.hub import HUB_ID, PREFIX, plain_errors
+from rin_video.files import CONFIG, HUB, PIPE, WEIGHTS
+from rin_video.hub import HUB_ID, plain_errors
 from rin_video.model.info import describe, model_info
 from rin_video.model.rin import load_model
-from rin_video.plain_yaml import dump
 from rin_video.training.metrics import read_lines
 from rin_video.training.provenance import read_json
 
@@ -49,11 +48,11 @@ def push_to_hub(
     from huggingface_hub import CommitOperationAdd, HfApi
 
     if not isinstance(model, str | os.PathLike):
-        with TemporaryDirectory() as folder:
-            model.save_pretrained(folder)
-            return push_to_hub(folder, repo, private=private, license=license, new_card=new_card)
+        with TemporaryDirectory() as saved:
+            model.save_pretrained(saved)
+            return push_to_hub(saved, repo, private=private, license=license, new_card=new_card)
     folder = Path(model)
-    match = HUB_ID.match(repo.removeprefix(PREFIX))
+    match = HUB_ID.match(repo.removeprefix(HUB))
     if match is None or match["revision"]:
         raise UsageError(f"{repo} is no name on the hub: give user/name")
     repo = match["repo"]
@@ -74,17 +73,16 @@ def push_to_hub(
 
 def model_card(folder: Path, repo: str, license: str | None = None) -> str:
     """A model card in Markdown with its metadata, from what a run left in its folder; without a run, from its model."""
+    from huggingface_hub import ModelCardData
+
     config = load_config(folder / CONFIG)
     made, lines = read_json(folder / "run.json"), read_lines(folder / "metrics.jsonl")
     info, samples = model_info(config.model), last_samples(folder)
     clips = len(info.shape) == 4
     kind = "clips" if clips else "images" if len(info.shape) == 3 else "sequences"
     tags = ["rin-video", "recurrent-interface-network", "diffusion", *(["video-generation"] if clips else [])]
-    meta: dict[str, Any] = {"library_name": "rin-video", "tags": tags}
-    if license:
-        meta["license"] = license
-    if kind == "images":
-        meta["pipeline_tag"] = "unconditional-image-generation"
+    task = "unconditional-image-generation" if kind == "images" else None
+    metadata = ModelCardData(library_name="rin-video", tags=tags, license=license or None, pipeline_tag=task)
     versions = made["versions"] if isinstance(made.get("versions"), dict) else {}
     facts = {
         "data": data_name(config),
@@ -98,7 +96,7 @@ def model_card(folder: Path, repo: str, license: str | None = None) -> str:
     }
     suffix = "mp4" if clips else "png" if kind == "images" else "npy"
     paragraphs = [
-        f"---\n{dump(meta)}---",
+        f"---\n{metadata}\n---",
         f"# {plain_text(repo.split('/')[1])}",
         f"A Recurrent Interface Network ([RIN](https://arxiv.org/abs/2212.11972)) that draws {kind} of "
         f"{'x'.join(map(str, info.shape[1:]))}, with {info.params / 1e6:.1f} million parameters.",
@@ -142,10 +140,10 @@ def without_paths(config: Config) -> Config:
     """The configuration without what is the business of this machine only: paths, and commands that read data."""
 
     def shared(path: str | None) -> str | None:
-        return path if path and path.startswith(PREFIX) else None
+        return path if path and path.startswith(HUB) else None
 
     def public(name: str | None) -> str | None:
-        return name if name and HUB_ID.match(name.removeprefix(PREFIX)) and not Path(name).exists() else None
+        return name if name and HUB_ID.match(name.removeprefix(HUB)) and not Path(name).exists() else None
 
     data = dataclasses.replace(
         config.data,
@@ -162,9 +160,9 @@ def without_paths(config: Config) -> Config:
 def data_name(config: Config) -> str | None:
     """What the data is called, without where it lies."""
     path = config.data.path
-    if not path or path.startswith("pipe:"):
+    if not path or path.startswith(PIPE):
         return None
-    return path if path.startswith(PREFIX) else Path(path).name
+    return path if path.startswith(HUB) else Path(path).name
 
 
 def last_samples(folder: Path) -> dict[str, Path]:

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset
 
 from rin_video.config import Config
 from rin_video.datasets.adapters import adapt_for
-from rin_video.datasets.epochs import unpack
+from rin_video.datasets.batch import Batch, collate
 from rin_video.datasets.mixed import MixedDataset
 from rin_video.diffusion.conditions import Conditions
 from rin_video.diffusion.masks import draw_known
@@ -134,7 +134,7 @@ def diagnose(
     data = adapt_for(diffusion, data)
     length = len(data)  # type: ignore[arg-type]
     chosen = torch.linspace(0, length - 1, min(num, length)).long().tolist()
-    batches = [_told(default_collate([data[i] for i in part]), diffusion) for part in _parts(chosen, BATCH)]
+    batches = [_with_conditions(collate([data[i] for i in part]), diffusion) for part in _parts(chosen, BATCH)]
     times = [(i + 0.5) / LEVELS for i in range(LEVELS)]
     raw = diffusion.with_model(raw_model) if raw_model is not None else None
     rows: dict[str, list[float]] = {name: [] for name in ("loss", "first", "raw", "zero", "copy", "log_snr")}
@@ -195,7 +195,7 @@ def trajectory(diffusion: GaussianDiffusion, config: Config, num: int = 4) -> tu
         shares.append(_at_bounds(x0))
         columns.append((x0[:, :, x0.shape[2] // 2] if x0.ndim == 5 else x0).cpu())
 
-    diffusion.sample_from_config(options, seed=config.train.seed, callback=look, progress=True)
+    diffusion.sample(options, seed=config.train.seed, callback=look, progress=True)
     shown = torch.linspace(0, len(columns) - 1, min(SHEET_COLUMNS, len(columns))).round().long().tolist()
     return torch.stack([columns[i] for i in shown], dim=2), shares
 
@@ -234,15 +234,14 @@ def _two_passes(
     return first, second, latents
 
 
-def _told(batch: Any, diffusion: GaussianDiffusion) -> tuple[Tensor, Conditions]:
-    """A batch as its data and what training tells of it: label, embedding, known cells (the same every time)."""
-    x, label = unpack(batch)
+def _with_conditions(batch: Batch, diffusion: GaussianDiffusion) -> tuple[Tensor, Conditions]:
+    """The data of a batch and its conditions as in training; the observed masks are the same every time."""
+    x, label, embedding = batch
     options, known = diffusion.config, None
     if options.known:
         generators = seeded_generators(0, range(len(x)))
         known = draw_known(options.known, options.known_frames, len(x), x.shape[2:], generators)
     label = label if getattr(diffusion.model, "num_classes", 0) else None
-    embedding = batch.get("embedding") if isinstance(batch, dict) else None
     device = next(diffusion.parameters()).device
     return x.to(device), Conditions(label, embedding, known).at(torch.arange(len(x)), device)
 

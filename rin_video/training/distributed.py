@@ -49,7 +49,8 @@ def make_accelerator(options: TrainConfig, folder: Path, *, partial: bool = Fals
             reshard_after_forward=True,
             cpu_ram_efficient_loading=False,
         )
-    AcceleratorState._reset_state()  # accelerate keeps the precision of the first Trainer of a process otherwise
+    # Otherwise accelerate refuses a second Trainer of another precision in this process. It has no public way for it.
+    AcceleratorState._reset_state()
     if not LAUNCHED_WITH_FSDP:
         os.environ.pop(USE_FSDP, None)  # left by accelerate for an earlier Trainer that shards
     accelerator = Accelerator(
@@ -194,6 +195,10 @@ def gather_rows(samples: Tensor, rows: range) -> Tensor:
 
 
 # ---- sharded tensors
+#
+# torch.distributed.checkpoint.state_dict would gather a full state at once, where write_tensors gathers one tensor at a
+# time. With full states its set_model_state_dict accepts missing weights in silence, and its functions for optimizers
+# take a hidden step, which LAMB counts, and restore the hyperparameters too, which are those of the configuration here.
 
 
 def is_sharded(module: nn.Module) -> bool:

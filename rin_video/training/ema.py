@@ -17,12 +17,14 @@ import torch
 from ema_pytorch import EMA
 from ema_pytorch.post_hoc_ema import KarrasEMA, p_dot_p, sigma_rel_to_gamma, solve_weights
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from rin_video.config import TrainConfig, check_sigma_rel
+from rin_video.config import ModelConfig, TrainConfig, check_sigma_rel
 from rin_video.config_files import load_config
 from rin_video.errors import UsageError
 from rin_video.files import CONFIG, atomic_write
-from rin_video.tensor_files import contributing, write_tensors
+from rin_video.tensor_files import contributing, full_tensor, write_tensors
+from rin_video.training.distributed import is_sharded
 from rin_video.training.state import newest_state
 from rin_video.weights import read_metadata, read_tensors, save_weights
 
@@ -40,11 +42,15 @@ class Track(KarrasEMA):
             [tensor for _, tensor in (*self.get_params_iter(model), *self.get_buffers_iter(model))]
             for model in (ma_model, current_model)
         )
-        torch._foreach_lerp_(averages, values, 1 - self.beta)
+        get_ema_multi_avg_fn(self.beta)(averages, values, None)
 
 
 class WarmedEMA(EMA):
-    """`EMA` whose decay is per step: an update after `update_every` steps applies the decay that many times."""
+    """`EMA` whose decay is per step: an update after `update_every` steps applies the decay that many times.
+
+    ema-pytorch and timm's ModelEmaV3 have one decay per update, whatever the steps between two updates are. With a
+    warm-up no other constants give the same, since (1 - 1 / (1 + n / g)) ** k is not of the form 1 - (1 + n / g) ** -p.
+    """
 
     def get_current_decay(self) -> float:
         """The decay of one update. After n steps the decay per step is min(beta, 1 - 1 / (1 + n / inv_gamma))."""
@@ -81,6 +87,17 @@ def make_power_emas(model: nn.Module, options: TrainConfig, device: torch.device
     for track in power_emas:
         track.ema_model.to(device)
     return power_emas
+
+
+def full_model(average: nn.Module, config: ModelConfig, device: torch.device) -> nn.Module:
+    """The averaged model; if its weights are sharded, a copy with full ones. To be called by all processes."""
+    if not is_sharded(average):
+        return average
+    model = type(average)(config).to(device)
+    own = model.state_dict()
+    for name, value in average.state_dict().items():  # one at a time: all of them are a second model
+        own[name].copy_(full_tensor(value))
+    return model
 
 
 def save_snapshot(

@@ -13,11 +13,11 @@ from typing import Any
 from rin_video.config import Config
 from rin_video.datasets.sources import Member
 from rin_video.errors import UsageError
+from rin_video.files import HUB, PIPE
 from rin_video.training.provenance import read_json
 
 log = logging.getLogger("rin_video")
 
-HUB, PIPE = "hf:", "pipe:"
 LONGEST_NAME = 240  # bytes of a folder's name
 
 

@@ -2,37 +2,38 @@
 
 from __future__ import annotations
 
-import sys
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+
+from filelock import FileLock, Timeout
 
 from rin_video.errors import UsageError
+
+log = logging.getLogger("rin_video")
 
 LOCK = ".lock"
 
 
-def lock_run(folder: Path) -> IO[bytes]:
-    """Keep other processes from training in `folder` until the file that is returned is closed.
+@contextmanager
+def lock_run(folder: Path) -> Iterator[None]:
+    """Keep other processes from training in `folder` within the block. Child processes do not keep the lock.
 
-    Raises `UsageError` where another one does. The lock is this process' own: those it starts do not keep it.
+    Raises `UsageError` if another process trains there. A file system without locks is tolerated with a warning: a
+    marker file in place of a lock would outlive a process that is killed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / LOCK).open("ab")
+    lock = FileLock(folder / LOCK, fallback_to_soft=False)
     try:
-        if sys.platform == "win32":
-            import msvcrt
-
-            file.seek(0)
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        file.close()
+        lock.acquire(blocking=False)
+    except Timeout:
         raise UsageError(
             f"another process is training in {folder}: wait until it ends, stop it, or give another folder (--out)"
         ) from None
-    except OSError:
-        pass  # a file system without locks
-    return file
+    except (OSError, NotImplementedError) as error:
+        log.warning("%s cannot be locked (%s): do not train there with a second process", folder, error)
+    try:
+        yield
+    finally:
+        lock.release()

@@ -12,9 +12,8 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode  # torch has no public names for these two
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 
 from rin_video.config import Config
 from rin_video.diffusion.precision import running_in
@@ -99,7 +98,7 @@ def _largest_that_runs(config: Config, device: torch.device, start: int, num_pro
         x = torch.rand(batch_size, *model.shape, device=device)
         label = torch.zeros(batch_size, dtype=torch.long, device=device) if config.model.num_classes else None
         with running_in(config.train.mixed_precision, device):
-            loss = GaussianDiffusion.from_config(model, config.diffusion)(x, label)
+            loss = GaussianDiffusion(model, config.diffusion)(x, label)
         loss.backward()
         del ballast
         return batch_size
@@ -161,7 +160,7 @@ def training_memory(config: Config, *, device: str = "cpu", num_processes: int =
     bf16 = options.mixed_precision in ("bf16", "fp16")
     with torch.device("meta"):
         model = RIN(config.model)
-    diffusion = GaussianDiffusion.from_config(model, config.diffusion)
+    diffusion = GaussianDiffusion(model, config.diffusion)
     with FakeTensorMode(allow_non_fake_inputs=True), PeakMemory() as memory, torch.device(device):
         model.to_empty(device=device)
         weights = memory.now
@@ -198,16 +197,20 @@ class PeakMemory(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        return tree_map_only(Tensor, self.count, function(*args, **(kwargs or {})))
+        result = function(*args, **(kwargs or {}))
+        for part in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(part, Tensor):
+                self.count(part)
+        return result
 
-    def count(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self.alive:
-            self.alive.add(storage._cdata)
-            weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
+    def count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()  # torch keeps one object for it as long as the memory lives
+        name = id(storage)
+        if name not in self.alive:
+            self.alive.add(name)
+            weakref.finalize(storage, self.free, name, storage.nbytes())
             self.now += storage.nbytes()
             self.peak = max(self.peak, self.now)
-        return tensor
 
     def free(self, name: int, size: int) -> None:
         self.alive.discard(name)

@@ -139,6 +139,12 @@ class Metrics:
             sync(self.path)
 
 
+def describe_line(line: dict[str, Any]) -> str:
+    """A line of the metrics for the progress bar; waiting for data is said where it costs something."""
+    text = f"loss {line['loss']:.4f}, {line['samples_per_second']:.1f} samples/s"
+    return text + (f", {line['data_wait']:.0%} waiting for data" if line["data_wait"] >= 0.05 else "")
+
+
 def trim_lines(path: Path, step: int) -> None:
     """Drop the lines of a JSON-lines file that lie behind `step`, and one that was cut short."""
     if path.exists():

@@ -10,18 +10,17 @@ from torch import Tensor
 
 from rin_video.config import SampleConfig
 from rin_video.diffusion.process import GaussianDiffusion
-from rin_video.diffusion.sampling import merged_options
 from rin_video.ranks import several_processes
 
 
 def sample_distributed(diffusion: GaussianDiffusion, config: SampleConfig, **options: Any) -> Tensor:
-    """`sample_from_config` with a seed, to be called by every process: the same samples as a single process draws."""
-    merged, gather = rank_part(diffusion, merged_options(diffusion, config, **options))
-    return gather(diffusion.sample(**merged))
+    """`diffusion.sample` with a seed, called by every process: the same samples as a single process draws."""
+    options, gather = rank_part(diffusion, config, options)
+    return gather(diffusion.sample(config, **options))
 
 
 def rank_part(
-    diffusion: GaussianDiffusion, options: dict[str, Any]
+    diffusion: GaussianDiffusion, config: SampleConfig, options: dict[str, Any]
 ) -> tuple[dict[str, Any], Callable[[Tensor], Tensor]]:
     """The arguments of `sample` for the part of this process, and a function that gathers the parts (B', ...).
 
@@ -35,7 +34,7 @@ def rank_part(
         rows_of,
     )
 
-    state, count = meet(), options["batch_size"]
+    state, count = meet(), options.get("batch_size") or config.num_samples
     rows = rows_of(count, state.process_index, state.num_processes)
     part, rank = rows or range(1), len(options.get("shape") or diffusion.shape or ())
     # The number of axes that an argument has if it is the same for all samples.

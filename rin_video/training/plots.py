@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 import os
 import sys
@@ -17,9 +16,8 @@ import numpy as np
 from rin_video.files import atomic_write
 
 
-def plot_metrics(metrics: Path, path: Path) -> None:
-    """The loss, in all and by noise level, and the gradient norm of a `metrics.jsonl`."""
-    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+def plot_metrics(rows: list[dict[str, Any]], path: Path) -> None:
+    """The loss, in all and by noise level, and the gradient norm of the lines of a `metrics.jsonl`."""
     steps = [row["step"] for row in rows]
     with draw_figure(path, 3) as (total, by_noise, gradient):
         total.plot(steps, [row["loss"] for row in rows])
@@ -30,7 +28,7 @@ def plot_metrics(metrics: Path, path: Path) -> None:
             shown = [(step, value) for step, value in zip(steps, values, strict=True) if value is not None]
             by_noise.plot(*zip(*shown, strict=True) if shown else ([], []), color=f"{0.8 - 0.8 * i / bins:.2f}", lw=1)
         by_noise.set(xlabel="step", title="loss by noise level (black: noise, grey: clean)", yscale="log")
-        gradient.plot(steps, [math.nan if row["grad_norm"] is None else row["grad_norm"] for row in rows])
+        gradient.plot(steps, [math.nan if row.get("grad_norm") is None else row["grad_norm"] for row in rows])
         gradient.set(xlabel="step", title="gradient norm", yscale="log")
 
 

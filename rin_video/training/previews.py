@@ -1,4 +1,4 @@
-"""Pictures of a training that runs: one that cannot be drawn, encoded or written is a warning, and the run goes on."""
+"""Samples and pictures while a run trains. A picture that cannot be written is a warning, and the run continues."""
 
 from __future__ import annotations
 
@@ -6,11 +6,20 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
+from rin_video.config import Config
+from rin_video.datasets.batch import collate
+from rin_video.datasets.epochs import EpochDataset
+from rin_video.datasets.mixed import MixedDataset
+from rin_video.diffusion.masks import draw_known
+from rin_video.diffusion.noise import seeded_generators
+from rin_video.diffusion.process import GaussianDiffusion
 from rin_video.errors import first_line
 from rin_video.media import can_be_picture, contact_sheet, save_samples
+from rin_video.training.parallel_sampling import sample_distributed
 
 log = logging.getLogger("rin_video")
 
@@ -24,11 +33,19 @@ def harmless(what: object) -> Iterator[None]:
         log.warning("%s could not be made, and the run goes on: %s", what, first_line(error))
 
 
-def write_previews(samples: Tensor, name: Path, fps: float) -> None:
+def write_previews(samples: Tensor, images: Tensor | None, run: Path, step: int, fps: float) -> list[Path]:
+    """Write the samples of a step, images that come beside clips first; returns the files that were written."""
+    name = run / "samples" / f"step-{step:08d}"
+    if images is not None:
+        write_preview(images, name.with_name(f"{name.name}-images"), fps)
+    write_preview(samples, name, fps)
+    return previews_of(run, step)
+
+
+def write_preview(samples: Tensor, name: Path, fps: float) -> None:
     """Write samples (B, C, *grid) as `name`.png; clips as `name`.mp4 and, a row for each, .png; else .safetensors."""
     picture = name.with_suffix(".png" if can_be_picture(samples.shape) else ".safetensors")
     with harmless(picture):
-        name.parent.mkdir(parents=True, exist_ok=True)
         if samples.ndim == 5 and picture.suffix == ".png":
             contact_sheet(samples, picture)
         else:
@@ -37,3 +54,48 @@ def write_previews(samples: Tensor, name: Path, fps: float) -> None:
         clip = name.with_suffix(".mp4")
         with harmless(clip):
             save_samples(samples, clip, fps=fps)
+
+
+def draw_previews(
+    averaged: GaussianDiffusion, data: Any, config: Config, **options: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Samples as the configuration says; beside clips, images where training mixes the two. For all processes.
+
+    The seed and the conditions are the same every time, so that pictures compare.
+    """
+
+    def draw(part: Any, **more: Any) -> Tensor:
+        conditions = preview_conditions(part, config)
+        return sample_distributed(averaged, config.sample, seed=config.train.seed, **conditions, **options, **more)
+
+    if not isinstance(data, MixedDataset):
+        return draw(data), None
+    channels, _, *size = averaged.shape or ()
+    return draw(data.clips), draw(data.images, shape=(channels, *size))
+
+
+def preview_conditions(data: Any, config: Config) -> dict[str, Tensor]:
+    """Of the data's first samples: the embeddings if they have some, the known cells if training always has some."""
+    kinds, count = config.diffusion.known, config.sample.num_samples
+    always = bool(kinds) and not kinds.get("none")
+    if not always and not config.model.embedding_dim:
+        return {}
+    batch, conditions = collate([EpochDataset(data)[0, i % len(data)] for i in range(count)]), {}
+    if batch.embedding is not None:
+        conditions["embedding"] = batch.embedding
+    if always:
+        generators = seeded_generators(config.train.seed, range(count))
+        known = draw_known(kinds, config.diffusion.known_frames, count, batch.x.shape[2:], generators)
+        if known.any():  # images take fewer kinds than clips
+            conditions |= {"context": batch.x, "known": known}
+    return conditions
+
+
+def previews_of(run: Path, step: int) -> list[Path]:
+    """The samples that were written at a step."""
+    return sorted((run / "samples").glob(f"step-{step:08d}[.-]*"))
+
+
+def is_previewed(run: Path, step: int) -> bool:
+    """Whether all samples of a step were written: the clip is not the last file."""
+    return any(path.stem == f"step-{step:08d}" and path.suffix != ".mp4" for path in previews_of(run, step))

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from rin_video.errors import UsageError
-from rin_video.files import disk_full_handler, sync
+from rin_video.files import atomic_write
 from rin_video.tensor_files import contributing, write_tensors
 from rin_video.weights import log, read_tensors
 
 STATE_FILES = ("state.safetensors", "state.json")
 MANIFEST = "manifest.json"
+CHECKPOINTS = "checkpoints"  # the folder of all states in that of a run
 
 
 def save_state(folder: Path, state: dict[str, Any], *, write: bool = True) -> None:
@@ -32,25 +31,14 @@ def save_state(folder: Path, state: dict[str, Any], *, write: bool = True) -> No
     if not write:
         write_tensors(None, tensors)
         return
-    temporary = folder.with_name(folder.name + ".tmp")
-    with disk_full_handler(folder):
+    with atomic_write(folder, remove=remove_state) as temporary:
         with contributing(tensors):
-            remove_state(temporary)
+            remove_state(temporary)  # left by a process that was killed
             temporary.mkdir(parents=True)
-        try:
-            write_tensors(temporary / STATE_FILES[0], tensors)
-            (temporary / STATE_FILES[1]).write_text(json.dumps(tree), encoding="utf-8")
-            digests = {name: file_digest(temporary / name) for name in STATE_FILES}
-            (temporary / MANIFEST).write_text(json.dumps(digests), encoding="utf-8")
-            for path in (*temporary.iterdir(), temporary):
-                sync(path)
-            remove_state(folder)
-            os.replace(temporary, folder)
-            sync(folder.parent)
-        except BaseException:
-            with suppress(OSError):
-                remove_state(temporary)
-            raise
+        write_tensors(temporary / STATE_FILES[0], tensors)
+        (temporary / STATE_FILES[1]).write_text(json.dumps(tree), encoding="utf-8")
+        digests = {name: file_digest(temporary / name) for name in STATE_FILES}
+        (temporary / MANIFEST).write_text(json.dumps(digests), encoding="utf-8")
 
 
 def load_state(folder: Path) -> dict[str, Any]:
@@ -76,7 +64,7 @@ def newest_state(run: Path) -> tuple[Path, dict[str, Any]] | None:
 
     Damaged and unfinished ones are passed over, and this is logged. Raises `UsageError` where all are damaged.
     """
-    for unfinished in sorted((run / "checkpoints").glob("step-*.tmp")):
+    for unfinished in sorted((run / CHECKPOINTS).glob("step-*.tmp")):
         log.warning("checkpoint %s was not finished when the run was stopped: passed over", unfinished)
     states = saved_states(run)
     for folder in reversed(states):
@@ -92,9 +80,21 @@ def newest_state(run: Path) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
+def load_milestone(run: Path, milestone: int | str) -> tuple[Path, dict[str, Any]]:
+    """The folder and the content of what `Trainer.save(milestone)` wrote. `UsageError` where there is none."""
+    folder = run / CHECKPOINTS / f"milestone-{milestone}"
+    if not folder.is_dir():
+        there = sorted(p.name.removeprefix("milestone-") for p in folder.parent.glob("milestone-*"))
+        raise UsageError(
+            f"{run} has no milestone {milestone}: {', '.join(there) or 'none was saved'} (checkpoints of other "
+            "packages, model-N.pt, do not fit this network)"
+        )
+    return folder, load_state(folder)
+
+
 def saved_states(run: Path) -> list[Path]:
     """Folders of the states of a run that can be resumed from, oldest first."""
-    return sorted(p for p in (run / "checkpoints").glob("step-*") if p.suffix != ".tmp")
+    return sorted(p for p in (run / CHECKPOINTS).glob("step-*") if p.suffix != ".tmp")
 
 
 def remove_state(folder: Path) -> None:

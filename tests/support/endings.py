@@ -1,6 +1,6 @@
-"""Trainings that end in different ways, all at once, each in its own process: `python endings.py FOLDER ENDING...`.
+"""Runs trainings that end in different ways, in parallel processes: `python endings.py FOLDER ENDING...`.
 
-Prints, as JSON, the exit code of each, the seconds from the end of the training to that of the process, and which are
+Prints as JSON the exit code of each, the seconds from the end of the training to that of the process, and which are
 still running after a minute.
 """
 # ruff: noqa: E402
@@ -16,8 +16,8 @@ from pathlib import Path
 
 exit_code = 0
 if __name__ == "__main__":
-    # Registered first, it is called last, after multiprocessing has joined its children. What Python does then, freeing
-    # all modules, takes a second of each process.
+    # It is registered first and therefore called last, after multiprocessing has joined its children. Afterwards Python
+    # frees all modules, which takes a second per process.
     atexit.register(lambda: os._exit(exit_code))
 
 import psutil
@@ -34,7 +34,7 @@ from rin_video.training.signals import ignore_signals
 
 
 class Rogue(Noise):
-    """Every worker reads its first samples; what happens then depends on `kind`."""
+    """A dataset whose workers read their first samples and then behave as `kind` says."""
 
     def __init__(self, kind: str, num_good: int = 8) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class Rogue(Noise):
 
 
 class Do(Callback):
-    """Does something in every step."""
+    """A callback that calls a function in every step."""
 
     def __init__(self, what) -> None:
         self.what = what
@@ -67,7 +67,7 @@ def fail() -> None:
 
 
 def interrupt() -> None:
-    """Ctrl-C twice, as a terminal sends it: to the workers too."""
+    """Press Ctrl-C twice; a terminal sends it to the workers too."""
     for _ in range(2):
         for child in psutil.Process().children():
             child.send_signal(signal.SIGINT)
@@ -75,7 +75,7 @@ def interrupt() -> None:
 
 
 def terminate() -> None:
-    """As a cluster sends it."""
+    """Send the signals that a cluster sends."""
     for child in psutil.Process().children():
         child.terminate()
     signal.raise_signal(signal.SIGTERM)
@@ -97,7 +97,7 @@ def train(folder: Path, what=lambda: None, kind: str = "reads", max_failures: in
 
 
 def kill_while_writing(folder: Path) -> None:
-    """The second checkpoint is cut off."""
+    """Kill the training while it writes the second checkpoint."""
     fsync, file = os.fsync, folder / "checkpoints" / "step-00000020.tmp" / "state.safetensors"
 
     def fatal_fsync(handle: int) -> None:
@@ -112,7 +112,7 @@ def kill_while_writing(folder: Path) -> None:
 
 
 def probe(folder: Path, tasks: list, work, what=lambda: None) -> None:
-    """What comes before a training."""
+    """Probe the data, as before a training."""
     results = run_in_subprocess(tasks, work, seconds=600, processes=2, daemon=False)
     next(results)
     what()
@@ -131,7 +131,7 @@ def prepare_data(folder: Path) -> None:
 
 
 def forget(folder: Path) -> None:
-    """Batches that nobody closes, whose workers hang."""
+    """Do not close a loader whose workers hang."""
     global forgotten
     forgotten = TrainLoader(Rogue("hangs"), DataConfig(num_workers=2), 8, seed=0, worker_init_fn=ignore_signals)
     next(forgotten)
@@ -170,7 +170,7 @@ def run(folder: Path, ending: str) -> None:
 def main(folder: Path, endings: list[str]) -> None:
     running = {}
     for ending in endings:
-        if hasattr(os, "fork"):  # a copy of this process: torch is imported once
+        if hasattr(os, "fork"):  # fork this process, so that torch is imported only once
             number = os.fork()
             if not number:
                 return run(folder / ending, ending)
@@ -183,7 +183,7 @@ def main(folder: Path, endings: list[str]) -> None:
         ending = running[process]
         ended = folder / ending / "ended"
         codes[ending] = process.returncode
-        if ended.exists():  # not where it was killed
+        if ended.exists():  # missing if the process was killed
             seconds[ending] = time.time() - float(ended.read_text())
 
     _, left = psutil.wait_procs(list(running), timeout=60, callback=note)

@@ -1,4 +1,4 @@
-"""A hub of one's own: a small HTTP server that answers what huggingface_hub asks to fetch and push a model."""
+"""A fake hub: a small HTTP server that implements the requests of huggingface_hub to download and push a model."""
 
 import base64
 import hashlib
@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 
-TOKENS = {"hf_writer": "alice", "hf_reader": None}  # and whose repositories they may write
+TOKENS = {"hf_writer": "alice", "hf_reader": None}  # and the user whose repositories they may write
 
 
 class Hub(ThreadingHTTPServer):
-    """`repos` are {user/name: {commit: {file: bytes}}}, the last commit is main; `asked` is every request."""
+    """A fake hub. `repos` is {user/name: {commit: {file: bytes}}}, main the last commit; `asked` has all requests."""
 
     daemon_threads = True
 
@@ -63,7 +63,7 @@ class Answers(BaseHTTPRequestHandler):
         repo, revision, name = match.groups()
         history = self.server.repos.get(repo)
         if history is None:
-            return self.refuse(401, "RepoNotFound", "Repository not found")  # as the hub does, without a token
+            return self.refuse(401, "RepoNotFound", "Repository not found")  # as the hub does if there is no token
         if repo.startswith("gated/"):
             return self.refuse(403, "GatedRepo", "Access is restricted")
         commit = list(history)[-1] if revision == "main" else revision

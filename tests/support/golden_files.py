@@ -1,6 +1,6 @@
-"""The reference arrays of the authors' release, and their weights in our modules.
+"""Reference arrays of the authors' release, and conversion of their weights to our modules.
 
-The folder is tests/golden, or what the environment variable RIN_GOLDEN names; it may hold some of the kinds only.
+The folder is tests/golden or the environment variable RIN_GOLDEN; it may contain only some kinds of files.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ POSITIONS = {"learned": "learned", "sin_cos": "sincos", "sin_cos_plus_learned": 
 
 
 def build(config: dict) -> RIN:
-    """Our model of the release's sizes."""
+    """Build our model with the sizes of the release."""
     layers = [int(n) for n in config["num_layers"].split(",")]
     patch = [config["patch_size"]] * 2
     return RIN(
@@ -51,7 +51,7 @@ def build(config: dict) -> RIN:
 
 
 class Weights:
-    """The `w.*` arrays of a file, each to be taken exactly once."""
+    """The `w.*` arrays of a file; each must be used exactly once."""
 
     def __init__(self, arrays) -> None:
         self.left = {name[2:]: torch.from_numpy(arrays[name]) for name in arrays.files if name.startswith("w.")}
@@ -60,7 +60,7 @@ class Weights:
         return self.left.pop(name)
 
     def linear(self, name: str) -> dict[str, torch.Tensor]:
-        """A dense layer or convolution as (out, in): the last axes of the bias' rank are the output."""
+        """Return a linear layer or convolution as (out, in); its last axes, as many as the bias has, are the output."""
         kernel, bias = self.take(f"{name}.kernel"), self.take(f"{name}.bias")
         return {"weight": kernel.reshape(-1, bias.numel()).T, "bias": bias.flatten()}
 
@@ -92,7 +92,7 @@ def under(prefix: str, parts: dict) -> dict:
 
 
 def load_weights(model: RIN, arrays) -> None:
-    """Every array of the file into our modules; raises where one is missing, left over or of another shape."""
+    """Load every array of the file into our modules; raise if one is missing, unused or has another shape."""
     w = Weights(arrays)
     parts = {
         "tokenizer.to_tokens": w.linear("stem"),

@@ -1,4 +1,4 @@
-"""Changes to MP4 files that no encoder here would make; for files whose table of contents is last, as PyAV writes."""
+"""Edits of MP4 files that no available encoder makes, for files whose index comes last, as PyAV writes them."""
 
 import struct
 from collections.abc import Callable, Sequence
@@ -9,7 +9,7 @@ def box(kind: bytes, body: bytes) -> bytes:
 
 
 def with_edits(content: bytes, edits: Sequence[tuple[int, int]]) -> bytes:
-    """Another edit list: (duration in 1/1000 s, first time in units of the track) for each part."""
+    """Replace the edit list: (duration in 1/1000 s, first time in units of the track) for each part."""
     entries = b"".join(struct.pack(">IiI", duration, time, 0x10000) for duration, time in edits)
     new = box(b"edts", box(b"elst", struct.pack(">II", 0, len(edits)) + entries))
     content = _changed(content, (b"moov", b"trak", b"edts"), lambda body: None)
@@ -17,14 +17,14 @@ def with_edits(content: bytes, edits: Sequence[tuple[int, int]]) -> bytes:
 
 
 def with_matrix(content: bytes, a: int, b: int, c: int, d: int) -> bytes:
-    """Another display matrix: x' = a x + c y, y' = b x + d y."""
+    """Replace the display matrix: x' = a x + c y, y' = b x + d y."""
     values = (a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
     matrix = struct.pack(">9i", *values)
     return _changed(content, (b"moov", b"trak", b"tkhd"), lambda body: box(b"tkhd", body[:40] + matrix + body[76:]))
 
 
 def without(content: bytes, kind: bytes) -> bytes:
-    """A box that readers pass over in the place of another."""
+    """Replace a box with one that readers skip."""
     place = content.rindex(kind)
     return content[:place] + b"free" + content[place + 4 :]
 

@@ -1,6 +1,6 @@
-"""What each of several processes reads: `torchrun shared_epoch.py SHARDS FOLDER`, of images whose grey level is a name.
+"""Records what each process reads: `torchrun shared_epoch.py SHARDS FOLDER`; the grey level of an image is its name.
 
-Writes `read.json`: for each sampler and process the batches of two epochs, and those of a run that begins at RESUMED.
+Writes `read.json`: for each sampler and process, the batches of two epochs and those of a run that starts at RESUMED.
 """
 
 import json
@@ -19,10 +19,10 @@ SAMPLERS = {"one shape": [], "buckets": ["8x8", "8x16"]}
 
 
 def read(data: ImageFolder, first: int) -> list[dict]:
-    """The shape of every batch, and the names in it."""
+    """Return the shape of every batch and the images in it."""
     where = {"first_batch": first, "rank": dist.get_rank(), "num_ranks": dist.get_world_size()}
     batches = TrainLoader(data, data.config, 2, seed=5, **where)
-    found = [next(batches)["x"] for _ in range(first, BATCHES)]
+    found = [next(batches).x for _ in range(first, BATCHES)]
     batches.close()
     return [{"shape": x.shape, "names": x[:, 0, 0, 0].tolist()} for x in found]
 

@@ -1,6 +1,6 @@
-"""Tiny trainings in a process of their own: `python tiny_run.py FOLDER key=value ... [-- FOLDER key=value ...]`.
+"""Runs tiny trainings in a process of its own: `python tiny_run.py FOLDER key=value ... [-- FOLDER key=value ...]`.
 
-What they write depends on the options alone. `STEP_SECONDS` makes every step take that long.
+The files they write depend on the options alone. `STEP_SECONDS` sets the duration of a step.
 """
 
 import json
@@ -40,14 +40,14 @@ class Noise(Dataset):
 
 
 class Still(Noise):
-    """Clips: four times the same frame."""
+    """Static clips of four frames."""
 
     def __getitem__(self, index):
         return {"x": self.x[index][:, None].expand(-1, 4, -1, -1)}
 
 
 class TwoShapes(Adapted):
-    """Clips of two shapes in two classes, of which every batch holds one shape, as buckets make them."""
+    """Clips of two shapes and two classes in buckets, so that every batch has one shape."""
 
     buckets = SimpleNamespace(shapes=((4, 8, 8), (4, 8, 16)))
 
@@ -61,7 +61,7 @@ class TwoShapes(Adapted):
 
 
 class Gathered:
-    """Puts sharded tensors together, and counts the bytes of those that are alive at once."""
+    """Gathers sharded tensors, and counts the bytes of those that are alive at the same time."""
 
     def __init__(self) -> None:
         self.now = self.peak = self.total = 0
@@ -79,7 +79,7 @@ class Gathered:
 
 
 class CountedSaves(Trainer):
-    """Writes the bytes that a checkpoint takes for a moment in each process, of its shard and the largest tensor."""
+    """Writes the bytes that a checkpoint temporarily takes in each process, of its shard and of the largest tensor."""
 
     def save(self, milestone=None):
         states = [self.unwrapped.model, self.ema, *self.power_emas]
@@ -115,7 +115,7 @@ def make_trainer(
     if options.pop("convolutions", False):
         model = {"conv_width": 4}
     diffusing: dict = {}
-    if options.pop("conditions", False):  # all that is drawn for each sample
+    if options.pop("conditions", False):  # everything that is drawn per sample
         model = {"frames": 4, "patch_size": (2, 4, 4), "position": "sincos", "known_mask": True, "num_classes": 2}
         diffusing = {"known": {"none": 1, "first": 1, "frames": 1, "boxes": 1}, "label_dropout": 0.5,
                      "time_sampling": "low_discrepancy", "self_cond_gap": 0.1}  # fmt: skip
@@ -152,5 +152,5 @@ if __name__ == "__main__":
             else:
                 main(*run)
     if torch.distributed.is_initialized():
-        torch.distributed.barrier()  # none leaves while another still needs it
+        torch.distributed.barrier()  # wait until no process needs this one any more
         leave()

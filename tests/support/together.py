@@ -1,4 +1,4 @@
-"""What several processes decide and draw together: `torchrun tiny_run.py together FOLDER` writes what each found."""
+"""Records what several processes decide and draw together: `torchrun tiny_run.py together FOLDER`."""
 
 import json
 from pathlib import Path
@@ -8,19 +8,20 @@ import torch
 from accelerate.utils import gather_object
 
 from rin_video import RIN, GaussianDiffusion, UsageError
-from rin_video.cli import commands
+from rin_video.cli import train
 from rin_video.cli.rollout import Pass, extend_parts
 from rin_video.config import Config, SampleConfig
+from rin_video.training import memory
 from rin_video.training.distributed import first_then_others, in_all, meet
 from rin_video.training.parallel_sampling import sample_distributed
 
 CLIP = {"dim": 32, "num_latents": 6, "dim_latent": 32, "depth": 1, "num_heads": 2, "latent_num_heads": 2,
         "image_size": 8, "frames": 4, "patch_size": (2, 4, 4), "known_mask": True, "num_classes": 2}  # fmt: skip
-COUNTS = (5, 1)  # samples: neither can be shared out evenly by two
+COUNTS = (5, 1)  # samples: neither number can be divided evenly between two processes
 
 
 def draw() -> dict[str, torch.Tensor]:
-    """Samples of a model that depends on nothing but its seed: without and with a context each, and longer clips."""
+    """Draw samples of a model that depends on its seed alone: without context, with contexts, and longer clips."""
     torch.manual_seed(0)
     diffusion = GaussianDiffusion(RIN(**CLIP)).eval()
     with torch.no_grad():
@@ -45,8 +46,8 @@ def main(folder: str) -> None:
     state = meet()
     rank = state.process_index
     # Memory for 284 samples in the first process, for 250 in the second.
-    commands.largest_batch = lambda *args, **options: (284, 250)[rank]
-    batch = commands.choose_batch(Config(), Path(folder), 10_000)
+    memory.largest_batch = lambda *args, **options: (284, 250)[rank]
+    batch = train.choose_batch(Config(), Path(folder), 10_000)
     order = Path(folder, "order.txt")
     was_there = first_then_others(lambda: order.exists() or order.write_text("indexed") < 0)
 

@@ -1,0 +1,73 @@
+"""What a checkpoint holds, which options a resumed run must keep, and which checkpoints are deleted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from rin_video.config import Config
+from rin_video.config_files import nest_parameters, to_dict
+from rin_video.errors import UsageError
+from rin_video.training.distributed import load_full_state_dict, load_optimizer_state, optimizer_state
+from rin_video.training.state import remove_state
+
+# What must not change when a run is resumed (empty: the whole section). All other options take effect as given.
+KEPT: dict[str, tuple[str, ...]] = {"model": (), "diffusion": (), "train": ("optimizer", "ema_sigma_rel", "seed")}
+
+
+class TrainingState(NamedTuple):
+    """All that training steps change, but for the number of steps."""
+
+    model: nn.Module
+    ema: nn.Module
+    power_emas: Sequence[nn.Module]
+    optimizer: Any
+    scaler: Any  # of fp16, or None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "model": self.model.state_dict(),
+            "ema": self.ema.state_dict(),
+            "tracks": [average.state_dict() for average in self.power_emas],
+            "optimizer": optimizer_state(self.optimizer, self.model),
+            "scaler": self.scaler.state_dict() if self.scaler is not None else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        load_full_state_dict(self.model, state["model"])
+        load_full_state_dict(self.ema, state["ema"])
+        for average, values in zip(self.power_emas, state["tracks"], strict=True):
+            load_full_state_dict(average, values)
+        load_optimizer_state(self.optimizer, self.model, state["optimizer"])
+        if self.scaler is not None and state["scaler"] is not None:
+            self.scaler.load_state_dict(state["scaler"])
+
+
+def check_same_options(run: Path, then: dict[str, Any], config: Config) -> None:
+    """Raises `UsageError` if an option in `KEPT` differs from that of the checkpoint, or the start of the weights."""
+    for section, keys in KEPT.items():
+        before, now = nest_parameters(section, then[section]), to_dict(getattr(config, section))
+        for key in keys or now:
+            if key in before and before[key] != now[key]:
+                raise UsageError(
+                    f"{run} was trained with {section}.{key}={before[key]}, now it is {now[key]}: "
+                    "use the same, or another folder (--out)"
+                )
+    start, begun_with = config.train.init_from, then["train"].get("init_from")
+    if start not in (None, begun_with):
+        raise UsageError(
+            f"{run} began with train.init_from={begun_with}, now it is {start}: leave it out, or use another folder "
+            "(--out)"
+        )
+
+
+def remove_old_states(states: Sequence[Path], step: int, *, keep: int, keep_every: int) -> None:
+    """Delete all but the newest `keep` states and those at multiples of `keep_every`; and those after `step`."""
+    steps = {state: int(state.name.removeprefix("step-")) for state in states}
+    ahead = [state for state in states if steps[state] > step]  # the run went back behind them
+    behind = [state for state in states if state not in ahead][:-keep]
+    for state in ahead + [state for state in behind if not keep_every or steps[state] % keep_every]:
+        remove_state(state)
