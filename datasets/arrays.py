@@ -105,7 +105,7 @@ class ArrayFolder(SampleDataset):
         shape = sample_shape(info)
         if shape is not None:
             channels, *frames, H, W = shape
-            return f"{text}: use model.channels={channels} --frames {[*frames, 0][0]} --size {H}x{W}"
+            return f"{text}: train on it with model.channels={channels} --frames {[*frames, 0][0]} --size {H}x{W}"
         if len(info.shape) in (4, 5) and info.shape[-1] in (1, 3):
             return f"{text}: move the channels first, np.moveaxis(x, -1, 1)"
         if len(info.shape) == 3 and self.shape == (1, *info.shape[1:]):

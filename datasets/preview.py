@@ -87,9 +87,9 @@ def statistics(dataset: Any, samples: list[Tensor], chosen: list[int]) -> list[s
     if infos and isinstance(infos[0], VideoInfo):
         seconds = sorted(info.duration for info in infos)
         middle = seconds[len(seconds) // 2]
-        lines.append(
-            f"durations: {seconds[0]:.2f} to {seconds[-1]:.2f} s, median {middle:.2f} s, total {sum(seconds):.1f} s"
-        )
+        several = f"{seconds[0]:.2f} to {seconds[-1]:.2f} s, median {middle:.2f} s"
+        each = several if seconds[0] < seconds[-1] else f"{middle:.2f} s each"
+        lines.append(f"durations: {each}, total {sum(seconds):.1f} s")
     sizes = [info.size for info in infos if isinstance(info, VideoInfo)] or getattr(dataset, "sizes", [])
     if sizes:
         common = Counter(sizes).most_common(5)

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -213,6 +214,8 @@ def test_no_command_and_unknown_options(fails):
         (("train", "depth=1"), "depth=1: did you mean model.depth=1?"),
         (("train", "lr=1e-4"), "lr=1e-4: did you mean train.train_lr=1e-4?"),
         (("info", "zzzzz=1"), "zzzzz=1: write section.key=value"),
+        (("train", "clips"), "clips is no option: did you mean --data clips?"),
+        (("sample", "--caption", "a", "b=1"), "the following arguments are required: DIR"),
         (("train",), "the following arguments are required: --data"),
         (("train", "--data", "x", "--frames", "many"), "argument --frames: invalid int value: 'many'"),
         (("report", "a", "b"), "unrecognized arguments: b"),
@@ -438,6 +441,113 @@ def test_export_turns_clips_and_arrays_into_each_other(clips, tmp_path):
     np.save(tmp_path / "x.npy", np.random.default_rng(0).random((3, 5, 16, 24), dtype=np.float32))
     assert cli.main(["export", str(tmp_path / "x.npy"), str(tmp_path / "x.mp4"), "--fps", "4"]) == 0
     assert decode(tmp_path / "x.mp4").shape == (5, 16, 24, 3)
+
+
+# ---- what put new users off
+
+
+def test_samples_do_not_overwrite_those_before(train_clips, caplog):
+    _, run = train_clips
+    caplog.set_level(logging.INFO)
+    before = {path: path.read_bytes() for path in run.glob("samples*.mp4")}
+    for _ in range(2):
+        assert cli.main(["sample", str(run), "--num", "1", "--steps", "1"]) == 0
+    names = {path.name for path in run.glob("samples*.mp4")}
+    assert names >= {"samples.mp4", "samples-1.mp4"}
+    assert len(names) == len(before) + 2
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert "1 sample in" in caplog.text
+    assert re.search(r"samples-\d+\.mp4$", caplog.messages[-1])
+
+
+def test_preview_of_short_clips_shows_what_there_is(clips, capfd, fails, tmp_path):
+    assert cli.main(["preview", str(clips), "--size", "16", "--frames", "8"]) == 0
+    said = capfd.readouterr().out
+    assert "no clip has 8 frames at this stride or rate: 6 are shown (--frames)" in said
+    assert "3 samples of 3x6x16x16" in said
+    line = fails("train", "--data", clips, "--size", "16", "--frames", "8", "--out", tmp_path)
+    assert "none of 3 clips is long enough: clip" in line
+    assert line.count("are needed") == 1
+    assert line.endswith("use --frames 6")
+
+
+def test_peek_is_another_name_of_preview(clips, caplog):
+    caplog.set_level(logging.INFO)
+    assert cli.main(["peek", str(clips), "--size", "16", "--frames", "4"]) == 0
+    assert "peek is now called preview" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("shape", "said"),
+    [
+        ((5, 1, 28, 28), "5 samples of 1x28x28"),
+        ((5, 3, 16, 24), "5 samples of 3x16x24"),
+        ((3, 6, 16, 16), "1 sample of 3x6x16x16"),
+        ((5, 3, 4, 16, 16), "5 samples of 3x4x16x16"),
+        ((3, 16, 16), "1 sample of 3x16x16"),
+    ],
+)
+def test_arrays_say_what_they_are(tmp_path, capsys, shape, said):
+    np.save(tmp_path / "x.npy", np.zeros(shape, np.uint8))
+    assert cli.main(["preview", str(tmp_path / "x.npy")]) == 0
+    assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "said"),
+    [
+        ((5, 28, 28), (), "add an axis of channels, x[:, None]"),
+        ((5, 28, 28, 1), (), "move the channels first, np.moveaxis(x, -1, 1)"),
+        ((5, 1, 28, 28), ("--config", "image64"), "train on it with model.channels=1 --frames 0 --size 28x28"),
+    ],
+)
+def test_arrays_of_another_form_come_with_the_remedy(tmp_path, fails, shape, options, said):
+    np.save(tmp_path / "x.npy", np.zeros(shape, np.uint8))
+    assert said in fails("preview", tmp_path / "x.npy", *options)
+
+
+def test_diagnose_on_other_data_names_options_that_it_has(train_clips, fails, tmp_path):
+    _, run = train_clips
+    write_video(torch.rand(3, 2, 24, 32), tmp_path / "short.mp4")
+    line = fails("diagnose", run, "--data", tmp_path)
+    assert "has 2 frames, but 4 are needed for 4 at stride 1: give longer clips (--data FOLDER)" in line
+
+
+def test_a_long_run_on_a_cpu_is_hinted_at_once(caplog, monkeypatch):
+    from rin_video.cli.slow_run import SlowRunHint
+
+    clock = iter(range(0, 10_000, 7))
+    monkeypatch.setattr("rin_video.cli.slow_run.time.monotonic", lambda: next(clock))
+    run = SimpleNamespace(config=load_config(None), accelerator=SimpleNamespace(device=torch.device("cpu")), step=0)
+
+    def train(num_steps):
+        run.config.train.train_num_steps = num_steps
+        hint = SlowRunHint()
+        for run.step in range(1, 9):
+            hint.on_step(run, torch.zeros(()))
+        return caplog.messages
+
+    assert train(3000) == []  # within hours
+    (said,) = train(100_000)
+    assert said == (
+        "99997 steps left take about 8 days on this CPU, 7 s each: use a GPU, a small model (--config demo), or fewer "
+        "steps (--steps 1032 takes 2 hours)"
+    )
+    run.accelerator.device = torch.device("cuda")
+    assert len(train(100_000)) == 1
+
+
+def test_a_run_of_one_step_has_a_learning_rate_and_no_warning(clips, tmp_path, caplog):
+    command = ["train", "--data", str(clips), "--frames", "4", "--size", "16", "--batch-size", "2", "--steps", "1"]
+    assert cli.main([*command, "--out", str(tmp_path), *TINY]) == 0
+    assert metrics(tmp_path)[0]["lr"] > 0
+    assert "scheduler" not in caplog.text
+
+
+def test_an_unknown_tokenizer_names_the_entry_point(fails):
+    line = fails("info", "--config", "demo", "model.tokenizer=mine")
+    assert "unknown tokenizer 'mine': use one of image, sequence, tube" in line
+    assert "entry point of the group rin_video.tokenizers" in line
 
 
 # ---- info

@@ -338,7 +338,7 @@ def test_preview_and_index_report_the_data(two_classes, tmp_path, capsys, monkey
         assert (tmp_path / out).stat().st_size > 1000
     said = capsys.readouterr().out
     assert "samples per class: cat 1, dog 1" in said
-    assert "durations: 2.50 to 2.50 s" in said
+    assert "durations: 2.50 s each" in said
     assert "2 samples of 3x4x16x16: mean 0." in said
     assert sorted(p.name for p in tmp_path.iterdir()) == ["data", "sheet.mp4", "sheet.png"]
     assert main(["index", str(two_classes)]) == 0

@@ -8,7 +8,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from rin_video.cli.options import RUN_HELP, say
+from rin_video.cli.options import RUN_HELP, open_known, say
 from rin_video.config_files import load_config, presets
 from rin_video.errors import ShortClipError, UsageError
 from rin_video.files import CONFIG
@@ -99,7 +99,7 @@ def find_config(model: str) -> Path:
 def diagnose(options: Namespace) -> None:
     """Measure a model on data, and print what looks wrong."""
     from rin_video.cli.trained import allow_only, best_device, check_sampling, own_folder
-    from rin_video.datasets.open import open_dataset
+    from rin_video.datasets.open import INDEX
     from rin_video.diffusion.process import GaussianDiffusion
     from rin_video.reports.diagnose import diagnose_run
     from rin_video.weights import find_model
@@ -115,7 +115,7 @@ def diagnose(options: Namespace) -> None:
         raise UsageError(f"--num is {options.num}: it must be at least 2")
     diffusion = GaussianDiffusion.from_pretrained(folder, device=best_device())
     try:
-        dataset = open_dataset(data, diffusion.shape, config.data, seed=config.train.seed)
+        dataset = open_known(data, diffusion.shape, config, None if options.data else folder / INDEX)
     except ShortClipError as error:
         raise UsageError(f"{error.problem}: give longer clips (--data FOLDER)") from None
     out = Path(options.out or own_folder(options.model) / "diagnosis")
@@ -143,7 +143,8 @@ def ema(options: Namespace) -> None:
 
     run = find_model(options.model)
     for folder, error in write_averages(run, options.sigma_rel, Path(options.out) if options.out else None):
-        log.info("%s (its profile is met within %.2g %%): rin-video sample %s", folder, 100 * error, folder)
+        met = f" within {error:.1g}" if error >= 1e-4 else ""
+        log.info("%s (its profile is met%s): rin-video sample %s", folder, met, folder)
         if error > 0.01:
             log.warning("that is far off: more snapshots (train.ema_snapshot_every) meet a length this short better")
 

@@ -9,11 +9,13 @@ import argparse
 import os
 import re
 from argparse import Namespace
+from pathlib import Path
 from typing import Any, get_args
 
 from rin_video.config import Config, DataConfig, DataKind, DecoderOption
 from rin_video.config_files import load_config, read_overrides
 from rin_video.errors import UsageError
+from rin_video.files import ARRAY_SUFFIXES
 
 DATA_HELP = "a folder of clips or images (sub-folders are classes), one file, shards 'x/{000..123}.tar', or hf:NAME"
 SIZE_HELP = "height and width, in pixels"
@@ -118,7 +120,6 @@ def kind_of(data: str, options: DataConfig) -> DataKind:
 def shape_of_arrays(data: str, options: DataConfig) -> tuple[int, ...] | None:
     """Shape of a sample where the data are arrays of images or clips."""
     from rin_video.datasets.array_files import probe_array, sample_shape
-    from rin_video.datasets.extensions import ARRAY_SUFFIXES
     from rin_video.datasets.folders import find_sources
     from rin_video.datasets.open import holds_arrays
     from rin_video.training.identity import run_folder
@@ -128,6 +129,14 @@ def shape_of_arrays(data: str, options: DataConfig) -> tuple[int, ...] | None:
         return None
     first, *_ = find_sources(data, ARRAY_SUFFIXES, allow_pipe=options.allow_pipe, cache=cache)
     return sample_shape(probe_array(first))
+
+
+def open_known(data: str, shape: tuple[int, ...] | None, config: Config, index: Path | None) -> Any:
+    """A dataset, with the index that training left where there is one; no new index is written."""
+    from rin_video.datasets.open import open_dataset
+
+    known = index if index is not None and index.exists() else None
+    return open_dataset(data, shape, config.data, seed=config.train.seed, index=known)
 
 
 def parse_size(text: str) -> int | list[int]:

@@ -26,13 +26,15 @@ class Parser(argparse.ArgumentParser):
     """Reports an error in one line, and knows its options and commands by name."""
 
     def __init__(self, **options: Any) -> None:
-        self.takes_value: dict[str, bool] = {}  # every option, and whether a value follows it
+        self.nargs: dict[str, Any] = {}  # of every option, how many values follow it: 0, None for one, or +
+        self.positionals: list[str] = []
         self.commands: dict[str, Parser] = {}
         super().__init__(**options)
 
     def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
         action = super().add_argument(*names, **options)
-        self.takes_value |= dict.fromkeys(action.option_strings, action.nargs != 0)
+        self.nargs |= dict.fromkeys(action.option_strings, action.nargs)
+        self.positionals += [] if action.option_strings else [action.dest]
         return action
 
     def add_subparsers(self, **options: Any) -> Any:
@@ -105,7 +107,7 @@ def split_overrides(parser: Parser, argv: Sequence[str]) -> tuple[list[str], lis
     """
     arguments: list[str] = []
     overrides: list[str] = []
-    command, waits = parser, False
+    command, waits, several = parser, False, False  # whether the last option waits for its value, or takes more
     for word in argv:
         if not waits and OVERRIDE.match(word):
             overrides.append(word)
@@ -114,29 +116,34 @@ def split_overrides(parser: Parser, argv: Sequence[str]) -> tuple[list[str], lis
             waits = False
         elif word.startswith("--") and len(word) > 2:
             name, equals, _ = word.partition("=")
-            waits = command.takes_value[find_option(command, name)] and not equals
-        elif not word.startswith("-") and command.commands:
+            nargs = command.nargs[find_option(command, name)]
+            waits, several = nargs != 0 and not equals, nargs == "+"
+        elif several or word.startswith("-"):
+            pass
+        elif command.commands:
             if word not in command.commands:
                 names = ", ".join(command.commands)
                 raise UsageError(f"unknown command {word}{nearest(word, command.commands) or f': choose {names}'}")
             command = command.commands[word]
         elif (key := BARE_KEY.match(word)) and not os.path.exists(word):
             raise UsageError(f"{word}{nearest_key(key[1], word)}")
+        elif not command.positionals and "--data" in command.nargs:
+            raise UsageError(f"{word} is no option: did you mean --data {word}?")
         arguments.append(word)
     if not arguments:
-        raise UsageError(f"give a command: {', '.join(parser.commands)} (rin-video COMMAND --help)")
+        raise UsageError(f"give a command: {', '.join(parser.commands)} (rin-video --help)")
     return arguments, overrides
 
 
 def find_option(command: Parser, name: str) -> str:
     """The option called `name`, or of which that is the beginning."""
-    known = command.takes_value
+    known = command.nargs
     begun = [name] if name in known else [option for option in known if option.startswith(name)]
     if len(begun) > 1:
         raise UsageError(f"option {name} may be {' or '.join(begun)}: write it out")
     if not begun:
         if command.commands:
-            raise UsageError(f"unknown option {name}{nearest(name, known)}: options follow the command")
+            raise UsageError(f"unknown option {name}{nearest(name, known) or ': options follow the command'}")
         raise UsageError(f"unknown option {name}{nearest(name, known) or f': see {command.prog} --help'}")
     return begun[0]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,12 @@ def add_parsers(commands: Any) -> None:
 
 def batch_size(text: str) -> int | str:
     """A number, or auto."""
-    return text if text == "auto" else int(text)
+    if text == "auto":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise ArgumentTypeError(f"{text} is neither a whole number nor auto") from None
 
 
 def train(options: Namespace) -> None:

@@ -83,12 +83,13 @@ def describe(config: ModelConfig) -> str:
     """Return a summary of a model for people, in a few lines of text."""
     info = model_info(config)
     channels, *grid = info.shape
+    compute = ", ".join(map(str, config.compute_layers))
     lines = {
         "sample": f"{counted(channels, 'channel')}, {'x'.join(map(str, grid))}"
         + (f", {counted(config.num_classes, 'class')}" if config.num_classes else ""),
         "interface": f"{counted(info.tokens, 'token')} of width {config.dim}, {config.position} positions",
         "latents": f"{info.latents} of width {config.latent_width}",
-        "blocks": f"{config.depth}, with {', '.join(map(str, config.compute_layers))} compute layers",
+        "blocks": f"{config.depth}, with {compute} compute {'layer' if compute == '1' else 'layers'}",
         "parameters": f"{info.params:,}",
         "forward": f"{in_flops(info.gflops)} a sample",
     }

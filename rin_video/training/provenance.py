@@ -15,6 +15,7 @@ import torch
 
 from rin_video.config import Config
 from rin_video.files import write_text
+from rin_video.wording import counted
 
 PACKAGES = ("rin-video", "torch", "torchvision", "accelerate", "timm", "ema-pytorch", "numpy", "av", "decord")
 
@@ -52,7 +53,7 @@ def device_name(device: torch.device) -> str:
     """The device for people."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else device.type
+    return counted(torch.get_num_threads(), "CPU thread") if device.type == "cpu" else device.type
 
 
 def _version(package: str) -> str | None:
