@@ -45,6 +45,17 @@ def probe_array(source: Source) -> ArrayInfo:
     return info
 
 
+def sample_shape(info: ArrayInfo) -> tuple[int, ...] | None:
+    """Shape (C, *grid) of the images or clips in a file, which may be one or many; None where nothing is 1 or 3.
+
+    Of four axes, a second one of 1 or 3 means many images, else a first one of 1 or 3 means one clip.
+    """
+    shape = info.shape
+    if len(shape) in (4, 5) and shape[1] in (1, 3):
+        return shape[1:]
+    return shape if len(shape) in (3, 4) and shape[0] in (1, 3) else None
+
+
 def read_array(source: Source, info: ArrayInfo, place: int | None = None) -> Tensor:
     """Read an array, or only its row `place`. Raises `UsageError` if the file is truncated."""
     dtype: Any = np.dtype(info.dtype).newbyteorder(cast(Any, info.byte_order))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rin_video.config import DataConfig, data_config
-from rin_video.datasets.array_files import ArrayInfo, read_array
+from rin_video.datasets.array_files import ArrayInfo, read_array, sample_shape
 from rin_video.datasets.epochs import SampleDataset
 from rin_video.datasets.sources import Source, shown
 from rin_video.errors import UsageError
@@ -100,7 +100,12 @@ class ArrayFolder(SampleDataset):
         return info.shape[0] if info.shape[1:] == self.shape else 0
 
     def _misfit(self, source: Source, info: ArrayInfo) -> str:
-        shape = ", ".join(map(str, self.shape))
-        return (
-            f"{shown(source)} has shape {info.shape}, but the model has shape ({shape}): save ({shape}) or (N, {shape})"
-        )
+        wanted = ", ".join(map(str, self.shape))
+        text = f"{shown(source)} has shape {info.shape}, but the model takes ({wanted}) or (N, {wanted})"
+        shape = sample_shape(info)
+        if shape is not None:
+            channels, *frames, H, W = shape
+            return f"{text}: use model.channels={channels} --frames {[*frames, 0][0]} --size {H}x{W}"
+        if len(info.shape) in (4, 5) and info.shape[-1] in (1, 3):
+            return f"{text}: move the channels first, np.moveaxis(x, -1, 1)"
+        return f"{text}: add an axis of channels, x[:, None]" if len(info.shape) == 3 else text

@@ -52,9 +52,9 @@ class TorchCodecReader:
 
     def __init__(self, source: Source, info: VideoInfo) -> None:
         if problem := torchcodec_problem():
-            raise UsageError(f"torchcodec cannot be used here ({problem}): use --decoder pyav")
+            raise UsageError(f"torchcodec cannot be used here ({problem}): use data.decoder=pyav")
         if not _suits_torchcodec(info):
-            raise UsageError(f"torchcodec cannot seek exactly in {shown(source)}: use --decoder pyav")
+            raise UsageError(f"torchcodec cannot seek exactly in {shown(source)}: use data.decoder=pyav")
         from torchcodec.decoders import VideoDecoder
 
         self.source, self._stack, self._times, self._size = source, ExitStack(), info.times, info.stored
@@ -96,10 +96,10 @@ class DecordReader:
         try:
             import decord
         except ImportError as error:
-            raise UsageError("decord is not installed: use --decoder pyav, or pip install decord") from error
+            raise UsageError("decord is not installed: use data.decoder=pyav, or pip install decord") from error
         decord.logging.set_level(decord.logging.QUIET)
         if not _suits_decord(info):
-            raise UsageError(f"decord cannot seek exactly in {shown(source)}: use --decoder pyav")
+            raise UsageError(f"decord cannot seek exactly in {shown(source)}: use data.decoder=pyav")
         self.source, self._size = source, info.stored
         try:
             with as_location(source) as location:
@@ -134,7 +134,7 @@ class PyAVReader:
 
     def __init__(self, source: Source, info: VideoInfo) -> None:
         if info.container == "webp":
-            raise UsageError(f"PyAV cannot read {shown(source)}: use --decoder pillow")
+            raise UsageError(f"PyAV cannot read {shown(source)}: use data.decoder=pillow")
         self.source, self.info = source, info
         self._stamps, self._entries = info.timestamps, info.entries
         self._lost = {index for first, end in info.lost_ranges for index in range(first, end)}
@@ -175,7 +175,7 @@ class PillowReader:
         from PIL import Image
 
         if info.container != "webp":
-            raise UsageError(f"Pillow reads WebP only, not {shown(source)}: use --decoder pyav")
+            raise UsageError(f"Pillow reads WebP only, not {shown(source)}: use data.decoder=pyav")
         self.source = source
         self._file = open_source(source)
         self._image = Image.open(self._file, formats=["WEBP"])
@@ -291,7 +291,7 @@ _verified: set[tuple[Source, str]] = set()
 
 
 def _wrong_frames(decoder: str, source: Source) -> UsageError:
-    return UsageError(f"{decoder} returns other frames of {shown(source)} than PyAV: use --decoder pyav")
+    return UsageError(f"{decoder} returns other frames of {shown(source)} than PyAV: use data.decoder=pyav")
 
 
 def _tiny_clip() -> bytes:

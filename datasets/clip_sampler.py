@@ -11,7 +11,7 @@ import numpy as np
 from rin_video.config import DataConfig
 from rin_video.datasets.sources import Source, shown
 from rin_video.datasets.video_info import VideoInfo, frames_text
-from rin_video.errors import UsageError
+from rin_video.errors import ShortClipError, UsageError
 from rin_video.wording import counted
 
 
@@ -30,7 +30,7 @@ class ClipSampler:
     def check(self, source: Source, info: VideoInfo) -> None:
         """Raise `UsageError` if the file, its scenes or its undamaged parts are too short for a clip."""
         if not self._fits(info, 0, info.num_frames):
-            raise UsageError(self._too_short(source, info))
+            raise self._too_short(source, info)
         if info.lost and not ClipSampler(self.frames, replace(self.options, avoid_cuts=False)).starts(info).size:
             raise UsageError(
                 f"clip {shown(source)} has no {counted(self.frames, 'consecutive frame')} that can be decoded "
@@ -113,22 +113,21 @@ class ClipSampler:
         last_start = times[end - 1] + 0.5 / info.fps - (self.frames - 1) * speed / self.options.fps
         return max(0, int(np.searchsorted(times[first:end], last_start, side="right")))
 
-    def _too_short(self, source: Source, info: VideoInfo) -> str:
+    def _too_short(self, source: Source, info: VideoInfo) -> ShortClipError:
         name, frames, fps, stride = shown(source), self.frames, self.options.fps, self.options.stride
+        has = f"clip {name} has {counted(info.num_frames, 'frame')}"
         if self.options.span == "whole":
-            has = counted(info.num_frames, "frame")
-            return f"clip {name} has {has}, but {frames} are needed: use --frames {info.num_frames}"
+            return ShortClipError(f"{has}, but {frames} are needed", f"use --frames {info.num_frames}", info.num_frames)
         if fps is None:
+            problem = f"{has}, but {(frames - 1) * stride + 1} are needed for {frames} at stride {stride}"
             fits = (info.num_frames - 1) // stride + 1
-            return (
-                f"clip {name} has {counted(info.num_frames, 'frame')}, but {(frames - 1) * stride + 1} are needed "
-                f"for {frames} at stride {stride}: use --frames {fits}, or a smaller stride"
-            )
-        fits = int((info.times[-1] + 0.5 / info.fps) * fps) + 1
-        return (
-            f"clip {name} lasts {info.times[-1] + 1 / info.fps:.2f} s, but {frames / fps:.2f} s are needed "
-            f"for {counted(frames, 'frame')} at {fps:g} fps: use --frames {fits}, or a higher fps"
+            return ShortClipError(problem, f"use --frames {fits}, or a smaller stride", fits)
+        problem = (
+            f"clip {name} lasts {info.times[-1] + 1 / info.fps:.2f} s, but {frames / fps:.2f} s are needed for "
+            f"{counted(frames, 'frame')} at {fps:g} fps"
         )
+        fits = int((info.times[-1] + 0.5 / info.fps) * fps) + 1
+        return ShortClipError(problem, f"use --frames {fits}, or a higher fps", fits)
 
 
 def _sound(info: VideoInfo) -> Sequence[int]:

@@ -19,9 +19,9 @@ from rin_video.datasets.epochs import SampleDataset
 from rin_video.datasets.folders import number_classes
 from rin_video.datasets.images import make_resize_crop
 from rin_video.datasets.index import Entry, describe_notes, describe_skipped, make_index, refuse_skipped
-from rin_video.datasets.resize_crop import SampleRNG, class_list, decoder_size, size_range
+from rin_video.datasets.resize_crop import SampleRNG, class_list, size_range
 from rin_video.datasets.sources import Source, shown
-from rin_video.errors import UsageError
+from rin_video.errors import ShortClipError, UsageError
 from rin_video.wording import counted, ranged
 
 log = logging.getLogger("rin_video")
@@ -77,6 +77,7 @@ class ClipFolder(SampleDataset):
         self.clip_samplers = [ClipSampler(shape[0], self.config) for shape in shapes]
         shortest = min(self.clip_samplers, key=lambda sampler: sampler.frames)
         chosen: list[Entry] = []
+        short: list[ShortClipError] = []
         self.files: list[Source] = []
         self.infos: list[VideoInfo] = []
         names: list[str | None] = []
@@ -86,6 +87,7 @@ class ClipFolder(SampleDataset):
                 shortest.check(entry.source, entry.info)
             except UsageError as error:
                 self.skipped.append((entry.source, str(error)))
+                short += [error] if isinstance(error, ShortClipError) else []
                 continue
             parts = shortest.count(entry.info)
             self.places += [(len(self.files), part, parts) for part in range(parts)]
@@ -93,6 +95,12 @@ class ClipFolder(SampleDataset):
             self.files.append(entry.source)
             self.infos.append(entry.info)
             names.append(entry.class_name)
+        if short and not self.files:
+            longest = max(short, key=lambda error: error.fits)
+            if len(short) == 1:
+                raise longest
+            problem = f"none of {len(short)} clips is long enough: {longest.problem}"
+            raise ShortClipError(problem, f"use --frames {longest.fits}", longest.fits)
         refuse_skipped(len(self.files), self.skipped, self.config.strict)
         self.classes, labels = number_classes(names)
         self.labels = [labels[file] for file, _, _ in self.places]
@@ -125,16 +133,13 @@ class ClipFolder(SampleDataset):
 
     def draw(self, index: int, epoch: int) -> dict[str, Tensor | int]:
         """Return item `index` of an epoch. Raises `UsageError` if the file cannot be read or is too damaged."""
-        from torchvision.transforms.v2 import functional as transforms
-
         index = range(len(self))[index]
         for _ in range(ATTEMPTS):
             file, indices, rng = self._draw_frames(index, epoch)
             resize_crop, info = self.resize_crops[self.bucket_of[index]], self.infos[file]
-            params = resize_crop.draw_params(info.size, rng)
             try:
                 video = open_cached(self.files[file], self.decoder, info)
-                frames = video.read(indices, decoder_size(params.size, info.size))
+                x = resize_crop.read_clip(video, indices, info.size, rng, self.shape[0])
                 break
             except LostFramesError as error:  # discard this clip, not the file
                 if not self._record_lost(file, error):
@@ -144,10 +149,7 @@ class ClipFolder(SampleDataset):
                 raise
         else:
             raise UsageError(f"{shown(self.files[file])} is too damaged: re-encode it or leave it out")
-        frames = resize_crop.apply(frames, params)
-        if self.shape[0] == 1:
-            frames = transforms.rgb_to_grayscale(frames)
-        item: dict[str, Tensor | int] = {"x": frames.transpose(0, 1).contiguous(), "label": self.labels[index]}
+        item: dict[str, Tensor | int] = {"x": x, "label": self.labels[index]}
         return item if self.embeddings is None else {**item, "embedding": self.embeddings[file]}
 
     def frames_of(self, index: int, epoch: int) -> list[int]:

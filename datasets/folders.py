@@ -65,11 +65,11 @@ def split_sources(
         return sources, [other for other in others if not os.path.basename(str(other)).startswith(".")]
     advice = ""
     if extensions == CLIP_EXTENSIONS and (images := [one for one in every if _is_of(one, IMAGE_EXTENSIONS)]):
-        advice = f"; it contains {counted(len(images), 'image')}: leave out --frames to train on images"
+        advice = f"; it contains {counted(len(images), 'image')}: leave out --frames (index and prepare: --kind image)"
         if row := numbered_rows(images):
             advice += f"; {_describe_row(row)}: {MAKE_CLIPS}"
     elif extensions == IMAGE_EXTENSIONS and (clips := _count(every, CLIP_EXTENSIONS)):
-        advice = f"; it contains {counted(clips, 'clip')}: use --frames 16 to train on clips"
+        advice = f"; it contains {counted(clips, 'clip')}: use --frames 16 (index and prepare: --kind video)"
     raise UsageError(f"{shown(os.fspath(root))} contains no {' '.join(extensions)} file{advice}{_links_advice(root)}")
 
 

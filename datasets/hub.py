@@ -18,7 +18,7 @@ from rin_video.datasets.extensions import CLIP_EXTENSIONS
 from rin_video.datasets.folders import sort_classes
 from rin_video.datasets.images import make_resize_crop
 from rin_video.datasets.reading import read_image
-from rin_video.datasets.resize_crop import SampleRNG, class_list, decoder_size
+from rin_video.datasets.resize_crop import SampleRNG, class_list
 from rin_video.datasets.sources import Buffer, shown
 from rin_video.errors import UsageError, first_line
 from rin_video.files import HUB
@@ -56,7 +56,7 @@ class HubDataset(SampleDataset):
         if len(shape) not in (3, 4) or not columns:
             raise UsageError(
                 f"{os.fspath(path)} has no column of type {kind} for a model of shape {shape}; it has {_types(table)}: "
-                "name one with --image-column"
+                "name one with data.image_column=NAME"
             )
         if not len(table):
             raise UsageError(f"{os.fspath(path)} is empty: use a split with at least one row")
@@ -69,7 +69,7 @@ class HubDataset(SampleDataset):
         except Exception as error:
             raise UsageError(
                 f"{os.fspath(path)}: column {self.column} contains no {kind.lower()}s ({first_line(error)}): name "
-                "another with --image-column"
+                "another with data.image_column=NAME"
             ) from error
         self.label, self.classes, self.labels = self._read_labels(table)
         self.whole_numbers = [n for n, feature in table.features.items() if "int" in str(getattr(feature, "dtype", ""))]
@@ -118,8 +118,6 @@ class HubDataset(SampleDataset):
 
     def draw(self, index: int, epoch: int) -> dict[str, Tensor | int]:
         """Return item `index` of an epoch. Raises `UsageError` if the row has no readable picture."""
-        from torchvision.transforms.v2 import functional as transforms
-
         index = range(len(self))[index]
         row, part = divmod(index, self.parts_of_row)
         rng = self.rng.draw(index, epoch)
@@ -133,12 +131,9 @@ class HubDataset(SampleDataset):
         info = probe_video(source, max_pixels=self.config.max_pixels)
         self.clip_sampler.check(source, info)
         indices = self.clip_sampler.draw(info, part, self.parts_of_row, rng)
-        params = self.resize_crop.draw_params(info.size, rng)
         with open_video(source, self.config.decoder, info) as video:
-            frames = self.resize_crop.apply(video.read(indices, decoder_size(params.size, info.size)), params)
-        if self.shape[0] == 1:
-            frames = transforms.rgb_to_grayscale(frames)
-        return {"x": frames.transpose(0, 1).contiguous(), "label": label}
+            x = self.resize_crop.read_clip(video, indices, info.size, rng, self.shape[0])
+        return {"x": x, "label": label}
 
     def _source(self, row: int, index: int) -> Buffer:
         """Return the bytes of a row's picture. Raises `UsageError` if there are none."""

@@ -316,7 +316,9 @@ def refuse_skipped(num_usable: int, skipped: Sequence[tuple[Source, str]], stric
     reasons = "; ".join(reason for _, reason in skipped[:3])
     total = num_usable + len(skipped)
     if num_usable:
-        raise UsageError(f"{len(skipped)} of {counted(total, 'file')} cannot be used, and --strict is on: {reasons}")
+        raise UsageError(
+            f"{len(skipped)} of {counted(total, 'file')} cannot be used, and data.strict is true: {reasons}"
+        )
     raise UsageError(f"none of {total} files can be used: {reasons}" if total > 1 else reasons)
 
 

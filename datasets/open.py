@@ -64,7 +64,7 @@ def _open_mixture(
     if shape is None or len(shape) != 4:
         raise UsageError(
             f"data.images={options.images} is mixed with clips, but the model has shape {shape}: pass --frames, or "
-            "pass the images alone as --data"
+            "pass the images alone as data"
         )
     alone = replace(options, images=None)
     clips = open_dataset(path, shape, alone, seed=seed, index=index)

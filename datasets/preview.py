@@ -88,7 +88,7 @@ def statistics(dataset: Any, samples: list[Tensor], chosen: list[int]) -> list[s
         seconds = sorted(info.duration for info in infos)
         middle = seconds[len(seconds) // 2]
         lines.append(
-            f"durations: {seconds[0]:.2f} s to {seconds[-1]:.2f} s, median {middle:.2f} s, total {sum(seconds):.1f} s"
+            f"durations: {seconds[0]:.2f} to {seconds[-1]:.2f} s, median {middle:.2f} s, total {sum(seconds):.1f} s"
         )
     sizes = [info.size for info in infos if isinstance(info, VideoInfo)] or getattr(dataset, "sizes", [])
     if sizes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -87,6 +87,18 @@ class ResizeCrop:
         """Transform uint8 frames (..., C, height, width) to (..., C, H, W)."""
         height, width = frames.shape[-2:]
         return self.apply(frames, self.draw_params((height, width), rng))
+
+    def read_clip(
+        self, video: Any, indices: Sequence[int], size: tuple[int, int], rng: np.random.Generator, channels: int
+    ) -> Tensor:
+        """Read frames of an open video of `size` (H, W) and crop them: uint8 (channels, F, H, W)."""
+        from torchvision.transforms.v2 import functional as transforms
+
+        params = self.draw_params(size, rng)
+        frames = self.apply(video.read(indices, decoder_size(params.size, size)), params)
+        if channels == 1:
+            frames = transforms.rgb_to_grayscale(frames)
+        return frames.transpose(0, 1).contiguous()
 
     def describe_enlarged(self, sizes: Sequence[tuple[int, int]]) -> list[str]:
         """Return a line with the number of pictures that are enlarged, or no line if there are none."""

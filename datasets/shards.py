@@ -58,7 +58,10 @@ def list_shards(root: str | PathLike[str], *, allow_pipe: bool = False, cache: P
                 f"{shown(name)} runs a command: if you trust it, allow it with data.allow_pipe=true on the command line"
             )
         if cache is None:
-            raise UsageError(f"{shown(name)} needs a folder for its shards: pass --out DIR")
+            raise UsageError(
+                f"{shown(name)} needs the folder of a run for its shards, and this command has none: use train, index "
+                "or prepare"
+            )
         return [_run_pipe(command[len(PIPE) :], cache) for command in expand(name)]
     if Path(name).is_dir():
         return sorted(path for path in Path(name).iterdir() if path.suffix == ".tar" and path.name[0] != ".")

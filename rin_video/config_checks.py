@@ -1,4 +1,4 @@
-"""Checks of the values of options: each raises a `UsageError` that names the option and the value."""
+"""Checks of option values. Each raises a `UsageError` that names the option and the value."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from rin_video.errors import UsageError
 
 @cache
 def types_of(kind: type) -> dict[str, Any]:
-    """The types of the fields of a dataclass."""
+    """Return the types of the fields of a dataclass."""
     return get_type_hints(kind)
 
 
 def names_of(kind: Any) -> tuple[str, ...]:
-    """The names that an option of a type takes, in order; empty if any text is allowed."""
+    """Return the names that an option of a type takes, in order; empty if the type lists none."""
     if get_origin(kind) is Literal:
         return get_args(kind)
     members = [member for member in get_args(kind) if member is not type(None) and get_origin(member) is not dict]
@@ -26,12 +26,12 @@ def names_of(kind: Any) -> tuple[str, ...]:
 
 
 def takes_parameters(kind: Any) -> bool:
-    """Whether an option is a name that may come with parameters: `ddim`, or `{name: ddim, eta: 0.5}`."""
+    """Whether options of a type are names that may have parameters: `ddim`, or `{name: ddim, eta: 0.5}`."""
     return bool(names_of(kind)) and any(get_origin(member) is dict for member in get_args(kind))
 
 
 def split_parameters(choice: Any) -> tuple[Any, dict[str, float]]:
-    """The name and the parameters of a choice: `ddim` or `{name: ddim, eta: 0.5}`; the name is None if it has none."""
+    """Return the name (or None) and the parameters of a choice such as `ddim` or `{name: ddim, eta: 0.5}`."""
     if not isinstance(choice, Mapping):
         return choice, {}
     parameters = dict(choice)
@@ -39,7 +39,7 @@ def split_parameters(choice: Any) -> tuple[Any, dict[str, float]]:
 
 
 def check_choices(section: str, config: Any) -> None:
-    """Raises `UsageError` for a field that has none of the names that its type lists, or parameters not numbers."""
+    """Raise `UsageError` if a field has a name that its type does not list, or a parameter that is not a number."""
     for field, kind in types_of(config.__class__).items():
         if not (names := names_of(kind)):
             continue
@@ -58,7 +58,7 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 
 
 def check_at_least(name: str, value: Any, least: int, kind: type) -> None:
-    """Raise `UsageError` if `value` is not a number of at least `least`, and an integer if `kind` is int."""
+    """Raise `UsageError` if `value` is not a number of at least `least`, or not a whole number if `kind` is int."""
     if kind is int and not is_whole(value, -(10**18)):
         raise UsageError(f"{name} is {value!r}: it must be a whole number")
     if not is_number(value) or value < least:
@@ -74,28 +74,28 @@ def check_above(section: str, name: str, value: Any, bound: float) -> None:
 def check_within(name: str, value: Any, low: float, high: float) -> None:
     """Raise `UsageError` if `value` is not a number in [low, high]."""
     if not (is_number(value) and low <= value <= high):
-        raise UsageError(f"{name} is {value!r}: it lies in [{low}, {high}]")
+        raise UsageError(f"{name} is {value!r}: it must be in [{low}, {high}]")
 
 
 def check_range(name: str, value: Any, low: float, high: float) -> None:
     """Raise `UsageError` if `value` is not two ascending numbers in [low, high]."""
     if len(value) != 2 or not all(is_number(n) for n in value) or not low <= value[0] <= value[1] <= high:
-        raise UsageError(f"{name} is {list(value)}: it takes two numbers, the smaller one first, in [{low}, {high}]")
+        raise UsageError(f"{name} is {list(value)}: it must be two numbers in [{low}, {high}], the smaller first")
 
 
 def is_number(value: Any) -> bool:
-    """Return whether a value is a finite number; booleans are not."""
+    """Whether `value` is a finite int or float; a bool is not a number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def is_whole(value: Any, least: int) -> bool:
-    """Return whether a value is an integer of at least `least`; booleans are not."""
+    """Whether `value` is an int of at least `least`; a bool is not an int."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def read_numbers(name: str, value: Any, count: int, names: str) -> tuple[int, ...]:
-    """Return `count` positive integers, given as a list or as one number for all; raise `UsageError` otherwise."""
+    """Return `count` positive integers from a list, or from one number for all. Raises `UsageError` otherwise."""
     numbers = tuple(value) if isinstance(value, list | tuple) else (value,) * count
     if len(numbers) != count or any(not is_whole(n, 1) for n in numbers):
-        raise UsageError(f"{name} is {value}: it takes one number, or {count} ({names}), each at least 1")
+        raise UsageError(f"{name} is {value}: it must be one number or {count} ({names}), each at least 1")
     return numbers

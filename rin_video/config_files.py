@@ -1,4 +1,4 @@
-"""Options from presets, YAML files and the command line, and back to YAML."""
+"""Configurations from presets, YAML files and the command line, and their conversion to YAML."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from rin_video.config import Config, ModelConfig, check_names
 from rin_video.config_checks import split_parameters, takes_parameters, types_of
 from rin_video.errors import UsageError
 
-Layer: TypeAlias = dict[str, dict[str, Any]]  # sections of options
-NESTED = {  # options that held the parameters of others before these were nested
+Layer: TypeAlias = dict[str, dict[str, Any]]  # section -> option -> value
+NESTED = {  # former options for the parameters of others, which are now nested
     "diffusion": {
         "schedule_kwargs": "noise_schedule",
         "loss_weight_kwargs": "loss_weight",
@@ -27,16 +27,16 @@ NESTED = {  # options that held the parameters of others before these were neste
 
 
 def presets() -> list[str]:
-    """Names of the presets that ship with the package."""
+    """Return the names of the presets in the package."""
     folder = resources.files("rin_video.configs")
     return sorted(file.name[:-5] for file in folder.iterdir() if file.name.endswith(".yaml"))
 
 
 def load_config(name_or_file: str | os.PathLike[str] | None = None, overrides: Sequence[str] = ()) -> Config:
-    """The defaults, then a preset by name or a YAML file, then `section.key=value` overrides.
+    """Return the defaults, overridden by a preset or a YAML file, and then by `section.key=value`.
 
-    Text is taken as it is written: nothing replaces `${...}`, in files and overrides alike. A file cannot set
-    `data.allow_pipe`. Raises `UsageError` for an unknown preset, key or value; an unknown key names the nearest one.
+    Text is taken literally, in files and in overrides: `${...}` is not replaced. A file cannot set `data.allow_pipe`.
+    Raises `UsageError` for an unknown preset, key or value. For an unknown key, the message names the most similar one.
     """
     values = dataclasses.asdict(Config())
     file = [] if name_or_file is None else [_read_file(name_or_file)]
@@ -46,14 +46,14 @@ def load_config(name_or_file: str | os.PathLike[str] | None = None, overrides: S
 
 
 def is_set(key: str, name_or_file: str | os.PathLike[str] | None = None, overrides: Sequence[str] = ()) -> bool:
-    """Whether the file or the overrides set `section.key`, even to its default."""
+    """Whether the file or the overrides set `section.key`, if only to its default."""
     section, name = key.split(".")
     layers = [*([] if name_or_file is None else [_read_file(name_or_file)]), *map(_read_override, overrides)]
     return any(name in layer.get(section, {}) for layer in layers)
 
 
 def nest_parameters(section: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of an earlier version, `sampler: ddim, sampler_kwargs: {eta: 1}`, as `sampler: {name: ddim, eta: 1}`."""
+    """Convert former options `sampler: ddim, sampler_kwargs: {eta: 1}` to `sampler: {name: ddim, eta: 1}`."""
     nested = dict(options)
     for old, name in NESTED.get(section, {}).items():
         if parameters := nested.pop(old, None):
@@ -62,7 +62,7 @@ def nest_parameters(section: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _complete_choice(before: Any, choice: Any) -> Any:
-    """Parameters without a name are added to the choice before; a name alone has the default parameters."""
+    """Add parameters without a name to the previous choice; a name without parameters has the default ones."""
     if not isinstance(choice, dict) or "name" in choice:
         name, parameters = split_parameters(choice)
     else:
@@ -72,7 +72,7 @@ def _complete_choice(before: Any, choice: Any) -> Any:
 
 
 def _merge(values: Layer, layer: Layer) -> Layer:
-    """Options replace those before; a mapping adds to the one before, unless it is empty."""
+    """Replace options of `values` by those of `layer`. A mapping is added to the previous one, unless it is empty."""
     from omegaconf import OmegaConf
 
     for section, options in layer.items():
@@ -88,14 +88,14 @@ def _merge(values: Layer, layer: Layer) -> Layer:
 
 
 class _Text:
-    """Text that is opaque to OmegaConf, which would replace `${...}` and take `???` for a missing value."""
+    """Text that is hidden from OmegaConf, which would replace `${...}` and treat `???` as a missing value."""
 
     def __init__(self, text: str) -> None:
         self.text = text
 
 
 def _map_text(wrap: type[_Text] | None, value: Any) -> Any:
-    """Nested values with every text wrapped, or taken out again."""
+    """Wrap every text in nested values, or unwrap it if `wrap` is None."""
     if isinstance(value, dict):
         return {key: _map_text(wrap, item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -106,14 +106,14 @@ def _map_text(wrap: type[_Text] | None, value: Any) -> Any:
 
 
 def _read_file(name_or_file: str | os.PathLike[str]) -> Layer:
-    """What a preset or a file sets. Commands are allowed by people, not by files, which may be somebody else's."""
+    """Read a preset or a file. `data.allow_pipe` is removed: a file from elsewhere must not allow commands."""
     from rin_video import plain_yaml
 
     text, origin = _read_text(name_or_file)
     node = plain_yaml.parse(text, origin)
     if not plain_yaml.is_mapping(node):
         raise UsageError(
-            f"{origin} is no mapping of sections: it starts with model:, diffusion:, data:, train:, sample:"
+            f"{origin} is not a mapping of sections: its keys must be model:, diffusion:, data:, train: and sample:"
         )
     layer = _read_layer(plain_yaml.read_items(node, origin), origin)
     layer.get("data", {}).pop("allow_pipe", None)
@@ -121,12 +121,12 @@ def _read_file(name_or_file: str | os.PathLike[str]) -> Layer:
 
 
 def _read_override(override: str) -> Layer:
-    """What `section.key=value` sets. Text needs no quotes there, whatever it holds; quotes around it are YAML's."""
+    """Read `section.key=value`. Text needs no quotes, whatever it contains; text in quotes is read as YAML."""
     from rin_video import plain_yaml
 
     key, equals, text = override.partition("=")
     if not equals:
-        raise UsageError(f"cannot read {override!r}: overrides are written section.key=value")
+        raise UsageError(f"cannot read {override!r}: write overrides as section.key=value")
     section, *path = key.split(".")
     kind = types_of(types_of(Config)[section]).get(path[0]) if section in types_of(Config) and path else None
     yaml = r"'.*'|\".*\"" + (r"|\{.*\}" if takes_parameters(kind) else "")
@@ -138,7 +138,7 @@ def _read_override(override: str) -> Layer:
 
 
 def _read_layer(sections: dict[str, Any], origin: str) -> Layer:
-    """YAML nodes as values of the types of their options."""
+    """Convert YAML nodes to values of the types of their options."""
     from rin_video import plain_yaml
 
     check_names(sections, Config, origin, prefix="")
@@ -158,7 +158,7 @@ def _read_layer(sections: dict[str, Any], origin: str) -> Layer:
 
 
 def to_yaml(config: Config | ModelConfig) -> str:
-    """The configuration as YAML that `load_config` reads back, without `data.allow_pipe`, which no file can set."""
+    """Return a configuration as YAML for `load_config`, without `data.allow_pipe`, which a file cannot set."""
     from rin_video import plain_yaml
 
     values = dataclasses.asdict(config)
@@ -167,13 +167,13 @@ def to_yaml(config: Config | ModelConfig) -> str:
 
 
 def _read_text(name_or_file: str | os.PathLike[str]) -> tuple[str, str]:
-    """The text of a preset or a file, and its name for errors."""
+    """Return the text of a preset or a file, and its name for error messages."""
     name = os.fspath(name_or_file)
     if name in presets():
         return (resources.files("rin_video.configs") / f"{name}.yaml").read_text(encoding="utf-8"), f"preset {name}"
     path = Path(name)
     if not path.is_file():
-        raise UsageError(f"no preset and no file is called {name}: the presets are {', '.join(presets())}")
+        raise UsageError(f"there is no preset and no file {name}: the presets are {', '.join(presets())}")
     try:
         return path.read_text(encoding="utf-8"), str(path)
     except UnicodeDecodeError as error:
@@ -181,12 +181,12 @@ def _read_text(name_or_file: str | os.PathLike[str]) -> tuple[str, str]:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A configuration as JSON has it: tuples are lists."""
+    """Return a configuration as nested dicts with JSON values: tuples become lists."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def read_overrides(overrides: Sequence[str]) -> Layer:
-    """What `section.key=value` overrides set, without the defaults."""
+    """Return what `section.key=value` overrides set, without the defaults."""
     values: Layer = {}
     for layer in map(_read_override, overrides):
         for section, options in layer.items():

@@ -26,6 +26,17 @@ class TransientError(UsageError):
     """
 
 
+class ShortClipError(UsageError):
+    """A clip has too few frames; `fits` of them are there. `problem` is the message without the remedy."""
+
+    def __init__(self, problem: str, remedy: str = "", fits: int = 0) -> None:  # of one text too, as workers raise it
+        super().__init__(problem, remedy, fits)
+        self.problem, self.remedy, self.fits = problem, remedy, fits
+
+    def __str__(self) -> str:
+        return f"{self.problem}: {self.remedy}" if self.remedy else self.problem
+
+
 class TimeLimitError(UsageError):
     """Reading a file exceeded the time limit; a higher limit may succeed."""
 

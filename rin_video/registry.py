@@ -42,7 +42,11 @@ class Registry(Generic[T]):
                     self._objects.setdefault(name, value)  # importing it may have registered it
                     break
             else:
-                raise UsageError(f"unknown {self.kind} {name!r}: use one of {', '.join(self)}")
+                raise UsageError(
+                    f"unknown {self.kind} {name!r}: use one of {', '.join(self)}. A {self.kind} registered in a script "
+                    f"is known to that script only: to use it everywhere, install it as an entry point of the group "
+                    f"{self.group} (pyproject.toml)"
+                )
         return self._objects[name]
 
     def __iter__(self) -> Iterator[str]:

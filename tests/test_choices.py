@@ -133,7 +133,7 @@ def test_lists_that_are_no_option_of_their_own():
         assert load_config(None, [f"diffusion.known.{kind}=1"]).diffusion.known == {kind: 1}
     with pytest.raises(UsageError, match=f"choose {', '.join(KNOWN_MASKS)}$"):
         load_config(None, ["diffusion.known.other=1"])
-    with pytest.raises(UsageError, match=f"takes {', '.join(get_args(config.GuidanceDropName))}$"):
+    with pytest.raises(UsageError, match=f"choose {', '.join(get_args(config.GuidanceDropName))}$"):
         Guidance(1.0, drop="other").check(Conditions())
 
 

@@ -226,8 +226,8 @@ def test_mistakes_before_any_file_is_read(fails, clips, tmp_path):
     empty.mkdir()
     train = ("train", "--data", clips, "--frames", 4)
     for argv, words in (
-        (("info", "--config", "cifar11"), "no preset and no file is called cifar11"),
-        ((*train, "--config", "cifar11"), "no preset and no file is called cifar11"),
+        (("info", "--config", "cifar11"), "there is no preset and no file cifar11"),
+        ((*train, "--config", "cifar11"), "there is no preset and no file cifar11"),
         ((*train, "model.dimm=3"), "unknown key model.dimm: did you mean model.dim?"),
         ((*train, "model.dim=wide"), "model.dim"),
         ((*train, "--size", "abc"), "--size abc is not understood"),
@@ -268,8 +268,8 @@ def test_mistakes_with_a_run(fails, train_clips):
         (("sample", run, "--sampler", "ddim", "sample.sampler.eta=2"), "sampler.eta is 2"),
         (("sample", run, "--sampler", "heun", "sample.sampler.churn=-5"), "sampler.churn is -5"),
         (("sample", run, "--sampler", "ddim", "sample.sampler.eta=.nan"), "sampler.eta is nan"),
-        (("sample", run, "--schedule", "cosine", "sample.schedule.start=2"), "does not fall from signal"),
-        (("sample", run, "sample.schedule.tau=0"), "does not fall from signal to noise"),
+        (("sample", run, "--schedule", "cosine", "sample.schedule.start=2"), "does not decrease from signal"),
+        (("sample", run, "sample.schedule.tau=0"), "does not decrease from signal to noise"),
         (("sample", run, "--schedule", "rectified_flow"), "on another path than sigmoid"),
         (("sample", run, "sample.guidance_interval=[0.9,0.1]"), "sample.guidance_interval is [0.9, 0.1]"),
         (("sample", run, "--guidance", "nan"), "sample.guidance is nan"),

@@ -228,9 +228,9 @@ def test_the_type_of_an_option_decides_how_it_is_read(text, value):
         ("train.train_rl=3", "unknown key train.train_rl: did you mean train.train_lr?"),
         ("model.train_lr=3", "unknown key model.train_lr: did you mean train.train_lr?"),
         ("depth=3", "unknown key depth: did you mean model.depth?"),
-        ("sample.zzzzzz=3", "unknown key sample.zzzzzz: known are"),
+        ("sample.zzzzzz=3", "unknown key sample.zzzzzz: known keys are"),
         ("model=3", "model is a section: write model.key=value"),
-        ("model.dim", "overrides are written section.key=value"),
+        ("model.dim", "write overrides as section.key=value"),
         ("model.dim=wide", "model.dim"),
         ("model.dim=2.5", "model.dim"),
         ("train.train_lr=fast", "train.train_lr"),
@@ -276,7 +276,7 @@ def test_wrong_keys_and_values_in_a_file_name_the_file(tmp_path):
         ("trian: {seed: 3}", "unknown key trian: did you mean train?"),
         ("model: {dim: wide}", "wide"),
         ("model: 3", "model is a section"),
-        ("- 1\n- 2", "no mapping of sections"),
+        ("- 1\n- 2", "not a mapping of sections"),
         ("model: {dim: [", "mine.yaml"),
         ("model: {dim: 3}\n\tx: 1", "mine.yaml"),
         ("model: {dim: 3, dim: 4}", "the key dim occurs twice"),
@@ -287,8 +287,8 @@ def test_wrong_keys_and_values_in_a_file_name_the_file(tmp_path):
         ("model: {patch_size: &a [*a]}", "model.patch_size is a list: it must be a whole number"),
         ("model: {patch_size: [&a [1, 1], *a]}", "model.patch_size is a list: it must be a whole number"),
         ("data: {path: !!python/object/apply:os.getpid []}", "data.path has the tag"),
-        ("", "no mapping of sections"),
-        ("3", "no mapping of sections"),
+        ("", "not a mapping of sections"),
+        ("3", "not a mapping of sections"),
     ):
         file.write_text(text, encoding="utf-8")
         with pytest.raises(UsageError) as error:
@@ -300,11 +300,11 @@ def test_wrong_keys_and_values_in_a_file_name_the_file(tmp_path):
 def test_a_file_that_is_missing_or_no_text(tmp_path):
     with pytest.raises(UsageError) as error:
         load_config("cifar11")
-    assert "no preset and no file is called cifar11" in one_line(error)
+    assert "there is no preset and no file cifar11" in one_line(error)
     assert all(name in one_line(error) for name in presets())
     with pytest.raises(UsageError, match=r"missing\.yaml"):
         load_config(tmp_path / "missing.yaml")
-    with pytest.raises(UsageError, match="no file is called"):
+    with pytest.raises(UsageError, match="there is no preset and no file"):
         load_config(tmp_path)
     (tmp_path / "picture.yaml").write_bytes(b"\x89PNG\xff\xfe\x00")
     with pytest.raises(UsageError, match=r"picture\.yaml is not a text file") as error:

@@ -98,7 +98,7 @@ def test_auto_never_takes_decord_and_decord_only_what_is_plain(clips):
     for name in NAMES:
         assert "decord" not in backends_for(probe_video(clips / name))
     for name in ("scene_cuts.mp4", "open_gop.mp4", "b_frames.avi", "animation.gif", "turned.mp4"):
-        with pytest.raises(UsageError, match=r"--decoder pyav|not installed"):
+        with pytest.raises(UsageError, match=r"data.decoder=pyav|not installed"):
             open_video(clips / name, "decord")
         assert "decord" not in backends_for(probe_video(clips / name), "decord", strict=False)
     if not torchcodec_problem():

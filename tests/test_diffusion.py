@@ -220,7 +220,7 @@ def test_mistakes_are_named():
         GaussianDiffusion(model, train_prob_self_cond=9)
     with pytest.raises(UsageError, match="scale is 0"):
         GaussianDiffusion(model, scale=0)
-    with pytest.raises(UsageError, match="does not say its shape"):
+    with pytest.raises(UsageError, match="the model has no shape"):
         GaussianDiffusion(model).sample(batch_size=2)
     with pytest.raises(UsageError, match=r"sample\.sampler=dddim is unknown: choose ddim, euler, ddpm"):
         GaussianDiffusion(model).sample(batch_size=2, shape=(3,), sampler="dddim")

@@ -66,14 +66,14 @@ def test_the_command_writes_folders_that_are_sampled_from(run, tmp_path, caplog)
 
 def test_mistakes_are_named(run, tmp_path):
     folder, _, _ = run
-    with pytest.raises(UsageError, match=r"--sigma-rel is 0\.4: it lies in \[0\.01, 0\.28\]"):
+    with pytest.raises(UsageError, match=r"--sigma-rel is 0\.4: it must be in \[0\.01, 0\.28\]"):
         averaged_weights(folder, [0.4])
     with pytest.raises(UsageError, match="has no checkpoint"):
         averaged_weights(tmp_path, [0.1])
     make_trainer(tmp_path, train_num_steps=1, ema_sigma_rel=[]).train()
     with pytest.raises(UsageError, match="nothing was tracked"):
         averaged_weights(tmp_path, [0.1])
-    with pytest.raises(UsageError, match="give two lengths that differ"):
+    with pytest.raises(UsageError, match="set at least two different lengths"):
         make_trainer(tmp_path, ema_sigma_rel=[0.1])
 
 

@@ -1,5 +1,7 @@
 """Written files read back unchanged and play in a browser; what cannot be written gives an error and no file."""
 
+import logging
+
 import av
 import numpy as np
 import pytest
@@ -222,13 +224,22 @@ def test_no_more_of_a_film_is_read_than_is_written(tmp_path, numbered, numbers, 
 
 def test_a_context_is_measured_before_it_is_read_and_read_small(tmp_path, numbered, reads):
     path = numbered(tmp_path / "film.mp4", size=(64, 128))
-    with pytest.raises(UsageError, match=r"has 20 frames, the clips 16: use --context-frames 1 to 15"):
-        read_context(path, (3, 16, 16, 16), DataConfig(), 1, None, limit=15)
     with pytest.raises(UsageError, match=r"has 20 frames at this stride or rate, not 30"):
         read_context(path, (3, 16, 16, 16), DataConfig(), 1, 30)
     assert reads == []
-    assert read_context(path, (3, 16, 16, 16), DataConfig(stride=2), 2, 5, limit=15).shape == (2, 3, 5, 16, 16)
+    assert read_context(path, (3, 16, 16, 16), DataConfig(stride=2), 2, 5, length=16).shape == (2, 3, 5, 16, 16)
     assert reads == [(5, (16, 32))]
+
+
+def test_of_a_context_as_long_as_the_samples_the_start_is_taken(tmp_path, numbered, numbers, caplog):
+    path = numbered(tmp_path / "film.mp4")
+    caplog.set_level(logging.INFO)
+    for frames, length, most, taken in ((None, 16, 8, 8), (None, 20, 99, 19), (None, 2, 1, 1), (None, 21, 8, 20)):
+        context = read_context(path, (3, 16, 32, 64), DataConfig(), 1, frames, length, most)
+        assert numbers(context[0].transpose(0, 1)) == list(range(taken))
+    assert "context: the first 8 frames of 20 in" in caplog.text
+    assert "context: the first 1 frame of 20 in" in caplog.text
+    assert len(caplog.records) == 3
 
 
 @pytest.mark.parametrize("shape", [(3, 3, 16, 16), (3, 1, 16, 16), (1, 3, 16, 16), (1, 1, 16, 16), (5, 3, 16, 16)])

@@ -118,7 +118,7 @@ def test_other_commands_accept_folders_of_such_names(pictures, capsys):
         assert cli.main(["index", name, "--out", f"{name}.jsonl"]) == 0
         assert f"index: {name}.jsonl" in capsys.readouterr().out
         assert cli.main(["peek", "data", "--size", "8", "--frames", "0", f"data.images={name}"]) == 2 * (name != "null")
-        assert "--images is mixed with clips" in capsys.readouterr().err or name == "null"
+        assert "(--images) is mixed with clips" in capsys.readouterr().err or name == "null"
 
 
 # ---- configurations

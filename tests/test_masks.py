@@ -229,30 +229,30 @@ def test_mistakes_are_named():
     diffusion = make()
     clip, half = torch.rand(1, 4, 8, 8), torch.zeros(4, 8, 8, dtype=torch.bool)
     for options, message in (
-        ({"context": torch.rand(1, 5, 8, 8)}, "context has 5 frames, the window is 4: give at most 3"),
-        ({"context": clip}, "context fills the whole 4x8x8"),
-        ({"context": torch.rand(3, 2, 8, 8)}, "context has 3 channels, the model 1"),
-        ({"context": torch.rand(1, 2, 9, 8)}, "context is 9x8, the model makes 8x8"),
-        ({"context": clip, "known": half[:2]}, r"known has the shape \(2, 8, 8\): give \(4, 8, 8\)"),
-        ({"context": clip, "known": half.float()}, "known is torch.float32: give booleans"),
-        ({"context": clip, "known": ~half}, "every cell is known"),
-        ({"context": clip[:, :2], "known": half}, "context has 2 frames, `known` speaks of 4"),
-        ({"known": half}, "not what they hold: give context"),
-        ({"context": torch.rand(8, 8)}, r"context has the shape \(8, 8\)"),
-        ({"context": clip[:, :2], "guidance": 1.0}, "no label to be guided by.*guidance_drop=known"),
+        ({"context": torch.rand(1, 5, 8, 8)}, "context has 5 frames, but the window has 4: pass at most 3"),
+        ({"context": clip}, "context fills the complete grid 4x8x8"),
+        ({"context": torch.rand(3, 2, 8, 8)}, "context has 3 channels, but the model has 1"),
+        ({"context": torch.rand(1, 2, 9, 8)}, "context is 9x8, but the model generates 8x8"),
+        ({"context": clip, "known": half[:2]}, r"known has shape \(2, 8, 8\): pass \(4, 8, 8\)"),
+        ({"context": clip, "known": half.float()}, "known is torch.float32: pass booleans"),
+        ({"context": clip, "known": ~half}, "every pixel is known"),
+        ({"context": clip[:, :2], "known": half}, "context has 2 frames, but `known` covers 4"),
+        ({"known": half}, "a mask without values: pass context"),
+        ({"context": torch.rand(8, 8)}, r"context has shape \(8, 8\)"),
+        ({"context": clip[:, :2], "guidance": 1.0}, "no label or embedding: pass one, or set guidance_drop=known"),
         ({"context": clip[:, :2], "guidance": 1.0, "guidance_drop": "frames"}, "guidance_drop is frames"),
     ):
         with pytest.raises(UsageError, match=message):
             diffusion.sample(batch_size=1, steps=1, **options)
     unaware = RIN(**TINY, **(CLIP | {"known_mask": False}))
-    with pytest.raises(UsageError, match="trained without known cells"):
+    with pytest.raises(UsageError, match="trained without an observed mask"):
         GaussianDiffusion(unaware).sample(batch_size=1, context=clip[:, :2])
     with pytest.raises(UsageError, match=r"set model\.known_mask=true"):
         GaussianDiffusion(unaware, known={"first": 1})
     with pytest.raises(UsageError, match="known_mask=True"):
         unaware(torch.rand(1, 1, 4, 8, 8), torch.ones(1), known=half[None, None])
     image = RIN(**TINY, image_size=8, known_mask=True)
-    with pytest.raises(UsageError, match="first, for clips"):
+    with pytest.raises(UsageError, match="only first, for clips"):
         GaussianDiffusion(image, known={"first": 1})
 
 
@@ -278,7 +278,7 @@ def test_estimates_hold_what_is_known(objective):
 
 def test_guidance_by_what_is_known_needs_no_classes():
     check_sampling(load_config("kinetics600_predict", ["sample.guidance=1", "sample.guidance_drop=known"]))
-    with pytest.raises(UsageError, match=r"no classes and no embeddings: .* --guidance-drop known"):
+    with pytest.raises(UsageError, match=r"no classes and no embeddings: .* sample.guidance_drop=known"):
         check_sampling(load_config("kinetics600_predict", ["sample.guidance=1"]))
     by_known = ["sample.guidance=1", "sample.guidance_drop=known"]
     for preset, always_given in (("video64", True), ("video_long", False)):

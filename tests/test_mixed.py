@@ -141,7 +141,7 @@ def test_on_the_command_line(tmp_path, numbered, capsys):
     images = ["sample", str(run), "--num", "2", "--steps", "2", "--frames", "0", "--out", str(tmp_path / "images.png")]
     assert cli.main(images) == 0
     assert cli.main(["train", *data, "--frames", "0", "--out", str(tmp_path / "other"), *words[2:]]) == 2
-    assert "--images is mixed with clips" in capsys.readouterr().err
+    assert "(--images) is mixed with clips" in capsys.readouterr().err
     assert len((run / "metrics.jsonl").read_text().splitlines()) >= 1
     assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 4
 
@@ -170,7 +170,7 @@ def test_a_core_of_images_starts_a_model_of_clips(tmp_path):
     assert_close(model(x, gamma)[0], source(x, gamma)[0], rtol=0, atol=0)
     only_clips = transfer_weights(tmp_path / "images", RIN(**{**BOTH, "tokenizer": "tube"}))
     assert all(name.startswith("tokenizer image.") for name in only_clips.left)
-    assert "new" in only_clips.describe()
+    assert "initialised" in only_clips.describe()
 
 
 def test_another_size_patch_and_depth(tmp_path):

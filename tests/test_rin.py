@@ -231,13 +231,16 @@ def test_conditions_reach_their_modules(time, label):
     [
         ({"dimm": 3}, r"unknown key dimm: did you mean dim\?$"),
         ({"train_lr": 3}, r"unknown key train_lr: did you mean train.train_lr\?"),
-        ({"num_heads": 17}, "num_heads is 17, more than the attention is wide .16."),
-        ({"latent_num_heads": 25}, "latent_num_heads is 25, more than the attention is wide .24."),
-        ({"num_latents": 2}, "num_latents is 2, of which time and class take 2"),
+        ({"num_heads": 17}, "^num_heads is 17, but the attention has a width of 16"),
+        ({"latent_num_heads": 25}, "latent_num_heads is 25, but the attention has a width of 24"),
+        ({"num_latents": 2}, "num_latents is 2, of which conditions take 2"),
         ({"num_latents": 0}, "num_latents is 0"),
         ({"depth": 0}, "depth is 0"),
-        ({"dim_latent": 20}, "8 divides, not 20"),
-        ({"latent_self_attn_depth": [1, 1, 1]}, r"latent_self_attn_depth \[1, 1, 1\] must be one number or 2"),
+        ({"dim_latent": 20}, "multiple of 8, not 20"),
+        (
+            {"latent_self_attn_depth": [1, 1, 1]},
+            r"latent_self_attn_depth is \[1, 1, 1\]: it must be one whole number, or 2 ",
+        ),
         ({"latent_self_attn_depth": -1}, "latent_self_attn_depth"),
         ({"image_size": [8, 14]}, "width 14 is not a multiple of its patch size 4: .* that fit are 12 and 16"),
         ({"tokenizer": "images"}, "unknown tokenizer 'images': use one of .*image"),
@@ -258,7 +261,7 @@ def test_mistakes_are_named_when_the_model_is_built(options, message):
 
 def test_the_time_token_counts_as_a_latent_only_if_it_is_one():
     assert build(num_latents=1, time_conditioning="adaln", class_conditioning="interface").core.num_latents == 1
-    with pytest.raises(UsageError, match="time and class take 1"):
+    with pytest.raises(UsageError, match="conditions take 1"):
         build(num_latents=1, class_conditioning="interface")
 
 

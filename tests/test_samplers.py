@@ -475,7 +475,7 @@ def test_mistakes_are_named():
         ({"sampler": {"name": "ddim", "etta": 1}}, r"sampler ddim has no option etta: it has eta"),
         ({"spacing": "log"}, "sample.spacing=log is unknown: choose uniform"),
         ({"spacing": "karras", "time_difference": 1}, r"time_difference is 1"),
-        ({"guidance": 1.0}, r"no label to be guided by"),
+        ({"guidance": 1.0}, r"the samples have no label or embedding: pass one$"),
         ({"clip_x0": "hard"}, "sample.clip_x0=hard is unknown"),
     ):
         with pytest.raises(UsageError, match=message):

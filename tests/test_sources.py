@@ -338,7 +338,7 @@ def test_preview_and_index_report_the_data(two_classes, tmp_path, capsys, monkey
         assert (tmp_path / out).stat().st_size > 1000
     said = capsys.readouterr().out
     assert "samples per class: cat 1, dog 1" in said
-    assert "durations: 2.50 s to 2.50 s" in said
+    assert "durations: 2.50 to 2.50 s" in said
     assert "2 samples of 3x4x16x16: mean 0." in said
     assert sorted(p.name for p in tmp_path.iterdir()) == ["data", "sheet.mp4", "sheet.png"]
     assert main(["index", str(two_classes)]) == 0
@@ -348,6 +348,6 @@ def test_preview_and_index_report_the_data(two_classes, tmp_path, capsys, monkey
     assert (tmp_path / "runs/data/index.jsonl").is_file()
     for command in (["index", str(two_classes)], ["peek", str(two_classes), *options]):
         assert main([*command, "--strict"]) == 2
-        assert "1 of 3 files cannot be used, and --strict is on" in capsys.readouterr().err
+        assert "1 of 3 files cannot be used, and data.strict is true" in capsys.readouterr().err
     assert main(["peek", str(two_classes), *options, "--out", "sheet.xyz"]) == 2
     assert "cannot write a sheet" in capsys.readouterr().err

@@ -222,7 +222,7 @@ def test_out_of_memory_errors_have_numbers(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match=r"out of memory on cpu: a batch of 8 needs about .* [MG]B are free") as error:
         run.train()
     for way in (
-        "--batch-size 4 with train.gradient_accumulate_every=2 (the same step) needs",
+        "train.train_batch_size=4 with train.gradient_accumulate_every=2 (the same step) needs",
         "train.gradient_checkpointing=true needs",
         "train.mixed_precision=bf16 needs",
     ):

@@ -21,7 +21,7 @@ from rin_video.datasets.extensions import CLIP_EXTENSIONS
 from rin_video.datasets.folders import find_files
 from rin_video.datasets.probe import probe_video
 from rin_video.datasets.reading import read_image
-from rin_video.datasets.resize_crop import ResizeCrop, decoder_size
+from rin_video.datasets.resize_crop import ResizeCrop
 from rin_video.datasets.video_info import VideoInfo
 from rin_video.diffusion.masks import known_frames_mask
 from rin_video.errors import UsageError
@@ -60,8 +60,9 @@ def read_context_options(options: Namespace, pass_: Pass, config: Config) -> dic
         known = known_frames_mask(pass_.shape[1:], parse_fill(options.fill, pass_.frames))
         context = read_context(Path(options.context), pass_.shape, config.data, count, pass_.frames)
         return {"context": context, "known": known}
-    limit = pass_.frames - 1
-    return {"context": read_context(Path(options.context), pass_.shape, config.data, count, frames, limit=limit)}
+    most = config.diffusion.known_frames[-1] if config.diffusion.known_frames else max(pass_.frames // 2, 1)
+    context = read_context(Path(options.context), pass_.shape, config.data, count, frames, pass_.frames, most)
+    return {"context": context}
 
 
 def read_embedding_options(options: Namespace, config: Config) -> dict[str, Any]:
@@ -109,28 +110,34 @@ def _existing(path: Path) -> Path:
 
 
 def read_context(
-    path: Path, shape: tuple[int, ...], options: DataConfig, num: int, frames: int | None, limit: int | None = None
+    path: Path,
+    shape: tuple[int, ...],
+    options: DataConfig,
+    num: int,
+    frames: int | None,
+    length: int | None = None,
+    most: int = 1,
 ) -> Tensor:
     """The first `frames` frames of a clip, as training would cut them: uint8 (num, C, frames, H, W).
 
     At the stride or rate of `options`, resized and cropped at the centre to the H and W of `shape` (C, F, H, W). None:
-    all frames. A folder gives sample i its i-th clip, and starts again behind the last. Lengths are looked at before
-    anything is read. Raises UsageError for more than `limit` frames.
+    all frames; the first `most` of a clip that leaves nothing to invent of `length` frames, which is logged. A folder
+    gives sample i its i-th clip, and starts again after the last. Lengths are looked at before anything is read.
     """
     files = find_files(path, CLIP_EXTENSIONS)[:num]
     infos = [probe_video(file, max_pixels=options.max_pixels) for file in files]
     chosen = [_indices(file, info, options, frames) for file, info in zip(files, infos, strict=True)]
+    longest = max(map(len, chosen))
+    if length is not None and longest >= length:
+        taken = counted(min(most, length - 1), "frame")
+        log.info("context: the first %s of %d in %s (--context-frames chooses how many)", taken, longest, path)
+        chosen = [indices[: min(most, length - 1)] for indices in chosen]
     lengths = {len(indices) for indices in chosen}
-    if limit is not None and max(lengths) > limit:
-        raise UsageError(
-            f"{path} has {max(lengths)} frames, the clips {limit + 1}: "
-            f"use --context-frames 1 to {limit}, or more --frames"
-        )
     if len(lengths) > 1:
         raise UsageError(
             f"the clips of {path} have {ranged(min(lengths), max(lengths), 'frame')}: give --context-frames"
         )
-    clips = [_read_clip(*clip, shape, options) for clip in zip(files, infos, chosen, strict=True)]
+    clips = [_read_clip(*clip, shape) for clip in zip(files, infos, chosen, strict=True)]
     return torch.stack([clips[i % len(clips)] for i in range(num)])
 
 
@@ -153,18 +160,10 @@ def parse_fill(text: str, frames: int) -> range:
     return invented
 
 
-def _read_clip(
-    file: Path, info: VideoInfo, indices: Sequence[int], shape: tuple[int, ...], options: DataConfig
-) -> Tensor:
+def _read_clip(file: Path, info: VideoInfo, indices: Sequence[int], shape: tuple[int, ...]) -> Tensor:
     resize_crop = ResizeCrop((shape[-2], shape[-1]))
-    params = resize_crop.draw_params(info.size, np.random.default_rng(0))
-    with open_video(file, options.decoder, info) as video:
-        clip = resize_crop.apply(video.read(indices, decoder_size(params.size, info.size)), params)
-    if shape[0] == 1:
-        from torchvision.transforms.v2 import functional as transforms
-
-        clip = transforms.rgb_to_grayscale(clip)
-    return clip.transpose(0, 1)
+    with open_video(file, "auto", info) as video:  # all decoders give the same frames
+        return resize_crop.read_clip(video, indices, info.size, np.random.default_rng(0), shape[0])
 
 
 def _indices(file: Path, info: VideoInfo, options: DataConfig, frames: int | None) -> Sequence[int]:
@@ -176,6 +175,7 @@ def _indices(file: Path, info: VideoInfo, options: DataConfig, frames: int | Non
         indices = nearest_in_time(info.times, wanted)
     if frames is not None and frames > len(indices):
         raise UsageError(
-            f"{file} has {counted(len(indices), 'frame')} at this stride or rate, not {frames}: lower --context-frames"
+            f"{file} has {counted(len(indices), 'frame')} at this stride or rate, not {frames}: give a longer clip, or "
+            f"fewer frames (--context-frames, with --fill --frames)"
         )
     return indices[:frames]

@@ -21,9 +21,9 @@ from rin_video.cli.options import (
     read_config,
     say,
 )
-from rin_video.config import DataConfig, DataKind, FrameKind
+from rin_video.config import Config, DataConfig, DataKind, FrameKind
 from rin_video.config_files import load_config
-from rin_video.errors import UsageError
+from rin_video.errors import ShortClipError, UsageError
 from rin_video.wording import counted
 
 log = logging.getLogger("rin_video")
@@ -77,12 +77,10 @@ def index(options: Namespace) -> None:
 
 def preview(options: Namespace) -> None:
     """Print statistics, and write a sheet of samples as training draws them."""
-    from rin_video.datasets.open import INDEX, open_dataset
     from rin_video.datasets.preview import captions, check_sheet, draw_some, statistics, write_sheet
     from rin_video.datasets.steady import frame_rate
     from rin_video.media import DEFAULT_FPS
     from rin_video.model.info import model_info
-    from rin_video.training.identity import run_folder
 
     if options.command == "peek":
         log.info("note: peek is now called preview: rin-video preview %s", options.data)
@@ -91,14 +89,15 @@ def preview(options: Namespace) -> None:
     config = read_config(options, choose_preset(options))
     if options.out:
         check_sheet(Path(options.out))
-    known = run_folder(options.data) / INDEX  # where training left it; nothing is written there
-    dataset = open_dataset(
-        options.data,
-        model_info(config.model).shape,
-        config.data,
-        seed=config.train.seed,
-        index=known if known.exists() else None,
-    )
+    shape = model_info(config.model).shape
+    try:
+        dataset = open_known(options.data, shape, config)
+    except ShortClipError as error:  # a preview of what there is says more than a refusal
+        if config.data.buckets:
+            raise
+        channels, frames, *size = shape
+        dataset = open_known(options.data, (channels, error.fits, *size), config)
+        say(f"no clip has {counted(frames, 'frame')} at this stride or rate: {error.fits} are shown (--frames)")
     samples, chosen = draw_some(dataset, options.num)
     say(dataset.describe())
     for line in statistics(dataset, samples, chosen):
@@ -106,6 +105,15 @@ def preview(options: Namespace) -> None:
     if options.out:
         write_sheet(samples, captions(dataset, chosen), options.out, frame_rate(dataset) or DEFAULT_FPS)
         say(f"sheet: {options.out}")
+
+
+def open_known(data: str, shape: tuple[int, ...], config: Config) -> Any:
+    """A dataset, with the index that training left where there is one; nothing is written."""
+    from rin_video.datasets.open import INDEX, open_dataset
+    from rin_video.training.identity import run_folder
+
+    known = run_folder(data) / INDEX
+    return open_dataset(data, shape, config.data, seed=config.train.seed, index=known if known.exists() else None)
 
 
 def prepare(options: Namespace) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from rin_video.cli.options import RUN_HELP, say
 from rin_video.config_files import load_config, presets
-from rin_video.errors import UsageError
+from rin_video.errors import ShortClipError, UsageError
 from rin_video.files import CONFIG
 from rin_video.wording import counted, in_bytes
 
@@ -114,7 +114,10 @@ def diagnose(options: Namespace) -> None:
     if options.num < 2:
         raise UsageError(f"--num is {options.num}: it must be at least 2")
     diffusion = GaussianDiffusion.from_pretrained(folder, device=best_device())
-    dataset = open_dataset(data, diffusion.shape, config.data, seed=config.train.seed)
+    try:
+        dataset = open_dataset(data, diffusion.shape, config.data, seed=config.train.seed)
+    except ShortClipError as error:
+        raise UsageError(f"{error.problem}: give longer clips (--data FOLDER)") from None
     out = Path(options.out or own_folder(options.model) / "diagnosis")
     diagnosis = diagnose_run(folder, diffusion, dataset, config, out, num=options.num)
     samples = counted(min(options.num, len(dataset)), "sample")

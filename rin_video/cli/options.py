@@ -68,7 +68,9 @@ def read_config(options: Namespace, preset: str) -> Config:
     config.data.path = os.fspath(options.data)
     if config.data.images is not None:
         if not config.model.frames:
-            raise UsageError("--images is mixed with clips: give --frames, or the images alone as --data")
+            raise UsageError(
+                "data.images (--images) is mixed with clips: give --frames, or the images alone as the data"
+            )
         if config.model.tokenizer in ("auto", "tube"):
             config.model.tokenizer = "tube+image"
     return config
@@ -78,14 +80,22 @@ def choose_preset(options: Namespace) -> str:
     """`--config`, or the preset that suits the data and the size."""
     from rin_video.datasets.hub import is_hub, kind_of_hub
 
-    frames = options.frames
+    frames, size = options.frames, options.size
     if frames is not None and frames < 0:
         raise UsageError(f"--frames is {frames}: give the frames of a clip, or 0 for images")
-    if options.config is None and frames is None:
-        data = DataConfig(**read_overrides(options.overrides).get("data", {}))
+    if options.config is not None:
+        return options.config
+    data = DataConfig(**read_overrides(options.overrides).get("data", {}))
+    if shape := shape_of_arrays(options.data, data):
+        channels, *length, H, W = shape
+        frames = [*length, 0][0] if frames is None else frames
+        size = size or f"{H}x{W}"
+        sizes = [f"model.channels={channels}", f"model.image_size=[{H},{W}]", *(f"model.frames={F}" for F in length)]
+        options.overrides[:0] = sizes  # arrays are not resized: what the user sets comes after, and wins
+    elif frames is None:
         find_kind = kind_of_hub if is_hub(options.data) else kind_of
         frames = 0 if find_kind(options.data, data) == "image" else None
-    return options.config or default_preset(frames, options.size)
+    return default_preset(frames, size)
 
 
 def default_preset(frames: int | None, size: str | None) -> str:
@@ -103,6 +113,21 @@ def kind_of(data: str, options: DataConfig) -> DataKind:
     from rin_video.training.identity import run_folder
 
     return detect_kind(data, allow_pipe=options.allow_pipe, cache=run_folder(data) / "pipes")
+
+
+def shape_of_arrays(data: str, options: DataConfig) -> tuple[int, ...] | None:
+    """Shape of a sample where the data are arrays of images or clips."""
+    from rin_video.datasets.array_files import probe_array, sample_shape
+    from rin_video.datasets.extensions import ARRAY_EXTENSIONS
+    from rin_video.datasets.folders import find_sources
+    from rin_video.datasets.open import holds_arrays
+    from rin_video.training.identity import run_folder
+
+    cache = run_folder(data) / "pipes"
+    if not holds_arrays(data, options, cache):
+        return None
+    first, *_ = find_sources(data, ARRAY_EXTENSIONS, allow_pipe=options.allow_pipe, cache=cache)
+    return sample_shape(probe_array(first))
 
 
 def parse_size(text: str) -> int | list[int]:

@@ -41,7 +41,8 @@ def plan_pass(model: Any, frames: int | None, size: str | None, window: int | No
     clips = next((shape for shape in model.shapes if len(shape) == 4), None)
     images = next((shape for shape in model.shapes if len(shape) == 3), None)
     if clips is None and (frames or window):
-        raise UsageError(f"the model makes {'images' if images else model.shape}, not clips: leave out --frames")
+        kind, flag = "images" if images else model.shape, "frames" if frames else "window"
+        raise UsageError(f"the model makes {kind}, not clips: leave out --{flag}")
     if frames == 0 and images is None:
         raise UsageError("the model makes clips only: --frames 0 is for one that makes images (tokenizer=tube+image)")
     shape = images if images and (frames == 0 or clips is None) else clips or model.shape

@@ -69,6 +69,7 @@ def train(options: Namespace) -> None:
     """Train on a folder, or resume."""
     import torch
 
+    from rin_video.cli.slow_run import SlowRunHint
     from rin_video.cli.trained import check_sampling
     from rin_video.datasets.open import INDEX, open_dataset
     from rin_video.diffusion.process import GaussianDiffusion
@@ -101,7 +102,7 @@ def train(options: Namespace) -> None:
         config.train.train_batch_size = choose_batch(config, folder, len(dataset))
     torch.manual_seed(config.train.seed)
     diffusion = GaussianDiffusion(RIN(config.model), config.diffusion)
-    trainer = Trainer(diffusion, dataset, results_folder=folder, config=config)
+    trainer = Trainer(diffusion, dataset, results_folder=folder, config=config, callbacks=[SlowRunHint()])
     log.info(
         "training\n  on %s, about %s, %s of %s, into %s",
         device_name(trainer.accelerator.device),

@@ -27,7 +27,7 @@ def check_sampling(config: Config, *, always_given: bool = True) -> None:
     if drops_label and not config.model.num_classes and not config.model.embedding_dim:
         raise UsageError(
             f"sample.guidance is {wanted.guidance:g}, but the model has no classes and no embeddings: leave it at 0"
-            f"{', or add --guidance-drop known' if config.model.known_mask else ''}"
+            f"{', or add sample.guidance_drop=known' if config.model.known_mask else ''}"
         )
     if wanted.guidance and "known" in wanted.guidance_drop and not (config.model.known_mask and always_given):
         raise UsageError(

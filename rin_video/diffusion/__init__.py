@@ -1,4 +1,4 @@
-"""Gaussian diffusion for tensors of any shape: schedules, losses, samplers, and `GaussianDiffusion` over them."""
+"""Gaussian diffusion for tensors of any shape: schedules, losses and samplers, combined in `GaussianDiffusion`."""
 
 from rin_video.diffusion.process import GaussianDiffusion, LossTerms
 

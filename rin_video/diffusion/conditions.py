@@ -1,4 +1,4 @@
-"""What is given with a sample: its label, an embedding, and those of its cells that are known."""
+"""The conditions of a batch: class labels, embeddings, and the observed mask with its values."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from rin_video.tensors import append_dims
 
 
 class Conditions(NamedTuple):
-    """Every condition of a batch, each part possibly absent; in training and in sampling alike.
+    """The conditions of a batch, in training and in sampling; each part may be None.
 
-    `known` (B, 1, *grid) is true where a cell is known; there `values` (B, C, *grid) holds the clean data, in the range
-    of diffusion (scale included). Nothing is what a dropped part becomes: label -1, embedding 0, no cell known.
+    `known` (B, 1, *grid) is the observed mask, true where a pixel is known. There, `values` (B, C, *grid) holds the
+    clean data in the range of diffusion, multiplied by `scale`. A dropped condition is replaced by its null value:
+    label -1 (or weights 0), embedding 0, empty mask.
     """
 
     label: Tensor | None = None  # (B,) integers, or (B, num_classes) weights
@@ -24,17 +25,17 @@ class Conditions(NamedTuple):
     values: Tensor | None = None
 
     def at(self, indices: Tensor, device: torch.device) -> Conditions:
-        """Some samples of the batch, on a device."""
+        """Return the conditions of some samples of the batch, on a device."""
         return Conditions(*(None if part is None else part[indices.to(part.device)].to(device) for part in self))
 
     def put(self, x0: Tensor) -> Tensor:
-        """`x0` with the known cells in their place, bit for bit."""
+        """Return `x0` (B, C, *grid) with the known pixels replaced by their values, bit for bit."""
         if self.known is None or self.values is None:
             return x0
         return torch.where(self.known, self.values.to(x0.dtype), x0)
 
     def without(self, *parts: str) -> Conditions:
-        """The same with nothing in place of `parts`: "label" (the embedding too), "known"."""
+        """Return the conditions with some parts replaced by null values: "label" (and the embedding), "known"."""
         label, embedding, known, values = self
         if "label" in parts:
             label = None if label is None else torch.full_like(label, -1 if label.ndim == 1 else 0)
@@ -44,34 +45,37 @@ class Conditions(NamedTuple):
         return Conditions(label, embedding, known, values)
 
     def drop(self, probability: float, rng: RNG) -> Conditions:
-        """Label and embedding replaced by nothing, for each sample with the given probability."""
-        told = next((part for part in (self.label, self.embedding) if part is not None), None)
-        if told is None or not probability:
+        """Replace label and embedding by their null values, for each sample with a probability in [0, 1]."""
+        present = next((part for part in (self.label, self.embedding) if part is not None), None)
+        if present is None or not probability:
             return self
-        dropped = rng.uniform().to(told.device) < probability
+        dropped = rng.uniform().to(present.device) < probability
 
-        def choose(nothing: Tensor | None, part: Tensor | None) -> Tensor | None:
-            if nothing is None or part is None:
+        def choose(null: Tensor | None, part: Tensor | None) -> Tensor | None:
+            if null is None or part is None:
                 return None
-            return torch.where(append_dims(dropped, part), nothing, part)
+            return torch.where(append_dims(dropped, part), null, part)
 
-        less = self.without("label")
-        return self._replace(label=choose(less.label, self.label), embedding=choose(less.embedding, self.embedding))
+        nulls = self.without("label")
+        return self._replace(label=choose(nulls.label, self.label), embedding=choose(nulls.embedding, self.embedding))
 
     def followed_by(self, other: Conditions) -> Conditions:
-        """Both batches as one; they have the same parts."""
+        """Concatenate two batches, which must have the same parts."""
         pairs = zip(self, other, strict=True)
         return Conditions(*(None if one is None or two is None else torch.cat([one, two]) for one, two in pairs))
 
     def masked_mean(self, error: Tensor) -> Tensor:
-        """Mean of `error` (B, C, *grid) over the cells of each sample that are not known: (B,). 0 where all are."""
+        """Average `error` (B, C, *grid) over the unknown pixels of each sample: (B,); 0 if all are known."""
         if self.known is None:
             return error.flatten(1).mean(1)
         unknown = ~self.known.expand_as(error)
         return torch.where(unknown, error, 0).flatten(1).sum(1) / unknown.flatten(1).sum(1).clamp(min=1)
 
     def masked_std(self, x: Tensor) -> Tensor:
-        """Standard deviation of `x` (B, C, *grid) over the cells of each sample that are not known: (B,)."""
+        """Return the std of `x` (B, C, *grid) over the unknown pixels of each sample: (B,).
+
+        With an observed mask, the std is 1 if fewer than two values are unknown.
+        """
         if self.known is None:
             return x.flatten(1).std(1)
         unknown = (~self.known).expand_as(x).flatten(1).to(x.dtype)

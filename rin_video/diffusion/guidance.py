@@ -1,4 +1,4 @@
-"""Classifier-free guidance: two predictions, with and without conditions, mixed."""
+"""Classifier-free guidance: the combination of predictions with and without conditions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rin_video.diffusion.schedules import NoiseLevel
 from rin_video.errors import UsageError
 from rin_video.tensors import append_dims, map_tensors
 
-# (x, level, conditions, self-conditioning state) -> (prediction, latents)
+# (x_t, level, conditions, self-conditioning state) -> (prediction, latents)
 Predict = Callable[[Tensor, NoiseLevel, Conditions, Any], tuple[Tensor, Any]]
 
 
@@ -23,43 +23,45 @@ Predict = Callable[[Tensor, NoiseLevel, Conditions, Any], tuple[Tensor, Any]]
 class Guidance:
     """Options of classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598).
 
-    The prediction becomes (1 + scale) * conditional - scale * unconditional. The unconditional one does without `drop`:
-    "label" (and the embedding), "known", or "label+known".
+    The guided prediction is (1 + scale) * conditional - scale * unconditional. The unconditional prediction omits the
+    conditions in `drop`: "label" (and the embedding), "known", or "label+known".
     """
 
     scale: float = 0.0  # 0: no guidance
     drop: str = "label"
-    interval: tuple[float, float] = (0.0, 1.0)  # the gammas that are guided (Kynkaanniemi et al. 2024, 2404.07724)
-    rescale: float = 0.0  # 0 to 1: brings the std back to that of the conditional prediction
-    batched: bool = True  # one forward pass for both predictions; False: two passes, which need less memory
+    interval: tuple[float, float] = (0.0, 1.0)  # range of gamma with guidance (Kynkaanniemi et al. 2024, 2404.07724)
+    rescale: float = 0.0  # 0 to 1: how far to restore the std of the conditional prediction
+    batched: bool = True  # both predictions in one forward pass; False: in two, which need less memory
 
     @classmethod
     def from_config(cls, config: SampleConfig) -> Guidance:
-        """The guidance that a configuration describes."""
+        """Return the guidance options of a configuration."""
         low, high = config.guidance_interval
         return cls(config.guidance, config.guidance_drop, (low, high), config.guidance_rescale, config.batched_guidance)
 
     def check(self, conditions: Conditions) -> None:
-        """Raise `UsageError` if there is guidance but nothing to drop."""
-        there: dict[GuidanceDropName, bool] = {
+        """Raise `UsageError` if `drop` has an unknown name, or if there is guidance but no condition to drop."""
+        present: dict[GuidanceDropName, bool] = {
             "label": conditions.label is not None or conditions.embedding is not None,
             "known": conditions.known is not None,
         }
+        names = {"label": "label or embedding", "known": "context"}
         parts: list[Any] = self.drop.split("+")
-        if unknown := set(parts) - set(there):
+        if unknown := set(parts) - set(present):
             raise UsageError(
-                f"guidance_drop is {self.drop}: {', '.join(sorted(unknown))} is unknown, it takes {', '.join(there)}"
+                f"guidance_drop is {self.drop}: {', '.join(sorted(unknown))} is unknown, choose {', '.join(present)}"
             )
-        if self.scale and (missing := [part for part in parts if not there[part]]):
+        if self.scale and (missing := [names[part] for part in parts if not present[part]]):
             raise UsageError(
-                f"guidance is {self.scale:g}, but the samples have no {' and no '.join(missing)} to be guided by: give "
-                f"one{', or guidance_drop=known' if there['known'] else ''}"
+                f"guidance is {self.scale:g} with guidance_drop={self.drop}, but the samples have no "
+                f"{' and no '.join(missing)}: pass one{', or set guidance_drop=known' if present['known'] else ''}"
             )
 
     def applied_to(self, predict: Predict) -> Predict:
-        """`predict` with guidance. Both predictions see the same self-conditioning state.
+        """Return `predict` with guidance.
 
-        The latents of the conditional one are passed on. `rescale` is eq. 15 and 16 of Lin et al. 2023 (2305.08891).
+        Both predictions use the same self-conditioning state. The returned latents are those of the conditional
+        prediction. `rescale` follows eq. 15 and 16 of Lin et al. 2023 (arXiv 2305.08891).
         """
         low, high = self.interval
 

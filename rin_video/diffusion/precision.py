@@ -1,4 +1,4 @@
-"""The precision in which networks run: float32, float32 with TF32 matrix products, or mixed precision."""
+"""Numerical precision of networks: float32, float32 with TF32 matrix products, or mixed precision."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HALF: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 @contextmanager
 def tf32_products(precision: PrecisionName) -> Iterator[None]:
-    """With `tf32`, float32 matrix products on a CUDA GPU may use TF32 (10 mantissa bits) within the block."""
+    """If `precision` is tf32, let float32 matrix products on a CUDA GPU use TF32 (10 mantissa bits) in the block."""
     before = torch.get_float32_matmul_precision()
     if precision == "tf32" and torch.cuda.is_available():  # on a CPU "high" may mean bfloat16
         torch.set_float32_matmul_precision("high")
@@ -25,7 +25,7 @@ def tf32_products(precision: PrecisionName) -> Iterator[None]:
 
 
 def running_in(precision: PrecisionName, device: torch.device) -> AbstractContextManager[None]:
-    """Run a network on `device` in `precision` within the block; "no" leaves torch's settings as they are."""
+    """Return a context in which networks on `device` run in `precision`; "no" keeps torch's settings."""
     if precision in HALF:
         return torch.autocast(device.type, HALF[precision])
     return tf32_products(precision)

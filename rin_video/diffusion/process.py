@@ -1,4 +1,4 @@
-"""Gaussian diffusion for tensors of any shape and any denoiser that follows RIN's contract: the loss, and sampling."""
+"""Gaussian diffusion for tensors of any shape and any denoiser with the interface of RIN: the loss and sampling."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ from rin_video.port import diffusion_options
 from rin_video.tensors import append_dims, as_data, map_tensors, to_diffusion_range
 from rin_video.weights import save_model
 
-CHECKED_CALLS = 8  # the first ones, whose labels are checked on a GPU too
+CHECKED_CALLS = 8  # number of first calls in which labels on a GPU are checked
 
 
 class LossTerms(NamedTuple):
-    """Weighted loss of every sample (B,), and the time t (B,) it was drawn at."""
+    """The weighted loss of each sample (B,), and its time t (B,) in [0, 1]."""
 
     loss: Tensor
     t: Tensor
@@ -53,19 +53,20 @@ class LossTerms(NamedTuple):
 class GaussianDiffusion(nn.Module):
     """Trains and samples a denoiser `model(x_t, gamma, *, latents=None, ...) -> (prediction, latents)`.
 
-    `diffusion(x)` is the loss of data (B, C, *grid) in [0, 1] (or uint8); `diffusion.sample(batch_size=4)` draws data
-    in [0, 1]. `label`, `embedding` and `known` are handed to the model where they are given, and `x0` (the previous
-    estimate) where the model has `x0_self_conditioning`; whatever the model returns as latents is carried unopened.
+    `diffusion(x)` returns the loss of data (B, C, *grid) in [0, 1] or uint8. `diffusion.sample(batch_size=4)` draws
+    samples in [0, 1]. The options are fields of `DiffusionConfig` or options of the PyTorch port (`rin_video.port`), by
+    name. `shape` (C, *grid) is that of the model by default. Raises `UsageError` for unknown names and values out of
+    range.
 
-    Where cells are known, the model sees them clean, in the data's own range, and is told where; no loss is taken
-    there, and every sampler's estimate holds them, so that its path leads to them. Which are known is drawn in training
-    from the kinds `known` of `rin_video.diffusion.masks`, by weight, with `known_frames` [least, most] where frames are
-    counted.
+    The model receives `label`, `embedding` and `known` if they are present, and the previous estimate `x0` if the model
+    has `x0_self_conditioning`. The latents that the model returns are passed to its next call unchanged.
 
-    The options are the fields of `DiffusionConfig`, by name, or those of the PyTorch port (`rin_video.port`); `shape`
-    (C, *grid) is the model's where it has one. `scale` b multiplies the data; unless it is 1, the noisy input is
-    divided by its standard deviation per sample, in training and sampling alike (arXiv 2301.10972). Raises
-    `UsageError` for unknown names and values out of range.
+    The model sees known pixels clean and in [-1, 1], together with the observed mask. They have no loss, and the
+    estimates of every sampler contain their values. The option `known` sets the weights of the kinds of masks in
+    training (see `rin_video.diffusion.masks`), and `known_frames` [least, most] the number of known frames.
+
+    The data is multiplied by the option `scale`. Unless it is 1, the noisy input is divided by its std per sample, in
+    training and in sampling (Chen 2023, arXiv 2301.10972).
     """
 
     def __init__(
@@ -88,16 +89,20 @@ class GaussianDiffusion(nn.Module):
         time_sampling, parameters = split_parameters(config.time_sampling)
         self.draw_times = partial(TIME_SAMPLINGS[time_sampling], **parameters)
         self.shape: tuple[int, ...] | None = shape or getattr(model, "shape", None)
-        self.classes: list[str] = []  # names, where training or a run's configuration says them
+        self.classes: list[str] = []  # class names; empty if neither training nor a configuration has set them
         self.unchecked = CHECKED_CALLS
-        self.precision: PrecisionName = "no"  # in which it was trained, and is sampled where nothing else is said
+        self.precision: PrecisionName = "no"  # precision of training, and the default for sampling
         self._check_known()
 
     @classmethod
     def from_pretrained(
         cls, source: str | os.PathLike[str], *, device: str | torch.device = "cpu"
     ) -> GaussianDiffusion:
-        """Model and diffusion of a run: its folder (`config.yaml`, `model.safetensors`), or a hub id `user/name`."""
+        """Load the model and the diffusion of a run.
+
+        `source` is a folder with `config.yaml` and `model.safetensors`, or a hub id `user/name`. Raises `UsageError` as
+        `load_model` does.
+        """
         model, config = load_model(source, device=device)
         diffusion = cls(model, config.diffusion).to(device)
         diffusion.classes = list(config.data.classes)
@@ -105,17 +110,20 @@ class GaussianDiffusion(nn.Module):
         return diffusion
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write a RIN and this diffusion as `config.yaml` and `model.safetensors`, which `from_pretrained` reads."""
+        """Write the model and the diffusion to a folder as `config.yaml` and `model.safetensors`.
+
+        `from_pretrained` reads them. Raises `UsageError` if the model is not a `RIN`.
+        """
         config = getattr(self.model, "config", None)
         if not isinstance(config, ModelConfig):
-            raise UsageError(f"only a RIN can be saved like this, not {type(self.model).__name__}")
+            raise UsageError(f"save_pretrained requires a RIN, but the model is a {type(self.model).__name__}")
         train = TrainConfig(mixed_precision=self.precision)
         steps = SampleConfig(steps=self.config.timesteps or SampleConfig.steps)
         data = DataConfig(classes=list(self.classes))
         save_model(folder, self.model, Config(config, self.config, data, train, steps))
 
     def with_model(self, model: nn.Module) -> GaussianDiffusion:
-        """The same diffusion around another model."""
+        """Return the same diffusion around another model."""
         other = GaussianDiffusion(model, self.config, shape=self.shape)
         other.classes, other.sampler, other.precision = self.classes, self.sampler, self.precision
         return other
@@ -132,15 +140,15 @@ class GaussianDiffusion(nn.Module):
         rng: RNG | None = None,
         per_sample: bool = False,
     ) -> Tensor | LossTerms:
-        """The loss of data `x` (B, C, *grid) in [0, 1] or uint8, at a random time for each sample.
+        """Return the loss of data `x` (B, C, *grid) in [0, 1] or uint8, at a random time for each sample.
 
-        `label` is (B,) whole numbers with -1 for none, (B,) names, or (B, num_classes) weights. `embedding` (B, L, D)
-        is a condition beside or instead of it. `known` (B, 1, *grid) is the mask of what is given; by default it is
-        drawn. Arrays are accepted in place of tensors. Random numbers come from `rng`, by default torch's global
-        generators. Returns a scalar, or with `per_sample` the loss and time of each sample.
+        `label` is (B,) integers with -1 for no class, (B,) class names, or (B, num_classes) weights. `embedding`
+        (B, L, D) is another condition, with or without a label. `known` (B, 1, *grid) is the observed mask; it is drawn
+        by default. Arrays are accepted in place of tensors. Random numbers come from `rng`, by default from torch's
+        global generators. The result is a scalar, or with `per_sample` the loss and time of each sample.
 
-        Raises `UsageError` for labels that the model does not have. Labels on a GPU are only checked in the
-        first calls, because reading them waits for the GPU.
+        Raises `UsageError` for labels that the model does not have. Labels on a GPU are checked only in the first
+        calls, because reading them makes the host wait for the GPU.
         """
         x = as_data(x, next(self.parameters(), None))
         embedding, known = (None if part is None else torch.as_tensor(part).to(x.device) for part in (embedding, known))
@@ -162,7 +170,7 @@ class GaussianDiffusion(nn.Module):
         known: Tensor | None = None,
         rng: RNG | None = None,
     ) -> LossTerms:
-        """The loss of every sample at given times `t` (B,) in [0, 1]."""
+        """Return the loss of each sample at times `t` (B,) in [0, 1]; the other arguments are those of `forward`."""
         rng = rng or RNG(len(x), x.device)
         x0 = self.config.scale * to_diffusion_range(x)
         eps = rng.noise(x0.shape[1:], x0.dtype)
@@ -173,58 +181,62 @@ class GaussianDiffusion(nn.Module):
             known = draw_known(kinds, frames, len(x), x.shape[2:], rng.generators())
             known = (known.pin_memory() if x.is_cuda else known).to(x.device, non_blocking=True)
         conditions = Conditions(label, embedding, known, x0).drop(self.config.label_dropout, rng)
-        carries = self.config.train_prob_self_cond and getattr(self.model, "self_conditioning", True)
-        self_cond = self.first_pass(x0, eps, t, conditions, rng) if carries else None
+        has_first_pass = self.config.train_prob_self_cond and getattr(self.model, "self_conditioning", True)
+        self_cond = self.first_pass(x0, eps, t, conditions, rng) if has_first_pass else None
         prediction, _ = self.predict(x_t, level, conditions, self_cond)
         error = (prediction - target(self.config.objective, x0, eps, level)) ** 2
         return LossTerms(conditions.masked_mean(self.loss_weight(level) * error), t)
 
     @torch.no_grad()
     def first_pass(self, x0: Tensor, eps: Tensor, t: Tensor, conditions: Conditions, rng: RNG) -> Any:
-        """What a pass without memory hands on, zeroed for a share 1 - train_prob_self_cond of the samples.
+        """Run a pass without self-conditioning; return its state for the main pass.
 
-        It sees the same noise, later by up to `self_cond_gap`: a sampler's memory, too, comes from a noisier step.
+        The state is zeroed for a random fraction 1 - train_prob_self_cond of the samples. The pass uses the same noise
+        `eps` as the main pass, at a time that is later by up to `self_cond_gap`. In sampling, too, the state comes from
+        a noisier step.
         """
         gap = self.config.self_cond_gap
         level = self.level((t + gap * rng.uniform()).clamp(max=1) if gap else t, x0)
         x_t = level.alpha * x0 + level.sigma * eps
         prediction, latents = self.predict(x_t, level, conditions, None)
-        torch.clear_autocast_cache()  # its weight casts carry no gradient: the main pass must make its own
+        torch.clear_autocast_cache()  # its weight casts have no gradient: the main pass must cast again
         self_cond = self.self_cond_state(latents, self.predict_x0(prediction, x_t, level, conditions))
         keep = rng.uniform() < self.config.train_prob_self_cond
         return map_tensors(lambda h: h * append_dims(keep, h), self_cond)
 
     def _check_known(self) -> None:
-        """The model has to be told what is known, and training has to find it in data of this shape."""
+        """Raise `UsageError` if the model takes no observed mask, or if no kind of mask fits data of this shape."""
         if self.config.known and getattr(self.model, "known_mask", True) is False:
-            raise UsageError("diffusion.known makes cells known, but the model is not told: set model.known_mask=true")
+            raise UsageError("diffusion.known requires a model that takes an observed mask: set model.known_mask=true")
         kinds = {kind for kind, weight in self.config.known.items() if weight}
         if kinds and not kinds & set(ANY_GRID) and self.shape is not None and len(self.shape) == 3:
-            raise UsageError(f"diffusion.known has {', '.join(sorted(kinds))}, for clips; for images it takes boxes")
+            raise UsageError(f"diffusion.known has only {', '.join(sorted(kinds))}, for clips: use boxes for images")
 
     # ---- the model, as the loss and every sampler see it
 
     def level(self, t: Tensor, x: Tensor) -> NoiseLevel:
-        """The noise level at times `t` (B,), shaped to multiply `x`."""
+        """Return the noise level at times `t` (B,), with values that broadcast with `x` (B, C, *grid)."""
         return self.schedule(t).map(lambda value: append_dims(value, x))
 
     def predict(self, x_t: Tensor, level: NoiseLevel, conditions: Conditions, self_cond: Any) -> tuple[Tensor, Any]:
-        """The model's prediction (B, C, *grid) in the terms of `objective`, and its latents."""
-        told = {"label": conditions.label, "embedding": conditions.embedding, "known": conditions.known}
-        inputs: dict[str, Any] = dict(self_cond or {}) | {name: part for name, part in told.items() if part is not None}
+        """Return the prediction of the model for its objective, (B, C, *grid), and its latents."""
+        present = {"label": conditions.label, "embedding": conditions.embedding, "known": conditions.known}
+        inputs: dict[str, Any] = dict(self_cond or {}) | {
+            name: part for name, part in present.items() if part is not None
+        }
         if self.config.scale != 1:
             x_t = x_t / append_dims(conditions.masked_std(x_t), x_t)
         if conditions.known is not None and conditions.values is not None:
             x_t = torch.where(conditions.known, conditions.values / self.config.scale, x_t)
         if isinstance(level.gamma, Tensor):
             gamma = level.gamma.float().flatten().expand(len(x_t))
-        else:  # filled where it is needed: a copy would wait for the device
+        else:  # filled on the device: a copy would make the host wait
             gamma = torch.full((len(x_t),), level.gamma, dtype=torch.float32, device=x_t.device)
         prediction, latents = self.model(x_t, gamma, **inputs)
-        return prediction.to(x_t.dtype), latents  # of half precision under autocast: a sampler's arithmetic is not
+        return prediction.to(x_t.dtype), latents  # half precision under autocast; samplers need the dtype of x_t
 
     def self_cond_state(self, latents: Any, x0: Tensor) -> dict[str, Any]:
-        """What goes from one pass to the next; the estimate in the data's own range, whatever the scale."""
+        """Return the self-conditioning state for the next pass. An estimate in it is divided by `scale`."""
         if getattr(self.model, "x0_self_conditioning", False):
             return {"latents": latents, "x0": x0 / self.config.scale}
         return {"latents": latents}
@@ -237,17 +249,20 @@ class GaussianDiffusion(nn.Module):
         conditions: Conditions,
         clip_x0: ClippingName | None = None,
     ) -> Tensor:
-        """The estimate of the (scaled) data, kept in its range, with what is known in its place."""
+        """Return the clipped estimate of the scaled data, (B, C, *grid), with known pixels replaced by their values."""
         x0 = conditions.put(to_x0_eps(self.config.objective, prediction, x_t, level)[0])
         return conditions.put(CLIPS[clip_x0 or self.config.clip_x0](x0, self.config.scale))
 
     def denoiser(
         self,
-        conditions: Conditions = Conditions(),  # noqa: B008 (a tuple)
-        guidance: Guidance = Guidance(),  # noqa: B008 (frozen)
+        conditions: Conditions = Conditions(),  # noqa: B008 (immutable)
+        guidance: Guidance = Guidance(),  # noqa: B008 (immutable)
         clip_x0: ClippingName | None = None,
     ) -> Denoise:
-        """`denoise(x, level, self_cond) -> (x0, eps, self_cond)` for samplers: x0 is clipped, eps follows from it."""
+        """Return the function `denoise(x, level, self_cond) -> (x0, eps, self_cond)` for samplers.
+
+        x0 is clipped, and eps is computed from the clipped x0.
+        """
         predict = guidance.applied_to(self.predict)
 
         def denoise(x: Tensor, level: NoiseLevel, self_cond: Any) -> tuple[Tensor, Tensor, Any]:
@@ -263,14 +278,14 @@ class GaussianDiffusion(nn.Module):
         """Draw samples (B, C, *grid) in [0, 1]: `sample(batch_size=4)`, or `sample(config.sample, seed=0)`.
 
         `options` are fields of `SampleConfig` (steps, sampler, guidance, ...) and arguments of
-        `rin_video.diffusion.sampling.sample`, which explains them: batch_size, shape, label, embedding, context, known,
-        seed, max_batch, progress, callback, ...
+        `rin_video.diffusion.sampling.sample` (batch_size, shape, label, embedding, context, known, seed, max_batch,
+        progress, callback, ...), which describes them.
         """
         return sample(self, config, **options)
 
     def rollout(self, frames: int, config: SampleConfig | None = None, /, **options: Any) -> Iterator[Tensor]:
-        """Draw clips of any number of frames, in parts (B, C, f, H, W) in [0, 1] on the CPU.
+        """Generate clips with any number of frames; yield parts (B, C, f, H, W) in [0, 1] on the CPU.
 
-        `options` are those of `rin_video.diffusion.rollout.rollout`, which explains them, and of `sample`.
+        `options` are those of `sample` and of `rin_video.diffusion.rollout.rollout`, which describes them.
         """
         return rollout(self, frames, config, **options)

@@ -1,6 +1,6 @@
-"""Clips of any length from a model of a few frames: window by window, each told the end of what came before.
+"""Rollouts: clips of any length, window by window, each conditioned on the last frames of the one before.
 
-A generator: frames are handed out as they come, and no more than a window is kept.
+Frames are yielded as they are generated, and only one window is kept in memory.
 """
 
 from __future__ import annotations
@@ -34,38 +34,44 @@ def rollout(
     seed: int | None = None,
     **options: Any,
 ) -> Iterator[Tensor]:
-    """Clips of `frames` frames, in order and in parts (B, C, f, H, W) in [0, 1] on the CPU.
+    """Generate clips of `frames` frames; yield parts (B, C, f, H, W) in order, in [0, 1] on the CPU.
 
-    A window is `shape` (C, F, H, W), the model's where it is not given. Each is given the last `overlap` frames before
-    it (the most that training gave, or a quarter of the window), which it keeps bit for bit; the first is given
-    `context` (C, f, H, W) or (B, C, f, H, W) of any length below `frames`, which the clips start with. With
-    `carry_latents` a window's latents start as the last ones of the window before.
+    A window has the shape `shape` (C, F, H, W), by default that of the model. Each window is conditioned on the last
+    `overlap` frames before it and keeps them bit for bit. By default, `overlap` is the most known frames of training
+    (`known_frames`), or a quarter of the window. The first window is conditioned on `context` (C, f, H, W) or
+    (B, C, f, H, W), with f below `frames`; the clips start with it. With `carry_latents`, the latents of a window are
+    initialised from the last latents of the window before.
 
-    With `key_frames` every (F - overlap)-th frame comes first, as if it were the next one, and the frames between two
-    of them are filled in: steadier over long times, where training has seen such leaps (data.stride, or "ends" in
-    diffusion.known). `config` and `options` are those of `sample`. Raises `UsageError` for what does not fit.
+    With `key_frames`, every (F - overlap)-th frame is generated first, as if these frames were consecutive. The frames
+    between them are generated afterwards. This is more stable over long clips if training has used such distances
+    (`data.stride`, or "ends" in `diffusion.known`). `config` and `options` are those of `sample`. Raises `UsageError`
+    for arguments that do not fit.
     """
     context = None if context is None else torch.as_tensor(context)
     shape = shape or diffusion.shape
     if shape is None or len(shape) != 4:
-        raise UsageError(f"only clips (C, F, H, W) can be extended, the model makes {shape}")
+        raise UsageError(f"a rollout requires clips (C, F, H, W), but the model generates {shape}")
     window = shape[1]
     if overlap is None:
         trained = list(getattr(diffusion.config, "known_frames", ()))
         overlap = min(trained[1] if trained else max(window // 4, 1), window - 1)
     if not 1 <= overlap < window:
-        raise UsageError(f"overlap is {overlap}: it must lie between 1 and {window - 1}, the window is {window} frames")
+        raise UsageError(f"overlap is {overlap}: it must be 1 to {window - 1}, because the window has {window} frames")
     if getattr(diffusion.model, "known_mask", True) is False:
         raise UsageError(
-            f"{frames} frames are more than the window of {window}, and the model cannot go on from given frames: "
+            f"{frames} frames are more than the window of {window}, and the model takes no conditioning frames: "
             "train with model.known_mask=true diffusion.known.none=1 diffusion.known.first=1"
         )
     if carry_latents and getattr(diffusion.model, "interface_self_conditioning", False):
-        raise UsageError("carry_latents cannot hand on interface tokens, which belong to the frames of one window")
+        raise UsageError(
+            "carry_latents excludes interface self-conditioning, whose tokens belong to the frames of one window"
+        )
     if context is not None:
         context = to_unit_range(context if context.ndim == 5 else context.unsqueeze(0))
         if context.shape[2] >= frames:
-            raise UsageError(f"context has {context.shape[2]} frames of {frames}: nothing is left to invent")
+            raise UsageError(
+                f"context has {context.shape[2]} frames, but the clips have {frames}: leave some frames to generate"
+            )
         batch_size = batch_size or len(context)
         context = context.expand(batch_size, -1, -1, -1, -1)
     num = (config or SampleConfig()).num_samples
@@ -81,7 +87,7 @@ def rollout(
 
 
 class _Sliding:
-    """Windows one after the other."""
+    """Generates one window after the other."""
 
     def __init__(
         self,
@@ -99,7 +105,7 @@ class _Sliding:
         self.self_cond: Any = None
 
     def parts(self, context: Tensor | None, frames: int, seed: int) -> Iterator[Tensor]:
-        """New frames, without end; the context first."""
+        """Yield the context, then new frames without end."""
         if context is not None:
             yield context
             context = context[:, :, -self.overlap :] if context.shape[2] >= self.window else context
@@ -111,8 +117,8 @@ class _Sliding:
             number += 1
 
     def draw(self, start: Tensor | None, known: Tensor | None, seed: int) -> Tensor:
-        """One window (B, C, F, H, W) that starts with frames, or keeps those that are known."""
-        clip, self_cond = sample(
+        """Generate a window (B, C, F, H, W) that begins with the frames `start`, or keeps their pixels in `known`."""
+        sampled: tuple[Tensor, dict[str, Any]] = sample(
             self.diffusion,
             self.config,
             batch_size=self.batch_size,
@@ -124,32 +130,36 @@ class _Sliding:
             return_self_cond=True,
             **self.options,
         )
+        clip, self_cond = sampled
         if self.carry_latents:
             self.self_cond = {"latents": self_cond["latents"]}
         return clip.cpu()
 
 
 class _KeyFrames(_Sliding):
-    """Frames far apart first, by sliding, then those in between, segment by segment."""
+    """Generates key frames window after window, then the frames between them, segment by segment."""
 
     def parts(self, context: Tensor | None, frames: int, seed: int) -> Iterator[Tensor]:
-        apart = self.window - self.overlap
+        """Yield the context, then new frames without end."""
+        distance = self.window - self.overlap
         sliding = _Sliding(
             self.diffusion, self.config, self.batch_size, self.shape, self.overlap, self.carry_latents, self.options
         )
         last = None if context is None else context[:, :, -1:]
-        keys = (key for part in sliding.parts(last, frames, derive_seed(seed, 0)) for key in part.split(1, dim=2))
+        keys = (
+            key for part in sliding.parts(last, frames, derive_seed(seed, 0)) for key in torch.split(part, 1, dim=2)
+        )
         first = next(keys)
         tail = first if context is None else context
         yield tail
         tail = tail[:, :, -self.overlap :]
         for number, key in enumerate(keys):
-            num_given = tail.shape[2]
-            place = num_given - 1 + apart  # of the next key frame in this window
+            num_known = tail.shape[2]
+            index = num_known - 1 + distance  # of the next key frame in this window
             clip = tail.new_zeros(self.batch_size, *self.shape)
-            clip[:, :, :num_given], clip[:, :, place : place + 1] = tail, key
+            clip[:, :, :num_known], clip[:, :, index : index + 1] = tail, key
             known = torch.zeros(self.shape[1:], dtype=torch.bool)
-            known[:num_given] = known[place] = True
-            clip = self.draw(clip, known, derive_seed(seed, 1, number))[:, :, : place + 1]
-            yield clip[:, :, num_given:]
+            known[:num_known] = known[index] = True
+            clip = self.draw(clip, known, derive_seed(seed, 1, number))[:, :, : index + 1]
+            yield clip[:, :, num_known:]
             tail = clip[:, :, -self.overlap :]

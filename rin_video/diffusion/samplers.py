@@ -1,10 +1,10 @@
-"""Samplers: plain generator functions over a denoiser, for tensors of any rank and any path.
+"""Samplers: generator functions over a denoiser, for tensors of any rank and any path.
 
-`denoise(x, level, self_cond) -> (x0, eps, self_cond)` is the model as a sampler sees it: its estimates of the data and
-of the noise, and the self-conditioning state for the next call (RIN's latents), which a sampler passes on unopened.
-`levels` are pairs (level, next level) of `NoiseLevel`; `noise()` draws standard normal noise of x's shape. A sampler
-yields a `Step` after every transition; **the result is the x0 of the last step**, not the last x. Values are in
-diffusion's range, [-1, 1].
+`denoise(x, level, self_cond) -> (x0, eps, self_cond)` is the model as a sampler sees it. It returns estimates of the
+data and of the noise, and the self-conditioning state (RIN's latents), which the sampler passes to the next call
+unchanged. `levels` are pairs (level, next level) of `NoiseLevel`. `noise()` draws standard normal noise with the shape
+of x. A sampler yields a `Step` after every transition. **The result is the x0 of the last step**, not the last x.
+Values are in the range of diffusion, [-1, 1].
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Noise = Callable[[], Tensor]
 
 
 class Step(NamedTuple):
-    """State after a transition: the next `x`, the estimate `x0` it came from, and what the denoiser carries."""
+    """The state after a transition: the next `x`, the estimate `x0` behind it, and the self-conditioning state."""
 
     x: Tensor
     x0: Tensor
@@ -39,9 +39,10 @@ class Step(NamedTuple):
 def ddim(
     denoise: Denoise, x: Tensor, levels: Levels, noise: Noise, self_cond: Any = None, *, eta: float = 0.0
 ) -> Iterator[Step]:
-    """First order; `eta` from 0 (no noise) to 1 (as much as DDPM). Song et al. 2021 (arXiv 2010.02502), eq. 12 and 16.
+    """DDIM, first order. Song et al. 2021 (arXiv 2010.02502), eq. 12 and 16.
 
-    On the straight path this is Euler's method.
+    `eta` sets the amount of added noise, from 0 (none) to 1 (as in DDPM). On the straight path, eta 0 is Euler's
+    method.
     """
     for level, next_level in levels:
         x0, eps, self_cond = denoise(x, level, self_cond)
@@ -55,7 +56,10 @@ def ddim(
 def ddpm(
     denoise: Denoise, x: Tensor, levels: Levels, noise: Noise, self_cond: Any = None, *, small: bool = False
 ) -> Iterator[Step]:
-    """Ancestral, with the large variance or, `small`, the posterior's. Ho et al. 2020 (arXiv 2006.11239), eq. 7."""
+    """DDPM, ancestral sampling. Ho et al. 2020 (arXiv 2006.11239), eq. 7.
+
+    The variance is the large one of the paper or, if `small`, that of the posterior.
+    """
     for level, next_level in levels:
         x0, eps, self_cond = denoise(x, level, self_cond)
         variance = _forward_variance(level, next_level)
@@ -67,12 +71,12 @@ def ddpm(
 
 
 def _forward_variance(level: NoiseLevel, next_level: NoiseLevel) -> Any:
-    """Variance of q(x_now | x_later): what the forward process adds from the cleaner level to the noisier one."""
+    """Return the variance that the forward process adds from `next_level`, which is cleaner, to `level`."""
     return level.sigma**2 - (level.alpha / next_level.alpha) ** 2 * next_level.sigma**2
 
 
 def dpmpp_2m(denoise: Denoise, x: Tensor, levels: Levels, noise: Noise, self_cond: Any = None) -> Iterator[Step]:
-    """DPM-Solver++(2M), second order, one call a step. Lu et al. 2022 (arXiv 2211.01095), algorithm 2."""
+    """DPM-Solver++(2M), second order, one network call per step. Lu et al. 2022 (arXiv 2211.01095), algorithm 2."""
     previous: tuple[float, Tensor] | None = None  # log(alpha / sigma) and x0 of the last step
     for level, next_level in levels:
         x0, _, self_cond = denoise(x, level, self_cond)
@@ -97,14 +101,18 @@ def dpmpp_2m_sde(denoise: Denoise, x: Tensor, levels: Levels, noise: Noise, self
 
 
 def _shrink(level: NoiseLevel, next_level: NoiseLevel) -> float:
-    """1 - exp(-h), h being the step in log(alpha / sigma)."""
-    return 1 - next_level.edm_sigma / level.edm_sigma
+    """Return 1 - exp(-h), where h is the step in log(alpha / sigma)."""
+    decay: float = next_level.edm_sigma / level.edm_sigma
+    return 1 - decay
 
 
 def _extrapolate(
     x0: Tensor, previous: tuple[float, Tensor] | None, level: NoiseLevel, next_level: NoiseLevel
 ) -> Tensor:
-    """x0 carried half a step on by the line through the last two; the step to zero noise is first order."""
+    """Extrapolate x0 by half a step, linearly from the last two estimates.
+
+    The first step and the step to zero noise are first order: they return `x0`.
+    """
     if previous is None or next_level.sigma == 0:
         return x0
     log_snr, next_log_snr = -math.log(level.edm_sigma), -math.log(next_level.edm_sigma)
@@ -113,9 +121,10 @@ def _extrapolate(
 
 
 def dpmpp_3m(denoise: Denoise, x: Tensor, levels: Levels, noise: Noise, self_cond: Any = None) -> Iterator[Step]:
-    """DPM-Solver++(3M), third order, one call a step: the parabola through the last three x0, integrated exactly.
+    """DPM-Solver++(3M), third order, one network call per step.
 
-    Lu et al. 2022 (arXiv 2211.01095), eq. 11 with k = 3: x' = sigma'/sigma x + sigma' * integral of exp(l) x0(l) dl.
+    The parabola through the last three x0 is integrated exactly. Lu et al. 2022 (arXiv 2211.01095), eq. 11 with k = 3:
+    x' = sigma'/sigma x + sigma' * integral of exp(l) x0(l) dl, with l = log(alpha / sigma).
     """
     past: list[tuple[float, Tensor]] = []  # log(alpha / sigma) and x0, the latest first
     for level, next_level in levels:
@@ -139,11 +148,11 @@ def dpmpp_3m(denoise: Denoise, x: Tensor, levels: Levels, noise: Noise, self_con
 def heun(
     denoise: Denoise, x: Tensor, levels: Levels, noise: Noise, self_cond: Any = None, *, churn: float = 0.0
 ) -> Iterator[Step]:
-    """Second order, two calls a step (one in the last). Karras et al. 2022 (arXiv 2206.00364), algorithm 2.
+    """Heun, second order, two network calls per step (one in the last). Karras et al. 2022 (2206.00364), algorithm 2.
 
-    `churn` is S_churn: how much noise is added back, spread over the steps. The trapezoid is taken on the straight path
-    that every path is a rescaling of, x / (alpha + sigma) at the time sigma / (alpha + sigma), where dx/dt = eps - x0:
-    unlike sigma / alpha it is bounded, so that sampling may start at pure noise.
+    `churn` is S_churn, the amount of noise that is added back, spread over the steps. Every path is a rescaling of the
+    straight path x / (alpha + sigma) at time sigma / (alpha + sigma), on which dx/dt = eps - x0. The trapezoidal rule
+    is applied there. Unlike sigma / alpha, this time is bounded, so that sampling can start at pure noise.
     """
     gain = min(churn / len(levels), 2**0.5 - 1)
     for level, next_level in levels:
@@ -168,7 +177,7 @@ def heun(
 Sampler = Callable[..., Iterator[Step]]
 SAMPLERS: dict[SamplerName, Sampler] = {
     "ddim": ddim,
-    "euler": ddim,  # what DDIM is, in sigma / alpha or on the straight path
+    "euler": ddim,  # DDIM is Euler's method in sigma / alpha, and on the straight path
     "ddpm": ddpm,
     "ddpm_small": partial(ddpm, small=True),
     "dpmpp_2m": dpmpp_2m,
@@ -179,9 +188,12 @@ SAMPLERS: dict[SamplerName, Sampler] = {
 
 
 def get_sampler(name: SamplerName, parameters: Mapping[str, float] | None = None) -> Sampler:
-    """The sampler called `name`, with its options (eta, churn) set. A `UsageError` lists the known ones."""
+    """Return the sampler `name`, a key of `SAMPLERS`, with its options (eta, churn) set.
+
+    Raises `UsageError` for an unknown name or option, and for values out of range.
+    """
     if name not in SAMPLERS:
-        raise UsageError(f"unknown sampler {name!r}: known are {', '.join(SAMPLERS)}")
+        raise UsageError(f"unknown sampler {name!r}: choose {', '.join(SAMPLERS)}")
     sampler = SAMPLERS[name]
     known = [p.name for p in inspect.signature(sampler).parameters.values() if p.kind is p.KEYWORD_ONLY]
     known = [option for option in known if option != "small"]
@@ -192,26 +204,23 @@ def get_sampler(name: SamplerName, parameters: Mapping[str, float] | None = None
     for option, value in (parameters or {}).items():
         most = {"eta": 1.0, "churn": math.inf}[option]
         if not (0 <= value <= most and math.isfinite(value)):
-            raise UsageError(f"sampler.{option} is {value}: it lies in [0, {most:g}]")
+            raise UsageError(f"sampler.{option} is {value}: it must be in [0, {most:g}]")
     return partial(sampler, **(parameters or {}))
 
 
-# ---- which levels a run visits
+# ---- noise levels of the steps
 
 
 def initial_state(levels: Levels, noise: Noise) -> Tensor:
-    """Noise scaled to the first level, whose sigma may be below 1."""
-    return levels[0][0].sigma * noise()
+    """Draw the initial x: noise scaled to the first level, whose sigma may be below 1."""
+    x: Tensor = levels[0][0].sigma * noise()
+    return x
 
 
 SPACINGS: tuple[SpacingName, ...] = get_args(SpacingName)
-KARRAS: tuple[SamplerName, ...] = (
-    "dpmpp_2m",
-    "dpmpp_2m_sde",
-    "dpmpp_3m",
-    "heun",
-)  # far better on that spacing below 50 steps
-RATIO_MIN, RATIO_MAX = 0.002, 80.0  # of sigma / alpha, where the spacing is not by time: EDM's, table 1
+# Samplers whose default spacing is karras, with which they are far better below 50 steps.
+KARRAS: tuple[SamplerName, ...] = ("dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m", "heun")
+RATIO_MIN, RATIO_MAX = 0.002, 80.0  # limits of sigma / alpha for karras and logsnr, from table 1 of EDM
 
 
 def make_levels(
@@ -223,21 +232,24 @@ def make_levels(
     scale: float = 1.0,
     dtype: torch.dtype = torch.float64,
 ) -> list[tuple[NoiseLevel, NoiseLevel]]:
-    """`steps` pairs (level, next) from noise to data, as plain floats computed in `dtype`: no step waits for a device.
+    """Return `steps` pairs (level, next level) from noise to data.
 
-    `spacing` uniform and quadratic (denser near the data) are in t; karras (rho = 7; Karras et al. 2022, eq. 5) and
-    logsnr are in sigma / alpha, within [0.002, 80] times the data's `scale` and the schedule's ends (the clean one, at
-    t = 0.001, times the scale too), and then go to the clean end. `time_difference` td lets every step reach td steps
-    further than the clock moves (the authors' asymmetric intervals; Chen et al. 2022, arXiv 2208.04202, sec. 3.2); it
-    needs a spacing in t.
-    Raises `UsageError` for other values.
+    The values are floats, computed in `dtype`, so that no step waits for a device. The spacings uniform and quadratic
+    (denser near the data) are in t. The spacings karras (rho = 7; Karras et al. 2022, eq. 5) and logsnr are in the
+    ratio sigma / alpha, and their last step goes to the clean end of the schedule. The ratio is limited to [0.002, 80]
+    times `scale`, the factor of the data. It is also limited by the ends of the schedule, where the clean end is the
+    ratio at t = 0.001 times `scale`.
+
+    With `time_difference` td, each step goes to the level of td steps later (the authors' asymmetric time intervals;
+    Chen et al. 2022, arXiv 2208.04202, sec. 3.2). This requires a spacing in t. Raises `UsageError` for unknown names
+    and values out of range.
     """
     if steps < 1:
-        raise UsageError(f"steps is {steps}: sampling takes at least 1")
+        raise UsageError(f"steps is {steps}: it must be at least 1")
     if spacing not in SPACINGS:
-        raise UsageError(f"unknown spacing {spacing!r}: known are {', '.join(SPACINGS)}")
+        raise UsageError(f"unknown spacing {spacing!r}: choose {', '.join(SPACINGS)}")
     if time_difference < 0 or (time_difference and spacing in ("karras", "logsnr")):
-        raise UsageError(f"time_difference is {time_difference}: it must be >= 0, and 0 with the spacing {spacing}")
+        raise UsageError(f"time_difference is {time_difference}: it must be at least 0, and 0 with spacing {spacing}")
 
     def at(t: float) -> NoiseLevel:
         return schedule(torch.tensor(t, dtype=dtype)).map(float)
@@ -251,10 +263,10 @@ def make_levels(
     first, last = at(1.0), at(0.0)
     high = min(first.edm_sigma, RATIO_MAX * scale)
     low = max(last.edm_sigma, scale * max(at(1e-3).edm_sigma, RATIO_MIN))
-    places = [i / max(steps - 1, 1) for i in range(steps)]
+    fractions = [i / max(steps - 1, 1) for i in range(steps)]
     if spacing == "karras":
-        ratios = [(high ** (1 / 7) + place * (low ** (1 / 7) - high ** (1 / 7))) ** 7 for place in places]
+        ratios = [(high ** (1 / 7) + fraction * (low ** (1 / 7) - high ** (1 / 7))) ** 7 for fraction in fractions]
     else:
-        ratios = [math.exp(math.log(high) + place * math.log(low / high)) for place in places]
+        ratios = [math.exp(math.log(high) + fraction * math.log(low / high)) for fraction in fractions]
     nodes = [NoiseLevel.from_edm_sigma(edm_sigma, first.power) for edm_sigma in ratios]
     return list(pairwise([*nodes, last]))

@@ -1,4 +1,4 @@
-"""Drawing samples: options are resolved, the batch is drawn in chunks, and known pixels are kept."""
+"""Sampling: resolves the options, draws the batch in chunks, and keeps the known pixels."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from rin_video.tensors import from_diffusion_range, join_tensors, map_tensors, t
 
 
 class Diffusion(Protocol):
-    """What sampling asks of a `GaussianDiffusion`."""
+    """The part of `GaussianDiffusion` that sampling uses."""
 
     model: Any
     config: DiffusionConfig
@@ -46,9 +46,14 @@ class Diffusion(Protocol):
     precision: PrecisionName
     training: bool
 
-    def denoiser(self, conditions: Conditions, guidance: Guidance, clip_x0: ClippingName | None) -> Denoise: ...
-    def parameters(self) -> Iterator[nn.Parameter]: ...
-    def train(self, mode: bool = True) -> Any: ...
+    def denoiser(self, conditions: Conditions, guidance: Guidance, clip_x0: ClippingName | None) -> Denoise:
+        """Return the model as samplers see it."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Iterate over the weights of the model."""
+
+    def train(self, mode: bool = True) -> Any:
+        """Set training mode or, if `mode` is False, eval mode."""
 
 
 @torch.no_grad()
@@ -73,44 +78,48 @@ def sample(
     return_self_cond: bool = False,
     **overrides: Any,
 ) -> Any:
-    """Draw `batch_size` samples (B, C, *grid) in [0, 1], at most `max_batch` of them at a time.
+    """Draw `batch_size` samples (B, C, *grid) in [0, 1], at most `max_batch` at a time.
 
-    `config` holds the options of sampling, and `overrides` are fields of it: steps, sampler, spacing, guidance, ...
-    (see `SampleConfig`; `rin_video.diffusion.samplers` explains the samplers and spacings, `Guidance` the guidance).
-    Without a `config`, `steps` is `timesteps` of the diffusion or 50, and `sampler` is `dpmpp_2m_sde`. By default
-    `shape` (C, *grid) is that of the model, `batch_size` that of `embedding` or `context`, else `config.num_samples`;
-    `spacing` is "karras" for DPM-Solver++ and Heun, and "uniform" for others and with a `schedule` or a
-    `time_difference`; `precision` is that of training if the diffusion comes from a run or a `Trainer`, and float32 on
-    a CPU.
+    `config` holds the sampling options, and `overrides` are fields of it: steps, sampler, spacing, guidance, ... (see
+    `SampleConfig`; `rin_video.diffusion.samplers` describes samplers and spacings, and `Guidance` the guidance). Raises
+    `UsageError` for options that do not fit. The defaults are:
 
-    `label` is one class for all samples or one for each, by number or name; -1 is no class. Without one, a model with
-    classes draws each class in turn. `embedding` is (L, D) or (B, L, D). `context` (C, *grid) or (B, C, *grid), in
-    [0, 1] or uint8, is kept bit for bit where the mask `known`, booleans over the grid or (B, *grid), is true. A
-    context of fewer frames needs no mask: the clip starts with it. Arrays are accepted in place of tensors.
+    - `steps`, `sampler`: without a `config`, `timesteps` of the diffusion or 50, and "dpmpp_2m_sde".
+    - `shape` (C, *grid): that of the model.
+    - `batch_size`: that of `context` or `embedding`, or else `config.num_samples`.
+    - `spacing`: "karras" for DPM-Solver++ and Heun, "uniform" for other samplers and with a `schedule` or a
+      `time_difference`.
+    - `precision`: that of training if the diffusion comes from a run or a `Trainer`, and float32 on a CPU.
 
-    With a `seed`, sample i is the same whatever the batch, the chunks and the device: each sample has a generator of
-    its own, on the CPU. The first sample has the number `first_index`, so that a batch can be drawn in parts.
-    `callback(i, x0)` sees the estimate (B', C, *grid) in [0, 1] after every step of every chunk. With
-    `return_trajectory` these are returned too, (B, steps, C, *grid) on the CPU; with `return_self_cond` the last
-    self-conditioning state, for `self_cond` of another call. Raises `UsageError` for options that do not fit.
+    `label` is one class for all samples or one per sample, by number or name; -1 means no class. Without labels, a
+    model with classes draws each class in turn. `embedding` is (L, D) or (B, L, D). `context` (C, *grid) or (B, C,
+    *grid), in [0, 1] or uint8, is kept bit for bit where the observed mask `known`, booleans (*grid) or (B, *grid), is
+    true. A context with fewer frames needs no mask: it is the beginning of the clip. Arrays are accepted in place of
+    tensors.
+
+    With a `seed`, sample i does not depend on the batch, the chunks or the device, because each sample has its own CPU
+    generator. `first_index` is the number of the first sample, so that a batch can be drawn in parts. `progress` shows
+    a progress bar. `callback(i, x0)` receives the estimate (B', C, *grid) in [0, 1] after step i of each chunk. With
+    `return_trajectory`, these estimates are returned too, (B, steps, C, *grid) on the CPU. With `return_self_cond`, the
+    last self-conditioning state is returned too; another call takes it as `self_cond`.
     """
     if config is None:
         config = SampleConfig(
             steps=diffusion.config.timesteps or SampleConfig.steps, sampler=diffusion.sampler or SampleConfig.sampler
         )
     if not isinstance(config, SampleConfig):
-        raise UsageError(f"sample({config!r}) is no SampleConfig: give options by name, sample(batch_size=4)")
+        raise UsageError(f"sample({config!r}): pass a SampleConfig, or options by name as in sample(batch_size=4)")
     check_names(overrides, SampleConfig, "sample", prefix="")
     config = dataclasses.replace(config, **overrides)
     embedding, context, known = (None if x is None else torch.as_tensor(x) for x in (embedding, context, known))
     shape = tuple(shape) if shape else diffusion.shape
     if shape is None:
-        raise UsageError("the model does not say its shape: give sample(shape=(C, *grid))")
+        raise UsageError("the model has no shape: pass it as in sample(shape=(C, *grid))")
     if batch_size is None:
         ranks = ((context, len(shape)), (embedding, 2))
         batch_size = next((len(x) for x, rank in ranks if x is not None and x.ndim > rank), config.num_samples)
     if batch_size < 1:
-        raise UsageError(f"batch_size is {batch_size}: draw at least 1 sample")
+        raise UsageError(f"batch_size is {batch_size}: it must be at least 1")
     numbers = torch.arange(first_index, first_index + batch_size)
     device = next((p.device for p in diffusion.parameters()), torch.device("cpu"))
     levels, draw = plan_steps(diffusion.config, config)
@@ -120,7 +129,7 @@ def sample(
     guidance = Guidance.from_config(config)
     guidance.check(conditions)
     seed = int(torch.randint(2**62, ())) if seed is None else seed
-    chunks = torch.arange(batch_size).split(max_batch or batch_size)
+    chunks = torch.split(torch.arange(batch_size), max_batch or batch_size)
     steps = len(levels) * len(chunks)
     samples, trajectories, states = [], [], []
     with evaluating(diffusion), progress_bar(steps, "sampling", "step", disable=not progress) as bar:
@@ -150,7 +159,7 @@ def sample(
 
 @contextmanager
 def evaluating(diffusion: Diffusion) -> Iterator[None]:
-    """Within the block, the model is in eval mode."""
+    """Set the model to eval mode within the block."""
     was_training = diffusion.training
     diffusion.train(False)
     try:
@@ -160,7 +169,7 @@ def evaluating(diffusion: Diffusion) -> Iterator[None]:
 
 
 def plan_steps(diffusion: DiffusionConfig, config: SampleConfig) -> tuple[Levels, Sampler]:
-    """The noise levels that sampling visits, and the sampler. Raises `UsageError` for options that do not fit."""
+    """Return the noise levels of the steps, and the sampler. Raises `UsageError` for options that do not fit."""
     name, parameters = split_parameters(config.sampler)
     karras = name in KARRAS and not config.schedule and not config.time_difference
     levels = make_levels(
@@ -174,7 +183,7 @@ def plan_steps(diffusion: DiffusionConfig, config: SampleConfig) -> tuple[Levels
 
 
 def choose_labels(diffusion: Diffusion, label: Labels | None, numbers: Tensor) -> Tensor | None:
-    """The labels of the samples with these numbers (B,): those asked for, else each class of the model in turn."""
+    """Return the labels (B,) of the samples `numbers` (B,): `label`, or by default each class of the model in turn."""
     classes = getattr(diffusion.model, "num_classes", 0)
     if label is None:
         return numbers % classes if classes else None
@@ -190,16 +199,16 @@ def make_conditions(
     context: Tensor | None,
     known: Tensor | None,
 ) -> tuple[Conditions, Tensor | None]:
-    """What a batch is drawn by; and the context in [0, 1], so that it comes back bit for bit."""
+    """Return the conditions of a batch, and the context in [0, 1], from which samples copy the known pixels."""
     if embedding is not None:
         embedding = embedding.expand(batch, *embedding.shape[-2:])
     if context is None:
         if known is not None:
-            raise UsageError("known says which cells are given, but not what they hold: give context too")
+            raise UsageError("known is a mask without values: pass context too")
         return Conditions(label, embedding), None
     if getattr(diffusion.model, "known_mask", True) is False:
         raise UsageError(
-            "the model was trained without known cells and cannot take a context: train with "
+            "the model was trained without an observed mask and takes no context: train with "
             "model.known_mask=true diffusion.known.none=1 diffusion.known.first=1"
         )
     data, mask = place_context(context, known, shape, batch)
@@ -211,19 +220,21 @@ def _at(part: Tensor, indices: Tensor, device: torch.device) -> Tensor:
     return part[indices.to(part.device)].to(device)
 
 
-def sampling_precision(asked: PrecisionName | None, trained: PrecisionName, device: torch.device) -> PrecisionName:
-    """The requested precision; by default that of training, or float32 on a CPU, where others gain nothing."""
-    return asked or ("no" if device.type == "cpu" else trained)
+def sampling_precision(requested: PrecisionName | None, trained: PrecisionName, device: torch.device) -> PrecisionName:
+    """Return the requested precision; by default that of training, or float32 on a CPU, where others gain nothing."""
+    return requested or ("no" if device.type == "cpu" else trained)
 
 
 def sampling_schedule(config: DiffusionConfig, choice: ScheduleName | Mapping[str, Any] | None = None) -> Schedule:
-    """The schedule to sample with: another one by name, or that of training with other parameters.
+    """Return the schedule for sampling: another one by name, or that of training with other parameters.
 
-    Raises `UsageError` for one on another path, whose inputs the network never saw.
+    Raises `UsageError` for a schedule on another path, on which the network was not trained.
     """
     own_name, own = split_parameters(config.noise_schedule)
     name, parameters = split_parameters(choice)
     schedule = make_schedule(own_name, own | parameters) if name is None else make_schedule(name, parameters)
     if schedule(torch.tensor(0.5)).power != make_schedule(own_name, own)(torch.tensor(0.5)).power:
-        raise UsageError(f"schedule {name} is on another path than {own_name}, which the model learnt")
+        raise UsageError(
+            f"schedule {name} is on another path than {own_name}, the schedule of training: choose one on the same path"
+        )
     return schedule

@@ -1,1 +1,1 @@
-"""The network: tokenizers in, the RIN core, conditioning, tokenizers out."""
+"""The network: a tokenizer, the conditioning, and the core of latents and blocks."""

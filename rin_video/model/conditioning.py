@@ -1,4 +1,4 @@
-"""What the network is told beside its input: the noise level and the class."""
+"""Conditioning: embeddings of the noise level, the class label and other vectors."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from rin_video.tokenizers.positions import LearnedPosition, sincos
 
 
 class Condition(NamedTuple):
-    """The condition as the core takes it, each part possibly empty.
+    """The embedded conditions, grouped by where they enter the core; each group may be empty.
 
-    `latents` (B, n, dim_latent) take the last of the latent slots; `interface` (B, r, dim) are read and never written;
-    `modulation` (B, dim_latent) moves the norms of every unit (adaln).
+    `latents` (B, n, dim_latent) fill the last n latent slots. `interface` (B, r, dim) are tokens that are read but
+    never written. `modulation` (B, dim_latent) sets the scale and shift of the adaptive norms (adaLN).
     """
 
     latents: Tensor
@@ -27,28 +27,35 @@ class Condition(NamedTuple):
 
 
 class TimeEmbedding(nn.Module):
-    """gamma (B,) to (B, dim): sin-cos code of width dim/4, standardised, Linear, SiLU, Linear."""
+    """Embeds the noise level: a sin-cos code of width dim / 4, standardised, then Linear, SiLU, Linear.
+
+    The noise level is multiplied by `time_scaling` before it is encoded. Raises `UsageError` if `dim` is not a multiple
+    of 8.
+    """
 
     def __init__(self, dim: int, time_scaling: float) -> None:
         super().__init__()
         if dim % 8:
-            raise UsageError(f"the time embedding needs a width that 8 divides, not {dim}: change dim or dim_latent")
+            raise UsageError(
+                f"the time embedding needs a width that is a multiple of 8, not {dim}: change dim or dim_latent"
+            )
         self.time_scaling = time_scaling
         self.dim_code = dim // 4
         self.mlp = nn.Sequential(nn.Linear(self.dim_code, dim), nn.SiLU(), nn.Linear(dim, dim))
         init_linears(self.mlp)
 
     def forward(self, gamma: Tensor) -> Tensor:
+        """Map `gamma` (B,) in (0, 1] to (B, dim)."""
         code = sincos(self.time_scaling * gamma.float(), self.dim_code)
         code = (code - code.mean(dim=-1, keepdim=True)) / code.std(dim=-1, correction=0, keepdim=True)
-        return self.mlp(code.to(next(self.mlp.parameters()).dtype))
+        embedded: Tensor = self.mlp(code.to(next(self.mlp.parameters()).dtype))
+        return embedded
 
 
 class ClassEmbedding(nn.Module):
-    """label to (B, dim): one-hot times a matrix, plus a bias. A missing label is the zero vector, so only the bias.
+    """Embeds class labels: the one-hot vector times a matrix, plus a bias.
 
-    `label` is (B,) integers below num_classes, where a negative one means missing; or (B, num_classes) weights. Any
-    other shape is a `UsageError`.
+    A missing label is the zero vector, so its embedding is the bias.
     """
 
     def __init__(self, num_classes: int, dim: int) -> None:
@@ -58,22 +65,28 @@ class ClassEmbedding(nn.Module):
         init_linears(self.projection)
 
     def forward(self, label: Tensor | None, batch: int) -> Tensor:
+        """Map the labels of `batch` samples to (B, dim).
+
+        `label` is (B,) integers below `num_classes`, or (B, num_classes) weights. A negative integer means no class,
+        and None means no class for all samples. Raises `UsageError` for any other shape.
+        """
         weight = self.projection.weight
         if label is None:
             label = weight.new_zeros(batch, self.num_classes)
         elif label.shape not in ((batch,), (batch, self.num_classes)):
-            wanted = f"({batch},) classes or ({batch}, {self.num_classes}) weights"
-            raise UsageError(f"label has the shape {tuple(label.shape)}: give {wanted}")
+            expected = f"({batch},) class numbers or ({batch}, {self.num_classes}) weights"
+            raise UsageError(f"label has shape {tuple(label.shape)}: pass {expected}")
         elif label.ndim == 1:
-            known = torch.arange(self.num_classes, device=label.device)
-            label = (label[:, None] == known).to(weight.dtype)
-        return self.projection(label.to(weight.dtype))
+            classes = torch.arange(self.num_classes, device=label.device)
+            label = (label[:, None] == classes).to(weight.dtype)
+        embedded: Tensor = self.projection(label.to(weight.dtype))
+        return embedded
 
 
 class EmbeddingTokens(nn.Module):
-    """Vectors that come with a sample, (B, n, dim_embedding) with n up to `num_tokens`, to (B, num_tokens, dim).
+    """Projects the vectors of a sample, such as a text encoding, to tokens and adds a learned position to each.
 
-    As with a class, a missing vector is the zero vector: what is left is the bias, and its place in the sequence.
+    A missing vector is the zero vector, so its token is the bias plus its position.
     """
 
     def __init__(self, dim_embedding: int, num_tokens: int, dim: int) -> None:
@@ -84,21 +97,27 @@ class EmbeddingTokens(nn.Module):
         init_linears(self.projection)
 
     def forward(self, embedding: Tensor | None, batch: int) -> Tensor:
+        """Map the vectors of `batch` samples to (B, num_tokens, dim).
+
+        `embedding` is (B, n, dim_embedding) with 1 <= n <= num_tokens. The vectors after the n-th are missing; None
+        means that all are missing. Raises `UsageError` for any other shape.
+        """
         weight = self.projection.weight
         if embedding is None:
             embedding = weight.new_zeros(batch, self.num_tokens, self.dim_embedding)
         _, count, width = embedding.shape if embedding.ndim == 3 else (0, 0, 0)
         if width != self.dim_embedding or not 1 <= count <= self.num_tokens:
             raise UsageError(
-                f"embedding has the shape {tuple(embedding.shape)}: give ({batch}, 1 to {self.num_tokens}, "
-                f"{self.dim_embedding}), as model.embedding_tokens and model.embedding_dim say"
+                f"embedding has shape {tuple(embedding.shape)}: pass ({batch}, 1 to {self.num_tokens}, "
+                f"{self.dim_embedding}), as set by model.embedding_tokens and model.embedding_dim"
             )
         embedding = F.pad(embedding.to(weight.dtype), (0, 0, 0, self.num_tokens - count))
-        return self.projection(embedding) + self.position((self.num_tokens,))
+        tokens: Tensor = self.projection(embedding) + self.position((self.num_tokens,))
+        return tokens
 
 
 def condition_places(config: ModelConfig) -> dict[str, tuple[ConditioningName, int]]:
-    """The conditions that a model takes: where each enters the core, and how many vectors it is."""
+    """Return the conditions of a model by name: where each one enters the core, and its number of vectors."""
     found: dict[str, tuple[ConditioningName, int]] = {"time": (config.time_conditioning, 1)}
     if config.num_classes:
         found["class"] = (config.class_conditioning, 1)
@@ -108,17 +127,17 @@ def condition_places(config: ModelConfig) -> dict[str, tuple[ConditioningName, i
 
 
 def num_condition_latents(config: ModelConfig) -> int:
-    """The number of latent slots that hold conditions."""
+    """Return the number of latent slots that hold conditions."""
     return sum(count for place, count in condition_places(config).values() if place == "latent")
 
 
 def modulation_width(config: ModelConfig) -> int | None:
-    """The width of the vector that modulates the norms (adaLN); None if no condition does."""
+    """Return the width of the condition that modulates the norms (adaLN), or None if no condition does."""
     return config.latent_width if any(place == "adaln" for place, _ in condition_places(config).values()) else None
 
 
 class Conditioner(nn.Module):
-    """Embeds gamma, label and embedding, and sends each to its place: latent slots, interface tokens or adaLN."""
+    """Embeds the noise level, the label and the embedding, and groups them by where they enter the core."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -134,18 +153,24 @@ class Conditioner(nn.Module):
             self.embedding = EmbeddingTokens(config.embedding_dim, config.embedding_tokens, width)
 
     def forward(self, gamma: Tensor, label: Tensor | None = None, embedding: Tensor | None = None) -> Condition:
+        """Embed the conditions of a batch.
+
+        `gamma` (B,) in (0, 1] is the fraction of signal power. `label` is (B,) integers or (B, num_classes) weights,
+        `embedding` (B, n, embedding_dim); each may be None. Raises `UsageError` for a condition that the model does not
+        take.
+        """
         tokens = {"time": self.time(gamma).unsqueeze(1)}
         if self.label is not None:
             tokens["class"] = self.label(label, len(gamma)).unsqueeze(1)
         elif label is not None and (label >= 0).any():
-            raise UsageError("labels were given to a model without classes: build it with num_classes")
+            raise UsageError("labels were passed to a model without classes: build it with num_classes")
         if self.embedding is not None:
             tokens["embedding"] = self.embedding(embedding, len(gamma))
         elif embedding is not None:
-            raise UsageError("embeddings were given to a model that takes none: build it with embedding_dim")
+            raise UsageError("embeddings were passed to a model without embeddings: build it with embedding_dim")
 
         def at(place: str) -> Tensor:
-            there = [tokens[name] for name, where in self.places.items() if where == place]
-            return torch.cat(there, dim=1) if there else gamma.new_zeros(len(gamma), 0, self.width[place])
+            found = [tokens[name] for name, where in self.places.items() if where == place]
+            return torch.cat(found, dim=1) if found else gamma.new_zeros(len(gamma), 0, self.width[place])
 
         return Condition(at("latent"), at("interface"), at("adaln").sum(1) if self.modulates else None)

@@ -1,4 +1,4 @@
-"""The Recurrent Interface Network without pixels: latents that read from an interface, compute, and write back.
+"""The core of the Recurrent Interface Network: latents that read from interface tokens, compute, and write back.
 
 Source: Jabri, Fleet & Chen 2022, "Scalable Adaptive Computation for Iterative Generation" (arXiv 2212.11972).
 """
@@ -19,10 +19,9 @@ from rin_video.tokenizers.positions import make_position
 
 
 class SelfConditioning(nn.Module):
-    """LN(FFN(previous)), to be added to what starts the next pass. The norm starts at zero, so training starts without.
+    """Self-conditioning: LN(FFN(previous)), which is added to the initial state of the next pass.
 
-    (B, N, dim) to the same. Zeros stand for "no previous pass"; they still give a constant once trained, which is
-    computed once for all tokens and samples where there is no previous pass (None) at all: (1, 1, dim).
+    The LayerNorm scale is zero-initialised, so this is a no-op at first.
     """
 
     def __init__(self, dim: int, mlp_ratio: float) -> None:
@@ -32,13 +31,23 @@ class SelfConditioning(nn.Module):
         nn.init.zeros_(self.norm.weight)
 
     def forward(self, previous: Tensor | None) -> Tensor:
+        """Map the state of the previous pass (B, N, dim) to (B, N, dim).
+
+        Zeros mean that there was no previous pass. A trained layer maps them to a constant. If `previous` is None, only
+        this constant is computed: (1, 1, dim).
+        """
         if previous is None:
             previous = self.norm.weight.new_zeros(1, 1, len(self.norm.weight))
-        return self.norm(self.feed_forward(previous))
+        update: Tensor = self.norm(self.feed_forward(previous))
+        return update
 
 
 class Block(nn.Module):
-    """Read, compute, write. With no compute layers a block only reads."""
+    """One block: optional mixing of the interface tokens, then read, compute and write.
+
+    `num_layers` is the number of compute layers. A block without compute layers only reads. `num_axes` is the number of
+    axes of the token grid.
+    """
 
     def __init__(self, config: ModelConfig, num_layers: int, num_axes: int) -> None:
         super().__init__()
@@ -69,6 +78,10 @@ class Block(nn.Module):
         self.write = TransformerLayer(dim, dim_latent, mlp_ratio=config.mlp_ratio, **cross) if num_layers else None
 
     def forward(self, tokens: Tensor, latents: Tensor, cond: Condition, grid: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Update `tokens` (B, N, dim) and `latents` (B, num_latents, dim_latent).
+
+        `cond` holds the embedded conditions. `grid` is the token grid, which only convolutions use.
+        """
         for mix in self.mixers:
             tokens = mix(tokens, grid)
         context = torch.cat([tokens, cond.interface.to(tokens)], dim=1) if cond.interface.shape[1] else tokens
@@ -81,12 +94,11 @@ class Block(nn.Module):
 
 
 class RINCore(nn.Module):
-    """Latents and blocks: `core(tokens, latents, cond) -> (tokens, latents)`. Images and video share it.
+    """The latents and blocks of a RIN, shared by all kinds of data: `core(tokens, latents, cond) -> (tokens, latents)`.
 
-    `tokens` (B, N, dim) come from any tokenizer; `latents` (B, num_latents, dim_latent) are those of the previous pass,
-    or None; `cond` is what `Conditioner` makes of noise level, class and embedding. The slots that hold conditions are
-    among the `num_latents`. `num_axes` is the number of axes of the token grid: convolutions need it. Raises
-    `UsageError` for more heads than width, or more conditions than latents.
+    The latent slots that hold conditions are among the `num_latents`. `num_axes` is the number of axes of the token
+    grid, which convolutions require. Raises `UsageError` if an attention has more heads than its width, or if the
+    conditions leave no latent to learn.
     """
 
     def __init__(self, config: ModelConfig, num_axes: int = 2) -> None:
@@ -96,20 +108,20 @@ class RINCore(nn.Module):
         learned = config.num_latents - num_conditions
         if learned < 1:
             raise UsageError(
-                f"num_latents is {config.num_latents}, of which time and class take {num_conditions}: use more"
+                f"num_latents is {config.num_latents}, of which conditions take {num_conditions}: use more latents"
             )
         for name, heads, width in (
             ("num_heads", config.num_heads, min(dim, dim_latent)),
             ("latent_num_heads", config.latent_num_heads, dim_latent),
         ):
             if heads > width:
-                raise UsageError(f"{name} is {heads}, more than the attention is wide ({width}): use fewer")
+                raise UsageError(f"{name} is {heads}, but the attention has a width of {width}: use fewer heads")
         self.num_latents, self.dim_latent = config.num_latents, dim_latent
-        self.gradient_checkpointing = False  # keep no activations of a block, compute it again for the gradient
+        self.gradient_checkpointing = False  # recompute the activations of each block in the backward pass
         self.latents = make_position(config.latent_position, (learned,), dim_latent)
-        carried = config.self_conditioning.split("+")
-        self.latent_self_cond = SelfConditioning(dim_latent, config.latent_mlp_ratio) if "latent" in carried else None
-        self.interface_self_cond = SelfConditioning(dim, config.mlp_ratio) if "interface" in carried else None
+        parts = config.self_conditioning.split("+")
+        self.latent_self_cond = SelfConditioning(dim_latent, config.latent_mlp_ratio) if "latent" in parts else None
+        self.interface_self_cond = SelfConditioning(dim, config.mlp_ratio) if "interface" in parts else None
         self.blocks = nn.ModuleList(Block(config, num_layers, num_axes) for num_layers in config.compute_layers)
 
     def forward(
@@ -121,16 +133,21 @@ class RINCore(nn.Module):
         previous_tokens: Tensor | None = None,
         grid: tuple[int, ...] = (),
     ) -> tuple[Tensor, Tensor]:
-        """One pass. `previous_tokens` are used with interface self-conditioning only, `grid` by convolutions only."""
+        """Run one forward pass and return the new tokens and latents.
+
+        `tokens` (B, N, dim) come from a tokenizer, and `cond` from `Conditioner`. `latents` (B, num_latents,
+        dim_latent) and `previous_tokens` (B, N, dim) are those of the previous pass, or None. Only interface
+        self-conditioning uses `previous_tokens`. Only convolutions use `grid`, the token grid.
+        """
         slots = self.latents((self.num_latents - cond.latents.shape[1],)).to(tokens.dtype)
         slots = torch.cat([slots.expand(len(tokens), -1, -1), cond.latents.to(tokens.dtype)], dim=1)
         if self.latent_self_cond is not None:
             slots = slots + self.latent_self_cond(latents)
         if self.interface_self_cond is not None:
             tokens = tokens + self.interface_self_cond(previous_tokens)
-        again = self.gradient_checkpointing and torch.is_grad_enabled()
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         for block in self.blocks:
-            if again:
+            if recompute:
                 tokens, slots = checkpoint(block, tokens, slots, cond, grid, use_reentrant=False)
             else:
                 tokens, slots = block(tokens, slots, cond, grid)

@@ -1,6 +1,7 @@
-"""What the parts of a model cost, in closed form: parameters, and floating-point operations of a forward pass.
+"""The costs of the parts of a model in closed form: parameters, and floating-point operations of a forward pass.
 
-tests/test_info.py compares the sums with models that are built. Importing this costs no torch.
+All costs are for one sample. A multiply-add counts as 2 operations. tests/test_info.py compares the sums with models
+that are built. Importing this module does not import torch.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import TypeAlias
 from rin_video.config import ModelConfig
 
 AXES = {1: "length", 2: "height, width", 3: "frames, height, width"}
-OCTAVES = 8  # of the sines that a coordinate position sees
+OCTAVES = 8  # octaves of sines and cosines in `CoordinatePosition`
 Grid: TypeAlias = tuple[int, ...]
 
 
@@ -20,14 +21,14 @@ Grid: TypeAlias = tuple[int, ...]
 
 
 def tokenizer_names(config: ModelConfig) -> list[str]:
-    """As `rin_video.tokenizers.tokenizer_names`, which costs torch."""
+    """Return what `rin_video.tokenizers.tokenizer_names` does, without importing torch."""
     if config.tokenizer == "auto":
         return ["tube" if config.frames else "sequence" if config.sequence_length else "image"]
     return config.tokenizer.split("+")
 
 
 def data_grid(config: ModelConfig, name: str) -> Grid | None:
-    """The axes of a sample of one of our tokenizers; None for another tokenizer, or where an option is missing."""
+    """Return the grid of a sample for one of our tokenizers; None for other tokenizers, or if an option is missing."""
     if name == "sequence" and config.sequence_length:
         return (config.sequence_length,)
     if name == "image" and config.image_size is not None:
@@ -38,22 +39,24 @@ def data_grid(config: ModelConfig, name: str) -> Grid | None:
 
 
 def patch_of(config: ModelConfig, grid: Grid) -> Grid:
+    """Return the size of a patch along each axis of a grid."""
     return config.patch_sizes(len(grid), AXES[len(grid)])
 
 
 def token_grid(config: ModelConfig, grid: Grid) -> Grid:
+    """Return the number of tokens along each axis of a grid."""
     return tuple(size // patch for size, patch in zip(grid, patch_of(config, grid), strict=True))
 
 
 def conditions(config: ModelConfig) -> list[tuple[str, int, int]]:
-    """Place, number of vectors and width before the projection of class and embedding."""
+    """Return place, number of vectors and width before the projection, for class and embedding."""
     found = [(config.class_conditioning, 1, config.num_classes)] if config.num_classes else []
     embedding = (config.embedding_conditioning, config.embedding_tokens, config.embedding_dim)
     return [*found, embedding] if config.embedding_dim else [*found]
 
 
 def can_be_built(config: ModelConfig, grids: list[Grid]) -> bool:
-    """Whether `RIN` takes the options; which of them it refuses, and why, is for it to say."""
+    """Whether the options are valid for a `RIN`, which raises the error itself if they are not."""
     dim, dim_latent = config.dim, config.latent_width
     fits = all(not size % patch for grid in grids for size, patch in zip(grid, patch_of(config, grid), strict=True))
     codes = [dim] if config.position.startswith("sincos") else []
@@ -70,15 +73,18 @@ def can_be_built(config: ModelConfig, grids: list[Grid]) -> bool:
 
 
 def condition_latents(config: ModelConfig) -> int:
+    """Return the number of latent slots that hold conditions."""
     places = [(config.time_conditioning, 1), *((place, count) for place, count, _ in conditions(config))]
     return sum(count for place, count in places if place == "latent")
 
 
-# ---- costs of the layers, named as in layers.py
+# ---- costs of the layers of rin_video/layers.py, under similar names
 
 
 @dataclass(frozen=True)
 class Cost:
+    """Number of parameters, and of floating-point operations per sample."""
+
     params: int = 0
     flops: int = 0
 
@@ -90,27 +96,29 @@ class Cost:
 
 
 def linear(dim_in: int, dim_out: int, vectors: int, bias: bool = True) -> Cost:
+    """Return the cost of a linear layer on a number of vectors."""
     return Cost(dim_in * dim_out + bias * dim_out, 2 * vectors * dim_in * dim_out)
 
 
 def convolution(dim_in: int, dim_out: int, grid: Grid, num_axes: int) -> Cost:
-    """Of size 3 along each axis."""
+    """Return the cost of a convolution of size 3 along each axis."""
     weights = dim_in * dim_out * 3**num_axes
     return Cost(weights + dim_out, 2 * weights * math.prod(grid))
 
 
 def norm(dim: int, dim_cond: int | None = None) -> Cost:
-    """A LayerNorm, adaptive where there is a condition."""
+    """Return the cost of a LayerNorm, which is adaptive if there is a condition."""
     return Cost(2 * dim) + (linear(dim_cond, 2 * dim, 1) if dim_cond else Cost())
 
 
 def feed_forward(dim: int, ratio: float, vectors: int, dim_cond: int | None = None) -> Cost:
+    """Return the cost of a `FeedForward` on a number of vectors."""
     hidden = int(dim * ratio)
     return norm(dim, dim_cond) + linear(dim, hidden, vectors) + linear(hidden, dim, vectors)
 
 
 def attention(dim: int, other: int, dim_inner: int, num_heads: int, queries: int, keys: int, qk_norm: bool) -> Cost:
-    """Of vectors of width `dim` on vectors of width `other`."""
+    """Return the cost of an `Attention` of vectors of width `dim` on vectors of width `other`."""
     head = dim_inner // num_heads
     inner = head * num_heads
     projections = linear(dim, inner, queries) + linear(other, 2 * inner, keys) + linear(inner, dim, queries)
@@ -118,10 +126,12 @@ def attention(dim: int, other: int, dim_inner: int, num_heads: int, queries: int
 
 
 def self_conditioning(dim: int, ratio: float, vectors: int) -> Cost:
+    """Return the cost of a `SelfConditioning` on a number of vectors."""
     return feed_forward(dim, ratio, vectors) + norm(dim)
 
 
 def linear_attention(dim: int, num_heads: int, tokens: int) -> Cost:
+    """Return the cost of a `LinearAttention`."""
     head = dim // num_heads
     inner = head * num_heads
     products = Cost(0, 4 * tokens * inner * head)
@@ -129,6 +139,7 @@ def linear_attention(dim: int, num_heads: int, tokens: int) -> Cost:
 
 
 def position(name: str, grid: Grid, dim: int) -> Cost:
+    """Return the cost of the position code `name` of a token grid."""
     if name == "coordinate":
         networks = (linear(2 * OCTAVES + 1, dim, size) + linear(dim, dim, size) for size in grid)
         return sum(networks, Cost())
@@ -139,7 +150,7 @@ def position(name: str, grid: Grid, dim: int) -> Cost:
 
 
 def tokenizer_cost(config: ModelConfig, grid: Grid) -> Cost:
-    """Of a `PatchTokenizer`, both ways."""
+    """Return the cost of a `PatchTokenizer`, from data to tokens and back."""
     dim, out_channels, axes, width = config.dim, config.channels, len(grid), config.conv_width
     in_channels = out_channels * (1 + ("x0" in config.self_conditioning.split("+"))) + config.known_mask
     width_in, width_out = width or in_channels, width or out_channels
@@ -156,31 +167,33 @@ def tokenizer_cost(config: ModelConfig, grid: Grid) -> Cost:
 
 
 def conditioner_cost(config: ModelConfig) -> Cost:
+    """Return the cost of a `Conditioner`."""
     width = {"latent": config.latent_width, "interface": config.dim, "adaln": config.latent_width}
     time = width[config.time_conditioning]
     cost = linear(time // 4, time, 1) + linear(time, time, 1)
     for place, count, dim_in in conditions(config):
         cost += linear(dim_in, width[place], count)
     if config.embedding_dim:
-        cost += Cost(config.embedding_tokens * width[config.embedding_conditioning])  # their positions
+        cost += Cost(config.embedding_tokens * width[config.embedding_conditioning])  # learned positions
     return cost
 
 
 def core_cost(config: ModelConfig, grid: Grid, num_axes: int) -> Cost:
+    """Return the cost of a `RINCore` for a token grid; convolutions have `num_axes` axes."""
     dim, dim_latent, tokens, latents = config.dim, config.latent_width, math.prod(grid), config.num_latents
     places = [config.time_conditioning, *(place for place, _, _ in conditions(config))]
     dim_cond = dim_latent if "adaln" in places else None
-    beside = sum(count for place, count, _ in conditions(config) if place == "interface")  # read, never written
-    beside += config.time_conditioning == "interface"
-    carried, mixing = config.self_conditioning.split("+"), config.interface_mixing.split("+")
+    read_only = sum(count for place, count, _ in conditions(config) if place == "interface")  # read-only tokens
+    read_only += config.time_conditioning == "interface"
+    states, mixing = config.self_conditioning.split("+"), config.interface_mixing.split("+")
 
     def layer(wide: int, other: int, ratio: float, inner: int, heads: int, queries: int, keys: int) -> Cost:
-        """A `TransformerLayer`."""
+        """Return the cost of a `TransformerLayer`."""
         attending = attention(wide, other, inner, heads, queries, keys, config.qk_norm)
         return norm(wide, dim_cond) + attending + feed_forward(wide, ratio, queries, dim_cond)
 
     def cross(wide: int, other: int, ratio: float, queries: int, keys: int) -> Cost:
-        """One that attends to other vectors than its own."""
+        """Return the cost of a `TransformerLayer` that attends to other vectors than its own."""
         reading = layer(wide, other, ratio, min(dim, dim_latent), config.num_heads, queries, keys)
         return reading + (norm(other) if config.norm_context else Cost())
 
@@ -189,15 +202,15 @@ def core_cost(config: ModelConfig, grid: Grid, num_axes: int) -> Cost:
         mixers += linear_attention(dim, config.num_heads, tokens)
     if "conv" in mixing:
         mixers += norm(dim) + convolution(1, dim, grid, num_axes)
-    read = cross(dim_latent, dim, config.latent_mlp_ratio, latents, tokens + beside)
+    read = cross(dim_latent, dim, config.latent_mlp_ratio, latents, tokens + read_only)
     compute = layer(
         dim_latent, dim_latent, config.latent_mlp_ratio, dim_latent, config.latent_num_heads, latents, latents
     )
     write = cross(dim, dim_latent, config.mlp_ratio, tokens, latents)
     cost = position(config.latent_position, (latents - condition_latents(config),), dim_latent)
-    if "latent" in carried:
+    if "latent" in states:
         cost += self_conditioning(dim_latent, config.latent_mlp_ratio, latents)
-    if "interface" in carried:
+    if "interface" in states:
         cost += self_conditioning(dim, config.mlp_ratio, tokens)
     for num_layers in config.compute_layers:
         cost += mixers + read + compute * num_layers + (write if num_layers else Cost())

@@ -1,6 +1,6 @@
-"""What a model costs: parameters, tokens and floating-point operations, in closed form and without torch.
+"""The cost of a model: parameters, tokens and floating-point operations, in closed form and without torch.
 
-A model with a tokenizer of another distribution is built on the meta device and counted.
+If the tokenizer comes from another distribution, the model is built on the meta device and counted.
 """
 
 from __future__ import annotations
@@ -23,8 +23,12 @@ from rin_video.wording import counted, in_flops
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """`gflops` counts a multiply-add as 2: dense layers, convolutions and attention products of one forward pass of one
-    sample that has a previous one. Norms, softmax, activations, biases and residual sums are not counted."""
+    """Counts for one model.
+
+    `shape` is the shape of one sample, (C, *grid). `gflops` are the 10^9 floating-point operations of one forward pass
+    of one sample, including self-conditioning on a previous pass. A multiply-add counts as 2. Dense layers,
+    convolutions and attention products are counted; norms, softmax, activations, biases and residual sums are not.
+    """
 
     shape: tuple[int, ...]
     tokens: int
@@ -34,10 +38,10 @@ class ModelInfo:
 
 
 def model_info(config: ModelConfig) -> ModelInfo:
-    """Counts for a model. Raises `UsageError` for a model that cannot be built."""
+    """Count for a model without allocating its weights. Raises `UsageError` for a configuration that is not valid."""
     grids = [grid for name in tokenizer_names(config) if (grid := data_grid(config, name)) is not None]
     if len(grids) < len(tokenizer_names(config)) or not can_be_built(config, grids):
-        return count_built(config)  # which raises the error of what cannot be
+        return count_built(config)  # raises the error of an invalid configuration
     grid, *others = grids
     tokens, num_axes = token_grid(config, grid), max(map(len, grids))
     cost = tokenizer_cost(config, grid) + conditioner_cost(config) + core_cost(config, tokens, num_axes)
@@ -51,7 +55,7 @@ def model_info(config: ModelConfig) -> ModelInfo:
 
 
 def count_built(config: ModelConfig) -> ModelInfo:
-    """`model_info` of the model itself, whose tensors have shapes and no contents."""
+    """Count for a model that is built on the meta device. Raises `UsageError` for a configuration that is not valid."""
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
@@ -76,7 +80,7 @@ def count_built(config: ModelConfig) -> ModelInfo:
 
 
 def describe(config: ModelConfig) -> str:
-    """A model in a few lines for people."""
+    """Return a summary of a model for people, in a few lines of text."""
     info = model_info(config)
     channels, *grid = info.shape
     lines = {

@@ -1,9 +1,9 @@
-"""RIN: a tokenizer and the core, which together are the denoiser."""
+"""RIN: the denoiser, made of tokenizers, conditioning and the core."""
 
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -18,24 +18,20 @@ from rin_video.tokenizers import make_tokenizer, tokenizer_names
 from rin_video.tokenizers.positions import LearnedPosition
 from rin_video.weights import read_model, save_model
 
-State = Tensor | tuple[Tensor, Tensor]  # latents, or (latents, interface tokens)
+State: TypeAlias = Tensor | tuple[Tensor, Tensor]  # latents, or (latents, interface tokens)
 
 
 class RIN(nn.Module):
     """Recurrent Interface Network for images, video or sequences.
 
-    Give it the fields of `ModelConfig` by name (or the options of the PyTorch port), or one `ModelConfig`:
+    The arguments are fields of `ModelConfig` (or options of the PyTorch port, see `rin_video.port`), or one
+    `ModelConfig`:
 
         RIN(dim=256, image_size=128, patch_size=8, depth=6, num_latents=128, dim_latent=512, latent_self_attn_depth=4)
         RIN(dim=256, image_size=64, frames=16, patch_size=(2, 4, 4), num_classes=10)
 
-    `model(x, gamma, latents=None, label=None, ...) -> (prediction, latents)`:
-    `x` (B, C, *grid) is the noisy input, about unit variance; `gamma` (B,) in (0, 1] is the share of signal, 1 is
-    clean; `latents` is what the previous, noisier pass returned, an opaque value; `label` (B,) integers, -1 for none;
-    `embedding` (B, n, embedding_dim), zeros for none; `x0` (B, C, *grid), with x0 self-conditioning, is the previous
-    estimate; `known` (B, 1, *grid), with `known_mask`, is true where `x` is clean. With several tokenizers, the number
-    of axes of `x` says which. Other sizes than the built one work where the position code allows it. Raises
-    `UsageError` for sizes and options that cannot be. Source: arXiv 2212.11972.
+    `forward` explains the call `model(x, gamma, latents=None, label=None, ...) -> (prediction, latents)`. Raises
+    `UsageError` for sizes and options that are not valid. Source: Jabri, Fleet & Chen 2022 (arXiv 2212.11972).
     """
 
     def __init__(self, config: ModelConfig | None = None, /, **options: Any) -> None:
@@ -50,31 +46,34 @@ class RIN(nn.Module):
         self.other_tokenizers = nn.ModuleDict({name: make_tokenizer(config, in_channels, name) for name in others})
         ranks = [len(shape) for shape in self.shapes]
         if len(set(ranks)) < len(ranks):
-            raise UsageError(f"model.tokenizer={config.tokenizer} takes one kind of data twice: name each kind once")
+            raise UsageError(
+                f"model.tokenizer={config.tokenizer} has two tokenizers for one kind of data: name each kind once"
+            )
         self.conditioner = Conditioner(config)
         self.core = RINCore(config, num_axes=max(ranks) - 1)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of one sample, (C, *grid); of the first tokenizer's data."""
-        return self.tokenizer.shape
+        """The shape of one sample, (C, *grid), for the primary tokenizer."""
+        shape: tuple[int, ...] = self.tokenizer.shape
+        return shape
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
-        """Shapes of one sample of every kind of data that the model takes."""
+        """The shape of one sample for each tokenizer."""
         return [tokenizer.shape for tokenizer in self.tokenizers]
 
     @property
     def tokenizers(self) -> list[Any]:
-        """All of them, the first first."""
+        """All tokenizers; the primary one comes first."""
         return [self.tokenizer, *self.other_tokenizers.values()]
 
     def tokenizer_for(self, x: Tensor) -> Any:
-        """The tokenizer of data like `x` (B, C, *grid), by the number of axes."""
+        """Return the tokenizer for data with as many axes as `x` (B, C, *grid), or else the primary one."""
         return next((t for t in self.tokenizers if len(t.shape) == x.ndim - 1), self.tokenizer)
 
     def interpolate_positions(self, on: bool = True) -> RIN:
-        """Let learned positions of tokens serve grids they were not made for, read in between; returns the model."""
+        """Interpolate learned token positions for grids of other sizes, if `on`; return the model."""
         for tokenizer in self.tokenizers:
             for module in tokenizer.modules():
                 if isinstance(module, LearnedPosition):
@@ -83,15 +82,17 @@ class RIN(nn.Module):
 
     @property
     def num_classes(self) -> int:
+        """The number of classes; 0 if the model takes no labels."""
         return self.config.num_classes
 
     @property
     def self_conditioning(self) -> bool:
-        """Whether a pass makes use of what the previous one handed on."""
+        """Whether a pass uses the state of the previous pass."""
         return self.config.self_conditioning != "none"
 
     @property
     def known_mask(self) -> bool:
+        """Whether the model has an input channel for the observed mask."""
         return self.config.known_mask
 
     def forward(
@@ -105,6 +106,18 @@ class RIN(nn.Module):
         x0: Tensor | None = None,
         known: Tensor | None = None,
     ) -> tuple[Tensor, State]:
+        """Predict the objective (B, C, *grid) from a noisy input; return the prediction and the state of this pass.
+
+        `x` (B, C, *grid) is the noisy input, with about unit variance. If there are several tokenizers, its number of
+        axes selects one. Other sizes than that of the configuration work if the position code supports them. `gamma`
+        (B,) in (0, 1] is the fraction of signal power: 1 is clean.
+
+        `latents` is the state that the previous, noisier pass returned; treat it as opaque. `label` is (B,) integers
+        with -1 for no class, or (B, num_classes) weights. `embedding` is (B, n, embedding_dim), zero where missing.
+        `x0` (B, C, *grid) is the previous estimate of the data, for x0 self-conditioning. `known` (B, 1, *grid) is the
+        observed mask, true where `x` is clean. All of these may be None. Raises `UsageError` for a condition that the
+        model does not take, and for sizes that do not fit.
+        """
         grid, tokenizer = x.shape[2:], self.tokenizer_for(x)
         inputs = [x]
         if self.x0_self_conditioning:
@@ -112,7 +125,7 @@ class RIN(nn.Module):
         if self.known_mask:
             inputs.append(torch.zeros_like(x[:, :1]) if known is None else known.to(x))
         elif known is not None:
-            raise UsageError("the model is not told which cells are known: build it with known_mask=True")
+            raise UsageError("the model takes no observed mask: build it with known_mask=True")
         seen = torch.cat(inputs, dim=1) if len(inputs) > 1 else x
         previous_latents, previous_tokens = latents if isinstance(latents, tuple) else (latents, None)
         tokens, new_latents = self.core(
@@ -126,7 +139,10 @@ class RIN(nn.Module):
         return prediction, (new_latents, tokens) if self.interface_self_conditioning else new_latents
 
     def no_weight_decay(self) -> set[str]:
-        """Names of embeddings: parameters that weight decay leaves alone (biases and norms are known by their rank)."""
+        """Return the names of position and class embeddings, to which weight decay is not applied.
+
+        Biases and norms are not listed: timm recognises them by their rank.
+        """
         return {
             name
             for name, _ in self.named_parameters()
@@ -135,21 +151,23 @@ class RIN(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> RIN:
-        """The model of a run: a folder with `config.yaml` and `model.safetensors`, or a hub id `user/name`.
+        """Load a model from a folder with `config.yaml` and `model.safetensors`, or from the hub.
 
-        `user/name@revision` is a branch, tag or commit of it. A folder of that name comes first.
+        A hub id is `user/name`, or `user/name@revision` with a branch, tag or commit. A local folder of the same name
+        takes precedence. The model is in eval mode. Raises `UsageError` as `load_model` does.
         """
         return load_model(source, device=device)[0]
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write `config.yaml` and `model.safetensors`, which `from_pretrained` reads."""
+        """Write `config.yaml` and `model.safetensors` to a folder, for `from_pretrained`."""
         save_model(folder, self, Config(model=self.config))
 
 
 def load_model(source: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> tuple[RIN, Config]:
-    """The model of a folder or of a hub id `user/name`, in eval mode, and its configuration.
+    """Load a model in eval mode, and its configuration, from a folder or a hub id `user/name`.
 
-    Raises `UsageError` where the folder is not a run's, the weights do not fit the configuration, or are damaged.
+    Raises `UsageError` if the folder holds no model, if the weights are damaged, or if they do not fit the
+    configuration.
     """
     weights, config, folder = read_model(source)
     try:
@@ -163,5 +181,7 @@ def load_model(source: str | os.PathLike[str], *, device: str | torch.device = "
         raise UsageError(f"{folder / WEIGHTS} does not fit {folder / CONFIG}: {first}") from None
     for name, value in model.state_dict().items():
         if value.is_floating_point() != weights[name].is_floating_point():
-            raise UsageError(f"{folder / WEIGHTS} does not fit: {name} is {weights[name].dtype}, not {value.dtype}")
+            raise UsageError(
+                f"{folder / WEIGHTS} does not fit the model: {name} is {weights[name].dtype}, not {value.dtype}"
+            )
     return model.to(device).eval(), config

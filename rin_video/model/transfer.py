@@ -1,4 +1,4 @@
-"""Starting from another model: the core, and whatever else fits."""
+"""Initialisation from the weights of another model: its core, and all other weights that fit."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rin_video.tokenizers import make_tokenizer, tokenizer_names
 from rin_video.tokenizers.positions import LearnedPosition
 from rin_video.weights import check_origin, find_model, read_tensors
 
-UNSEEN = ("num_heads", "latent_num_heads", "time_scaling")  # what no shape tells
+UNSEEN = ("num_heads", "latent_num_heads", "time_scaling")  # options that change no shape
 CORE = (
     *UNSEEN, "dim", "dim_latent", "mlp_ratio", "latent_mlp_ratio", "self_conditioning", "latent_self_attn_depth",
     "time_conditioning", "class_conditioning", "interface_mixing", "qk_norm", "norm_context",
@@ -28,17 +28,17 @@ CORE = (
 
 @dataclass
 class Transfer:
-    """What came of bringing weights over: names of the new model's weights, and of those that found no place."""
+    """The result of `transfer_weights`: the names of the weights by what happened to them."""
 
-    taken: list[str] = field(default_factory=list)
-    fitted: list[str] = field(default_factory=list)  # tables read in between, or their first rows
-    new: list[str] = field(default_factory=list)
-    left: list[str] = field(default_factory=list)
-    sizes: dict[str, int] = field(default_factory=dict)
+    taken: list[str] = field(default_factory=list)  # copied
+    fitted: list[str] = field(default_factory=list)  # interpolated, cut to the first rows, or padded with zero channels
+    new: list[str] = field(default_factory=list)  # left at their initialisation
+    left: list[str] = field(default_factory=list)  # of the other model, not used
+    sizes: dict[str, int] = field(default_factory=dict)  # the number of elements of each weight
 
     def describe(self) -> str:
-        """A line for each kind, by module."""
-        words = {"taken": self.taken, "fitted to size": self.fitted, "new": self.new, "left behind": self.left}
+        """Return one line per kind of result, with the number of elements of each module."""
+        words = {"loaded": self.taken, "resized": self.fitted, "initialised": self.new, "not used": self.left}
         return "\n".join(f"{word:<15}{self._list(names)}" for word, names in words.items() if names)
 
     def _list(self, names: list[str]) -> str:
@@ -47,23 +47,24 @@ class Transfer:
             module = ".".join(name.split(".")[:2])
             modules[module] = modules.get(module, 0) + self.sizes[name]
         listed = ", ".join(f"{module} {count:,}" for module, count in modules.items())
-        return f"{sum(modules.values()):,} numbers: {listed}"
+        return f"{sum(modules.values()):,} elements: {listed}"
 
 
 @torch.no_grad()
 def transfer_weights(source: str | os.PathLike[str], model: Any) -> Transfer:
-    """Copy the weights of another run into a `RIN`, by name and shape; tokenizers are matched by their kind.
+    """Copy the weights of another run into a `RIN`, matched by name and shape, and tokenizers by their kind.
 
-    `source` is a folder that training wrote, or a hub id. The core must be as wide and its units alike: else a
-    `UsageError`, and nothing is copied. Blocks may be more or fewer. Learned positions of another grid are
-    interpolated; of the latents the first are taken where their number differs. Further input channels of convolutions
-    (a mask, an estimate) start at zero. Tokenizers, classes and embeddings that do not fit stay new.
+    `source` is a run folder or a hub id. The cores must have the same widths and layers, but the number of blocks may
+    differ. Learned positions of another grid are interpolated. If the number of latents differs, the first ones are
+    copied. Additional input channels of convolutions (an observed mask, an x0 estimate) are zero-initialised.
+    Tokenizers, class and other embeddings that do not fit keep their initialisation. Raises `UsageError` if the cores
+    do not fit or have no block in common; nothing is copied then.
     """
     folder = find_model(source)
     config = load_config(folder / CONFIG).model
     check_origin(folder, load_config(folder / CONFIG))
     if unlike := [name for name in UNSEEN if getattr(config, name) != getattr(model.config, name)]:
-        raise _misfit(folder, f"it has another {unlike[0]}", config, model.config)
+        raise _misfit(folder, f"{unlike[0]} differs", config, model.config)
     theirs = dict(_by_kind(read_tensors(folder / WEIGHTS), config))
     ours = dict(_by_kind(model.state_dict(keep_vars=True), model.config))
     grids = _position_grids(model)
@@ -83,10 +84,10 @@ def transfer_weights(source: str | os.PathLike[str], model: Any) -> Transfer:
             copies.append((mine, other) if rows is None else (mine[: len(rows)], rows))
             continue
         if other is not None and name.startswith("core.") and ".mixers." not in name:
-            raise _misfit(folder, f"{name} is {_by(other)} there, {_by(mine)} here", config, model.config)
+            raise _misfit(folder, f"{name} is {_by(other)}, but {_by(mine)} in this model", config, model.config)
         result.new.append(name)
     if not any(name.startswith("core.blocks.") for name in result.taken):
-        raise UsageError(f"{folder} has no block in common with this model, there is nothing to start from")
+        raise UsageError(f"{folder} has no block in common with this model, so there are no weights to start from")
     for mine, other in copies:
         mine.copy_(other)
     result.left = list(theirs)
@@ -94,7 +95,7 @@ def transfer_weights(source: str | os.PathLike[str], model: Any) -> Transfer:
 
 
 def _by_kind(weights: Mapping[str, Tensor], config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """Weights with the tokenizers' called by their kind, wherever a model keeps them."""
+    """Yield the weights with those of each tokenizer named by its kind, whether it is the primary one or not."""
     first = tokenizer_names(config)[0]
     for name, value in weights.items():
         if name.startswith("tokenizer."):
@@ -105,7 +106,7 @@ def _by_kind(weights: Mapping[str, Tensor], config: ModelConfig) -> Iterator[tup
 
 
 def _position_grids(model: Any) -> dict[str, tuple[int, ...]]:
-    """The grid of every learned position code of a model's tokenizers."""
+    """Return the grid of each learned position table in the tokenizers, by the name of its weight."""
     return {
         f"tokenizer {kind}.{name}.table": module.grid
         for kind, tokenizer in zip(tokenizer_names(model.config), model.tokenizers, strict=True)
@@ -115,7 +116,7 @@ def _position_grids(model: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _fit(name: str, other: Tensor, mine: Tensor, grid: tuple[int, ...] | None, config: ModelConfig) -> Tensor | None:
-    """A table of another size as the first rows of ours; None where it cannot be."""
+    """Return the rows of table `mine` that table `other`, of another size, can fill; None if it does not fit."""
     if other.ndim != 2 or other.shape[1:] != mine.shape[1:]:
         return None
     if name.startswith("core.latents."):
@@ -126,17 +127,18 @@ def _fit(name: str, other: Tensor, mine: Tensor, grid: tuple[int, ...] | None, c
     table = LearnedPosition(tokenizer.token_grid(tokenizer.grid), other.shape[1])
     table.table.copy_(other)
     table.interpolate = True
-    return table(grid)
+    rows: Tensor = table(grid)
+    return rows
 
 
 def _sees_more(name: str, theirs: ModelConfig, ours: ModelConfig) -> bool:
-    """Whether a weight is of a convolution that sees the input, and ours only has channels after theirs."""
+    """Whether a weight belongs to a convolution over the input, and ours only adds channels at the end."""
     alike = all(getattr(theirs, option) == getattr(ours, option) for option in ("channels", "conv_width"))
     (estimate, mask), (our_estimate, our_mask) = (
         ("x0" in model.self_conditioning, model.known_mask) for model in (theirs, ours)
     )
-    in_order = mask <= our_mask and (estimate == our_estimate or (our_estimate and not mask))
-    return name.endswith(("conv_in.0.weight", "conv_out.0.weight")) and alike and in_order
+    appended = mask <= our_mask and (estimate == our_estimate or (our_estimate and not mask))
+    return name.endswith(("conv_in.0.weight", "conv_out.0.weight")) and alike and appended
 
 
 def _misfit(folder: Path, reason: str, theirs: ModelConfig, ours: ModelConfig) -> UsageError:

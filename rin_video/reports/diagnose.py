@@ -37,6 +37,14 @@ log = logging.getLogger("rin_video")
 LEVELS = 10
 BATCH = 16
 SHEET_COLUMNS = 8
+COLUMNS = {
+    "t": "noise level: 0 is clean data, 1 is noise",
+    "log SNR": "logarithm of the signal-to-noise ratio at t",
+    "zero, copy": "losses of two trivial predictors, 0 and a copy of the input: a model must be below",
+    "1st pass": "loss of the model without self-conditioning",
+    "loss": "loss of the model with the result of a first pass, as in sampling",
+    "from memory": "share of the improvement over the trivial predictors that self-conditioning gives",
+}
 BY_FAR = 0.5  # of the loss of a predictor that always says 0
 
 
@@ -67,14 +75,15 @@ class Diagnosis:
         return [(first - loss) / (trivial - loss) if trivial > loss else 0.0 for trivial, first, loss in rows]
 
     def table(self) -> str:
-        """The losses, a line for each noise level."""
+        """The losses, a line for each noise level, and what the columns mean."""
         head = f"{'t':>5}{'log SNR':>9}{'zero':>9}{'copy':>9}{'1st pass':>10}{'loss':>9}{'from memory':>13}"
         lines = [head + (f"{'not averaged':>14}" if self.loss_raw else "")]
         for i, t in enumerate(self.t):
             line = f"{t:5.2f}{self.log_snr[i]:9.1f}{self.loss_zero[i]:9.4f}{self.loss_copy[i]:9.4f}"
             line += f"{self.loss_first_pass[i]:10.4f}{self.loss[i]:9.4f}{self.self_conditioning_share[i]:13.0%}"
             lines.append(line + (f"{self.loss_raw[i]:14.4f}" if self.loss_raw else ""))
-        return "\n".join(lines)
+        meanings = COLUMNS | ({"not averaged": "loss of the weights without EMA"} if self.loss_raw else {})
+        return "\n".join([*lines, *(f"  {name:<13}{meaning}" for name, meaning in meanings.items())])
 
     def findings(self) -> list[str]:
         """What looks wrong, in words, with a remedy; empty where nothing does."""

@@ -136,14 +136,14 @@ def advice(config: Config, device: torch.device, num_processes: int = 1) -> str:
     if half < batch:
         accumulate = config.train.gradient_accumulate_every * batch // half
         ways.append(
-            f"--batch-size {half} with train.gradient_accumulate_every={accumulate} (the same step) needs "
+            f"train.train_batch_size={half} with train.gradient_accumulate_every={accumulate} (the same step) needs "
             f"{gigabytes(half)}"
         )
     if not config.train.gradient_checkpointing:
         ways.append(f"train.gradient_checkpointing=true needs {gigabytes(batch, gradient_checkpointing=True)}")
     if config.train.mixed_precision in ("no", "tf32"):
         ways.append(f"train.mixed_precision=bf16 needs {gigabytes(batch, mixed_precision='bf16')}")
-    ways.append("--batch-size auto takes the largest that fits")
+    ways.append("`rin-video train --batch-size auto` takes the largest that fits")
     return (
         f"out of memory on {device}: a batch of {batch} needs about {gigabytes(batch)}, "
         f"{in_bytes(free_memory(device))} are free. {'; '.join(ways)}"

@@ -36,7 +36,7 @@ def make_lr_schedule(optimizer: torch.optim.Optimizer, config: Config) -> Cosine
     decay_steps = max(options.train_num_steps - options.warmup_steps, 1) / options.lr_cosine_portion
     return CosineLRScheduler(
         optimizer,
-        t_initial=max(round(decay_steps), 1),
+        t_initial=max(round(decay_steps), 2),  # over one step, that step would have no learning rate
         lr_min=options.train_lr if options.lr_schedule == "constant" else 0.0,
         warmup_t=options.warmup_steps,
         warmup_prefix=True,
