@@ -30,7 +30,7 @@ __all__ = [
     "write_video",
 ]
 
-# Imported when first asked for, so that `rin-video --help` costs no torch.
+# Imported on first use, so that `rin-video --help` does not import torch.
 _HOME = {
     "RIN": "model.rin",
     "Callback": "training.callbacks",

@@ -283,7 +283,7 @@ class DataConfig:
 
 @dataclass
 class TrainConfig:
-    """Optimisation, averaged weights, checkpoints and logging."""
+    """Optimisation, EMA of the weights, checkpoints and logging."""
 
     train_num_steps: int = 100_000  # number of optimizer steps
     train_batch_size: int = 16  # samples per forward pass, summed over all processes (the global batch)

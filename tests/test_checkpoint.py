@@ -59,7 +59,7 @@ def test_a_damaged_checkpoint_is_skipped_and_named(run, name, harm, caplog):
 def test_an_unfinished_checkpoint_is_skipped_and_named(run, caplog):
     os.rename(run / "checkpoints/step-00000003", run / "checkpoints/step-00000003.tmp")
     assert newest_state(run)[1]["step"] == 2
-    assert "step-00000003.tmp was not finished" in caplog.text
+    assert "step-00000003.tmp: the run was stopped while it was being written" in caplog.text
     save_state(run / "checkpoints/step-00000003", STATES[2])
     assert newest_state(run)[1]["step"] == 3
     assert not list(run.glob("checkpoints/*.tmp"))

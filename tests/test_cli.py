@@ -392,13 +392,13 @@ def test_the_same_command_resumes(train_clips, caplog):
     command, run = train_clips
     with caplog.at_level(logging.INFO, logger="rin_video"):
         assert cli.main([*command, "--steps", "5", *TINY]) == 0
-    assert "going on from step 3" in caplog.text
+    assert "resuming from step 3" in caplog.text
     assert [line["step"] for line in metrics(run)] == [1, 2, 3, 4, 5]
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"step-00000003", "step-00000005"}
     caplog.clear()
     with caplog.at_level(logging.INFO, logger="rin_video"):
         assert cli.main([*command, "--steps", "5", *TINY]) == 0
-    assert "trained to step 5 already" in caplog.text
+    assert "already trained to step 5" in caplog.text
     assert [line["step"] for line in metrics(run)] == [1, 2, 3, 4, 5]
 
 

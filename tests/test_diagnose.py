@@ -62,12 +62,12 @@ def test_dead_latents_are_counted(data):
 def test_an_untrained_network_is_reported(data):
     words = " ".join(diagnose(GaussianDiffusion(Gaussian(-1.0), objective="v"), data).findings())
     assert "untrained noise levels: at t = " in words
-    assert "averaged" not in words
+    assert "EMA" not in words
 
 
-def test_averaged_weights_that_lag_are_reported(data):
+def test_ema_weights_that_lag_behind_are_reported(data):
     found = diagnose(GaussianDiffusion(Gaussian(0.0), objective="v"), data, raw_model=Gaussian())
-    assert any(words.startswith("the averaged weights lag: their loss is ") for words in found.findings())
+    assert any(words.startswith("the EMA weights lag behind: their loss is ") for words in found.findings())
 
 
 def test_text_of_the_findings():
@@ -91,7 +91,7 @@ def test_text_of_the_findings():
         "self-conditioning hurts at t = 0.25": {"loss_first_pass": [0.05, 0.2]},
         "clipping is active in 2 of 3 steps": {"clipped": [0.1, 0.2, 0.3]},
         "dead latents: 1 of 1": {"latent_std": [0.0]},
-        "the averaged weights lag: their loss is 1.50 times": {"loss_raw": [0.05, 0.15]},
+        "the EMA weights lag behind: their loss is 1.50 times": {"loss_raw": [0.05, 0.15]},
     }
     for start, change in changes.items():
         (words,) = dataclasses.replace(fine, **change).findings()

@@ -161,9 +161,9 @@ def test_no_page_speaks_of_a_registry_or_of_a_machine():
 
 def test_troubleshooting_quotes_diagnose():
     source = (CHECKOUT / "rin_video/reports/diagnose.py").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| `([a-z- ]+)", PAGES["troubleshooting.md"].read_text(encoding="utf-8"), re.MULTILINE)
+    rows = re.findall(r"^\| `([A-Za-z- ]+)", PAGES["troubleshooting.md"].read_text(encoding="utf-8"), re.MULTILINE)
     assert len(set(rows)) == 5
-    assert all(column in source for column in ("1st pass", "from memory", "not averaged"))
+    assert all(column in source for column in ("1st pass", "self-cond.", "without EMA"))
     for words in rows:
         assert words.split(" at t")[0].split(" in ")[0].strip() in source, words
 

@@ -12,7 +12,7 @@ from rin_video import GaussianDiffusion, UsageError, cli
 from rin_video.config import TrainConfig
 from rin_video.config_files import load_config, presets
 from rin_video.training.callbacks import Callback
-from rin_video.training.ema import averaged_weights, make_ema
+from rin_video.training.ema import make_ema, post_hoc_emas
 
 LENGTHS = [0.05, 0.075, 0.1, 0.15]
 
@@ -47,7 +47,7 @@ def distance(weights, others) -> float:
 def test_an_average_put_together_is_the_one_that_was_tracked(run, sigma_rel):
     """The error is relative to the distance between the average and the last weights."""
     folder, power_emas, last = run
-    ((weights, error),) = averaged_weights(folder, [sigma_rel])
+    ((weights, error),) = post_hoc_emas(folder, [sigma_rel])
     direct = dict(power_emas[sigma_rel].ema_model.named_parameters())
     assert distance(weights, direct) < 0.02 * distance(last, direct)
     assert error < 1e-3
@@ -67,12 +67,12 @@ def test_the_command_writes_folders_that_are_sampled_from(run, tmp_path, caplog)
 def test_mistakes_are_named(run, tmp_path):
     folder, _, _ = run
     with pytest.raises(UsageError, match=r"--sigma-rel is 0\.4: it must be in \[0\.01, 0\.28\]"):
-        averaged_weights(folder, [0.4])
+        post_hoc_emas(folder, [0.4])
     with pytest.raises(UsageError, match="has no checkpoint"):
-        averaged_weights(tmp_path, [0.1])
+        post_hoc_emas(tmp_path, [0.1])
     make_trainer(tmp_path, train_num_steps=1, ema_sigma_rel=[]).train()
-    with pytest.raises(UsageError, match="nothing was tracked"):
-        averaged_weights(tmp_path, [0.1])
+    with pytest.raises(UsageError, match="there are no EMAs to combine"):
+        post_hoc_emas(tmp_path, [0.1])
     with pytest.raises(UsageError, match="set at least two different lengths"):
         make_trainer(tmp_path, ema_sigma_rel=[0.1])
 

@@ -157,7 +157,7 @@ def test_train_and_sample_with_vectors(pictures, tmp_path, capsys):
 def test_a_model_that_waits_for_vectors_must_get_them(pictures, tmp_path, capsys):
     data = ["train", "--data", str(pictures), "--size", "16", "--out", str(tmp_path / "run"), *TRAIN]
     assert cli.main([*data, "model.embedding_dim=6"]) == 2
-    assert "nothing comes with the samples" in capsys.readouterr().err
+    assert "the samples have no embeddings" in capsys.readouterr().err
     assert cli.main([*data, "model.embedding_dim=5", "--embeddings"]) == 2
     assert "model.embedding_tokens=2 model.embedding_dim=6" in capsys.readouterr().err
 

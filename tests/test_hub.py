@@ -95,7 +95,7 @@ def test_the_card_describes_how_the_model_was_made(run):
     text = model_card(run, "alice/balls")
     assert front_matter(text.encode())["library_name"] == "rin-video"
     assert "license" not in front_matter(text.encode())
-    for words in ("draws clips of 4x8x8", "| data | clips |", "| classes | left, right |", "| steps | 4 |",
+    for words in ("generates clips of 4x8x8", "| data | clips |", "| classes | left, right |", "| steps | 4 |",
                   "| batch | 8 |", "(samples.png)", "rin-video sample alice/balls", "train_lr: 0.001", "torch 2.",
                   "Not chosen yet"):  # fmt: skip
         assert words in text, words
@@ -185,10 +185,10 @@ def test_errors_of_downloads(hub, capfd, repo, message):
 
 def test_errors_of_pushes(run, hub, tmp_path, monkeypatch):
     for folder, repo, message in [
-        (run, "balls", "balls is no name on the hub: give user/name"),
-        (run, "alice/balls@v1", "is no name on the hub"),
+        (run, "balls", "balls is not a valid name on the hub: use user/name"),
+        (run, "alice/balls@v1", "is not a valid name on the hub"),
         (run, "bob/balls", "could not be pushed to the hub: your token has no permission"),
-        (tmp_path / "none", "alice/balls", "no folder is called"),
+        (tmp_path / "none", "alice/balls", "does not exist"),
         (tmp_path, "alice/balls", r"has no config\.yaml"),
     ]:
         with pytest.raises(UsageError, match=message):

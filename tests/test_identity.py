@@ -86,12 +86,12 @@ def test_a_run_does_not_resume_with_other_data(tmp_path, caplog):
     one, other = pictures(tmp_path / "one", "a", "b"), pictures(tmp_path / "other", "a", "b", seed=7)
     run_of(one, tmp_path / "run").save()
     index = (tmp_path / "run" / INDEX).read_text()
-    said = r"was trained on .*one, now the data is .*other: give another folder \(--out\), with --init-from .*run to"
+    said = r"was trained on .*one, now the data is .*other: use another folder \(--out\), with --init-from .*run to"
     with pytest.raises(UsageError, match=said):
         run_of(other, tmp_path / "run")
     assert (tmp_path / "run" / INDEX).read_text() == index
     renamed = pictures(tmp_path / "renamed", "a", "c")
-    with pytest.raises(UsageError, match=r"was trained with the classes a, b, now they are a, c: give another folder"):
+    with pytest.raises(UsageError, match=r"was trained with the classes a, b, now they are a, c: use another folder"):
         run_of(renamed, tmp_path / "run")
     with pytest.raises(UsageError, match="was trained with the classes a, b"):
         run_of(pictures(tmp_path / "fewer", "a", "b", "c"), tmp_path / "run", classes=3)
@@ -107,7 +107,7 @@ def test_a_run_resumes_with_data_that_moved_or_grew(tmp_path, caplog):
     (tmp_path / "moved").rename(tmp_path / "one")
     Image.new("RGB", (8, 8)).save(tmp_path / "one/a/more.png")
     run_of(tmp_path / "one", tmp_path / "run")
-    assert "have changed since the last checkpoint: the run goes on with them" in caplog.text
+    assert "have changed since the last checkpoint: training continues with them" in caplog.text
 
 
 def test_a_checkpoint_of_an_earlier_version_is_accepted(tmp_path, monkeypatch):

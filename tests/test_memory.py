@@ -36,7 +36,7 @@ def test_checkpointed_blocks_need_less_memory():
 
 
 def test_a_model_without_blocks_cannot_be_checkpointed():
-    with pytest.raises(UsageError, match="this model is no RIN"):
+    with pytest.raises(UsageError, match="requires a RIN, which this model is not"):
         checkpoint_blocks(torch.nn.Linear(1, 1), True)
     checkpoint_blocks(torch.nn.Linear(1, 1), False)
 
@@ -68,7 +68,7 @@ def test_the_largest_batch_fits_and_the_next_does_not(monkeypatch):
     assert largest_batch(config, torch.device("cpu"), limit=10) == 10
     assert largest_batch(config, torch.device("cpu"), num_processes=4, limit=10) == 8
     monkeypatch.setattr("rin_video.training.memory.free_memory", lambda device: 1e6)
-    with pytest.raises(UsageError, match=r"needs [\d.]+ MB with a batch of 1, 900 kB can be used"):
+    with pytest.raises(UsageError, match=r"needs [\d.]+ MB with a batch of 1, but 900 kB are available"):
         largest_batch(config, torch.device("cpu"))
 
 
@@ -99,7 +99,7 @@ def test_a_failing_compiler_is_left_out(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile_(self, backend=broken))
     run = make_trainer(tmp_path / "compiled", compile=True, train_num_steps=3)
     run.train()
-    assert "torch.compile failed, training goes on without it" in caplog.text
+    assert "torch.compile failed, training continues without it" in caplog.text
     plain = make_trainer(tmp_path / "plain", train_num_steps=3)
     plain.train()
     assert_close(run.diffusion.model.state_dict(), plain.diffusion.model.state_dict(), rtol=0, atol=0)
@@ -118,7 +118,7 @@ def test_a_compiler_that_fails_at_a_later_shape_is_left_out(tmp_path, monkeypatc
     options = {"mixture": True, "train_num_steps": 4, "gradient_accumulate_every": accumulate}
     run = make_trainer(tmp_path / "compiled", compile=True, **options)
     run.train()
-    assert "torch.compile failed, training goes on without it" in caplog.text
+    assert "torch.compile failed, training continues without it" in caplog.text
     plain = make_trainer(tmp_path / "plain", **options)
     plain.train()
     assert_close(run.diffusion.model.state_dict(), plain.diffusion.model.state_dict(), rtol=0, atol=1e-6)

@@ -233,7 +233,7 @@ def test_a_resumed_run_keeps_its_weights(tmp_path, caplog):
     assert "weights from" in caplog.text
     caplog.clear()
     train(tmp_path / "run", 6, init_from=str(tmp_path / "images"))
-    assert "goes on with its own weights" in caplog.text
+    assert "resumes with its own weights" in caplog.text
     assert load_model(tmp_path / "run")[1].train.init_from == str(tmp_path / "images")
 
 

@@ -156,15 +156,15 @@ def test_a_program_of_the_port_runs(tmp_path, folder):
     assert_close(other.diffusion.model.state_dict(), start, rtol=0, atol=0)
     other.train()
     assert_close(other.diffusion.model.state_dict(), trained, rtol=0, atol=0)
-    with pytest.raises(UsageError, match=r"no milestone 7: 0 \(checkpoints of other packages"):
+    with pytest.raises(UsageError, match=r"no milestone 7: it has 0 \(checkpoints of other packages"):
         other.load(7)
 
 
 def test_missing_and_contradictory_options(tmp_path, folder):
     diffusion = GaussianDiffusion(RIN(**TINY))
     for wrong, said in [
-        (lambda: Trainer(diffusion), "given no data: a folder, or a Dataset"),
-        (lambda: Trainer(folder=folder), "given no a GaussianDiffusion"),
+        (lambda: Trainer(diffusion), "requires data: pass a folder or a Dataset"),
+        (lambda: Trainer(folder=folder), "requires a GaussianDiffusion"),
         (lambda: Trainer(diffusion, folder, mixed_precision="bf16", amp=False), "leave out amp"),
         (lambda: Trainer(diffusion, [1], augment_horizontal_flip=True), "requires a folder"),
         (lambda: Trainer(diffusion, folder, train_lrate=1), "unknown key train_lrate: did you mean train_lr"),

@@ -35,7 +35,7 @@ def test_curves_that_cannot_be_drawn_do_not_end_a_training(tmp_path, monkeypatch
     monkeypatch.setattr(trainer, "plot_metrics", broken)
     run = make_trainer(tmp_path, train_num_steps=1)
     run.train()
-    assert "metrics.png could not be made, and the run goes on: no backend" in caplog.text
+    assert "metrics.png could not be written, training continues: no backend" in caplog.text
     assert (tmp_path / "samples/step-00000001.png").is_file()
     assert (tmp_path / "model.safetensors").is_file()
 
@@ -48,7 +48,7 @@ def test_clips_that_cannot_be_encoded_leave_their_sheet(tmp_path, monkeypatch, c
         "step-00000001-images.png",
         "step-00000001.png",
     ]
-    assert "step-00000001.mp4 could not be made" in caplog.text
+    assert "step-00000001.mp4 could not be written" in caplog.text
     assert is_previewed(tmp_path, 1)
 
 
@@ -59,7 +59,7 @@ def test_a_full_disk_for_previews_does_not_end_a_training(tmp_path, monkeypatch,
 
     monkeypatch.setattr(exporting, "_write_picture", full)
     make_trainer(tmp_path, train_num_steps=1).train()
-    assert "step-00000001.png could not be made, and the run goes on" in caplog.text
+    assert "step-00000001.png could not be written, training continues" in caplog.text
     assert (tmp_path / "checkpoints/step-00000001").is_dir()
 
 

@@ -199,7 +199,7 @@ def test_a_process_that_finds_no_others_is_refused(tmp_path, monkeypatch):
     """Otherwise each would train on its own, all into the same folder."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr("rin_video.training.distributed.Accelerator", Alone)
-    with pytest.raises(UsageError, match="WORLD_SIZE is 2, but this process found 1 of them"):
+    with pytest.raises(UsageError, match="WORLD_SIZE is 2, but this process found 1:"):
         make_trainer(tmp_path)
 
 
@@ -271,7 +271,7 @@ def test_noise_of_a_batch_is_standard_normal():
 
 def test_a_batch_size_that_cannot_be_divided_is_reported():
     assert per_process_batch(12, 4) == 3
-    with pytest.raises(UsageError, match="train_batch_size is 10, to be shared out among 4 processes: use 8, or 12"):
+    with pytest.raises(UsageError, match="train_batch_size is 10, which 4 processes cannot divide evenly: use 8 or 12"):
         per_process_batch(10, 4)
 
 

@@ -64,8 +64,8 @@ def test_the_page_holds_everything_and_needs_nothing(run, tmp_path):
     ("starts", "words"),
     [
         ([], "started today."),
-        (["1 May"], "started today, resumed once (begun 1 May)."),
-        (["1 May", "2 May"], "started today, resumed 2 times (begun 1 May)."),
+        (["1 May"], "started today, resumed once (first start 1 May)."),
+        (["1 May", "2 May"], "started today, resumed 2 times (first start 1 May)."),
     ],
 )
 def test_the_summary_reports_how_often_a_run_was_resumed(tmp_path, starts, words):

@@ -187,7 +187,7 @@ class BrokenFiles(Broken):
 @pytest.mark.parametrize(("data", "name"), [(Broken(), "sample 5"), (BrokenFiles(), "clips/5.mp4")])
 def test_a_loss_that_is_no_number_stops_the_run_and_names_the_file(tmp_path, data, name):
     run = make_trainer(tmp_path, data=data, save_and_sample_every=1, log_every=10, train_batch_size=4)
-    with pytest.raises(UsageError, match=rf"the loss of step \d is not a number. It came with {name}\.") as error:
+    with pytest.raises(UsageError, match=rf"the loss of step \d is not finite. The samples were {name}\.") as error:
         run.train()
     step = run.step
     assert f"The last good checkpoint is {run.checkpoints[-1] if step > 1 else 'none'}" in str(error.value)

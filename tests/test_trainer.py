@@ -227,7 +227,7 @@ def test_image_folder_by_the_port_s_usage(tmp_path):
 
 def test_mistakes_are_named(tmp_path):
     diffusion = GaussianDiffusion(RIN(**TINY, num_classes=3))
-    with pytest.raises(UsageError, match=r"the model has 3 classes, the data 2"):
+    with pytest.raises(UsageError, match=r"the model has 3 classes, but the data has 2"):
         Trainer(diffusion, Noise(classes=2), results_folder=tmp_path)
     with pytest.raises(UsageError, match=r"unknown key train_learning_rate: did you mean train_lr"):
         Trainer(diffusion, Noise(classes=3), train_learning_rate=1)
@@ -256,9 +256,9 @@ def test_the_precision_that_accelerate_launch_asks_for(tmp_path, monkeypatch, ca
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     run = trainer(tmp_path, 1)
     assert run.accelerator.mixed_precision == run.config.train.mixed_precision == run.diffusion.precision == "bf16"
-    assert "mixed precision bf16, as accelerate launch asks for" in caplog.text
+    assert "train.mixed_precision is set to bf16, as accelerate launch requests" in caplog.text
     assert trainer(tmp_path, 1, mixed_precision="tf32").accelerator.mixed_precision == "no"
-    assert "train.mixed_precision=tf32 is used, not bf16 as accelerate launch asks for" in caplog.text
+    assert "train.mixed_precision=tf32 is used, although accelerate launch requests bf16" in caplog.text
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
     with pytest.raises(UsageError, match="--mixed_precision fp8: use bf16 or fp16, or no"):
         trainer(tmp_path, 1)
@@ -266,9 +266,9 @@ def test_the_precision_that_accelerate_launch_asks_for(tmp_path, monkeypatch, ca
 
 def test_a_dataset_smaller_than_a_batch_is_reported(tmp_path, caplog):
     trainer(tmp_path, 1, train_batch_size=13)
-    assert "a batch is" not in caplog.text
+    assert "a batch has" not in caplog.text
     trainer(tmp_path, 1, train_batch_size=14)
-    assert "the data are 13 samples, a batch is 14" in caplog.text
+    assert "the dataset has 13 samples, but a batch has 14" in caplog.text
 
 
 def test_metrics_of_an_unfinished_stretch_are_dropped(tmp_path):
@@ -290,7 +290,7 @@ def test_state_survives_the_disk(tmp_path):
     assert load_state(tmp_path / "state") == {"b": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["state"]
     (tmp_path / "state/state.safetensors").write_bytes(b"12")
-    with pytest.raises(UsageError, match=r"state is damaged \(state\.safetensors is not what was written\)"):
+    with pytest.raises(UsageError, match=r"state is damaged \(state\.safetensors does not match its checksum\)"):
         load_state(tmp_path / "state")
 
 

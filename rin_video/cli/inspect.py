@@ -138,11 +138,11 @@ def report(options: Namespace) -> None:
 
 def ema(options: Namespace) -> None:
     """Write averages of other lengths."""
-    from rin_video.training.ema import write_averages
+    from rin_video.training.ema import write_post_hoc_emas
     from rin_video.weights import find_model
 
     run = find_model(options.model)
-    for folder, error in write_averages(run, options.sigma_rel, Path(options.out) if options.out else None):
+    for folder, error in write_post_hoc_emas(run, options.sigma_rel, Path(options.out) if options.out else None):
         met = f" within {error:.1g}" if error >= 1e-4 else ""
         log.info("%s (its profile is met%s): rin-video sample %s", folder, met, folder)
         if error > 0.01:

@@ -1,1 +1,1 @@
-"""What is said about a run: the diagnosis, the HTML page, the model card."""
+"""Reports on a run: the diagnosis, the HTML page and the model card."""

@@ -1,4 +1,4 @@
-"""Sharing on the Hugging Face hub: the two files of a model, and a card that says how it was made. No pickle."""
+"""Upload of models to the Hugging Face hub, with a model card that describes the training; no file is a pickle."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ PICTURE, CLIP = "samples.png", "samples.mp4"
 class Saveable(Protocol):
     """A model that can be written to a folder: a `RIN`, or a `GaussianDiffusion` around one."""
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None: ...
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write the model to a folder."""
 
 
 def push_to_hub(
@@ -37,13 +38,13 @@ def push_to_hub(
     license: str | None = None,
     new_card: bool = False,
 ) -> str:
-    """Put a model on the hub as `repo` (user/name); returns its address.
+    """Upload a model to the hub as `repo` (user/name); return its URL.
 
-    `model` is the folder of a run, a `RIN`, or a `GaussianDiffusion`, which keeps the options of the diffusion too.
-    Uploaded in one commit: weights, configuration without paths of this machine, the last samples, and a card made from
-    the run. A card that is there already is its readers' and stays, unless `new_card`. `license` (mit, cc-by-4.0, ...)
-    goes into the card. The token is that of `hf auth login`, or `HF_TOKEN`. Raises `UsageError` where the folder holds
-    no complete model, or the hub refuses.
+    `model` is the folder of a run, a `RIN`, or a `GaussianDiffusion`, which includes the options of the diffusion. One
+    commit contains the weights, the configuration without local paths, the last samples, and a model card of the run.
+    An existing card is replaced only with `new_card`. `license` (mit, cc-by-4.0, ...) is written to the card. The token
+    is that of `hf auth login` or `HF_TOKEN`. Raises `UsageError` if the folder has no complete model, or if the hub
+    refuses the upload.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
@@ -54,11 +55,11 @@ def push_to_hub(
     folder = Path(model)
     match = HUB_ID.match(repo.removeprefix(HUB))
     if match is None or match["revision"]:
-        raise UsageError(f"{repo} is no name on the hub: give user/name")
+        raise UsageError(f"{repo} is not a valid name on the hub: use user/name")
     repo = match["repo"]
     if not folder.is_dir():
-        raise UsageError(f"no folder is called {folder}: give the folder of a run")
-    _, config = load_model(folder)  # whole, and readable
+        raise UsageError(f"the folder {folder} does not exist: pass the folder of a run")
+    _, config = load_model(folder)  # raises an error if the model is incomplete or damaged
     files: dict[str, Any] = {WEIGHTS: folder / WEIGHTS, CONFIG: to_yaml(without_paths(config)).encode()}
     files |= last_samples(folder)
     api = HfApi(library_name="rin-video")
@@ -72,7 +73,7 @@ def push_to_hub(
 
 
 def model_card(folder: Path, repo: str, license: str | None = None) -> str:
-    """A model card in Markdown with its metadata, from what a run left in its folder; without a run, from its model."""
+    """Return a model card in Markdown with metadata, from the files of a run, or from the model alone."""
     from huggingface_hub import ModelCardData
 
     config = load_config(folder / CONFIG)
@@ -98,10 +99,10 @@ def model_card(folder: Path, repo: str, license: str | None = None) -> str:
     paragraphs = [
         f"---\n{metadata}\n---",
         f"# {plain_text(repo.split('/')[1])}",
-        f"A Recurrent Interface Network ([RIN](https://arxiv.org/abs/2212.11972)) that draws {kind} of "
+        f"A Recurrent Interface Network ([RIN](https://arxiv.org/abs/2212.11972)) that generates {kind} of "
         f"{'x'.join(map(str, info.shape[1:]))}, with {info.params / 1e6:.1f} million parameters.",
         f"![Samples]({PICTURE})" if PICTURE in samples else "",
-        f"The same as a clip: [{CLIP}]({CLIP})." if CLIP in samples else "",
+        f"The samples as a video: [{CLIP}]({CLIP})." if CLIP in samples else "",
         "## Use",
         code_block(f"pip install rin-video\nrin-video sample {repo} --num 4 --out samples.{suffix}"),
         code_block(
@@ -109,7 +110,7 @@ def model_card(folder: Path, repo: str, license: str | None = None) -> str:
             f'diffusion = GaussianDiffusion.from_pretrained("{repo}")\nsamples = diffusion.sample(batch_size=4)',
             "python",
         ),
-        "The files are safetensors and YAML: nothing in them is executed.",
+        "The files are safetensors and YAML. They contain no code.",
         "## Training\n\n| | |\n|---|---|\n"
         + "\n".join(f"| {name} | {plain_text(value)} |" for name, value in facts.items() if value)
         if any(facts.values())
@@ -118,26 +119,26 @@ def model_card(folder: Path, repo: str, license: str | None = None) -> str:
         code_block(describe(config.model)),
         "## Configuration",
         code_block(to_yaml(without_paths(config)).strip(), "yaml"),
-        "" if license else "## License\n\nNot chosen yet: `license:` at the top of this card says it.",
+        "" if license else "## License\n\nNot chosen yet. Add `license:` to the metadata at the top of this card.",
     ]
     return "\n\n".join(paragraph for paragraph in paragraphs if paragraph) + "\n"
 
 
 def plain_text(text: object) -> str:
-    """Text as Markdown that shows it as it is, in one line: no markup, link, HTML, formula or cell comes of it."""
-    entities = {"\\": "&#92;", "|": "&#124;"}  # which every dialect takes in tables, and none for a formula
+    """Escape text for one line of Markdown, so that it contains no markup, link, HTML, formula or table cell."""
+    entities = {"\\": "&#92;", "|": "&#124;"}  # valid in the tables of every dialect, and never a formula
     escaped = "".join(entities.get(char, char) for char in html.escape(one_line(text), quote=False))
     return re.sub(r"[`*_~\[\]$:@]|(?<=www)\.|(?<!&)#", r"\\\g<0>", escaped, flags=re.IGNORECASE)
 
 
 def code_block(text: str, language: str = "") -> str:
-    """Text in a fence that is longer than any in it."""
+    """Return a fenced code block; the fence is longer than any fence within the text."""
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence}{language}\n{text}\n{fence}"
 
 
 def without_paths(config: Config) -> Config:
-    """The configuration without what is the business of this machine only: paths, and commands that read data."""
+    """Return the configuration without what is specific to this machine: local paths, and commands that read data."""
 
     def shared(path: str | None) -> str | None:
         return path if path and path.startswith(HUB) else None
@@ -158,7 +159,7 @@ def without_paths(config: Config) -> Config:
 
 
 def data_name(config: Config) -> str | None:
-    """What the data is called, without where it lies."""
+    """Return the name of the data without its location, or None if it has no name."""
     path = config.data.path
     if not path or path.startswith(PIPE):
         return None
@@ -166,7 +167,7 @@ def data_name(config: Config) -> str | None:
 
 
 def last_samples(folder: Path) -> dict[str, Path]:
-    """The last samples of a run, by the name that they have on the hub."""
+    """Return the last samples of a run, by their names on the hub."""
     found = {}
     for name in (PICTURE, CLIP):
         if paths := sorted((folder / "samples").glob(f"step-*{Path(name).suffix}")):

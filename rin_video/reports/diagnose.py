@@ -1,4 +1,4 @@
-"""Why samples look as they do: loss by noise level against trivial predictors, estimates on the way, latents."""
+"""Diagnosis of a run: loss by noise level against trivial predictors, intermediate estimates of x0, and latents."""
 
 from __future__ import annotations
 
@@ -40,85 +40,89 @@ SHEET_COLUMNS = 8
 COLUMNS = {
     "t": "noise level: 0 is clean data, 1 is noise",
     "log SNR": "logarithm of the signal-to-noise ratio at t",
-    "zero, copy": "losses of two trivial predictors, 0 and a copy of the input: a model must be below",
+    "zero, copy": "losses of two trivial predictors, 0 and a copy of the input; those of a model must be lower",
     "1st pass": "loss of the model without self-conditioning",
-    "loss": "loss of the model with the result of a first pass, as in sampling",
-    "from memory": "share of the improvement over the trivial predictors that self-conditioning gives",
+    "loss": "loss of the model with self-conditioning on a first pass, as in sampling",
+    "self-cond.": "share of the improvement over the trivial predictors that comes from self-conditioning",
 }
-BY_FAR = 0.5  # of the loss of a predictor that always says 0
+BY_FAR = 0.5  # fraction of the loss of the predictor 0 below which a noise level counts as trained
 
 
 @dataclass
 class Diagnosis:
-    """What was measured. Losses are unweighted means over the data, one for each of the times `t`."""
+    """The measurements of a diagnosis; losses are unweighted means over the data, one for each time in `t`."""
 
     t: list[float]
     log_snr: list[float]
-    loss: list[float]  # of the averaged weights, with the memory of a first pass
-    loss_first_pass: list[float]  # the same without memory
-    loss_raw: list[float] | None  # of the weights that were not averaged
-    loss_zero: list[float]  # of a predictor that always says 0
-    loss_copy: list[float]  # of a predictor that repeats its input
-    clipped: list[float] = field(default_factory=list)  # share of the values of x0 at its bounds, at each sampling step
-    clipped_data: float = 0.0  # the same share in the data
-    latent_std: list[float] = field(default_factory=list)  # how far each latent depends on the input, 0: not at all
+    loss: list[float]  # of the EMA weights, with the self-conditioning state of a first pass
+    loss_first_pass: list[float]  # the same without self-conditioning
+    loss_raw: list[float] | None  # of the weights without EMA
+    loss_zero: list[float]  # of the predictor 0
+    loss_copy: list[float]  # of a predictor that copies its input
+    clipped: list[float] = field(
+        default_factory=list
+    )  # fraction of the values of x0 at the bounds, at each sampling step
+    clipped_data: float = 0.0  # the same fraction in the data
+    latent_std: list[float] = field(default_factory=list)  # variation of each latent between inputs; 0: none
 
     @property
     def trivial(self) -> list[float]:
-        """The better one of the two trivial predictors."""
+        """The lower loss of the two trivial predictors."""
         return [min(pair) for pair in zip(self.loss_zero, self.loss_copy, strict=True)]
 
     @property
     def self_conditioning_share(self) -> list[float]:
-        """How much of the improvement over the trivial predictors comes from the first pass's memory."""
+        """The fraction of the improvement over the trivial predictors that comes from self-conditioning."""
         rows = zip(self.trivial, self.loss_first_pass, self.loss, strict=True)
         return [(first - loss) / (trivial - loss) if trivial > loss else 0.0 for trivial, first, loss in rows]
 
     def table(self) -> str:
-        """The losses, a line for each noise level, and what the columns mean."""
-        head = f"{'t':>5}{'log SNR':>9}{'zero':>9}{'copy':>9}{'1st pass':>10}{'loss':>9}{'from memory':>13}"
-        lines = [head + (f"{'not averaged':>14}" if self.loss_raw else "")]
+        """Format the losses with a line for each noise level, and the meaning of the columns."""
+        head = f"{'t':>5}{'log SNR':>9}{'zero':>9}{'copy':>9}{'1st pass':>10}{'loss':>9}{'self-cond.':>13}"
+        lines = [head + (f"{'without EMA':>14}" if self.loss_raw else "")]
         for i, t in enumerate(self.t):
             line = f"{t:5.2f}{self.log_snr[i]:9.1f}{self.loss_zero[i]:9.4f}{self.loss_copy[i]:9.4f}"
             line += f"{self.loss_first_pass[i]:10.4f}{self.loss[i]:9.4f}{self.self_conditioning_share[i]:13.0%}"
             lines.append(line + (f"{self.loss_raw[i]:14.4f}" if self.loss_raw else ""))
-        meanings = COLUMNS | ({"not averaged": "loss of the weights without EMA"} if self.loss_raw else {})
+        meanings = COLUMNS | ({"without EMA": "loss of the weights without EMA"} if self.loss_raw else {})
         return "\n".join([*lines, *(f"  {name:<13}{meaning}" for name, meaning in meanings.items())])
 
     def findings(self) -> list[str]:
-        """What looks wrong, in words, with a remedy; empty where nothing does."""
+        """Describe each problem and its remedy; the list is empty if there are no problems."""
         found = []
-        # A copy of the input may be nearly exact (eps at t = 1, x0 at t = 0): what beats "zero" by far has learnt.
+        # A copy of the input may be nearly exact (eps at t = 1, x0 at t = 0), so a loss far below "zero" is sufficient.
         rows = zip(self.t, self.loss, self.trivial, self.loss_zero, strict=True)
         untrained = [t for t, loss, trivial, zero in rows if not loss <= max(1.05 * trivial, BY_FAR * zero)]
         if untrained:
             found.append(
-                f"untrained noise levels: at t = {_numbers(untrained)} the loss is no better than predicting nothing. "
-                "Train longer; if it stays, look at loss_weight, time_sampling, the learning rate and NaN in the data"
+                f"untrained noise levels: at t = {_numbers(untrained)} the loss is no lower than that of a trivial "
+                "predictor. Train longer. If this does not help, check loss_weight, time_sampling, the learning rate, "
+                "and the data for NaN"
             )
         if self.loss_raw and sum(self.loss_raw) < 0.95 * sum(self.loss):
             found.append(
-                f"the averaged weights lag: their loss is {sum(self.loss) / sum(self.loss_raw):.2f} times that of the "
-                "weights as they are. Train longer, or lower train.ema_decay"
+                f"the EMA weights lag behind: their loss is {sum(self.loss) / sum(self.loss_raw):.2f} times that of "
+                "the weights without EMA. Train longer, or lower train.ema_decay"
             )
         worse = [t for t, share in zip(self.t, self.self_conditioning_share, strict=True) if share < -0.05]
         if worse:
             found.append(
-                f"self-conditioning hurts at t = {_numbers(worse)}: the second pass is worse than the first. "
-                "Train longer, or check train_prob_self_cond (0 never shows the model a memory)"
+                f"self-conditioning hurts at t = {_numbers(worse)}: the loss of the second pass is higher than "
+                "that of the first. Train longer, or check train_prob_self_cond (with 0, training does not use "
+                "self-conditioning)"
             )
         active = sum(share > self.clipped_data + 0.05 for share in self.clipped)
         if active > len(self.clipped) / 2:
             found.append(
-                f"clipping is active in {active} of {counted(len(self.clipped), 'step')}: more of the estimate lies at "
-                f"the bounds than of the data ({self.clipped_data:.0%}). Train longer, lower guidance, or try "
+                f"clipping is active in {active} of {counted(len(self.clipped), 'step')}: the estimates have more "
+                f"values at the bounds than the data ({self.clipped_data:.0%}). Train longer, lower guidance, or try "
                 "clip_x0=dynamic"
             )
         dead = sum(spread < 0.01 for spread in self.latent_std)
         if dead:
             found.append(
-                f"dead latents: {dead} of {len(self.latent_std)} hold the same whatever the input. Train longer; if "
-                "they stay so, fewer latents (num_latents) do the same work"
+                f"dead latents: {dead} of {len(self.latent_std)} have the same values for every input. Train longer. "
+                "If they stay dead, use fewer latents (num_latents)"
             )
         return found
 
@@ -127,9 +131,9 @@ class Diagnosis:
 def diagnose(
     diffusion: GaussianDiffusion, data: Dataset[Any], *, raw_model: nn.Module | None = None, num: int = 64
 ) -> Diagnosis:
-    """Measure the model on `num` samples of `data`, which gives what `Trainer` accepts.
+    """Measure the model on `num` samples of `data`, a dataset as `Trainer` accepts it.
 
-    `raw_model` holds the weights that were not averaged. Draws the same noise every time.
+    `raw_model` has the weights without EMA. The noise is the same every time.
     """
     data = adapt_for(diffusion, data)
     length = len(data)  # type: ignore[arg-type]
@@ -150,13 +154,13 @@ def diagnose(
                 level = diffusion.level(torch.full((len(x),), t, device=x.device), x0)
                 x_t = level.alpha * x0 + level.sigma * eps
                 wanted = target(diffusion.config.objective, x0, eps, level)
-                first, second, memory = _two_passes(diffusion, x_t, level, conditions)
+                first, second, hidden = _two_passes(diffusion, x_t, level, conditions)
                 guesses = [second, first, torch.zeros_like(wanted), x_t]
                 guesses.append(_two_passes(raw, x_t, level, conditions)[1] if raw else second)
                 sums += torch.stack([conditions.masked_mean((guess - wanted) ** 2).sum().cpu() for guess in guesses])
-                memory = memory[0] if isinstance(memory, tuple) else memory  # latents, or latents and interface
-                if index == LEVELS // 2 and isinstance(memory, Tensor) and memory.ndim == 3:
-                    latents.append(memory.float().cpu())
+                hidden = hidden[0] if isinstance(hidden, tuple) else hidden  # latents, or (latents, interface)
+                if index == LEVELS // 2 and isinstance(hidden, Tensor) and hidden.ndim == 3:
+                    latents.append(hidden.float().cpu())
             means = (sums / len(chosen)).tolist()
             for name, value in zip(("loss", "first", "zero", "copy", "raw"), means, strict=True):
                 rows[name].append(value)
@@ -177,15 +181,16 @@ def diagnose(
 
 
 def latent_std(latents: Tensor) -> list[float]:
-    """How far each latent of (B, M, D) differs between inputs, as a share of its own size."""
+    """Return the standard deviation of each latent of (B, M, D) between inputs, relative to its RMS."""
     spread = (latents - latents.mean(0)).square().mean((0, 2)).sqrt()
     return (spread / latents.square().mean((0, 2)).sqrt().clamp(min=1e-12)).tolist()
 
 
 def trajectory(diffusion: GaussianDiffusion, config: Config, num: int = 4) -> tuple[Tensor, list[float]]:
-    """Estimates of x0 while `num` samples are drawn, (num, C, columns, H, W) in [0, 1]; and the share at its bounds.
+    """Draw `num` samples; return estimates of x0 and, for each sampling step, the fraction of values at the bounds.
 
-    Of a clip, the middle frame. The share is that of each sampling step.
+    The estimates are (num, C, columns, H, W) in [0, 1], evenly spaced over the steps. Of a clip, they contain only the
+    middle frame.
     """
     options = dataclasses.replace(config.sample, num_samples=num)
     columns: list[Tensor] = []
@@ -203,7 +208,7 @@ def trajectory(diffusion: GaussianDiffusion, config: Config, num: int = 4) -> tu
 def diagnose_run(
     folder: Path, diffusion: GaussianDiffusion, data: Dataset[Any], config: Config, out: Path, *, num: int = 64
 ) -> Diagnosis:
-    """Diagnose the run in `folder`; write `loss.png`, `trajectory.png` and `diagnosis.json` to `out`."""
+    """Diagnose the run in `folder` on `num` samples; write `loss.png`, `trajectory.png`, `diagnosis.json` to `out`."""
     raw_model = None
     if states := saved_states(folder):
         raw_model = type(diffusion.model)(config.model)
@@ -227,7 +232,7 @@ def diagnose_run(
 def _two_passes(
     diffusion: GaussianDiffusion, x_t: Tensor, level: Any, conditions: Conditions
 ) -> tuple[Tensor, Tensor, Any]:
-    """Predictions without memory and with that of the first pass; the latents of the second."""
+    """Return the predictions without and with self-conditioning, and the latents of the second pass."""
     first, latents = diffusion.predict(x_t, level, conditions, None)
     x0 = diffusion.predict_x0(first, x_t, level, conditions)
     second, latents = diffusion.predict(x_t, level, conditions, diffusion.self_cond_state(latents, x0))
@@ -235,7 +240,7 @@ def _two_passes(
 
 
 def _with_conditions(batch: Batch, diffusion: GaussianDiffusion) -> tuple[Tensor, Conditions]:
-    """The data of a batch and its conditions as in training; the observed masks are the same every time."""
+    """Return the data of a batch and its conditions as in training; the observed masks are the same every time."""
     x, label, embedding = batch
     options, known = diffusion.config, None
     if options.known:
@@ -259,19 +264,17 @@ def _numbers(values: list[float]) -> str:
 
 
 def plot_losses(diagnosis: Diagnosis, path: Path) -> None:
-    """Loss at each noise level, beside the trivial predictors."""
+    """Plot the loss at each noise level, and the losses of the trivial predictors."""
     lines = {
         "always zero": (diagnosis.loss_zero, "--"),
         "copy of the input": (diagnosis.loss_copy, ":"),
-        "first pass, no memory": (diagnosis.loss_first_pass, "-"),
+        "first pass, without self-conditioning": (diagnosis.loss_first_pass, "-"),
         "second pass": (diagnosis.loss, "-o"),
-        "second pass, weights not averaged": (diagnosis.loss_raw, "-"),
+        "second pass, without EMA": (diagnosis.loss_raw, "-"),
     }
     with draw_figure(path, 1) as (axes,):
         for name, (values, style) in lines.items():
             if values is not None:
                 axes.plot(diagnosis.t, values, style, label=name)
-        axes.set(
-            xlabel="t (0: clean, 1: noise)", ylabel="loss, not weighted", yscale="log", title="loss by noise level"
-        )
+        axes.set(xlabel="t (0: clean, 1: noise)", ylabel="unweighted loss", yscale="log", title="loss by noise level")
         axes.legend()

@@ -1,4 +1,4 @@
-"""`rin-video report`: a run as one HTML page that needs nothing else, to be sent or kept."""
+"""`rin-video report`: writes a run as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rin_video.training.plots import metrics_svg
 from rin_video.training.provenance import read_json
 
 KINDS = {".mp4": "video/mp4", ".gif": "image/gif", ".png": "image/png"}
-SHOWN = 8  # steps whose samples are in the page
+SHOWN = 8  # maximum number of steps whose samples are on the page
 
 PAGE = Template(
     """<!doctype html>
@@ -45,10 +45,10 @@ $samples
 
 
 def write_report(run: Path, path: Path) -> Path:
-    """Write the page of the run in folder `run`. Raises `UsageError` for a folder that is no run's."""
+    """Write the page of the run in folder `run`; return `path`. Raises `UsageError` if the folder has no metrics."""
     lines = read_lines(run / "metrics.jsonl")
     if not lines:
-        raise UsageError(f"{run} holds no metrics.jsonl: give the folder that `rin-video train --out` wrote")
+        raise UsageError(f"{run} has no metrics.jsonl: pass the folder of a run, which `rin-video train --out` wrote")
     made = read_json(run / "run.json")
     config = run / CONFIG
     last = lines[-1]
@@ -72,21 +72,21 @@ def write_report(run: Path, path: Path) -> Path:
 
 
 def describe_earlier(starts: Any) -> str:
-    """How often a run was resumed, in words; nothing where it never was."""
+    """Describe how often a run was resumed; the text is empty if it never was."""
     count = len(starts) if isinstance(starts, list) else 0
     if not count:
         return ""
     first = starts[0].get("started", "an unknown time") if isinstance(starts[0], dict) else "an unknown time"
-    return f", resumed {'once' if count == 1 else f'{count} times'} (begun {first})"
+    return f", resumed {'once' if count == 1 else f'{count} times'} (first start {first})"
 
 
 def escape(text: str) -> str:
-    """Text in one line of HTML."""
+    """Escape text for one line of HTML."""
     return html.escape(one_line(text))
 
 
 def figures(folder: Path) -> list[str]:
-    """The samples of a few steps, spread over the training: clips that play, or pictures, or both."""
+    """Return the samples of at most `SHOWN` steps, evenly spaced over the training, as HTML figures."""
     files: dict[int, dict[str, Path]] = {}
     for path in sorted(folder.glob("step-*"), key=lambda path: path.suffix == ".mp4"):  # a clip replaces its sheet
         step, _, kind = path.stem.removeprefix("step-").partition("-")
@@ -99,6 +99,7 @@ def figures(folder: Path) -> list[str]:
 
 
 def figure(step: int, path: Path) -> str:
+    """Return an HTML figure that embeds an image or a video."""
     kind = KINDS[path.suffix]
     data = f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
     media = (
@@ -110,6 +111,7 @@ def figure(step: int, path: Path) -> str:
 
 
 def fact(name: str, value: Any) -> str:
+    """Return an HTML table row; dicts and lists become text."""
     text = ", ".join(f"{key} {item}" for key, item in value.items()) if isinstance(value, dict) else value
     text = " ".join(map(str, text)) if isinstance(text, list) else text
     return f"<tr><td>{escape(name)}</td><td>{escape(str(text))}</td></tr>"

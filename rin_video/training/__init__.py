@@ -1,1 +1,1 @@
-"""The training loop and what it needs: optimizer, EMA, checkpoints, metrics, several processes."""
+"""The training loop and its parts: optimizer, EMA, checkpoints, metrics and distributed training."""

@@ -1,4 +1,4 @@
-"""What a training run calls besides training: look on, or measure."""
+"""Callbacks of the training loop: they observe a run, or evaluate its weights."""
 
 from __future__ import annotations
 
@@ -14,43 +14,47 @@ from rin_video.diffusion.process import GaussianDiffusion
 
 
 class Run(Protocol):
-    """What a callback sees of a `Trainer`."""
+    """The part of the `Trainer` interface that callbacks use."""
 
-    step: int  # optimizer steps done
-    folder: Path  # where everything is written
+    step: int  # number of completed optimizer steps
+    folder: Path  # the output folder
     config: Config
     accelerator: Accelerator
 
 
 class Callback:
-    """Override what you need and give it to the Trainer: `Trainer(..., callbacks=[Mine()])`.
+    """Base class of callbacks; override the methods you need and pass it as `Trainer(..., callbacks=[MyCallback()])`.
 
-    Only the first of several processes calls. Random numbers drawn here change nothing in the training.
+    Callbacks run in the main process only. Random numbers drawn in a callback do not change the training.
     """
 
     def on_start(self, trainer: Run) -> None:
-        """Before the first step of `train()`."""
+        """Called before the first step of `train()`."""
 
     def on_step(self, trainer: Run, loss: Tensor) -> None:
-        """After every step; `loss` is a scalar on the device (this process's samples): reading it waits for a GPU."""
+        """Called after every step.
+
+        `loss` is the mean over the samples of this process, a scalar on the device. Reading it makes the host wait for
+        the GPU.
+        """
 
     def on_log(self, trainer: Run, line: dict[str, Any]) -> None:
-        """After every line of `metrics.jsonl`."""
+        """Called after every line of `metrics.jsonl`, with its values."""
 
     def on_checkpoint(self, trainer: Run, folder: Path) -> None:
-        """After a checkpoint is on the disk."""
+        """Called after a checkpoint has been written to `folder`."""
 
     def on_sample(self, trainer: Run, samples: Tensor, paths: list[Path]) -> None:
-        """After samples (B, C, *grid) in [0, 1] were drawn and written to `paths`."""
+        """Called after samples (B, C, *grid) in [0, 1] have been drawn and written to `paths`."""
 
     def evaluate(self, trainer: Run, diffusion: GaussianDiffusion) -> dict[str, float] | None:
-        """Scores of the averaged weights, each time after sampling; written to `evaluations.jsonl`."""
+        """Return scores of the EMA weights by name; called after each sampling, and written to `evaluations.jsonl`."""
 
     def on_end(self, trainer: Run) -> None:
-        """When `train()` ends, in whatever way."""
+        """Called when `train()` ends, also after an error or a signal."""
 
 
 def append_line(path: Path, line: dict[str, Any]) -> None:
-    """Add a line to a JSON-lines file."""
+    """Append a line to a JSON-lines file."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, which options a resumed run must keep, and which checkpoints are deleted."""
+"""The contents of a checkpoint, the options that a resumed run must keep, and the removal of old checkpoints."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ from rin_video.errors import UsageError
 from rin_video.training.distributed import load_full_state_dict, load_optimizer_state, optimizer_state
 from rin_video.training.state import remove_state
 
-# What must not change when a run is resumed (empty: the whole section). All other options take effect as given.
+# Options that must not change when a run is resumed (empty: all of the section). Other options may change.
 KEPT: dict[str, tuple[str, ...]] = {"model": (), "diffusion": (), "train": ("optimizer", "ema_sigma_rel", "seed")}
 
 
 class TrainingState(NamedTuple):
-    """All that training steps change, but for the number of steps."""
+    """Everything that training steps change, except the number of steps."""
 
     model: nn.Module
     ema: nn.Module
     power_emas: Sequence[nn.Module]
     optimizer: Any
-    scaler: Any  # of fp16, or None
+    scaler: Any  # the gradient scaler of fp16, or None
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the states of all parts; sharded tensors stay sharded."""
         return {
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict(),
@@ -37,6 +38,7 @@ class TrainingState(NamedTuple):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load a gathered (full) state; tensors are sharded as the parts are."""
         load_full_state_dict(self.model, state["model"])
         load_full_state_dict(self.ema, state["ema"])
         for average, values in zip(self.power_emas, state["tracks"], strict=True):
@@ -47,27 +49,30 @@ class TrainingState(NamedTuple):
 
 
 def check_same_options(run: Path, then: dict[str, Any], config: Config) -> None:
-    """Raises `UsageError` if an option in `KEPT` differs from that of the checkpoint, or the start of the weights."""
+    """Raise `UsageError` if an option in `KEPT`, or the source of the initial weights, differs from the checkpoint."""
     for section, keys in KEPT.items():
         before, now = nest_parameters(section, then[section]), to_dict(getattr(config, section))
         for key in keys or now:
             if key in before and before[key] != now[key]:
                 raise UsageError(
                     f"{run} was trained with {section}.{key}={before[key]}, now it is {now[key]}: "
-                    "use the same, or another folder (--out)"
+                    "use the same value, or another folder (--out)"
                 )
-    start, begun_with = config.train.init_from, then["train"].get("init_from")
-    if start not in (None, begun_with):
+    now_from, then_from = config.train.init_from, then["train"].get("init_from")
+    if now_from not in (None, then_from):
         raise UsageError(
-            f"{run} began with train.init_from={begun_with}, now it is {start}: leave it out, or use another folder "
-            "(--out)"
+            f"{run} was started with train.init_from={then_from}, now it is {now_from}: leave it out, or use another "
+            "folder (--out)"
         )
 
 
 def remove_old_states(states: Sequence[Path], step: int, *, keep: int, keep_every: int) -> None:
-    """Delete all but the newest `keep` states and those at multiples of `keep_every`; and those after `step`."""
+    """Delete old states: keep the newest `keep` and those at multiples of `keep_every` (0: none).
+
+    States after `step` are deleted too; they are left when a run returns to an earlier milestone.
+    """
     steps = {state: int(state.name.removeprefix("step-")) for state in states}
-    ahead = [state for state in states if steps[state] > step]  # the run went back behind them
+    ahead = [state for state in states if steps[state] > step]
     behind = [state for state in states if state not in ahead][:-keep]
     for state in ahead + [state for state in behind if not keep_every or steps[state] % keep_every]:
         remove_state(state)

@@ -1,4 +1,4 @@
-"""torch.compile, and training without it if the compiler fails."""
+"""torch.compile with a fallback to eager execution if the compiler fails."""
 
 from __future__ import annotations
 
@@ -14,31 +14,32 @@ log = logging.getLogger("rin_video")
 
 
 class Compiler:
-    """Compiles a model in place. If the compiler fails, the model runs as it is from then on."""
+    """Compiles a model in place; after a failure of the compiler, the model runs in eager mode."""
 
     def __init__(self, model: nn.Module, on: bool) -> None:
         self.on, self.failed = on, False
-        self.worked = False  # at least once: later errors may have another cause
+        self.worked = False  # once true, errors may have a cause other than compilation
         if on:
             model.compile()
 
     def is_to_blame(self, error: Exception) -> bool:
-        """Whether the same may succeed without compilation."""
+        """Return whether the same call may succeed without compilation."""
         if not self.on or isinstance(error, torch.OutOfMemoryError):
             return False
         return not self.worked or is_compiler_error(error)
 
     def stop(self, error: Exception) -> None:
-        log.warning("torch.compile failed, training goes on without it: %s", first_line(error))
+        """Switch to eager mode and log a warning."""
+        log.warning("torch.compile failed, training continues without it: %s", first_line(error))
         self.on, self.failed = False, True
 
     def stance(self) -> AbstractContextManager[object]:
-        """The context of a forward pass."""
+        """Return the context manager for a forward pass."""
         return torch.compiler.set_stance("force_eager") if self.failed else nullcontext()
 
 
 def is_compiler_error(error: BaseException | None) -> bool:
-    """Whether an error, or what caused it, is of torch.compile and what it calls. They have no public base class."""
+    """Return whether torch.compile or a library it calls raised an error or its cause; they share no public class."""
     while error is not None:
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor", "torch._functorch", "triton")):
             return True

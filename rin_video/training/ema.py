@@ -1,8 +1,8 @@
-"""Averaged weights: the one that is used while training, and lengths that are put together afterwards.
+"""Exponential moving averages (EMA) of the weights: one with a decay, and post-hoc EMAs of any length.
 
-`WarmedEMA` follows `ema_decay` and `ema_warmup`. Beside it, power-function averages (Karras et al. 2024, arXiv
-2312.02696) of a few lengths are tracked and written down now and then; any other length is a weighted sum of these
-snapshots.
+`WarmedEMA` follows `ema_decay` and `ema_warmup`; samples are drawn with its weights. In addition, training updates
+power-function EMAs (Karras et al. 2024, arXiv 2312.02696) of a few lengths and regularly saves snapshots of them. A
+post-hoc EMA of any other length is a weighted sum of these snapshots.
 """
 
 from __future__ import annotations
@@ -33,36 +33,38 @@ log = logging.getLogger("rin_video")
 SNAPSHOTS = "averages"
 
 
-class Track(KarrasEMA):
-    """`KarrasEMA` that moves all tensors in one call."""
+class PowerEMA(KarrasEMA):
+    """A power-function EMA that updates all tensors in one call."""
 
     @torch.no_grad()
     def update_moving_average(self, ma_model: nn.Module, current_model: nn.Module) -> None:
-        averages, values = (
+        """Move the parameters and buffers of `ma_model` towards those of `current_model`."""
+        ema_values, values = (
             [tensor for _, tensor in (*self.get_params_iter(model), *self.get_buffers_iter(model))]
             for model in (ma_model, current_model)
         )
-        get_ema_multi_avg_fn(self.beta)(averages, values, None)
+        get_ema_multi_avg_fn(self.beta)(ema_values, values, None)
 
 
 class WarmedEMA(EMA):
-    """`EMA` whose decay is per step: an update after `update_every` steps applies the decay that many times.
+    """An EMA whose decay is per step: an update after `update_every` steps applies the decay that many times.
 
-    ema-pytorch and timm's ModelEmaV3 have one decay per update, whatever the steps between two updates are. With a
-    warm-up no other constants give the same, since (1 - 1 / (1 + n / g)) ** k is not of the form 1 - (1 + n / g) ** -p.
+    ema-pytorch and timm's ModelEmaV3 apply one decay per update, regardless of the steps between updates. With a
+    warm-up, no choice of their constants is equivalent, because (1 - 1 / (1 + n / g)) ** k does not have the form
+    1 - (1 + n / g) ** -p.
     """
 
     def get_current_decay(self) -> float:
-        """The decay of one update. After n steps the decay per step is min(beta, 1 - 1 / (1 + n / inv_gamma))."""
+        """Return the decay of an update; the decay per step is min(beta, 1 - 1 / (1 + n / inv_gamma)) after n steps."""
         return super().get_current_decay() ** self.update_every
 
 
 def make_ema(model: nn.Module, options: TrainConfig, device: torch.device) -> WarmedEMA:
-    """The average that is sampled from. Its counters stay on the CPU: reading them must not wait for a GPU.
+    """Create the EMA whose weights draw the samples; its counters stay on the CPU, so that reading them is cheap.
 
-    A decay d averages over about 1 / (1 - d) steps. During the warm-up this span is limited to the fraction
-    `ema_warmup` of the steps so far, so that early weights are forgotten; without a warm-up d is constant, as in the
-    authors' release.
+    A decay d averages over about 1 / (1 - d) steps. During the warm-up, this span is limited to the fraction
+    `ema_warmup` of the steps so far, so that the EMA forgets early weights. Without a warm-up, d is constant, as in
+    the authors' code.
     """
     if options.ema_warmup is None:
         warmup = {"min_value": options.ema_decay}
@@ -82,20 +84,20 @@ def make_ema(model: nn.Module, options: TrainConfig, device: torch.device) -> Wa
 
 
 def make_power_emas(model: nn.Module, options: TrainConfig, device: torch.device) -> list[KarrasEMA]:
-    """An average for each length in `ema_sigma_rel`."""
-    power_emas = [Track(model, sigma_rel=sigma_rel, update_every=1) for sigma_rel in options.ema_sigma_rel]
-    for track in power_emas:
-        track.ema_model.to(device)
+    """Create a power-function EMA for each length in `ema_sigma_rel`."""
+    power_emas = [PowerEMA(model, sigma_rel=sigma_rel, update_every=1) for sigma_rel in options.ema_sigma_rel]
+    for ema in power_emas:
+        ema.ema_model.to(device)
     return power_emas
 
 
-def full_model(average: nn.Module, config: ModelConfig, device: torch.device) -> nn.Module:
-    """The averaged model; if its weights are sharded, a copy with full ones. To be called by all processes."""
-    if not is_sharded(average):
-        return average
-    model = type(average)(config).to(device)
+def full_model(ema_model: nn.Module, config: ModelConfig, device: torch.device) -> nn.Module:
+    """Return the EMA model, or a copy with full weights if they are sharded. Must be called by all processes."""
+    if not is_sharded(ema_model):
+        return ema_model
+    model = type(ema_model)(config).to(device)
     own = model.state_dict()
-    for name, value in average.state_dict().items():  # one at a time: all of them are a second model
+    for name, value in ema_model.state_dict().items():  # gathers one at a time, which needs less memory
         own[name].copy_(full_tensor(value))
     return model
 
@@ -103,11 +105,11 @@ def full_model(average: nn.Module, config: ModelConfig, device: torch.device) ->
 def save_snapshot(
     run: Path, step: int, sigma_rels: Sequence[float], power_emas: Sequence[KarrasEMA], *, write: bool = True
 ) -> None:
-    """Write the averages of all lengths at a step, in half precision. Called by all processes; one does `write`."""
+    """Save all power-function EMAs in half precision; must be called by all processes, of which one has `write`."""
     tensors = {
         f"{index}.{name}": value
-        for index, track in enumerate(power_emas)
-        for name, value in track.ema_model.state_dict().items()
+        for index, ema in enumerate(power_emas)
+        for name, value in ema.ema_model.state_dict().items()
         if value.is_floating_point()
     }
     if not write:
@@ -121,33 +123,33 @@ def save_snapshot(
         write_tensors(temporary, tensors, metadata, dtype=torch.float16)
 
 
-def averaged_weights(run: Path, sigma_rels: Sequence[float]) -> list[tuple[dict[str, Tensor], float]]:
-    """For each length: the weights at the newest checkpoint, and how far their profile is from the wanted one.
+def post_hoc_emas(run: Path, sigma_rels: Sequence[float]) -> list[tuple[dict[str, Tensor], float]]:
+    """Compute post-hoc EMAs at the newest checkpoint; return the weights and the profile error of each length.
 
-    The second number is the share of the wanted profile's square that the sum of snapshots leaves out. Raises
-    `UsageError` where the run tracked no averages.
+    `profile_error` describes the error. Raises `UsageError` if a length is not in [0.01, 0.28], if the run has no
+    checkpoint or was trained without power-function EMAs, or if a snapshot is damaged.
+
+    Source: algorithm 3 of Karras et al. 2024, arXiv 2312.02696.
     """
     for sigma_rel in sigma_rels:
         check_sigma_rel("--sigma-rel", sigma_rel)
     newest = newest_state(run)
     if newest is None:
-        raise UsageError(f"{run} has no checkpoint: averages are put together from one")
+        raise UsageError(f"{run} has no checkpoint: a post-hoc EMA requires one")
     step, state = newest[1]["step"], newest[1]
-    tracked = state["config"]["train"].get("ema_sigma_rel") or []
-    if not tracked:
-        raise UsageError(f"{run} was trained with train.ema_sigma_rel=[]: nothing was tracked to make averages from")
-    # Source: algorithm 3 of arXiv 2312.02696. The newest checkpoint holds the averages at its step in full precision.
-    sources: list[tuple[float, int, Any]] = [
-        (s, step, track) for s, track in zip(tracked, state["tracks"], strict=True)
-    ]
+    lengths = state["config"]["train"].get("ema_sigma_rel") or []
+    if not lengths:
+        raise UsageError(f"{run} was trained with train.ema_sigma_rel=[]: there are no EMAs to combine")
+    # The newest checkpoint contains the EMAs at its step in full precision.
+    sources: list[tuple[float, int, Any]] = [(s, step, ema) for s, ema in zip(lengths, state["tracks"], strict=True)]
     for path in sorted((run / SNAPSHOTS).glob("step-*.safetensors")):
         try:
             metadata = read_metadata(path)
-            at, lengths = int(metadata["step"]), json.loads(metadata["sigma_rel"])
+            at, saved = int(metadata["step"]), json.loads(metadata["sigma_rel"])
         except (KeyError, ValueError) as error:
-            raise UsageError(f"{path} is no snapshot of averages ({error}): delete it") from None
+            raise UsageError(f"{path} is not a valid EMA snapshot ({error}): delete it") from None
         if at < step:
-            sources += [(sigma_rel, at, (path, index)) for index, sigma_rel in enumerate(lengths)]
+            sources += [(sigma_rel, at, (path, index)) for index, sigma_rel in enumerate(saved)]
     gammas = torch.tensor([sigma_rel_to_gamma(s) for s, _, _ in sources], dtype=torch.float64)
     times = torch.tensor([at for _, at, _ in sources], dtype=torch.float64)
     weights, errors = [], []
@@ -160,7 +162,7 @@ def averaged_weights(run: Path, sigma_rels: Sequence[float]) -> list[tuple[dict[
         for name, value in _numbers_of(source).items():
             for total, weight in zip(sums, weights, strict=True):
                 total[name] = total.get(name, 0) + weight[index] * value.double()
-    fixed = state["model"]  # what is not averaged, and the types
+    fixed = state["model"]  # has the values without an EMA, and the dtypes
     return [
         ({name: total[name].to(value.dtype) if name in total else value for name, value in fixed.items()}, error)
         for total, error in zip(sums, errors, strict=True)
@@ -168,18 +170,25 @@ def averaged_weights(run: Path, sigma_rels: Sequence[float]) -> list[tuple[dict[
 
 
 def profile_error(weights: Tensor, times: Tensor, gammas: Tensor, time: Tensor, gamma: Tensor) -> float:
-    """|sum of weighted profiles - wanted profile|^2 / |wanted profile|^2."""
+    """Return the relative squared error of a post-hoc EMA: |sum of weighted profiles - target|^2 / |target|^2.
+
+    `times` (N,) and `gammas` (N,) describe the snapshots, `time` (1,) and `gamma` (1,) the target. The result is 0 if
+    the snapshots reproduce the target exactly.
+    """
     rows, columns = (times[:, None], gammas[:, None]), (times[None], gammas[None])
     among, with_wanted = p_dot_p(*rows, *columns), p_dot_p(times, gammas, time, gamma)
     wanted = p_dot_p(time, gamma, time, gamma)
     return max(((weights @ among @ weights - 2 * weights @ with_wanted + wanted) / wanted).item(), 0.0)
 
 
-def write_averages(run: Path, sigma_rels: Sequence[float], out: Path | None = None) -> list[tuple[Path, float]]:
-    """Write a model folder for each length below `out` (default: the run); the folders, and their profile errors."""
+def write_post_hoc_emas(run: Path, sigma_rels: Sequence[float], out: Path | None = None) -> list[tuple[Path, float]]:
+    """Write a model folder for each length to `out` (default: `run`); return the folders and their profile errors.
+
+    Raises `UsageError` as `post_hoc_emas` does.
+    """
     config = load_config(run / CONFIG)
     written = []
-    for sigma_rel, (weights, error) in zip(sigma_rels, averaged_weights(run, sigma_rels), strict=True):
+    for sigma_rel, (weights, error) in zip(sigma_rels, post_hoc_emas(run, sigma_rels), strict=True):
         folder = (out or run) / f"ema-{sigma_rel:g}"
         save_weights(folder, weights, config)
         written.append((folder, error))
@@ -187,7 +196,7 @@ def write_averages(run: Path, sigma_rels: Sequence[float], out: Path | None = No
 
 
 def _numbers_of(source: Any) -> dict[str, Tensor]:
-    if isinstance(source, dict):  # the state of a track, in a checkpoint
+    if isinstance(source, dict):  # the state of an EMA in a checkpoint
         prefix = "ema_model."
         values = {name.removeprefix(prefix): value for name, value in source.items() if name.startswith(prefix)}
     else:

@@ -1,4 +1,4 @@
-"""Which data a run is of: its default folder, and what a run that goes on compares."""
+"""The identity of the data of a run: it sets the default folder, and a resumed run checks it."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from rin_video.training.provenance import read_json
 
 log = logging.getLogger("rin_video")
 
-LONGEST_NAME = 240  # bytes of a folder's name
+LONGEST_NAME = 240  # limit of the bytes of a folder's name
 
 
 def run_folder(data: str | os.PathLike[str]) -> Path:
-    """Where a run on this data writes, unless --out says otherwise: `runs/NAME`.
+    """Return the default folder of a run on this data: `runs/NAME`, where NAME is that of the data.
 
-    Where that is a run on other data, `runs/PARENT-NAME`.
+    If `runs/NAME` is a run on other data, it is `runs/PARENT-NAME`, where PARENT is the folder that contains the data.
     """
     name = os.fspath(data)
     if name.startswith((HUB, PIPE)):
@@ -35,15 +35,15 @@ def run_folder(data: str | os.PathLike[str]) -> Path:
     held = holds_data(own)
     if held in (None, str(path)):
         return own
-    there = Path(held).parent if "{" in held else Path(held)  # of a pattern of shards, the folder
-    if not there.exists():  # perhaps moved, which a run finds out
+    there = Path(held).parent if "{" in held else Path(held)  # the folder of a pattern of shards
+    if not there.exists():  # the data may have moved; the run checks this
         return own
     room = max(LONGEST_NAME - len(own.name.encode()), 8)
     return own.with_name(f"{_safe(path.parent.name).encode()[:room].decode('utf-8', 'ignore')}-{own.name}")
 
 
 def holds_data(run: Path) -> str | None:
-    """The resolved path of the data that a folder of a run is of; None where it does not say."""
+    """Return the resolved path of the data of a run, or None if its folder does not contain it."""
     from rin_video.datasets.open import INDEX
 
     started = read_json(run / "run.json").get("data")
@@ -57,7 +57,7 @@ def holds_data(run: Path) -> str | None:
 
 
 def identify(dataset: Any, config: Config) -> dict[str, Any]:
-    """What tells the data of a run from other data, as a checkpoint keeps it."""
+    """Return the identity of the data for a checkpoint: paths, columns, classes, and a digest of the contents."""
     return {
         "path": _resolved(config.data.path),
         "images": _resolved(config.data.images),
@@ -68,13 +68,14 @@ def identify(dataset: Any, config: Config) -> dict[str, Any]:
 
 
 def check_same_data(run: Path, then: dict[str, Any] | None, now: dict[str, Any]) -> None:
-    """Raises `UsageError` where a run would go on with other data; data that only moved, or grew in its place, may be.
+    """Raise `UsageError` if a run would resume with other data than in `then`, the identity in its checkpoint.
 
-    A checkpoint that keeps nothing of it is taken.
+    The data may have moved. It may also have changed at the same path, which logs a warning. A checkpoint without an
+    identity is accepted.
     """
     if then is None:
         return
-    other = f"give another folder (--out), with --init-from {run} to start with its weights"
+    other = f"use another folder (--out), with --init-from {run} to start from its weights"
     if then["classes"] and now["classes"] and then["classes"] != now["classes"]:
         before, after = _list(then["classes"]), _list(now["classes"])
         raise UsageError(f"{run} was trained with the classes {before}, now they are {after}: {other}")
@@ -89,7 +90,7 @@ def check_same_data(run: Path, then: dict[str, Any] | None, now: dict[str, Any])
     if then["path"] != now["path"]:
         raise UsageError(f"{run} was trained on {then['path']}, now the data is {now['path']}: {other}")
     if then["content"] != now["content"]:
-        log.warning("the files of %s have changed since the last checkpoint: the run goes on with them", now["path"])
+        log.warning("the files of %s have changed since the last checkpoint: training continues with them", now["path"])
 
 
 def _resolved(path: str | None) -> str | None:
@@ -97,7 +98,7 @@ def _resolved(path: str | None) -> str | None:
 
 
 def _digest(dataset: Any) -> str | None:
-    """Of the names and contents of all files; None where they are not known."""
+    """Return a digest of the names and contents of all files, or None if they are not known."""
     index = getattr(dataset, "index", None)
     if index is None:
         parts = [_digest(part) for part in getattr(dataset, "parts", ())]

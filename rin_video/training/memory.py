@@ -1,4 +1,4 @@
-"""How much memory is there, what to change when it is not enough, the largest batch that fits."""
+"""The memory that training needs, advice when memory runs out, and the largest batch that fits."""
 
 from __future__ import annotations
 
@@ -22,16 +22,15 @@ from rin_video.errors import UsageError
 from rin_video.model.rin import RIN
 from rin_video.wording import in_bytes
 
-# What a process on the CPU holds beyond its tensors, as benchmarks/memory.py measures it.
-MALLOC = 1.12  # blocks that are free between others are not given back: a share of what lives in a step
-LIBRARIES = 32_000_000  # bytes that the matrix libraries keep to work in
+# Memory of a process on the CPU in addition to its tensors, measured by benchmarks/memory.py.
+MALLOC = 1.12  # factor on the memory of a step, because the allocator does not return free blocks between others
+LIBRARIES = 32_000_000  # bytes of workspace that the matrix libraries keep
 
-
-USABLE = 0.9  # of the free memory: the rest is fragments, and other programs
+USABLE = 0.9  # fraction of the free memory to use; the rest is for fragmentation and other programs
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be had on a device."""
+    """Return the free memory of a device in bytes."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "mps":
@@ -40,24 +39,24 @@ def free_memory(device: torch.device) -> int:
 
 
 def checkpoint_blocks(model: nn.Module, on: bool) -> None:
-    """Gradient checkpointing by block. Raises `UsageError` for a model without blocks."""
+    """Switch gradient checkpointing of each block on or off. Raises `UsageError` if the model has no blocks."""
     core: Any = getattr(model, "core", None)
     if hasattr(core, "gradient_checkpointing"):
         core.gradient_checkpointing = on
     elif on:
-        raise UsageError("train.gradient_checkpointing works block by block, and this model is no RIN: leave it false")
+        raise UsageError("train.gradient_checkpointing requires a RIN, which this model is not: set it to false")
 
 
 def with_batch(config: Config, batch_size: int, **options: Any) -> Config:
-    """The configuration with another batch size, and perhaps other options of `train`."""
+    """Return the configuration with another batch size and, optionally, other options of `train`."""
     return dataclasses.replace(config, train=dataclasses.replace(config.train, train_batch_size=batch_size, **options))
 
 
 def largest_batch(config: Config, device: torch.device, *, num_processes: int = 1, limit: int | None = None) -> int:
-    """The largest batch size (all processes together) that fits, at most `limit`.
+    """Return the largest global batch size that fits in memory, at most `limit`.
 
-    Found by prediction, and on a CUDA GPU by trying it: one forward and backward pass, a tenth less as long as it does
-    not fit. Raises `UsageError` where not even one sample a process fits.
+    The size is predicted. On a CUDA GPU it is also tested with a forward and backward pass, and reduced by a tenth
+    until it fits. Raises `UsageError` if not even one sample per process fits.
     """
     kind = "cuda" if device.type == "cuda" else "cpu"
     free = int(USABLE * free_memory(device))
@@ -68,14 +67,14 @@ def largest_batch(config: Config, device: torch.device, *, num_processes: int = 
     one, two, four = needed(1), needed(2), needed(4)
     if one > free:
         raise UsageError(
-            f"training needs {in_bytes(one)} with a batch of 1, {in_bytes(free)} can be used: use a smaller "
+            f"training needs {in_bytes(one)} with a batch of 1, but {in_bytes(free)} are available: use a smaller "
             "model (model.dim, model.num_latents), larger patches, or train.gradient_checkpointing=true"
         )
     per_sample = max((four - two) / 2, 1.0)
     each = max(int(1 + (free - max(one, two - per_sample)) / per_sample), 1)
     if limit is not None:
         each = max(min(each, limit // num_processes), 1)
-    while each > 1 and (too_much := needed(each) - free) > 0:  # a sample of a large batch may need more than of a small
+    while each > 1 and (too_much := needed(each) - free) > 0:  # memory may grow faster with the batch
         per_sample = max(needed(each) - needed(each - 1), 1)
         each = max(each - math.ceil(too_much / per_sample), 1)
     if device.type == "cuda":
@@ -93,7 +92,7 @@ def _largest_that_runs(config: Config, device: torch.device, start: int, num_pro
     def attempt(batch_size: int) -> int:
         model = RIN(config.model).to(device)
         checkpoint_blocks(model, config.train.gradient_checkpointing)
-        copies = 3 + len(config.train.ema_sigma_rel)  # moments and averages
+        copies = 3 + len(config.train.ema_sigma_rel)  # moments and EMAs
         ballast = [torch.empty_like(p) for p in model.parameters() for _ in range(copies)]
         x = torch.rand(batch_size, *model.shape, device=device)
         label = torch.zeros(batch_size, dtype=torch.long, device=device) if config.model.num_classes else None
@@ -108,7 +107,7 @@ def _largest_that_runs(config: Config, device: torch.device, start: int, num_pro
 
 @contextmanager
 def out_of_memory(config: Config, device: torch.device, num_processes: int = 1) -> Iterator[None]:
-    """Turns an out-of-memory error into a `UsageError` that says what to change, with numbers."""
+    """Convert an out-of-memory error within the block to a `UsageError` that lists remedies and their memory."""
     try:
         yield
     except RuntimeError as error:
@@ -118,13 +117,13 @@ def out_of_memory(config: Config, device: torch.device, num_processes: int = 1) 
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether an error means that an allocation failed: only CUDA's has a type of its own."""
+    """Return whether an error means that an allocation failed, by its text if it is not an error of CUDA."""
     words = ("can't allocate memory", "out of memory", "not enough memory")
     return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
 def advice(config: Config, device: torch.device, num_processes: int = 1) -> str:
-    """What to change where memory ran out."""
+    """Return an out-of-memory message with the remedies and the memory that each of them needs."""
     kind, batch = "cuda" if device.type == "cuda" else "cpu", config.train.train_batch_size
     half = max(batch // 2 // num_processes, 1) * num_processes
 
@@ -143,7 +142,7 @@ def advice(config: Config, device: torch.device, num_processes: int = 1) -> str:
         ways.append(f"train.gradient_checkpointing=true needs {gigabytes(batch, gradient_checkpointing=True)}")
     if config.train.mixed_precision in ("no", "tf32"):
         ways.append(f"train.mixed_precision=bf16 needs {gigabytes(batch, mixed_precision='bf16')}")
-    ways.append("`rin-video train --batch-size auto` takes the largest that fits")
+    ways.append("`rin-video train --batch-size auto` uses the largest batch that fits")
     return (
         f"out of memory on {device}: a batch of {batch} needs about {gigabytes(batch)}, "
         f"{in_bytes(free_memory(device))} are free. {'; '.join(ways)}"
@@ -151,10 +150,10 @@ def advice(config: Config, device: torch.device, num_processes: int = 1) -> str:
 
 
 def training_memory(config: Config, *, device: str = "cpu", num_processes: int = 1) -> int:
-    """Bytes that training needs on each device, about: weights, moments, averages, and the peak of a step.
+    """Estimate the bytes that training needs on each device: weights, moments, EMAs and the peak of a step.
 
-    The step is gone through with tensors that have shapes and no contents, so that what lives at the same time is
-    counted, temporary results and gradients included. Sharding is not: with FSDP2 it is less.
+    A step runs on fake tensors, which have shapes but no data. This counts all tensors that are alive at the same time,
+    including temporary results and gradients. Sharding is not considered: FSDP2 needs less.
     """
     options, kind = config.train, torch.device(device).type
     bf16 = options.mixed_precision in ("bf16", "fp16")
@@ -168,26 +167,26 @@ def training_memory(config: Config, *, device: str = "cpu", num_processes: int =
             model.core.gradient_checkpointing = True
         x = torch.empty(max(options.train_batch_size // num_processes, 1), *model.shape)
         label = torch.zeros(len(x), dtype=torch.long) if config.model.num_classes else None
-        given: dict[str, Any] = {}
+        conditions: dict[str, Any] = {}
         if config.diffusion.known:
-            given["known"] = torch.zeros(len(x), 1, *model.shape[1:], dtype=torch.bool)
+            conditions["known"] = torch.zeros(len(x), 1, *model.shape[1:], dtype=torch.bool)
         if config.model.embedding_dim:
-            given["embedding"] = torch.empty(len(x), config.model.embedding_tokens, config.model.embedding_dim)
+            conditions["embedding"] = torch.empty(len(x), config.model.embedding_tokens, config.model.embedding_dim)
         with torch.autocast(kind, dtype=torch.bfloat16, enabled=bf16):
-            # Past `forward`, which looks at the numbers of the labels.
-            loss = diffusion.loss_at(x, torch.zeros(len(x)), label, **given).loss.mean()
+            # Not `forward`, which reads the values of the labels.
+            loss = diffusion.loss_at(x, torch.zeros(len(x)), label, **conditions).loss.mean()
         loss.backward()
     moments = 1 if options.optimizer == "muon" else 2
-    averages = 1 + len(options.ema_sigma_rel)
-    buckets = int(num_processes > 1)  # what DDP sends
-    step = max(memory.peak, 3 * weights)  # the optimizer works in one more
+    emas = 1 + len(options.ema_sigma_rel)
+    buckets = int(num_processes > 1)  # the gradient buckets of DDP
+    step = max(memory.peak, 3 * weights)  # weights, gradients and a temporary copy of the optimizer
     if kind == "cpu":
         step = max(weights + int(MALLOC * (memory.peak - weights)), 3 * weights) + LIBRARIES
-    return (moments + averages + buckets) * weights + step
+    return (moments + emas + buckets) * weights + step
 
 
 class PeakMemory(TorchDispatchMode):
-    """Counts the bytes of all storages that are alive, and their peak, while operations run."""
+    """Count the bytes of all storages that are alive (`now`) and their maximum (`peak`) while operations run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -204,7 +203,8 @@ class PeakMemory(TorchDispatchMode):
         return result
 
     def count(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()  # torch keeps one object for it as long as the memory lives
+        """Add the storage of a tensor, unless it is already counted."""
+        storage = tensor.untyped_storage()  # one object as long as the memory is allocated
         name = id(storage)
         if name not in self.alive:
             self.alive.add(name)
@@ -213,5 +213,6 @@ class PeakMemory(TorchDispatchMode):
             self.peak = max(self.peak, self.now)
 
     def free(self, name: int, size: int) -> None:
+        """Subtract a storage of `size` bytes that was freed."""
         self.alive.discard(name)
         self.now -= size

@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: what is gathered between two lines of it, over all processes, and across a stop."""
+"""`metrics.jsonl`: accumulates metrics over steps and processes, also across an interruption, and reads the file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ NOISE_BINS = 10
 class Failure(NamedTuple):
     """A step whose loss or gradient is not finite, and its samples by index in the dataset.
 
-    `of_loss`: those whose loss is not finite; else, if only the gradient is not, all of the step.
+    With `of_loss`, the loss of these samples is not finite. Otherwise only the gradient is not finite, and `samples`
+    has all samples of the step.
     """
 
     step: int
@@ -31,11 +32,12 @@ class Failure(NamedTuple):
 
 
 class Metrics:
-    """Gathers loss, loss by noise level, gradient norm and rates between lines of `metrics.jsonl`.
+    """Accumulates loss, loss by noise level, gradient norm and rates between lines of `metrics.jsonl`.
 
-    Nothing is brought from the device before a line is due. Lines of a run that was cut off behind `step` are removed,
-    and what was gathered when a checkpoint was written (`state`) is taken up again: each line stands in the file once,
-    as if there had been no stop. `gather` brings together tensors (1, ...) of all processes.
+    Values are copied from the device only when a line is due. Lines after `step`, left by an interrupted run, are
+    removed. Accumulation continues from `state`, which comes from the checkpoint. So the file of a resumed run has each
+    line once, as without an interruption. `gather` concatenates tensors (1, ...) of all processes. Only the process
+    with a `path` writes.
     """
 
     def __init__(
@@ -53,8 +55,9 @@ class Metrics:
         self.before.update(state or {})
 
     def restart(self, step: int) -> None:
-        self.step = step  # the last one that is not in `terms`
-        # From before the last stop.
+        """Discard the accumulated values; the next ones are those of step `step` + 1."""
+        self.step = step  # the last step before `terms`
+        # Values from before the interruption.
         self.before = {name: torch.empty(0) for name in ("loss", "t", "grad_norm")}
         self.terms: list[LossTerms] = []
         self.indices: list[Tensor] = []
@@ -63,20 +66,24 @@ class Metrics:
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Leave what came before (sampling, saving) out of the rates."""
+        """Exclude the time so far (sampling, saving) from the rates."""
         self.clock, self.counted, self.waited = time.perf_counter(), len(self.terms), 0.0
 
     def add(
         self, terms: list[LossTerms], grad_norm: Tensor, waited: float = 0.0, indices: list[list[int]] | None = None
     ) -> None:
-        """One step: the terms of its forward passes, the seconds it waited for data, and which samples they were of."""
+        """Add a step.
+
+        `terms` has the loss of each forward pass, `waited` the seconds spent waiting for data, and `indices` the
+        samples of each pass by their index in the dataset.
+        """
         self.indices.append(torch.tensor(indices or [[-1] * len(term.loss) for term in terms]))
         self.terms.append(LossTerms(*(torch.stack(column) for column in zip(*terms, strict=True))))
         self.grad_norms.append(torch.as_tensor(grad_norm))
         self.waited += waited
 
     def gathered(self) -> dict[str, Tensor]:
-        """Losses and times (processes, steps, passes, samples) and gradient norms (steps,), on the CPU."""
+        """Gather losses and times t (processes, steps, passes, samples) and gradient norms (steps,) on the CPU."""
         loss, t = (torch.stack(column).float() for column in zip(*self.terms, strict=True))
         return {
             "loss": self.gather(loss[None]).cpu(),
@@ -85,14 +92,14 @@ class Metrics:
         }
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint needs, so that the line that is in the making comes out whole."""
+        """Return the accumulated values of the next line, flat, for a checkpoint."""
         if not self.terms:
             return self.before
         new = self.gathered()
         return {name: torch.cat([self.before[name], new[name].flatten()]) for name in self.before}
 
     def failure(self, *, check_gradient: bool = True) -> Failure | None:
-        """The first step whose loss (or gradient) is not a number."""
+        """Return the first step whose loss, or with `check_gradient` gradient, is not finite; None if there is none."""
         if not self.terms:
             return None
         new = self.gathered()
@@ -110,7 +117,7 @@ class Metrics:
         return Failure(self.step + index + 1, sorted(set(chosen.flatten().tolist())), of_loss)
 
     def write(self, step: int, lr: float) -> dict[str, Any]:
-        """A line for the steps since the last one; all processes get it, the one with a path writes it."""
+        """Write a line for the steps since the last one; return it in all processes. `lr` is the learning rate."""
         new, seconds = self.gathered(), max(time.perf_counter() - self.clock, 1e-9)
         loss, t, grad_norm = (torch.cat([self.before[name], new[name].flatten()]) for name in self.before)
         bins = (t * NOISE_BINS).long().clamp(max=NOISE_BINS - 1)
@@ -122,7 +129,7 @@ class Metrics:
             "loss_by_t": by_noise,
             "grad_norm": grad_norm.mean().item()
             if grad_norm.isfinite().all()
-            else None,  # a scaler looks for its range
+            else None,  # not finite while the scaler of fp16 adapts its range
             "lr": lr,
             "samples_per_second": samples / seconds,
             "data_wait": min(self.waited / seconds, 1.0),
@@ -134,19 +141,19 @@ class Metrics:
         return line
 
     def sync(self) -> None:
-        """A checkpoint relies on the lines before it."""
+        """Wait until the lines are stored on the disk; a checkpoint relies on them."""
         if self.path is not None and self.path.exists():
             sync(self.path)
 
 
 def describe_line(line: dict[str, Any]) -> str:
-    """A line of the metrics for the progress bar; waiting for data is said where it costs something."""
+    """Format a line of the metrics for the progress bar; it includes the wait for data from 5% of the time."""
     text = f"loss {line['loss']:.4f}, {line['samples_per_second']:.1f} samples/s"
     return text + (f", {line['data_wait']:.0%} waiting for data" if line["data_wait"] >= 0.05 else "")
 
 
 def trim_lines(path: Path, step: int) -> None:
-    """Drop the lines of a JSON-lines file that lie behind `step`, and one that was cut short."""
+    """Remove lines after `step` and incomplete lines from a JSON-lines file."""
     if path.exists():
         kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
         write_text(path, "".join(f"{line}\n" for line in kept))
@@ -160,7 +167,7 @@ def _step_of(line: str) -> float:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`; one that is cut short, or is none that training writes, is left out."""
+    """Read the lines of a `metrics.jsonl`; incomplete lines and those that training does not write are skipped."""
     lines = []
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         with suppress(ValueError, RecursionError):
@@ -171,7 +178,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def is_line(line: Any) -> bool:
-    """Whether a line of a `metrics.jsonl` holds what the page shows, and numbers wherever it shows numbers."""
+    """Return whether a line of a `metrics.jsonl` has the entries that the report shows, with valid numbers."""
     if not isinstance(line, dict) or not isinstance(line.get("step"), int):
         return False
     by_t, rest = line.get("loss_by_t"), [line.get(name) for name in ("grad_norm", "lr", "data_wait")]
@@ -183,6 +190,7 @@ def is_line(line: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
+    """Return whether a value is a finite number."""
     with suppress(TypeError, OverflowError):
         return not isinstance(value, bool) and math.isfinite(value)
     return False

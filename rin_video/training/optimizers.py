@@ -1,4 +1,4 @@
-"""Optimizers and the learning rate."""
+"""Optimizers and learning rate schedules."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from timm.scheduler import CosineLRScheduler
 from rin_video.config import Config, OptimizerName
 from rin_video.diffusion.process import GaussianDiffusion
 
-OPTIMIZERS: dict[OptimizerName, dict[str, Any]] = {  # as timm calls them, and what they take beside the common options
+OPTIMIZERS: dict[OptimizerName, dict[str, Any]] = {  # their names in timm, and additional options
     "adamw": {"opt": "adamw", "fused": True},
-    "lamb": {"opt": "lamb", "max_grad_norm": None},  # clipping is ours
+    "lamb": {"opt": "lamb", "max_grad_norm": None},  # the trainer clips
     "muon": {"opt": "nmuon", "momentum": 0.95},
 }
 
 
 def make_optimizer(diffusion: GaussianDiffusion, config: Config) -> torch.optim.Optimizer:
-    """AdamW, LAMB or (Nesterov) Muon; weight decay on matrices only, not on biases, norms and embeddings."""
+    """Create AdamW, LAMB or Muon (Nesterov); weight decay is not applied to biases, norms and embeddings."""
     options = config.train
     return create_optimizer_v2(
         diffusion.model,
@@ -31,12 +31,12 @@ def make_optimizer(diffusion: GaussianDiffusion, config: Config) -> torch.optim.
 
 
 def make_lr_schedule(optimizer: torch.optim.Optimizer, config: Config) -> CosineLRScheduler:
-    """Linear warm-up, then a cosine (or a constant, which is a cosine that falls nowhere)."""
+    """Create a schedule with a linear warm-up, then a cosine decay or a constant rate."""
     options = config.train
     decay_steps = max(options.train_num_steps - options.warmup_steps, 1) / options.lr_cosine_portion
     return CosineLRScheduler(
         optimizer,
-        t_initial=max(round(decay_steps), 2),  # over one step, that step would have no learning rate
+        t_initial=max(round(decay_steps), 2),  # with 1, the learning rate of that step would be 0
         lr_min=options.train_lr if options.lr_schedule == "constant" else 0.0,
         warmup_t=options.warmup_steps,
         warmup_prefix=True,

@@ -1,4 +1,4 @@
-"""Sampling with several processes: each draws a part of the batch, and the parts are gathered."""
+"""Distributed sampling: each process draws a part of the batch, and the parts are gathered."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ from rin_video.ranks import several_processes
 
 
 def sample_distributed(diffusion: GaussianDiffusion, config: SampleConfig, **options: Any) -> Tensor:
-    """`diffusion.sample` with a seed, called by every process: the same samples as a single process draws."""
+    """Draw samples in all processes; return them on the CPU, (B, C, *grid) in [0, 1], in each process.
+
+    `options` are those of `diffusion.sample`, with a seed. The samples are those that a single process would draw. Must
+    be called by all processes.
+    """
     options, gather = rank_part(diffusion, config, options)
     return gather(diffusion.sample(config, **options))
 
@@ -22,13 +26,13 @@ def sample_distributed(diffusion: GaussianDiffusion, config: SampleConfig, **opt
 def rank_part(
     diffusion: GaussianDiffusion, config: SampleConfig, options: dict[str, Any]
 ) -> tuple[dict[str, Any], Callable[[Tensor], Tensor]]:
-    """The arguments of `sample` for the part of this process, and a function that gathers the parts (B', ...).
+    """Return the arguments of `sample` for the part of this process, and a function that gathers the parts (B', ...).
 
-    A process without samples of its own draws the first one, so that all processes take part in every gather.
+    A process without samples of its own draws the first one, so that all processes join every gather.
     """
     if not several_processes():
         return options, lambda samples: samples
-    from rin_video.training.distributed import (  # with accelerate, which takes a second to import
+    from rin_video.training.distributed import (  # imports accelerate, which takes a second
         gather_rows,
         meet,
         rows_of,
@@ -37,7 +41,7 @@ def rank_part(
     state, count = meet(), options.get("batch_size") or config.num_samples
     rows = rows_of(count, state.process_index, state.num_processes)
     part, rank = rows or range(1), len(options.get("shape") or diffusion.shape or ())
-    # The number of axes that an argument has if it is the same for all samples.
+    # The number of axes of an argument that all samples share.
     axes = {"label": 0, "embedding": 2, "context": rank, "known": rank - 1}
     chosen = {
         name: value[part.start : part.stop]

@@ -1,4 +1,4 @@
-"""Curves as PNG files. matplotlib is imported when one is drawn."""
+"""Plots of metrics as PNG and SVG; matplotlib is imported when the first one is drawn."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rin_video.files import atomic_write
 
 
 def plot_metrics(rows: list[dict[str, Any]], path: Path) -> None:
-    """The loss, in all and by noise level, and the gradient norm of the lines of a `metrics.jsonl`."""
+    """Plot the loss, the loss by noise level and the gradient norm of lines of a `metrics.jsonl` to an image file."""
     steps = [row["step"] for row in rows]
     with draw_figure(path, 3) as (total, by_noise, gradient):
         total.plot(steps, [row["loss"] for row in rows])
@@ -33,9 +33,10 @@ def plot_metrics(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def metrics_svg(rows: list[dict[str, Any]], points: int = 500) -> str:
-    """Curves of the lines of a `metrics.jsonl` as SVG text: loss, by noise level, rate, gradient, throughput, waiting.
+    """Plot lines of a `metrics.jsonl` and return the SVG text; at most `points` lines are drawn.
 
-    At most `points` of them are drawn.
+    The panels are the loss, the loss by noise level, the gradient norm, the learning rate, the throughput and the time
+    spent waiting for data.
     """
     rows = rows[:: max(1, math.ceil(len(rows) / points))]
     steps = [row["step"] for row in rows]
@@ -71,9 +72,9 @@ PANEL_TITLES = {
 
 
 def _import_matplotlib() -> None:
-    """matplotlib refuses to be imported where MPLBACKEND names one that is not there, as in a command on Colab.
+    """Import matplotlib even if MPLBACKEND names a backend that is not installed, as in a shell command on Colab.
 
-    What can be chosen is chosen after that: other plots of the process come out where they would have.
+    The backend is set after the import if it is available, so that other plots in this process use it.
     """
     if "matplotlib" in sys.modules:
         return
@@ -90,7 +91,7 @@ def _import_matplotlib() -> None:
 
 
 def _axes(rows: int, columns: int) -> tuple[Any, list[Any]]:
-    """A figure without a display, and its axes."""
+    """Return a figure that needs no display, and its axes."""
     _import_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -102,7 +103,10 @@ def _axes(rows: int, columns: int) -> tuple[Any, list[Any]]:
 
 @contextmanager
 def draw_figure(path: Path, panels: int) -> Iterator[list[Any]]:
-    """Axes side by side; written atomically when the block ends. Needs no display and leaves no state behind."""
+    """Yield `panels` axes side by side; write the figure to `path` atomically at the end of the block.
+
+    This needs no display and does not change the global state of matplotlib.
+    """
     figure, axes = _axes(1, panels)
     yield axes
     with atomic_write(path) as temporary:

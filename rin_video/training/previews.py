@@ -1,4 +1,4 @@
-"""Samples and pictures while a run trains. A picture that cannot be written is a warning, and the run continues."""
+"""Preview samples during training; a file that cannot be written logs a warning, and training continues."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ log = logging.getLogger("rin_video")
 
 @contextmanager
 def harmless(what: object) -> Iterator[None]:
-    """Turns any error within the block into a warning that `what` could not be made."""
+    """Convert any error within the block to a warning that `what` could not be written."""
     try:
         yield
     except Exception as error:
-        log.warning("%s could not be made, and the run goes on: %s", what, first_line(error))
+        log.warning("%s could not be written, training continues: %s", what, first_line(error))
 
 
 def write_previews(samples: Tensor, images: Tensor | None, run: Path, step: int, fps: float) -> list[Path]:
-    """Write the samples of a step, images that come beside clips first; returns the files that were written."""
+    """Write the samples of a step, and `images` if training mixes clips and images; return the written files."""
     name = run / "samples" / f"step-{step:08d}"
     if images is not None:
         write_preview(images, name.with_name(f"{name.name}-images"), fps)
@@ -43,7 +43,11 @@ def write_previews(samples: Tensor, images: Tensor | None, run: Path, step: int,
 
 
 def write_preview(samples: Tensor, name: Path, fps: float) -> None:
-    """Write samples (B, C, *grid) as `name`.png; clips as `name`.mp4 and, a row for each, .png; else .safetensors."""
+    """Write samples (B, C, *grid) in [0, 1].
+
+    Images become `name`.png. Clips become `name`.mp4 and a contact sheet `name`.png with a row for each clip. Other
+    samples become `name`.safetensors.
+    """
     picture = name.with_suffix(".png" if can_be_picture(samples.shape) else ".safetensors")
     with harmless(picture):
         if samples.ndim == 5 and picture.suffix == ".png":
@@ -59,9 +63,10 @@ def write_preview(samples: Tensor, name: Path, fps: float) -> None:
 def draw_previews(
     averaged: GaussianDiffusion, data: Any, config: Config, **options: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """Samples as the configuration says; beside clips, images where training mixes the two. For all processes.
+    """Draw samples as configured in `sample`; return them, and images if training mixes clips and images.
 
-    The seed and the conditions are the same every time, so that pictures compare.
+    The seed and the conditions are the same every time, so that previews are comparable. Must be called by all
+    processes.
     """
 
     def draw(part: Any, **more: Any) -> Tensor:
@@ -75,7 +80,10 @@ def draw_previews(
 
 
 def preview_conditions(data: Any, config: Config) -> dict[str, Tensor]:
-    """Of the data's first samples: the embeddings if they have some, the known cells if training always has some."""
+    """Return the conditions of previews, taken from the first samples of the data.
+
+    These are the embeddings, if the model uses them, and the known pixels, if every training sample has some.
+    """
     kinds, count = config.diffusion.known, config.sample.num_samples
     always = bool(kinds) and not kinds.get("none")
     if not always and not config.model.embedding_dim:
@@ -92,10 +100,10 @@ def preview_conditions(data: Any, config: Config) -> dict[str, Tensor]:
 
 
 def previews_of(run: Path, step: int) -> list[Path]:
-    """The samples that were written at a step."""
+    """Return the samples that were written at a step."""
     return sorted((run / "samples").glob(f"step-{step:08d}[.-]*"))
 
 
 def is_previewed(run: Path, step: int) -> bool:
-    """Whether all samples of a step were written: the clip is not the last file."""
+    """Return whether the samples of a step were written as an image or as arrays; a clip alone is not sufficient."""
     return any(path.stem == f"step-{step:08d}" and path.suffix != ".mp4" for path in previews_of(run, step))

@@ -1,4 +1,4 @@
-"""`run.json`: what a run was made with and on."""
+"""`run.json`: the versions, hardware, data and command of a run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PACKAGES = ("rin-video", "torch", "torchvision", "accelerate", "timm", "ema-pyto
 
 
 def write_provenance(folder: Path, config: Config, accelerator: Any) -> None:
-    """Write versions, hardware and time of the start; earlier starts of the same run are kept below `earlier`."""
+    """Write versions, hardware and start time to `run.json`; earlier starts of the run are kept under `earlier`."""
     path = folder / "run.json"
     now = {
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
@@ -42,7 +42,7 @@ def write_provenance(folder: Path, config: Config, accelerator: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; an empty one where there is none that can be read."""
+    """Read a JSON object; return an empty one if the file is missing or damaged."""
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, RecursionError):
@@ -50,7 +50,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def device_name(device: torch.device) -> str:
-    """The device for people."""
+    """Return a readable name of the device: `NVIDIA H100 80GB HBM3`, `2 CPU threads`."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return counted(torch.get_num_threads(), "CPU thread") if device.type == "cpu" else device.type

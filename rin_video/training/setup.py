@@ -1,4 +1,4 @@
-"""What a `Trainer` is given, in any accepted form, as a configuration and a dataset."""
+"""Converts the arguments of `Trainer`, in any accepted form, to a configuration and a dataset."""
 
 from __future__ import annotations
 
@@ -16,20 +16,23 @@ from rin_video.training.distributed import first_then_others
 
 
 def find_inputs(diffusion: GaussianDiffusion | None, data: Any, options: dict[str, Any]) -> tuple[Any, Any]:
-    """The diffusion and the data, also by the names of the PyTorch port, which are taken out of `options`."""
+    """Return the diffusion and the data; their names in the PyTorch port are removed from `options`.
+
+    Raises `UsageError` if one of them is missing, or if there are several arguments for the data.
+    """
     diffusion = options.pop("diffusion_model", None) if diffusion is None else diffusion
-    given = [data, *(options.pop(name, None) for name in ("dataset", "folder"))]
-    if sum(one is not None for one in given) > 1:
-        raise UsageError("the data is given twice: give one of data, dataset and folder")
-    data = next((one for one in given if one is not None), None)
+    candidates = [data, *(options.pop(name, None) for name in ("dataset", "folder"))]
+    if sum(one is not None for one in candidates) > 1:
+        raise UsageError("there are several arguments for the data: pass one of data, dataset and folder")
+    data = next((one for one in candidates if one is not None), None)
     if diffusion is None or data is None:
-        missing = "a GaussianDiffusion" if diffusion is None else "data: a folder, or a Dataset"
-        raise UsageError(f"Trainer(diffusion, data) was given no {missing}")
+        missing = "a GaussianDiffusion" if diffusion is None else "data: pass a folder or a Dataset"
+        raise UsageError(f"Trainer(diffusion, data) requires {missing}")
     return diffusion, data
 
 
 def make_config(diffusion: GaussianDiffusion, data: Any, num_samples: int, options: dict[str, Any]) -> Config:
-    """The configuration of a run from the options that `Trainer` was given."""
+    """Return the configuration of a run from the options of `Trainer`."""
     channels = (diffusion.shape or (3,))[0]
     is_folder = isinstance(data, str | os.PathLike)
     train, reading = trainer_config(**trainer_options(options, channels=channels, is_folder=is_folder))
@@ -45,7 +48,7 @@ def make_config(diffusion: GaussianDiffusion, data: Any, num_samples: int, optio
 
 
 def open_data(diffusion: GaussianDiffusion, data: Any, config: Config, run: Path) -> Any:
-    """The dataset in a folder, looked through by the first process before the others; or a given one, adapted."""
+    """Return the dataset: that of a folder, which the main process indexes before the others, or `data`, adapted."""
     if not isinstance(data, str | os.PathLike):
         return adapt_for(diffusion, data)
     config.data.path = config.data.path or os.fspath(data)

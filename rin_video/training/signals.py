@@ -1,4 +1,4 @@
-"""Stopping kindly: signals ask for a stop, and the training loop heeds it when a step is done."""
+"""Graceful stop: a signal requests a stop, and the training loop stops at the end of a step."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import threading
 from types import FrameType
 from typing import Any
 
-# Ctrl-C, what clusters and `kill` send, and what clusters send some time before they take the machine away.
+# Ctrl-C; the signal of clusters and `kill`; the signal of clusters some time before the end of a job.
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
 
 class StopSignals:
-    """Within the block, a signal is remembered as `received`; a second Ctrl-C raises KeyboardInterrupt at once.
+    """Records a signal within the block as `received`; a second Ctrl-C raises KeyboardInterrupt at once.
 
-    Python allows handlers in the main thread only: in another one, nothing changes.
+    Python allows signal handlers in the main thread only: in other threads, this does nothing.
     """
 
     def __init__(self) -> None:
@@ -31,12 +31,13 @@ class StopSignals:
             signal.signal(number, handler)
 
     def handle(self, number: int, frame: FrameType | None) -> None:
+        """Record the signal; raise KeyboardInterrupt at the second Ctrl-C."""
         if number == signal.SIGINT and self.received == "SIGINT":
             raise KeyboardInterrupt
         self.received = signal.Signals(number).name
 
 
 def ignore_signals(worker: int = 0) -> None:
-    """For processes that read data: a signal goes to all of a job, and they are needed until the step is done."""
+    """Ignore stop signals in a data loader worker: all processes of a job receive them, but the step needs its data."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""The state to resume from: nested dicts and lists of tensors and plain values, without pickle, written atomically."""
+"""Checkpoints on the disk: nested dicts and lists of tensors and plain values, without pickle, written atomically."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from rin_video.weights import log, read_tensors
 
 STATE_FILES = ("state.safetensors", "state.json")
 MANIFEST = "manifest.json"
-CHECKPOINTS = "checkpoints"  # the folder of all states in that of a run
+CHECKPOINTS = "checkpoints"  # the folder of all states within the folder of a run
 
 
 def save_state(folder: Path, state: dict[str, Any], *, write: bool = True) -> None:
-    """Write a nested state as a new folder that appears whole or not at all, with checksums of its files.
+    """Write a nested state to a folder atomically, with checksums of its files.
 
-    Of sharded tensors all processes call this; those that do not `write` only contribute their parts. Raises
-    `UsageError` where the disk is full; what was there before is untouched.
+    If tensors are sharded, all processes must call this; those without `write` only contribute their shards. Raises
+    `UsageError` if the disk is full; then an earlier state in the folder does not change.
     """
     tensors: dict[str, Tensor] = {}
     tree = _take_tensors(state, tensors)
@@ -42,12 +42,12 @@ def save_state(folder: Path, state: dict[str, Any], *, write: bool = True) -> No
 
 
 def load_state(folder: Path) -> dict[str, Any]:
-    """What `save_state` wrote. Raises `UsageError` where the folder is not whole."""
+    """Load what `save_state` wrote. Raises `UsageError` if the folder is incomplete or damaged."""
     try:
         digests = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         changed = [name for name in STATE_FILES if file_digest(folder / name) != digests[name]]
         if changed:
-            raise ValueError(f"{changed[0]} is not what was written")
+            raise ValueError(f"{changed[0]} does not match its checksum")
         tensors = read_tensors(folder / STATE_FILES[0])
         return dict(_put_tensors(json.loads((folder / STATE_FILES[1]).read_text(encoding="utf-8")), tensors))
     except UsageError:
@@ -56,49 +56,55 @@ def load_state(folder: Path) -> dict[str, Any]:
         reason = f"it has no {Path(str(error.filename)).name}"
     except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         reason = str(error)
-    raise UsageError(f"checkpoint {folder} is damaged ({reason}): delete it to go back to an earlier one")
+    raise UsageError(f"checkpoint {folder} is damaged ({reason}): delete it to return to an earlier one")
 
 
 def newest_state(run: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest state of a run that is whole, and its folder; None where the run has none.
+    """Return the folder and the content of the newest complete state of a run, or None if it has no states.
 
-    Damaged and unfinished ones are passed over, and this is logged. Raises `UsageError` where all are damaged.
+    Damaged and incomplete states are skipped with a warning. Raises `UsageError` if all states are damaged.
     """
     for unfinished in sorted((run / CHECKPOINTS).glob("step-*.tmp")):
-        log.warning("checkpoint %s was not finished when the run was stopped: passed over", unfinished)
+        log.warning("skipping checkpoint %s: the run was stopped while it was being written", unfinished)
     states = saved_states(run)
     for folder in reversed(states):
         try:
             return folder, load_state(folder)
         except UsageError as error:  # noqa: PERF203
-            log.warning("passed over: %s", error)
+            log.warning("skipping a checkpoint: %s", error)
     if states:
         raise UsageError(
             f"none of the {len(states)} checkpoints in {run / 'checkpoints'} can be read: delete that folder to train "
-            "from the start, or give another folder (--out)"
+            "from the start, or use another folder (--out)"
         )
     return None
 
 
 def load_milestone(run: Path, milestone: int | str) -> tuple[Path, dict[str, Any]]:
-    """The folder and the content of what `Trainer.save(milestone)` wrote. `UsageError` where there is none."""
+    """Return the folder and the content of what `Trainer.save(milestone)` wrote.
+
+    Raises `UsageError` if it does not exist or is damaged.
+    """
     folder = run / CHECKPOINTS / f"milestone-{milestone}"
     if not folder.is_dir():
         there = sorted(p.name.removeprefix("milestone-") for p in folder.parent.glob("milestone-*"))
         raise UsageError(
-            f"{run} has no milestone {milestone}: {', '.join(there) or 'none was saved'} (checkpoints of other "
-            "packages, model-N.pt, do not fit this network)"
+            f"{run} has no milestone {milestone}: it has {', '.join(there) or 'none'} (checkpoints of other packages, "
+            "model-N.pt, do not fit this network)"
         )
     return folder, load_state(folder)
 
 
 def saved_states(run: Path) -> list[Path]:
-    """Folders of the states of a run that can be resumed from, oldest first."""
+    """Return the folders of the states that a run can resume from, oldest first."""
     return sorted(p for p in (run / CHECKPOINTS).glob("step-*") if p.suffix != ".tmp")
 
 
 def remove_state(folder: Path) -> None:
-    """Delete a state: only the files that `save_state` wrote. One cut short leaves a state that is known as damaged."""
+    """Delete the files that `save_state` wrote, and their folder.
+
+    The manifest is deleted first, so that an interrupted deletion leaves a state that is recognised as damaged.
+    """
     if folder.is_dir():
         for name in (MANIFEST, *STATE_FILES):
             (folder / name).unlink(missing_ok=True)
@@ -106,7 +112,7 @@ def remove_state(folder: Path) -> None:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
+    """Return the SHA-256 checksum of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

@@ -1,4 +1,4 @@
-"""TensorBoard, Weights & Biases and the other trackers of accelerate: numbers, pictures, clips."""
+"""Experiment trackers of accelerate (TensorBoard, Weights & Biases, ...): metrics, images and clips."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rin_video.training.previews import harmless
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Raises `UsageError` for a tracker that accelerate does not know or that is not installed."""
+    """Raise `UsageError` if accelerate does not know a tracker, or if its package is not installed."""
     from accelerate.utils import LoggerType
 
     known = [str(kind) for kind in LoggerType if kind != "all"]
@@ -34,24 +34,27 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 class Tracking(Callback):
-    """Hands metrics and samples to the trackers in `train.trackers`."""
+    """Logs metrics and samples to the trackers in `train.trackers`."""
 
     def on_start(self, trainer: Run) -> None:
+        """Start the trackers with the configuration of the run."""
         config = {f"{section}.{key}": value if isinstance(value, int | float | str | bool) else str(value)
                   for section, values in to_dict(trainer.config).items() for key, value in values.items()}  # fmt: skip
         where = {"wandb": {"dir": str(trainer.folder), "name": trainer.folder.resolve().name}}
         trainer.accelerator.init_trackers("rin-video", config=config, init_kwargs=where)
 
     def on_log(self, trainer: Run, line: dict[str, Any]) -> None:
+        """Log a line of metrics."""
         numbers = {name: value for name, value in line.items() if isinstance(value, float)}
         by_t = {f"loss_by_t/{i}": value for i, value in enumerate(line["loss_by_t"]) if value is not None}
         trainer.accelerator.log(numbers | by_t, step=line["step"])
 
     def on_sample(self, trainer: Run, samples: Tensor, paths: list[Path]) -> None:
+        """Log samples as images and clips, where the tracker supports them."""
         clip = next((path for path in paths if path.suffix == ".mp4"), None)
         sheet = next((path for path in paths if path.suffix == ".png"), None)
         for tracker in trainer.accelerator.trackers:
-            with harmless(f"pictures for {tracker.name}"):
+            with harmless(f"images for {tracker.name}"):
                 self._log_pictures(tracker, trainer, samples, clip, sheet)
 
     def _log_pictures(self, tracker: Any, trainer: Run, samples: Tensor, clip: Path | None, sheet: Path | None) -> None:
@@ -69,11 +72,12 @@ class Tracking(Callback):
             _add_animation(tracker.tracker, "clips", samples, fps, trainer.step)
 
     def on_end(self, trainer: Run) -> None:
+        """Finish the trackers."""
         trainer.accelerator.end_training()
 
 
 def _add_animation(writer: Any, tag: str, clips: Tensor, fps: float, step: int) -> None:
-    """Clips (B, C, F, H, W) beside each other, as a GIF: TensorBoard plays these among the images."""
+    """Log clips (B, C, F, H, W) side by side as a GIF, which TensorBoard plays among its images."""
     from tensorboard.compat.proto.summary_pb2 import Summary
 
     frames = (clips.permute(2, 3, 0, 4, 1).flatten(2, 3) * 255).round().byte().cpu().numpy()  # F, H, B * W, C

@@ -1,4 +1,4 @@
-"""The training loop: it is given a diffusion and a dataset, and orchestrates."""
+"""The training loop: `Trainer` takes a diffusion and a dataset and coordinates the other modules."""
 
 from __future__ import annotations
 
@@ -64,17 +64,27 @@ METRICS = "metrics.jsonl"
 
 
 class Trainer:
-    """Trains a `GaussianDiffusion` on a folder or a dataset, and writes everything below `results_folder`.
+    """Trains a `GaussianDiffusion` on a folder or a dataset, and writes all results to `results_folder`.
 
-    `data` is a folder of images or clips (which of the two follows from the model's shape), or any `Dataset` of
-    tensors (C, *grid), of (tensor, label) pairs, or of dicts with "x", "label" and "embedding"; values in [0, 1] or
-    uint8. The other options are the fields of `TrainConfig` and `DataConfig`, and those of the PyTorch port
-    (`rin_video.port`). `callbacks` observe and measure. `train()` resumes from the last complete checkpoint in
-    `results_folder`; a signal ends it with `Stopped`, after a checkpoint.
+    `data` is a folder of images or clips (the model's shape determines which), or a `Dataset` of tensors (C, *grid), of
+    (tensor, label) pairs, or of dicts with "x", "label" and "embedding". Values are in [0, 1] or uint8. `options` are
+    fields of `TrainConfig` and `DataConfig`, or options of the PyTorch port (`rin_video.port`); `config` replaces them.
+    `callbacks` observe the run and evaluate its weights. Raises `UsageError` for invalid options, or if the data does
+    not fit the model.
 
-    Written there: `metrics.jsonl` and its curves, `metrics.png`; `samples/` (PNG grids, or MP4 and contact sheets);
-    `model.safetensors` and `config.yaml` (averaged weights, for use); `averages/` (snapshots for other averages);
-    `checkpoints/` (the state to resume from); `run.json` (versions, hardware). The first of several processes writes.
+    `train()` resumes from the last complete checkpoint in `results_folder`. After a signal, it writes a checkpoint and
+    raises `Stopped`.
+
+    `results_folder` contains:
+
+    - `model.safetensors` and `config.yaml`: the EMA weights and the configuration, for use
+    - `checkpoints/`: the states to resume from
+    - `averages/`: snapshots for post-hoc EMAs
+    - `metrics.jsonl` and `metrics.png`: metrics and their plots
+    - `samples/`: PNG grids, or MP4 clips and contact sheets
+    - `run.json`: versions and hardware
+
+    Only the main process writes.
     """
 
     def __init__(
@@ -93,7 +103,7 @@ class Trainer:
         if config is None:
             config = make_config(diffusion, data, num_samples, options)
         elif options:
-            raise UsageError(f"give either config or the options {', '.join(options)}, not both")
+            raise UsageError(f"pass either config or the options {', '.join(options)}, not both")
         self.config, self.options = config, config.train
         self.folder, self.progress = Path(results_folder), progress
 
@@ -120,30 +130,30 @@ class Trainer:
         self.power_emas = make_power_emas(diffusion.model, self.options, self.accelerator.device)
         checkpoint_blocks(diffusion.model, self.options.gradient_checkpointing)
         self.diffusion, self.optimizer = self.accelerator.prepare(diffusion, self.optimizer)
-        for average in (self.ema, *self.power_emas):
-            shard_module_like(average.ema_model, self.unwrapped.model)
+        for ema in (self.ema, *self.power_emas):
+            shard_module_like(ema.ema_model, self.unwrapped.model)
         self.compiler = Compiler(self.unwrapped.model, self.options.compile)
 
         self.callbacks = [*([Tracking()] if self.options.trackers else []), *callbacks]
         self.step, self.loaded = 0, False
-        self.pending: dict[str, Tensor] | None = None  # what a checkpoint keeps of the next line of metrics
+        self.pending: dict[str, Tensor] | None = None  # accumulated metrics of the next line, from a checkpoint
 
     @property
     def unwrapped(self) -> GaussianDiffusion:
-        """The diffusion without what accelerate put around it."""
+        """The diffusion without the wrappers of accelerate."""
         return self.accelerator.unwrap_model(self.diffusion, keep_torch_compile=False)
 
     @property
     def state(self) -> TrainingState:
-        """What training steps change, to be saved and loaded."""
+        """Everything that training steps change, for saving and loading."""
         scaler = self.accelerator.scaler
         return TrainingState(self.unwrapped.model, self.ema, self.power_emas, self.optimizer, scaler)
 
     def train(self) -> None:
-        """Train up to `train_num_steps`, from the last checkpoint where there is one.
+        """Train up to step `train_num_steps`, from the last checkpoint if there is one.
 
-        Raises `Stopped` after SIGTERM, SIGINT or SIGUSR1, and `UsageError` where a loss is not a number, memory runs
-        out, the disk is full, or another process trains in the same folder.
+        Raises `Stopped` after SIGTERM, SIGINT or SIGUSR1. Raises `UsageError` if a loss is not finite, memory runs out,
+        the disk is full, or another process trains in the same folder.
         """
         with ExitStack() as locked:
 
@@ -155,15 +165,15 @@ class Trainer:
             self._train()
 
     def _train(self) -> None:
-        """`train`, for a process that has the folder to itself."""
+        """Train while the folder is locked."""
         if not self.loaded:
             self.resume()
         main, num_processes = self.accelerator.is_main_process, self.accelerator.num_processes
         sampled = not self.is_due(self.options.save_and_sample_every) or is_previewed(self.folder, self.step)
         if any_rank(main and not sampled, self.accelerator):
-            self.sample()  # it was stopped between the checkpoint and its pictures
+            self.sample()  # the run was stopped between the checkpoint and its samples
         if self.step >= self.options.train_num_steps:
-            log.info("%s is trained to step %d already", self.folder, self.step)
+            log.info("%s is already trained to step %d", self.folder, self.step)
             return
         if main:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -190,10 +200,10 @@ class Trainer:
             self.call("on_end")
 
     def after_step(self, metrics: Metrics, bar: Any, signals: StopSignals) -> None:
-        """Log, save and sample, if that is due. Raises `Stopped` after a signal."""
+        """Log, save and sample if they are due. Raises `Stopped` after a signal."""
         saving, logging_ = self.is_due(self.options.save_and_sample_every), self.is_due(self.options.log_every)
         stopping = signals.received is not None
-        if self.accelerator.num_processes > 1:  # which have to wait for each other to decide it
+        if self.accelerator.num_processes > 1:  # a collective decision, so only when all processes wait anyway
             stopping = (logging_ or saving) and any_rank(stopping, self.accelerator)
         if logging_ or saving or stopping:
             self.check(metrics)
@@ -213,25 +223,28 @@ class Trainer:
         if stopping and self.step < self.options.train_num_steps:
             raise Stopped(
                 f"stopped by {signals.received or 'a signal to another process'} at step {self.step}, "
-                f"checkpoint written: the same command goes on"
+                f"checkpoint written: the same command resumes"
             )
 
     def is_due(self, every: int) -> bool:
-        """Whether the present step is a multiple of `every`, or the last one."""
+        """Return whether the current step is a multiple of `every`, or the last one."""
         return self.step > 0 and (self.step % every == 0 or self.step == self.options.train_num_steps)
 
     def call(self, name: str, *arguments: Any) -> None:
-        """Call all callbacks, in the first process."""
+        """Call a method of all callbacks, in the main process only."""
         if self.accelerator.is_main_process:
             for callback in self.callbacks:
                 getattr(callback, name)(self, *arguments)
 
     def train_step(self, batches: TrainLoader) -> tuple[list[LossTerms], Tensor, float, list[list[int]]]:
-        """One optimizer step over `gradient_accumulate_every` batches.
+        """Make an optimizer step over `gradient_accumulate_every` batches.
 
-        Returns the loss of each, the norm of the gradient, the seconds without data, and the indices of the samples.
+        Returns the loss terms of each batch, the gradient norm before clipping, the seconds spent waiting for data, and
+        the dataset indices of the samples of each batch.
         """
-        seed_step(self.options.seed, self.step, self.accelerator.process_index)  # of dropout: each process has its own
+        seed_step(
+            self.options.seed, self.step, self.accelerator.process_index
+        )  # for dropout, which differs between processes
         self.diffusion.train()
         terms, indices, waited = [], [], 0.0
         count = self.options.gradient_accumulate_every
@@ -249,18 +262,18 @@ class Trainer:
         self.schedule.step_update(self.step)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        for average in (self.ema, *self.power_emas):
-            average.update()
+        for ema in (self.ema, *self.power_emas):
+            ema.update()
         return terms, grad_norm, waited, indices
 
     def rng(self, micro: int) -> BatchRNG:
-        """The random numbers of this process's samples in a forward pass of the present step."""
+        """Return the RNG of this process's samples for a forward pass of the current step."""
         rank, size = self.accelerator.process_index, self.batch_size
         rows, total = range(rank * size, (rank + 1) * size), self.options.train_batch_size
         return BatchRNG((self.options.seed, self.step, micro), rows, total, self.accelerator.device)
 
     def accumulate(self, batch: Batch, micro: int) -> LossTerms:
-        """The loss of one batch, and its gradient, which is added to what is there."""
+        """Compute the loss of a batch, and add its gradient to the accumulated one; return the loss terms."""
         self.check_batch(batch.x, batch.label)
         x, label, embedding = batch.to(self.accelerator.device)
         label = label if self.num_classes else None
@@ -271,7 +284,7 @@ class Trainer:
                 term = self.diffusion(x, label, embedding=embedding, rng=self.rng(micro), per_sample=True)
             self.accelerator.backward(term.loss.mean() / self.options.gradient_accumulate_every)
         except Exception as error:
-            begun = term is not None and not fresh  # gradients of earlier batches may hold a part of this one's
+            begun = term is not None and not fresh  # the accumulated gradient may contain a part of this batch's
             if begun or not self.compiler.is_to_blame(error):
                 raise
             self.compiler.stop(error)
@@ -283,7 +296,7 @@ class Trainer:
         return LossTerms(term.loss.detach(), term.t)
 
     def batches(self) -> TrainLoader:
-        """Batches without end, from where the present step stands. What they hold follows from seed and step alone."""
+        """Return endless batches, starting with those of the current step; they depend on seed and step only."""
         return TrainLoader(
             self.dataset,
             self.config.data,
@@ -298,14 +311,14 @@ class Trainer:
         )
 
     def check(self, metrics: Metrics) -> None:
-        """Raises `UsageError` where a loss is not a number, before it can spoil a checkpoint."""
+        """Raise `UsageError` if a loss is not finite, so that no checkpoint contains such a step."""
         failure = metrics.failure(check_gradient=self.accelerator.scaler is None)
         if failure is not None:
             last = self.checkpoints[-1] if self.checkpoints else None
             raise not_finite_error(failure, self.dataset, last)
 
     def sample(self) -> None:
-        """Write samples of the averaged weights: the same seed and classes every time, so that pictures compare."""
+        """Write samples of the EMA weights; the seed and the conditions are the same every time, for comparison."""
         averaged, main = self.averaged(), self.accelerator.is_main_process
         samples, images = draw_previews(
             averaged, self.dataset, self.config, max_batch=self.batch_size, progress=self.progress and main
@@ -320,7 +333,7 @@ class Trainer:
         self.call("on_sample", samples, paths)
 
     def evaluate(self, averaged: GaussianDiffusion) -> None:
-        """Write down what the callbacks measure."""
+        """Write the scores of the callbacks to `evaluations.jsonl`."""
         evaluations = self.folder / "evaluations.jsonl"
         trim_lines(evaluations, self.step - 1)
         for callback in self.callbacks:
@@ -329,7 +342,7 @@ class Trainer:
                 append_line(evaluations, {"step": self.step, **scores})
 
     def averaged(self) -> GaussianDiffusion:
-        """The diffusion with the averaged weights. To be called by all processes."""
+        """Return the diffusion with the EMA weights. Must be called by all processes."""
         model = full_model(self.ema.ema_model, self.config.model, self.accelerator.device)
         return self.unwrapped.with_model(model)
 
@@ -337,14 +350,14 @@ class Trainer:
 
     @property
     def checkpoints(self) -> list[Path]:
-        """Folders of the states that can be resumed from, oldest first."""
+        """The folders of the states to resume from, oldest first."""
         return saved_states(self.folder)
 
     def save(self, milestone: int | str | None = None) -> None:
-        """Write the averaged weights for use, then the state to resume from; old states are dropped.
+        """Write the EMA weights for use, then the state to resume from; delete old states.
 
-        A `milestone` is a state of its own, which stays until it is saved again, and which `load(milestone)` reads.
-        No process leaves before the first one has finished writing; if that fails, all of them end.
+        With a `milestone`, the state is kept under that name until it is saved again; `load(milestone)` reads it. Must
+        be called by all processes, which wait until the main process has written. If writing fails, all of them raise.
         """
         in_all(lambda: self._save(milestone))
 
@@ -367,42 +380,42 @@ class Trainer:
             self.call("on_checkpoint", folder)
 
     def load(self, milestone: int | str) -> None:
-        """Go back to what `save(milestone)` wrote: `train()` goes on from there. `UsageError` where there is none."""
+        """Load what `save(milestone)` wrote; `train()` resumes from there. Raises `UsageError` if it does not exist."""
         self.restore(*load_milestone(self.folder, milestone))
         self.loaded = True
 
     def snapshot(self) -> None:
-        """Write down the averages of all lengths, for `rin-video ema`."""
+        """Save a snapshot of the power-function EMAs, for `rin-video ema`."""
         if self.power_emas:
             lengths, write = self.options.ema_sigma_rel, self.accelerator.is_main_process
             in_all(lambda: save_snapshot(self.folder, self.step, lengths, self.power_emas, write=write))
 
     def start_from(self, source: str, diffusion: GaussianDiffusion) -> None:
-        """Bring the weights of another model, and say which; a run that goes on has its own."""
+        """Load the weights of another model and log which ones were loaded; a resumed run keeps its own weights."""
         if self.checkpoints:
-            log.info("%s goes on with its own weights: those of %s are not read again", self.folder, source)
+            log.info("%s resumes with its own weights: those of %s are not loaded again", self.folder, source)
             return
         moved = transfer_weights(source, diffusion.model).describe()
         log.info("weights from %s\n  %s", source, moved.replace("\n", "\n  "))
 
     def resume(self) -> None:
-        """Go on from the last whole checkpoint. Raises `UsageError` where it is of another model."""
+        """Resume from the last complete checkpoint, if there is one. Raises `UsageError` as `restore` does."""
         newest = newest_state(self.folder)
         if newest is not None:
             self.restore(*newest)
 
     def restore(self, folder: Path, state: dict[str, Any]) -> None:
-        """Load a state. Raises `UsageError` where it is of another model, or of other data."""
+        """Load a state. Raises `UsageError` if it belongs to another model or other data."""
         check_same_data(self.folder, state.get("data"), self.identity)
         check_same_options(self.folder, state["config"], self.config)
         self.options.init_from = state["config"]["train"].get("init_from")
         self.state.load_state_dict(state)
         self.step, self.pending = state["step"], state["metrics"]
-        log.info("going on from step %d in %s", self.step, folder)
+        log.info("resuming from step %d in %s", self.step, folder)
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Everything random in a training step follows from these three numbers, so nothing random has to be saved."""
+    """Seed all global generators for a step; so a checkpoint needs no state of a generator."""
     number = derive_seed(seed, step, rank)
     random.seed(number)
     np.random.seed(number % 2**32)
