@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from rin_video.wording import counted
 
 FIRST, LONGEST = 10.0, 300.0  # seconds from one line to the next: a tenth of the time so far, within these
+SHORTEST = 1.0  # seconds: what takes less gets no line
 OPEN: list[object] = []  # the bars that are shown now: one inside another is left out of a log
 
 
@@ -82,7 +83,7 @@ def progress_bar(
     finally:
         if not disable:
             OPEN.remove(lines)
-        if time.monotonic() - lines.start >= delay and lines.n > initial:
+        if time.monotonic() - lines.start >= max(delay, SHORTEST) and lines.n > initial:
             lines.write()
 
 
