@@ -46,9 +46,9 @@ def probe_array(source: Source) -> ArrayInfo:
 
 
 def sample_shape(info: ArrayInfo) -> tuple[int, ...] | None:
-    """Shape (C, *grid) of the images or clips in a file, which may be one or many; None where nothing is 1 or 3.
+    """Guess the sample shape (C, *grid) of a file with one or many images or clips; None if none has 1 or 3 channels.
 
-    Of four axes, a second one of 1 or 3 means many images, else a first one of 1 or 3 means one clip.
+    With four axes, 1 or 3 on the second axis means many images; otherwise, 1 or 3 on the first axis means one clip.
     """
     shape = info.shape
     if len(shape) in (4, 5) and shape[1] in (1, 3):

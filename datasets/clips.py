@@ -209,7 +209,7 @@ class ClipFolder(SampleDataset):
 
 
 def rate_range(rates: list[float]) -> str:
-    """`8`, or `8 to 30`."""
+    """Return the range of frame rates, such as `8` or `8 to 30`."""
     low, high = f"{min(rates):.4g}", f"{max(rates):.4g}"
     return low if low == high else f"{low} to {high}"
 

@@ -61,6 +61,6 @@ class EpochDataset(Dataset[Any]):
 
 
 def name_of(dataset: Any, index: int) -> str:
-    """A sample's name: its file, where the dataset has files."""
+    """Return the name of a sample: by the dataset's `name_of`, its `files`, or "sample N"."""
     own, files = getattr(dataset, "name_of", None), getattr(dataset, "files", None)
     return str(own(index) if own else files[index] if files else f"sample {index}")

@@ -271,7 +271,7 @@ def make_index(
         if path:
             Index(root, found).save(path, probe)
 
-    with progress_bar(len(changed), "looking into files", "file", delay=2, disable=not progress) as bar:
+    with progress_bar(len(changed), "indexing", "file", delay=2, disable=not progress) as bar:
         try:
             for i, result in run_in_subprocess(
                 [entry.source for entry in changed], probe, seconds=options.read_timeout

@@ -115,7 +115,7 @@ def prepare(
     varying = 0 if kind == "image" or options.fps else sum(not is_steady(entry.info.times) for entry in entries)
     if varying:
         report.append(
-            f"{varying} of {counted(len(entries), 'clip')} had a variable frame rate and used the nearest frames"
+            f"{varying} of {counted(len(entries), 'clip')} had a variable frame rate (resampled to the nearest frames)"
         )
     damaged = [(entry.source, sound_part(entry.info)) for entry in entries if getattr(entry.info, "lost", ())]
     report += [f"damaged: only frames {first} to {end - 1} of {shown(file)}" for file, (first, end) in damaged[:10]]

@@ -102,5 +102,5 @@ def statistics(dataset: Any, samples: list[Tensor], chosen: list[int]) -> list[s
     still = sum(bool((x[:, 1:] == x[:, :-1]).all()) for x in samples if x.ndim == 4 and x.shape[1] > 1)
     flat = [dataset.name_of(i) for x, i in zip(samples, chosen, strict=True) if int(x.max()) - int(x.min()) < 8]
     lines += [f"static: {still} of {counted(len(samples), 'sample')}"] if still else []
-    lines += [f"a single colour: {len(flat)} of {len(samples)} ({', '.join(map(shown, flat[:3]))})"] if flat else []
+    lines += [f"single colour: {len(flat)} of {len(samples)} ({', '.join(map(shown, flat[:3]))})"] if flat else []
     return lines

@@ -61,7 +61,7 @@ Parameters: TypeAlias = dict[str, float | str]
 class ModelConfig:
     """The network: tokenizer, conditioning and core. The defaults build the block as published."""
 
-    dim: int = 256  # width of the interface tokens, each of which holds a patch of the data
+    dim: int = 256  # width of the interface tokens (patches of the data)
     image_size: int | Sequence[int] | None = None  # size in pixels: one number, or [height, width]; null for sequences
     # size of the patch of a token, which must divide the size of the data: one number (images, sequences),
     # [height, width] (images) or [frames, height, width] (clips)

@@ -27,9 +27,9 @@ class TransientError(UsageError):
 
 
 class ShortClipError(UsageError):
-    """A clip has too few frames; `fits` of them are there. `problem` is the message without the remedy."""
+    """A clip has too few frames: `fits` is the largest number that fits, `problem` the message without the remedy."""
 
-    def __init__(self, problem: str, remedy: str = "", fits: int = 0) -> None:  # of one text too, as workers raise it
+    def __init__(self, problem: str, remedy: str = "", fits: int = 0) -> None:  # workers raise it with one text
         super().__init__(problem, remedy, fits)
         self.problem, self.remedy, self.fits = problem, remedy, fits
 

@@ -41,7 +41,7 @@ NAMES = [
 def test_every_frame_is_the_one_asked_for(clips, numbers, decoder, name):
     path = clips / name
     if not suits(decoder, probe_video(path)):
-        with pytest.raises(UsageError, match=r"data\.decoder"):
+        with pytest.raises(UsageError, match=r"data\.decoder="):
             open_video(path, decoder)
         return
     with open_video(path, decoder) as video:

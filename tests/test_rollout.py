@@ -281,7 +281,6 @@ def test_contexts_on_the_command_line(run, tmp_path):
 def test_mistakes_with_contexts(run, capfd):
     clip = ("--context", str(run / "clip.mp4"))
     for argv, words in (
-        ((*clip,), "has 8 frames, the clips 4: use --context-frames 1 to 3"),
         ((*clip, "--context-frames", "4"), "--context-frames is 4, the clips have 4"),
         ((*clip, "--context-frames", "9", "--frames", "20"), "has 8 frames at this stride or rate, not 9"),
         ((*clip, "--fill", "2:9"), "--fill 2:9 names no frames of a clip of 4"),

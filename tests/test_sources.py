@@ -159,7 +159,7 @@ def test_arrays_of_any_rank(tmp_path):
     torch.testing.assert_close(data[2]["x"], torch.from_numpy(many[1]))
     torch.testing.assert_close(data[4]["x"], torch.from_numpy(one) / 2)
     said = data.describe()
-    assert "other.npy has shape (2, 3, 7), but the model has shape (2, 5, 7)" in said
+    assert "other.npy has shape (2, 3, 7), but the model takes (2, 5, 7)" in said
     assert "object.npy" in said
     np.save(tmp_path / "a/one.npy", one * 3)
     with pytest.raises(UsageError, match=r"scale them to \[0, 1\]"):

@@ -93,7 +93,7 @@ def test_a_variable_rate_is_exported_in_its_time(tmp_path, clips):
 def test_prepare_keeps_the_time_of_a_variable_rate(tmp_path, clips, monkeypatch, capsys, numbers):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["prepare", str(clips / "variable_rate.mp4"), "--size", "32x64", "--out", "shards"]) == 0
-    assert "1 of 1 clip had a variable frame rate and used the nearest frames" in capsys.readouterr().out
+    assert "1 of 1 clip had a variable frame rate (resampled to the nearest frames)" in capsys.readouterr().out
     (length,) = [info.num_frames for info in ClipFolder(tmp_path / "shards", (32, 64), 1).infos]
     data = ClipFolder(tmp_path / "shards", (32, 64), length)
     shown = numbers(data.draw(0, 0)["x"].transpose(0, 1))

@@ -1,4 +1,4 @@
-"""Numbers in messages, and progress on a terminal and in a log."""
+"""Numbers in messages, and progress bars on a terminal and in a log."""
 
 import io
 import sys
@@ -17,7 +17,7 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that goes on by hand."""
+    """A clock that is advanced by hand."""
 
     class Clock:
         now = 0.0
@@ -64,8 +64,8 @@ def test_a_log_gets_lines_and_no_control_codes(clock, capsys):
     assert not out
     assert "\r" not in err
     first, *_, last = err.splitlines()
-    assert first == "training: 105 of 1000 steps, 2 s a step, 29:50 left, loss 4"
-    assert last == "training: 1000 of 1000 steps, 2 s a step, 30:00 in all, loss 899"
+    assert first == "training: 105 of 1000 steps, 2 s per step, 29:50 left, loss 4"
+    assert last == "training: 1000 of 1000 steps, 2 s per step, 30:00 in total, loss 899"
     assert len(err.splitlines()) < 40  # further and further apart
 
 
