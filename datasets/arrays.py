@@ -108,6 +108,6 @@ class ArrayFolder(SampleDataset):
             return f"{text}: train on it with model.channels={channels} --frames {[*frames, 0][0]} --size {H}x{W}"
         if len(info.shape) in (4, 5) and info.shape[-1] in (1, 3):
             return f"{text}: move the channels first, np.moveaxis(x, -1, 1)"
-        if len(info.shape) == 3 and self.shape == (1, *info.shape[1:]):
+        if len(info.shape) == 3 and len(self.shape) in (3, 4) and self.shape[0] in (1, 3):  # images or clips
             return f"{text}: add an axis of channels, x[:, None]"
         return text

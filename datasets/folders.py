@@ -22,6 +22,7 @@ log = logging.getLogger("rin_video")
 
 SPLITS = ("train", "training", "val", "valid", "validation", "dev", "eval", "test", "testing")
 FEW = 0.1  # up to this share of animated GIFs, a folder counts as images
+PREPARED = ("index.jsonl", "source.jsonl", "prepare.json")  # what `rin-video prepare` writes beside shards
 FRAMES = 8  # least number of consecutively numbered files that may be the frames of a clip
 
 
@@ -62,6 +63,7 @@ def split_sources(
             )
         if is_shards(root) and Path(root).is_dir():  # such as a list or table next to the shards
             others += [path for path in sorted(Path(root).iterdir()) if path.is_file() and path.suffix != ".tar"]
+            others = [other for other in others if os.path.basename(str(other)) not in PREPARED]
         return sources, [other for other in others if not os.path.basename(str(other)).startswith(".")]
     advice = ""
     if extensions == CLIP_EXTENSIONS and (images := [one for one in every if _is_of(one, IMAGE_EXTENSIONS)]):

@@ -29,7 +29,7 @@ class Loudness(Callback):
     """Logs the mean value of samples of rising tones as the metric "loudness"."""
 
     def evaluate(self, trainer, diffusion):
-        return {"loudness": diffusion.sample(8, steps=10, label=1, seed=0).mean().item()}
+        return {"loudness": diffusion.sample(batch_size=8, steps=10, label=1, seed=0).mean().item()}
 
 
 if __name__ == "__main__":  # required, because the data loader's processes may import this file

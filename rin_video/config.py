@@ -137,6 +137,35 @@ class ModelConfig:
         """The width of a latent: `dim_latent`, or `dim` if that is not set."""
         return self.dim_latent or self.dim
 
+    @property
+    def tokenizers(self) -> list[str]:
+        """The names of the tokenizers, which `tokenizer` joins with `+`.
+
+        `auto` is "tube" if there are `frames`, "sequence" if there is a `sequence_length`, and "image" otherwise.
+        """
+        if self.tokenizer == "auto":
+            return ["tube" if self.frames else "sequence" if self.sequence_length else "image"]
+        return self.tokenizer.split("+")
+
+    @property
+    def conditions(self) -> dict[str, tuple[ConditioningName, int]]:
+        """The conditions by name: where each one enters the core, and its number of vectors."""
+        found: dict[str, tuple[ConditioningName, int]] = {"time": (self.time_conditioning, 1)}
+        if self.num_classes:
+            found["class"] = (self.class_conditioning, 1)
+        if self.embedding_dim:
+            found["embedding"] = (self.embedding_conditioning, self.embedding_tokens)
+        return found
+
+    def num_conditions(self, place: ConditioningName) -> int:
+        """Return the number of condition vectors that enter the core at a place; "latent" ones take latent slots."""
+        return sum(count for where, count in self.conditions.values() if where == place)
+
+    @property
+    def modulation_width(self) -> int | None:
+        """The width of the condition that modulates the norms (adaLN), or None if no condition does."""
+        return self.latent_width if self.num_conditions("adaln") else None
+
     def patch_sizes(self, num_axes: int, names: str) -> tuple[int, ...]:
         """Return `patch_size` as one number per axis.
 
@@ -442,7 +471,8 @@ def check_names(names: Iterable[str], kind: Any, origin: str, prefix: str) -> No
     known = [f.name for f in dataclasses.fields(kind)]
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5) or _elsewhere(str(name))
+            near = [key for key in known if key.endswith(f"_{name}")]  # lr: train_lr
+            near = near or difflib.get_close_matches(str(name), known, n=1, cutoff=0.5) or _elsewhere(str(name))
             hint = f"did you mean {prefix if near[0] in known else ''}{near[0]}?" if near else f"known keys are {known}"
             raise UsageError(f"{origin}: unknown key {prefix}{name}: {hint}")
 

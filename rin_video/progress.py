@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from rin_video.wording import counted
 
 FIRST, LONGEST = 10.0, 300.0  # limits of the seconds between lines, which are a tenth of the elapsed time
+SHORTEST = 1.0  # seconds; nothing is written for a shorter loop
 OPEN: list[object] = []  # the active bars; nested ones do not write to a log
 
 
@@ -88,7 +89,7 @@ def progress_bar(
     finally:
         if not disable:
             OPEN.remove(lines)
-        if time.monotonic() - lines.start >= delay and lines.n > initial:
+        if time.monotonic() - lines.start >= max(delay, SHORTEST) and lines.n > initial:
             lines.write()
 
 

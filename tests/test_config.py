@@ -225,6 +225,7 @@ def test_the_type_of_an_option_decides_how_it_is_read(text, value):
     [
         ("modle.dim=3", "unknown key modle: did you mean model?"),
         ("model.dimm=3", "unknown key model.dimm: did you mean model.dim?"),
+        ("train.lr=3", "unknown key train.lr: did you mean train.train_lr?"),
         ("train.train_rl=3", "unknown key train.train_rl: did you mean train.train_lr?"),
         ("model.train_lr=3", "unknown key model.train_lr: did you mean train.train_lr?"),
         ("depth=3", "unknown key depth: did you mean model.depth?"),

@@ -56,7 +56,7 @@ def test_the_page_holds_everything_and_needs_nothing(run, tmp_path):
     assert page.tags.count("svg") == 1
     assert all(link.startswith(("data:", "#")) for link in page.links)
     text = " ".join(page.words)
-    for word in ("a <b> run", "step 3", "step 12", "train_lr: 0.001", "torch", "CPU threads", "loss"):
+    for word in ("a <b> run", "step 3", "step 12", "train_lr: 0.001", "torch", "CPU thread", "loss"):
         assert word in text, word
 
 

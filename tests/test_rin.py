@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from rin_video import RIN, UsageError
 from rin_video.config import ModelConfig
 from rin_video.layers import AdaptiveLayerNorm, Attention, DropPath, LayerNorm, TransformerLayer
-from rin_video.model.conditioning import Condition, Conditioner, num_condition_latents
+from rin_video.model.conditioning import Condition, Conditioner
 from rin_video.model.info import model_info
 
 TINY = {
@@ -216,7 +216,7 @@ def test_conditions_reach_their_modules(time, label):
     sent = {place: [codes[k] for k, p in (("time", time), ("label", label)) if p == place] for place in PLACES}
     for place, tokens, width in (("latent", cond.latents, 24), ("interface", cond.interface, 16)):
         assert_close(tokens, torch.stack(sent[place], 1) if sent[place] else torch.zeros(3, 0, width), rtol=0, atol=0)
-    assert num_condition_latents(config) == len(sent["latent"])
+    assert config.num_conditions("latent") == len(sent["latent"])
     if sent["adaln"]:
         assert_close(cond.modulation, sum(sent["adaln"]))
     else:

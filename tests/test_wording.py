@@ -76,6 +76,7 @@ def test_a_bar_inside_another_is_left_out_of_a_log(clock, capsys):
             inner.update()
         outer.update(2)
     with progress_bar(1, "sampling", "step") as alone:
+        clock.now += 2
         alone.update()
     err = capsys.readouterr().err
     assert [line.partition(":")[0] for line in err.splitlines()] == ["training", "sampling"]

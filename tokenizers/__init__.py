@@ -30,7 +30,6 @@ __all__ = [
     "Tokenizer",
     "TubeTokenizer",
     "make_tokenizer",
-    "tokenizer_names",
 ]
 
 
@@ -64,22 +63,12 @@ TOKENIZERS.register("tube")(TubeTokenizer)
 TOKENIZERS.register("sequence")(SequenceTokenizer)
 
 
-def tokenizer_names(config: ModelConfig) -> list[str]:
-    """Return the names of a model's tokenizers, which its config joins with `+`.
-
-    `auto` is "tube" if the config has `frames`, "sequence" if it has a `sequence_length`, and "image" otherwise.
-    """
-    if config.tokenizer == "auto":
-        return ["tube" if config.frames else "sequence" if config.sequence_length else "image"]
-    return config.tokenizer.split("+")
-
-
 def make_tokenizer(config: ModelConfig, in_channels: int, name: str | None = None) -> nn.Module:
     """Build the tokenizer `name`, by default the first one that the config names.
 
     Raises `UsageError` if the name is unknown, or if `config.conv_width` is set and the tokenizer has no convolutions.
     """
-    name = name or tokenizer_names(config)[0]
+    name = name or config.tokenizers[0]
     tokenizer = TOKENIZERS.get(name).from_config(config, in_channels)
     if config.conv_width and getattr(tokenizer, "conv_in", None) is None:
         raise UsageError(

@@ -14,7 +14,7 @@ from rin_video.config_files import load_config
 from rin_video.errors import UsageError
 from rin_video.files import CONFIG
 from rin_video.ranks import is_first, several_processes
-from rin_video.wording import counted
+from rin_video.wording import counted, scaled
 
 if TYPE_CHECKING:
     import torch
@@ -130,8 +130,8 @@ def sample(options: Namespace) -> None:
         if not is_first():
             return
         paths = save_samples(samples.cpu(), out, fps=fps, titles=titles)
-    seconds = time.perf_counter() - start
-    log.info("%s in %.1f s: %s", counted(wanted.num_samples, "sample"), seconds, paths[0] if len(paths) == 1 else out)
+    seconds = scaled(time.perf_counter() - start)
+    log.info("%s in %s s: %s", counted(wanted.num_samples, "sample"), seconds, paths[0] if len(paths) == 1 else out)
 
 
 def choose_device() -> torch.device:

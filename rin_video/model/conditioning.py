@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rin_video.config import ConditioningName, ModelConfig
+from rin_video.config import ModelConfig
 from rin_video.errors import UsageError
 from rin_video.layers import init_linears
 from rin_video.tokenizers.positions import LearnedPosition, sincos
@@ -116,34 +116,14 @@ class EmbeddingTokens(nn.Module):
         return tokens
 
 
-def condition_places(config: ModelConfig) -> dict[str, tuple[ConditioningName, int]]:
-    """Return the conditions of a model by name: where each one enters the core, and its number of vectors."""
-    found: dict[str, tuple[ConditioningName, int]] = {"time": (config.time_conditioning, 1)}
-    if config.num_classes:
-        found["class"] = (config.class_conditioning, 1)
-    if config.embedding_dim:
-        found["embedding"] = (config.embedding_conditioning, config.embedding_tokens)
-    return found
-
-
-def num_condition_latents(config: ModelConfig) -> int:
-    """Return the number of latent slots that hold conditions."""
-    return sum(count for place, count in condition_places(config).values() if place == "latent")
-
-
-def modulation_width(config: ModelConfig) -> int | None:
-    """Return the width of the condition that modulates the norms (adaLN), or None if no condition does."""
-    return config.latent_width if any(place == "adaln" for place, _ in condition_places(config).values()) else None
-
-
 class Conditioner(nn.Module):
     """Embeds the noise level, the label and the embedding, and groups them by where they enter the core."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.places = {name: place for name, (place, _) in condition_places(config).items()}
+        self.places = {name: place for name, (place, _) in config.conditions.items()}
         self.width = {"latent": config.latent_width, "interface": config.dim, "adaln": config.latent_width}
-        self.modulates = modulation_width(config) is not None
+        self.modulates = config.modulation_width is not None
         self.time = TimeEmbedding(self.width[config.time_conditioning], config.time_scaling)
         self.label = self.embedding = None
         if config.num_classes:

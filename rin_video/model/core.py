@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from rin_video.config import ModelConfig
 from rin_video.errors import UsageError
 from rin_video.layers import DepthwiseConv, FeedForward, LayerNorm, LinearAttention, TransformerLayer
-from rin_video.model.conditioning import Condition, modulation_width, num_condition_latents
+from rin_video.model.conditioning import Condition
 from rin_video.tokenizers.positions import make_position
 
 
@@ -52,7 +52,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, num_layers: int, num_axes: int) -> None:
         super().__init__()
         dim, dim_latent = config.dim, config.latent_width
-        both: dict[str, Any] = {"qk_norm": config.qk_norm, "dim_cond": modulation_width(config)}
+        both: dict[str, Any] = {"qk_norm": config.qk_norm, "dim_cond": config.modulation_width}
         cross: dict[str, Any] = {
             "dim_inner": min(dim, dim_latent),
             "num_heads": config.num_heads,
@@ -104,7 +104,7 @@ class RINCore(nn.Module):
     def __init__(self, config: ModelConfig, num_axes: int = 2) -> None:
         super().__init__()
         dim, dim_latent = config.dim, config.latent_width
-        num_conditions = num_condition_latents(config)
+        num_conditions = config.num_conditions("latent")
         learned = config.num_latents - num_conditions
         if learned < 1:
             raise UsageError(

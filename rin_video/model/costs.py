@@ -20,13 +20,6 @@ Grid: TypeAlias = tuple[int, ...]
 # ---- shapes
 
 
-def tokenizer_names(config: ModelConfig) -> list[str]:
-    """Return what `rin_video.tokenizers.tokenizer_names` does, without importing torch."""
-    if config.tokenizer == "auto":
-        return ["tube" if config.frames else "sequence" if config.sequence_length else "image"]
-    return config.tokenizer.split("+")
-
-
 def data_grid(config: ModelConfig, name: str) -> Grid | None:
     """Return the grid of a sample for one of our tokenizers; None for other tokenizers, or if an option is missing."""
     if name == "sequence" and config.sequence_length:
@@ -48,13 +41,6 @@ def token_grid(config: ModelConfig, grid: Grid) -> Grid:
     return tuple(size // patch for size, patch in zip(grid, patch_of(config, grid), strict=True))
 
 
-def conditions(config: ModelConfig) -> list[tuple[str, int, int]]:
-    """Return place, number of vectors and width before the projection, for class and embedding."""
-    found = [(config.class_conditioning, 1, config.num_classes)] if config.num_classes else []
-    embedding = (config.embedding_conditioning, config.embedding_tokens, config.embedding_dim)
-    return [*found, embedding] if config.embedding_dim else [*found]
-
-
 def can_be_built(config: ModelConfig, grids: list[Grid]) -> bool:
     """Whether the options are valid for a `RIN`, which raises the error itself if they are not."""
     dim, dim_latent = config.dim, config.latent_width
@@ -66,16 +52,10 @@ def can_be_built(config: ModelConfig, grids: list[Grid]) -> bool:
         and len({len(grid) for grid in grids}) == len(grids)
         and not any(width % 2 for width in codes)
         and not (dim if config.time_conditioning == "interface" else dim_latent) % 8
-        and config.num_latents > condition_latents(config)
+        and config.num_latents > config.num_conditions("latent")
         and config.num_heads <= min(dim, dim_latent)
         and config.latent_num_heads <= dim_latent
     )
-
-
-def condition_latents(config: ModelConfig) -> int:
-    """Return the number of latent slots that hold conditions."""
-    places = [(config.time_conditioning, 1), *((place, count) for place, count, _ in conditions(config))]
-    return sum(count for place, count in places if place == "latent")
 
 
 # ---- costs of the layers of rin_video/layers.py, under similar names
@@ -171,8 +151,10 @@ def conditioner_cost(config: ModelConfig) -> Cost:
     width = {"latent": config.latent_width, "interface": config.dim, "adaln": config.latent_width}
     time = width[config.time_conditioning]
     cost = linear(time // 4, time, 1) + linear(time, time, 1)
-    for place, count, dim_in in conditions(config):
-        cost += linear(dim_in, width[place], count)
+    for name, dim_in in (("class", config.num_classes), ("embedding", config.embedding_dim)):
+        if name in config.conditions:
+            place, count = config.conditions[name]
+            cost += linear(dim_in, width[place], count)
     if config.embedding_dim:
         cost += Cost(config.embedding_tokens * width[config.embedding_conditioning])  # learned positions
     return cost
@@ -181,10 +163,7 @@ def conditioner_cost(config: ModelConfig) -> Cost:
 def core_cost(config: ModelConfig, grid: Grid, num_axes: int) -> Cost:
     """Return the cost of a `RINCore` for a token grid; convolutions have `num_axes` axes."""
     dim, dim_latent, tokens, latents = config.dim, config.latent_width, math.prod(grid), config.num_latents
-    places = [config.time_conditioning, *(place for place, _, _ in conditions(config))]
-    dim_cond = dim_latent if "adaln" in places else None
-    read_only = sum(count for place, count, _ in conditions(config) if place == "interface")  # read-only tokens
-    read_only += config.time_conditioning == "interface"
+    dim_cond, read_only = config.modulation_width, config.num_conditions("interface")
     states, mixing = config.self_conditioning.split("+"), config.interface_mixing.split("+")
 
     def layer(wide: int, other: int, ratio: float, inner: int, heads: int, queries: int, keys: int) -> Cost:
@@ -207,7 +186,7 @@ def core_cost(config: ModelConfig, grid: Grid, num_axes: int) -> Cost:
         dim_latent, dim_latent, config.latent_mlp_ratio, dim_latent, config.latent_num_heads, latents, latents
     )
     write = cross(dim, dim_latent, config.mlp_ratio, tokens, latents)
-    cost = position(config.latent_position, (latents - condition_latents(config),), dim_latent)
+    cost = position(config.latent_position, (latents - config.num_conditions("latent"),), dim_latent)
     if "latent" in states:
         cost += self_conditioning(dim_latent, config.latent_mlp_ratio, latents)
     if "interface" in states:

@@ -16,7 +16,6 @@ from rin_video.model.costs import (
     data_grid,
     token_grid,
     tokenizer_cost,
-    tokenizer_names,
 )
 from rin_video.wording import counted, in_flops
 
@@ -39,8 +38,8 @@ class ModelInfo:
 
 def model_info(config: ModelConfig) -> ModelInfo:
     """Count for a model without allocating its weights. Raises `UsageError` for a configuration that is not valid."""
-    grids = [grid for name in tokenizer_names(config) if (grid := data_grid(config, name)) is not None]
-    if len(grids) < len(tokenizer_names(config)) or not can_be_built(config, grids):
+    grids = [grid for name in config.tokenizers if (grid := data_grid(config, name)) is not None]
+    if len(grids) < len(config.tokenizers) or not can_be_built(config, grids):
         return count_built(config)  # raises the error of an invalid configuration
     grid, *others = grids
     tokens, num_axes = token_grid(config, grid), max(map(len, grids))

@@ -14,7 +14,7 @@ from rin_video.files import CONFIG, WEIGHTS
 from rin_video.model.conditioning import Conditioner
 from rin_video.model.core import RINCore
 from rin_video.port import model_options
-from rin_video.tokenizers import make_tokenizer, tokenizer_names
+from rin_video.tokenizers import make_tokenizer
 from rin_video.tokenizers.positions import LearnedPosition
 from rin_video.weights import read_model, save_model
 
@@ -41,7 +41,7 @@ class RIN(nn.Module):
         self.x0_self_conditioning = "x0" in parts
         self.interface_self_conditioning = "interface" in parts
         in_channels = config.channels * (1 + self.x0_self_conditioning) + config.known_mask
-        first, *others = tokenizer_names(config)
+        first, *others = config.tokenizers
         self.tokenizer: Any = make_tokenizer(config, in_channels, first)
         self.other_tokenizers = nn.ModuleDict({name: make_tokenizer(config, in_channels, name) for name in others})
         ranks = [len(shape) for shape in self.shapes]

@@ -15,7 +15,7 @@ from rin_video.config import ModelConfig
 from rin_video.config_files import load_config
 from rin_video.errors import UsageError
 from rin_video.files import CONFIG, WEIGHTS
-from rin_video.tokenizers import make_tokenizer, tokenizer_names
+from rin_video.tokenizers import make_tokenizer
 from rin_video.tokenizers.positions import LearnedPosition
 from rin_video.weights import check_origin, find_model, read_tensors
 
@@ -96,7 +96,7 @@ def transfer_weights(source: str | os.PathLike[str], model: Any) -> Transfer:
 
 def _by_kind(weights: Mapping[str, Tensor], config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
     """Yield the weights with those of each tokenizer named by its kind, whether it is the primary one or not."""
-    first = tokenizer_names(config)[0]
+    first = config.tokenizers[0]
     for name, value in weights.items():
         if name.startswith("tokenizer."):
             name = f"tokenizer {first}.{name.removeprefix('tokenizer.')}"
@@ -109,7 +109,7 @@ def _position_grids(model: Any) -> dict[str, tuple[int, ...]]:
     """Return the grid of each learned position table in the tokenizers, by the name of its weight."""
     return {
         f"tokenizer {kind}.{name}.table": module.grid
-        for kind, tokenizer in zip(tokenizer_names(model.config), model.tokenizers, strict=True)
+        for kind, tokenizer in zip(model.config.tokenizers, model.tokenizers, strict=True)
         for name, module in tokenizer.named_modules()
         if isinstance(module, LearnedPosition)
     }
