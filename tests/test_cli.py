@@ -203,18 +203,18 @@ def test_size(text, size):
 
 def test_no_command_and_unknown_options(fails):
     for argv, words in (
-        ((), "give a command: train, index, preview"),
+        ((), "the command is missing: use one of train, index, preview"),
         (("tarin", "--data", "x"), "unknown command tarin: did you mean train?"),
         (("zzz",), "unknown command zzz: choose train, index"),
         (("train", "--stps", "3"), "unknown option --stps: did you mean --steps?"),
         (("train", "--dta", "x"), "unknown option --dta: did you mean --data?"),
         (("train", "--zzz"), "unknown option --zzz: see rin-video train --help"),
         (("--data", "x", "train"), "unknown option --data: options follow the command"),
-        (("train", "--i", "x"), "option --i may be --images or --image-column or --init-from: write it out"),
+        (("train", "--i", "x"), "option --i is ambiguous: use --images or --image-column or --init-from"),
         (("train", "depth=1"), "depth=1: did you mean model.depth=1?"),
         (("train", "lr=1e-4"), "lr=1e-4: did you mean train.train_lr=1e-4?"),
         (("info", "zzzzz=1"), "zzzzz=1: write section.key=value"),
-        (("train", "clips"), "clips is no option: did you mean --data clips?"),
+        (("train", "clips"), "clips is not an option: did you mean --data clips?"),
         (("sample", "--caption", "a", "b=1"), "the following arguments are required: DIR"),
         (("train",), "the following arguments are required: --data"),
         (("train", "--data", "x", "--frames", "many"), "argument --frames: invalid int value: 'many'"),
@@ -233,8 +233,8 @@ def test_mistakes_before_any_file_is_read(fails, clips, tmp_path):
         ((*train, "--config", "cifar11"), "there is no preset and no file cifar11"),
         ((*train, "model.dimm=3"), "unknown key model.dimm: did you mean model.dim?"),
         ((*train, "model.dim=wide"), "model.dim"),
-        ((*train, "--size", "abc"), "--size abc is not understood"),
-        ((*train, "--size", "16x"), "--size 16x is not understood"),
+        ((*train, "--size", "abc"), "--size abc is not a size"),
+        ((*train, "--size", "16x"), "--size 16x is not a size"),
         (
             (*train, "--size", "18"),
             "height 18 is not a multiple of its patch size 4: the nearest sizes that fit are 16",
@@ -255,7 +255,10 @@ def test_mistakes_before_any_file_is_read(fails, clips, tmp_path):
         (("info", empty, "--config", "demo"), "not both"),
         (("export", tmp_path / "nowhere.gif", tmp_path / "x.mp4"), "there is no file or folder"),
         (("export", clips / "0.mp4", tmp_path / "x.doc"), "x.doc"),
-        (("export", clips / "0.mp4", tmp_path / "x.gif", "model.dim=3"), "export takes no key=value: model.dim=3"),
+        (
+            ("export", clips / "0.mp4", tmp_path / "x.gif", "model.dim=3"),
+            "export takes no key=value argument: model.dim=3",
+        ),
     ):
         line = fails(*argv)
         assert words in line, line
@@ -463,7 +466,7 @@ def test_samples_do_not_overwrite_those_before(train_clips, caplog):
 def test_preview_of_short_clips_shows_what_there_is(clips, capfd, fails, tmp_path):
     assert cli.main(["preview", str(clips), "--size", "16", "--frames", "8"]) == 0
     said = capfd.readouterr().out
-    assert "no clip has 8 frames at this stride or rate: 6 are shown (--frames)" in said
+    assert "no clip has 8 frames at this stride or rate, so 6 are shown (--frames)" in said
     assert "3 samples of 3x6x16x16" in said
     line = fails("train", "--data", clips, "--size", "16", "--frames", "8", "--out", tmp_path)
     assert "none of 3 clips is long enough: clip" in line
@@ -474,7 +477,7 @@ def test_preview_of_short_clips_shows_what_there_is(clips, capfd, fails, tmp_pat
 def test_peek_is_another_name_of_preview(clips, caplog):
     caplog.set_level(logging.INFO)
     assert cli.main(["peek", str(clips), "--size", "16", "--frames", "4"]) == 0
-    assert "peek is now called preview" in caplog.text
+    assert "peek was renamed to preview" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -510,7 +513,7 @@ def test_diagnose_on_other_data_names_options_that_it_has(train_clips, fails, tm
     _, run = train_clips
     write_video(torch.rand(3, 2, 24, 32), tmp_path / "short.mp4")
     line = fails("diagnose", run, "--data", tmp_path)
-    assert "has 2 frames, but 4 are needed for 4 at stride 1: give longer clips (--data FOLDER)" in line
+    assert "has 2 frames, but 4 are needed for 4 at stride 1: use longer clips (--data FOLDER)" in line
 
 
 def test_a_long_run_on_a_cpu_is_hinted_at_once(caplog, monkeypatch):
@@ -530,8 +533,8 @@ def test_a_long_run_on_a_cpu_is_hinted_at_once(caplog, monkeypatch):
     assert train(3000) == []  # within hours
     (said,) = train(100_000)
     assert said == (
-        "99997 steps left take about 8 days on this CPU, 7 s each: use a GPU, a small model (--config demo), or fewer "
-        "steps (--steps 1032 takes 2 hours)"
+        "the remaining 99997 steps will take about 8 days on this CPU, 7 s each: use a GPU, a small model "
+        "(--config demo), or fewer steps (--steps 1032 takes 2 hours)"
     )
     run.accelerator.device = torch.device("cuda")
     assert len(train(100_000)) == 1

@@ -148,7 +148,7 @@ def test_train_and_sample_with_vectors(pictures, tmp_path, capsys):
     assert cli.main([*draw, "--embedding", str(tmp_path / "missing.npy")]) == 2
     np.save(tmp_path / "wide.npy", np.zeros((3, 9)))
     assert cli.main([*draw, "--embedding", str(tmp_path / "wide.npy")]) == 2
-    assert "3 vectors of 9, the model takes 1 to 2 of 6" in capsys.readouterr().err
+    assert "3 vectors of 9, but the model takes 1 to 2 of 6" in capsys.readouterr().err
     assert cli.main([*draw, "--caption", "a red ball"]) == 2
     assert "not trained on captions" in capsys.readouterr().err
     assert cli.main(["diagnose", run, "--num", "4"]) == 0

@@ -185,7 +185,7 @@ def test_export_converts_and_reports(tmp_path, gradient):
     said = export(tmp_path / "clip.mp4", tmp_path / "clip.gif")
     assert "5 fps" in said
     export(tmp_path / "clip.gif", tmp_path / "clip.png")
-    with pytest.raises(UsageError, match="is the input too"):
+    with pytest.raises(UsageError, match="is also the input"):
         export(tmp_path / "clip.mp4", tmp_path / "clip.mp4")
     with pytest.raises(UsageError, match=r"\.mp4, \.gif, \.png"):
         export(tmp_path / "clip.mp4", tmp_path / "clip.flv")

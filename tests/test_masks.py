@@ -281,6 +281,6 @@ def test_guidance_by_what_is_known_needs_no_classes():
     with pytest.raises(UsageError, match=r"no classes and no embeddings: .* sample.guidance_drop=known"):
         check_sampling(load_config("kinetics600_predict", ["sample.guidance=1"]))
     by_known = ["sample.guidance=1", "sample.guidance_drop=known"]
-    for preset, always_given in (("video64", True), ("video_long", False)):
-        with pytest.raises(UsageError, match="these samples are given no known cells"):
-            check_sampling(load_config(preset, by_known), always_given=always_given)
+    for preset, always_known in (("video64", True), ("video_long", False)):
+        with pytest.raises(UsageError, match="these samples have no known pixels"):
+            check_sampling(load_config(preset, by_known), always_known=always_known)

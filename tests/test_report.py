@@ -82,7 +82,7 @@ def test_the_summary_reports_how_often_a_run_was_resumed(tmp_path, starts, words
 
 
 def test_a_folder_without_metrics_is_refused(tmp_path):
-    with pytest.raises(UsageError, match=r"holds no metrics\.jsonl"):
+    with pytest.raises(UsageError, match=r"has no metrics\.jsonl"):
         write_report(tmp_path, tmp_path / "report.html")
     assert not list(tmp_path.iterdir())
 

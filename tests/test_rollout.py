@@ -281,22 +281,22 @@ def test_contexts_on_the_command_line(run, tmp_path):
 def test_mistakes_with_contexts(run, capfd):
     clip = ("--context", str(run / "clip.mp4"))
     for argv, words in (
-        ((*clip, "--context-frames", "4"), "--context-frames is 4, the clips have 4"),
+        ((*clip, "--context-frames", "4"), "--context-frames is 4, but the clips have 4"),
         ((*clip, "--context-frames", "9", "--frames", "20"), "has 8 frames at this stride or rate, not 9"),
-        ((*clip, "--fill", "2:9"), "--fill 2:9 names no frames of a clip of 4"),
-        ((*clip, "--fill", "two"), "--fill two is not understood"),
-        ((*clip, "--fill", "0:4"), "--fill 0:4 is the whole clip"),
-        ((*clip, "--fill", "1:2", "--frames", "8"), "--fill needs the whole clip in one pass: use --window 8"),
-        (("--fill", "1:2"), "give --context clip.mp4"),
-        (("--context-frames", "1"), "give --context clip.mp4"),
-        ((*clip, "--image", "x.png"), "either --image or --context"),
+        ((*clip, "--fill", "2:9"), "--fill 2:9 is not within a clip of 4 frames"),
+        ((*clip, "--fill", "two"), "--fill two is not a range of frames"),
+        ((*clip, "--fill", "0:4"), "--fill 0:4 is the complete clip"),
+        ((*clip, "--fill", "1:2", "--frames", "8"), "--fill requires a window as long as the clip: use --window 8"),
+        (("--fill", "1:2"), "add --context clip.mp4"),
+        (("--context-frames", "1"), "add --context clip.mp4"),
+        ((*clip, "--image", "x.png"), "--image and --context exclude each other"),
         (("--image", "nowhere.png"), "there is no file nowhere.png"),
-        ((*clip, "--frames", "0"), "--context is for clips, and these are images"),
+        ((*clip, "--frames", "0"), "--context is for clips, but the samples are images"),
         (("--overlap", "2"), "--overlap is for clips longer than a window"),
         (("--frames", "-1"), "--frames is -1"),
         (("--frames", "9", "--window", "9"), "9 is not a multiple of its patch size 2"),
         (("--size", "9"), "9 is not a multiple of its patch size 4"),
-        (("--guidance", "2", "--class", "dog"), "never learnt to do without labels"),
+        (("--guidance", "2", "--class", "dog"), "was trained without label dropout"),
     ):
         capfd.readouterr()
         assert cli.main(["sample", str(run / "model"), "--num", "1", "--steps", "1", *argv]) == 2, argv

@@ -305,7 +305,7 @@ def test_prepare_writes_shards_resumes_and_refuses_others(two_classes, tmp_path,
     assert main(command) == 0
     said = capsys.readouterr().out
     assert "2 files in 1 shard (0 existed already)" in said
-    assert "a second before" in said
+    assert "per second from the source" in said
     first = (tmp_path / "shards/000000.tar").read_bytes()
     assert main(command) == 0
     assert "(1 existed already)" in capsys.readouterr().out

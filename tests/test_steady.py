@@ -82,7 +82,7 @@ def test_clips_of_one_or_three_frames_are_clips(tmp_path, numbered, frames):
 def test_a_variable_rate_is_exported_in_its_time(tmp_path, clips):
     """The frames have times 0, 1, 2, 5, 6, 10, 20, 21, 22, 30 in 1/30 s, and grey levels 10, 20, ..."""
     said = export(clips / "variable_rate.mp4", tmp_path / "out.mp4")
-    assert "the rate varies, the nearest frames are taken at 30 fps" in said
+    assert "the rate varies, so the nearest frames at 30 fps are used" in said
     levels, fps = levels_of(tmp_path / "out.mp4")
     assert fps == pytest.approx(30)
     shown = [round(level / 10) - 1 for level in levels]
@@ -107,7 +107,7 @@ def test_prepare_takes_short_clips(tmp_path, numbered, monkeypatch, capsys, fram
     (tmp_path / "data").mkdir()
     numbered(tmp_path / "data/a.mp4", frames=frames)
     assert cli.main(["prepare", str(tmp_path / "data"), "--size", "8", "--out", "shards"]) == 0
-    assert f"clips of {'4 frames' if frames == 5 else '1 frame'} a second before" in capsys.readouterr().out
+    assert f"clips of {'4 frames' if frames == 5 else '1 frame'} per second from the source" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("options", "rate"), [({}, 8), ({"stride": 2}, 4), ({"fps": 5}, 5), ({"span": "whole"}, 1.6)])

@@ -1,4 +1,4 @@
-"""The command line `rin-video`: `main` parses and runs a command."""
+"""The command line `rin-video`; `main` parses the arguments and runs a command."""
 
 from rin_video.cli.parser import main
 

@@ -1,4 +1,4 @@
-"""Reading what a sample is given from files: frames of a clip, an image; and which frames are to be invented."""
+"""Reads the conditions of samples from files: context frames, a start image, embeddings and captions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rin_video.cli.rollout import Pass
+from rin_video.cli.rollout import SamplingPlan
 from rin_video.config import Config, DataConfig
 from rin_video.datasets.clip_sampler import nearest_in_time
 from rin_video.datasets.decoding import open_video
@@ -30,45 +30,48 @@ from rin_video.wording import counted, ranged
 log = logging.getLogger("rin_video")
 
 
-def read_context_options(options: Namespace, pass_: Pass, config: Config) -> dict[str, Any]:
-    """The context of the samples, and what of it is known, as arguments of `diffusion.sample`."""
+def read_context_options(options: Namespace, plan: SamplingPlan, config: Config) -> dict[str, Any]:
+    """Return the context and the observed mask of the samples, as arguments of `diffusion.sample`.
+
+    Raises `UsageError` for flags that do not fit each other, the model or the clip.
+    """
     for name, needs in (("context_frames", "context"), ("fill", "context"), ("image", None), ("context", None)):
         if getattr(options, name) is None:
             continue
         flag = f"--{name.replace('_', '-')}"
-        if not pass_.frames:
-            raise UsageError(f"{flag} is for clips, and these are images")
+        if not plan.frames:
+            raise UsageError(f"{flag} is for clips, but the samples are images")
         if needs and getattr(options, needs) is None:
-            raise UsageError(f"{flag} says which frames are given, but not of what: give --{needs} clip.mp4")
+            raise UsageError(f"{flag} selects frames of a clip: add --{needs} clip.mp4")
     if options.image is not None and options.context is not None:
-        raise UsageError("give either --image or --context: both are the start")
+        raise UsageError("--image and --context exclude each other: both set the first frames")
     if options.fill is not None and options.context_frames is not None:
-        raise UsageError("give either --context-frames or --fill: both say which frames are given")
+        raise UsageError("--context-frames and --fill exclude each other: both set the known frames")
     if options.image is not None:
-        return {"context": read_start_image(Path(options.image), pass_.shape)}
+        return {"context": read_start_image(Path(options.image), plan.shape)}
     if options.context is None:
         return {}
     count, frames = config.sample.num_samples, options.context_frames
-    if frames is not None and not 0 < frames < pass_.frames:
+    if frames is not None and not 0 < frames < plan.frames:
         raise UsageError(
-            f"--context-frames is {frames}, the clips have {pass_.frames}: give 1 to {pass_.frames - 1}, "
+            f"--context-frames is {frames}, but the clips have {plan.frames}: use 1 to {plan.frames - 1}, "
             "or more --frames"
         )
     if options.fill is not None:
-        if pass_.extends:
-            raise UsageError(f"--fill needs the whole clip in one pass: use --window {pass_.frames}")
-        known = known_frames_mask(pass_.shape[1:], parse_fill(options.fill, pass_.frames))
-        context = read_context(Path(options.context), pass_.shape, config.data, count, pass_.frames)
+        if plan.is_rollout:
+            raise UsageError(f"--fill requires a window as long as the clip: use --window {plan.frames}")
+        known = known_frames_mask(plan.shape[1:], parse_fill(options.fill, plan.frames))
+        context = read_context(Path(options.context), plan.shape, config.data, count, plan.frames)
         return {"context": context, "known": known}
-    most = config.diffusion.known_frames[-1] if config.diffusion.known_frames else max(pass_.frames // 2, 1)
-    context = read_context(Path(options.context), pass_.shape, config.data, count, frames, pass_.frames, most)
+    most = config.diffusion.known_frames[-1] if config.diffusion.known_frames else max(plan.frames // 2, 1)
+    context = read_context(Path(options.context), plan.shape, config.data, count, frames, plan.frames, most)
     return {"context": context}
 
 
 def read_embedding_options(options: Namespace, config: Config) -> dict[str, Any]:
-    """The embeddings of the samples, from files or from captions, as arguments of `diffusion.sample`.
+    """Return the embeddings of the samples, from files or captions, as arguments of `diffusion.sample`.
 
-    Several go round: sample i gets the i-th, and they start again behind the last.
+    Sample i uses embedding i modulo their number. Raises `UsageError` if the model does not take them.
     """
     from rin_video.datasets.captions import TextEncoder
     from rin_video.datasets.embeddings import read_embedding
@@ -77,30 +80,32 @@ def read_embedding_options(options: Namespace, config: Config) -> dict[str, Any]
     if not captions and not files:
         return {}
     if captions and files:
-        raise UsageError("give either --caption or --embedding: both say what the samples are to be")
+        raise UsageError("--caption and --embedding exclude each other: both set the embeddings")
     width, most = config.model.embedding_dim, config.model.embedding_tokens
     if not width:
-        raise UsageError("the model was trained without embeddings or captions: it takes no --caption, no --embedding")
+        raise UsageError("the model was trained without embeddings and captions: leave out --caption and --embedding")
     if captions:
         source = config.data.text_encoder
         if source is None:
-            raise UsageError("the model was not trained on captions: give --embedding FILE")
+            raise UsageError("the model was not trained on captions: use --embedding FILE")
         rows, cut = TextEncoder(source).encode(captions, config.data.caption_tokens)
         if cut:
-            log.warning("%d of %d captions are longer than %d tokens: cut", cut, len(captions), rows.shape[1])
-        rows[[not caption.strip() for caption in captions]] = 0  # as training takes a file without one
-        told = list(rows)
+            log.warning(
+                "%d of %d captions are longer than %d tokens and are truncated", cut, len(captions), rows.shape[1]
+            )
+        rows[[not caption.strip() for caption in captions]] = 0  # as in training for a file without a caption
+        embeddings = list(rows)
     else:
-        told = [read_embedding(_existing(Path(file))) for file in files]
-        for file, vectors in zip(files, told, strict=True):
+        embeddings = [read_embedding(_existing(Path(file))) for file in files]
+        for file, vectors in zip(files, embeddings, strict=True):
             if vectors.shape[1] != width or len(vectors) > most:
                 raise UsageError(
-                    f"{file} holds {counted(len(vectors), 'vector')} of {vectors.shape[1]}, the model takes "
+                    f"{file} has {counted(len(vectors), 'vector')} of {vectors.shape[1]}, but the model takes "
                     f"1 to {most} of {width}"
                 )
-    longest = max(len(vectors) for vectors in told)
-    padded = torch.stack([torch.nn.functional.pad(v, (0, 0, 0, longest - len(v))) for v in told])
-    return {"embedding": padded[torch.arange(config.sample.num_samples) % len(told)]}
+    longest = max(len(vectors) for vectors in embeddings)
+    padded = torch.stack([torch.nn.functional.pad(v, (0, 0, 0, longest - len(v))) for v in embeddings])
+    return {"embedding": padded[torch.arange(config.sample.num_samples) % len(embeddings)]}
 
 
 def _existing(path: Path) -> Path:
@@ -118,11 +123,12 @@ def read_context(
     length: int | None = None,
     most: int = 1,
 ) -> Tensor:
-    """The first `frames` frames of a clip, as training would cut them: uint8 (num, C, frames, H, W).
+    """Read the first `frames` frames of a clip, or of the clips in a folder: uint8 (num, C, frames, H, W).
 
-    At the stride or rate of `options`, resized and cropped at the centre to the H and W of `shape` (C, F, H, W). None:
-    all frames; the first `most` of a clip that leaves nothing to invent of `length` frames, which is logged. A folder
-    gives sample i its i-th clip, and starts again after the last. Lengths are looked at before anything is read.
+    Frames are sampled at the stride or rate of `options`, resized and centre-cropped to the H and W of `shape`
+    (C, F, H, W). Without `frames`, all frames are read. But if these are `length` frames or more, which leaves nothing
+    to generate, only the first `most` are read, and this is logged. Sample i uses clip i modulo their number. Raises
+    `UsageError` if a clip is too short, or if the clips of a folder differ in length.
     """
     files = find_files(path, CLIP_EXTENSIONS)[:num]
     infos = [probe_video(file, max_pixels=options.max_pixels) for file in files]
@@ -135,29 +141,31 @@ def read_context(
     lengths = {len(indices) for indices in chosen}
     if len(lengths) > 1:
         raise UsageError(
-            f"the clips of {path} have {ranged(min(lengths), max(lengths), 'frame')}: give --context-frames"
+            f"the clips of {path} have {ranged(min(lengths), max(lengths), 'frame')}: set --context-frames"
         )
     clips = [_read_clip(*clip, shape) for clip in zip(files, infos, chosen, strict=True)]
     return torch.stack([clips[i % len(clips)] for i in range(num)])
 
 
 def read_start_image(path: Path, shape: tuple[int, ...]) -> Tensor:
-    """An image as a clip of one frame, resized and cropped at the centre: uint8 (C, 1, H, W)."""
+    """Read an image as a clip of one frame, resized and centre-cropped: uint8 (C, 1, H, W)."""
     resize_crop = ResizeCrop((shape[-2], shape[-1]))
     return resize_crop(read_image(_existing(path), shape[0]), np.random.default_rng(0)).unsqueeze(1)
 
 
 def parse_fill(text: str, frames: int) -> range:
-    """`4:12` is frames 4 to 11, those to invent, as in Python. `UsageError` where the clip has no such frames."""
+    """Parse the frames to generate: `4:12` means frames 4 to 11. Raises `UsageError` if the clip has no such frames."""
     found = re.fullmatch(r"(\d+):(\d+)", text)
     if not found:
-        raise UsageError(f"--fill {text} is not understood: write FIRST:END, 4:12 for frames 4 to 11")
-    invented = range(int(found[1]), int(found[2]))
-    if not len(invented) or invented.stop > frames:
-        raise UsageError(f"--fill {text} names no frames of a clip of {frames}: write FIRST:END, up to {frames}")
-    if len(invented) == frames:
-        raise UsageError(f"--fill {text} is the whole clip: leave out --context and --fill")
-    return invented
+        raise UsageError(f"--fill {text} is not a range of frames: write FIRST:END, such as 4:12 for frames 4 to 11")
+    unknown = range(int(found[1]), int(found[2]))
+    if not len(unknown) or unknown.stop > frames:
+        raise UsageError(
+            f"--fill {text} is not within a clip of {frames} frames: write FIRST:END, with END at most {frames}"
+        )
+    if len(unknown) == frames:
+        raise UsageError(f"--fill {text} is the complete clip: leave out --context and --fill")
+    return unknown
 
 
 def _read_clip(file: Path, info: VideoInfo, indices: Sequence[int], shape: tuple[int, ...]) -> Tensor:
@@ -167,7 +175,7 @@ def _read_clip(file: Path, info: VideoInfo, indices: Sequence[int], shape: tuple
 
 
 def _indices(file: Path, info: VideoInfo, options: DataConfig, frames: int | None) -> Sequence[int]:
-    """The first frames of a file, or all of them, at the stride or the rate of training."""
+    """Return the indices of the first `frames` frames, or of all, at the stride or the rate of training."""
     if options.fps is None:
         indices: Sequence[int] = range(0, info.num_frames, options.stride)
     else:
@@ -175,7 +183,7 @@ def _indices(file: Path, info: VideoInfo, options: DataConfig, frames: int | Non
         indices = nearest_in_time(info.times, wanted)
     if frames is not None and frames > len(indices):
         raise UsageError(
-            f"{file} has {counted(len(indices), 'frame')} at this stride or rate, not {frames}: give a longer clip, or "
-            f"fewer frames (--context-frames, with --fill --frames)"
+            f"{file} has {counted(len(indices), 'frame')} at this stride or rate, not {frames}: use a longer clip, or "
+            f"fewer frames (--context-frames; with --fill, --frames)"
         )
     return indices[:frames]

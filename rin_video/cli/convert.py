@@ -1,4 +1,4 @@
-"""`rin-video export`: clips, frames and arrays to MP4, GIF or a picture."""
+"""`rin-video export`: converts clips, frames and arrays to MP4, GIF or an image."""
 
 from __future__ import annotations
 
@@ -35,17 +35,18 @@ from rin_video.media import (
 )
 from rin_video.wording import counted
 
-ANIMATED = (".png", ".apng", ".avif")  # images that may hold several frames
-BLOCK_PIXELS = 32_000_000  # of a clip that are held in memory while it is converted
+ANIMATED = (".png", ".apng", ".avif")  # images that may have several frames
+BLOCK_PIXELS = 32_000_000  # pixels of a clip to keep in memory during its conversion
 
 
 def load_media(path: StrPath) -> tuple[Tensor, float | None]:
-    """Read a clip, an image, a folder of frames or an array: (tensor, frames per second or None).
+    """Read a clip, an image, a folder of frames or an array; return a tensor, and the frames per second or None.
 
-    Clips, and pictures that move (WebP, APNG, AVIF), are (C, F, H, W), images (C, H, W), uint8. One whose rate varies
-    comes at a regular rate, the nearest frames taken. Arrays (.npy, .safetensors) keep their type and are (C, H, W),
-    (C, F, H, W), (B, C, H, W) or (B, C, F, H, W); of rank 4, a second axis of 1 or 3 means a batch of images, unless
-    a clip is to be written. Channels last is understood where no other axis could be the channels.
+    Clips and animated images (WebP, APNG, AVIF) are uint8 (C, F, H, W), images are uint8 (C, H, W). A clip with a
+    variable frame rate is resampled to the nearest frames. Arrays (.npy, .safetensors) keep their dtype and are
+    (C, H, W), (C, F, H, W), (B, C, H, W) or (B, C, F, H, W). In an array of rank 4, a second axis of 1 or 3 means a
+    batch of images. The channels may be the last axis if no other axis can be the channels. Raises `UsageError` if the
+    file does not exist or cannot be read.
     """
     path = Path(path)
     suffix = path.suffix.lower()
@@ -69,26 +70,27 @@ def load_media(path: StrPath) -> tuple[Tensor, float | None]:
         frames, fps = steady_frames(times, duration, clip.shape[1] / duration)
         return clip[:, frames], fps
     known = (*CLIP_EXTENSIONS, *IMAGE_EXTENSIONS, ".apng", *ARRAY_SUFFIXES)
-    raise UsageError(f"cannot read {path}: give a folder of frames or one of {', '.join(known)}")
+    raise UsageError(f"cannot read {path}: use a folder of frames, or a file of type {', '.join(known)}")
 
 
 def export(input: StrPath, output: StrPath, fps: float | None = None) -> str:
-    """Convert what `load_media` reads to MP4, GIF or a PNG sheet; returns a short report of what was done.
+    """Convert any input of `load_media` to MP4, GIF or a PNG sheet; return a short report.
 
-    `fps` None keeps the rate of the source, 8 where it has none.
+    Without `fps`, the output has the rate of the input, or 8 if the input has none. Raises `UsageError` if the input
+    cannot be read or the output cannot be written.
     """
     source, target = Path(input), Path(output)
     if target.suffix.lower() not in (*VIDEO_SUFFIXES, *PICTURE_SUFFIXES):
         known = ", ".join((*VIDEO_SUFFIXES, *PICTURE_SUFFIXES))
-        raise UsageError(f"cannot write {target}: the output is one of {known}")
+        raise UsageError(f"cannot write {target}: use a name that ends in one of {known}")
     if target.exists() and source.exists() and target.samefile(source):
-        raise UsageError(f"{target} is the input too: give the output another name")
+        raise UsageError(f"{target} is also the input: use another name for the output")
     if source.is_file() and _is_clip(source):
         return _export_clip(source, target, fps)
     media, source_fps = load_media(source)
     is_array, moves = source.suffix.lower() in ARRAY_SUFFIXES, target.suffix.lower() in VIDEO_SUFFIXES
     if is_array and moves and media.ndim == 4 and media.shape[0] not in CHANNELS and media.shape[1] in CHANNELS:
-        media = media.transpose(0, 1)  # what is written plays, so these are the frames of a clip
+        media = media.transpose(0, 1)  # a video is written, so this axis has the frames of a clip
     is_batch = media.ndim == 5 or (is_array and not moves and _is_image_batch(media))
     batch = media if is_batch else media[None]
     rate = fps if fps is not None else source_fps or DEFAULT_FPS
@@ -101,7 +103,7 @@ def export(input: StrPath, output: StrPath, fps: float | None = None) -> str:
 
 
 def _export_clip(source: Path, target: Path, fps: float | None) -> str:
-    """A clip file, of which no more is read than what is written, and of an MP4 a part at a time."""
+    """Convert a clip file; read only the frames to write, and for an MP4 only a part at a time."""
     suffix = target.suffix.lower()
     with open_video(source) as video, warnings.catch_warnings(record=True) as notes:
         warnings.simplefilter("always")
@@ -111,7 +113,7 @@ def _export_clip(source: Path, target: Path, fps: float | None) -> str:
         check_target(target, 5, rate)
         read = f"read {source}: {counted(video.num_frames, 'frame')} of {H}x{W}, {video.fps:g} fps"
         if not is_steady(video.info.times):
-            read += f" on average: the rate varies, the nearest frames are taken at {steady:g} fps"
+            read += f" on average: the rate varies, so the nearest frames at {steady:g} fps are used"
         if suffix in PICTURE_SUFFIXES:
             chosen = [frames[i] for i in _evenly_spaced(len(frames), SHEET_FRAMES)]
             contact_sheet(video.read(chosen).transpose(0, 1)[None], target)
@@ -138,7 +140,7 @@ def _read_array(path: Path) -> Tensor:
     except Exception as error:
         raise UsageError(f"{path} cannot be read as an array: {error}") from error
     if ARRAY_KEY not in arrays and len(arrays) != 1:
-        raise UsageError(f"{path} holds {', '.join(arrays) or 'nothing'}: name the array {ARRAY_KEY!r}")
+        raise UsageError(f"{path} has the arrays {', '.join(arrays) or '(none)'}: name the one to use {ARRAY_KEY!r}")
     return arrays.get(ARRAY_KEY, next(iter(arrays.values())))
 
 
@@ -150,12 +152,12 @@ def _channels_first(array: Tensor, path: Path) -> Tensor:
     if channel_axes and shape[-1] in (1, 3):
         return array.movedim(-1, 1 if array.ndim == 5 else 0)
     raise UsageError(
-        f"{path} has shape {tuple(shape)}: give (C, H, W), (C, F, H, W), (B, C, H, W) or (B, C, F, H, W) with C 1 or 3"
+        f"{path} has shape {tuple(shape)}: use (C, H, W), (C, F, H, W), (B, C, H, W) or (B, C, F, H, W) with C 1 or 3"
     )
 
 
 def _is_clip(path: Path) -> bool:
-    """Whether a file is read by the decoders of clips."""
+    """Return whether the decoders of clips read a file."""
     return path.suffix.lower() in CLIP_EXTENSIONS or is_webp(path, moving=True)
 
 
@@ -166,18 +168,20 @@ def _is_image_batch(media: Tensor) -> bool:
 def _read_frames(folder: Path) -> Tensor:
     files = [file for file in folder.iterdir() if file.suffix.lower() in IMAGE_EXTENSIONS and file.name[0] != "."]
     if not files:
-        raise UsageError(f"{folder} holds no frames: they are {', '.join(IMAGE_EXTENSIONS)} files")
+        raise UsageError(f"{folder} has no frames, which are files of type {', '.join(IMAGE_EXTENSIONS)}")
     files.sort(key=lambda file: _natural_order(file.name))
     frames = [read_image(file) for file in files]
     for file, frame in zip(files, frames, strict=True):
         if frame.shape != frames[0].shape:
             (H, W), (H_first, W_first) = frame.shape[1:], frames[0].shape[1:]
-            raise UsageError(f"frame {file} is {H}x{W}, but {files[0].name} is {H_first}x{W_first}: make them one size")
+            raise UsageError(
+                f"frame {file} is {H}x{W}, but {files[0].name} is {H_first}x{W_first}: resize them to one size"
+            )
     return torch.stack(frames, dim=1)
 
 
 def _natural_order(name: str) -> list[tuple[int, str]]:
-    """frame2 before frame10."""
+    """Return a sort key that puts frame2 before frame10."""
     return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"([0-9]+)", name)]
 
 

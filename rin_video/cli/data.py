@@ -1,4 +1,4 @@
-"""Commands on data alone: `rin-video index`, `preview` and `prepare`."""
+"""Commands for data: `rin-video index`, `preview` and `prepare`."""
 
 from __future__ import annotations
 
@@ -31,38 +31,41 @@ log = logging.getLogger("rin_video")
 
 
 def add_parsers(commands: Any) -> None:
-    command = commands.add_parser("index", help="look into every file once: what can be used, what cannot and why")
+    """Add the parsers of `index`, `preview` and `prepare`."""
+    command = commands.add_parser("index", help="read every file once; report which can be used, which cannot, and why")
     add = command.add_argument
     add("data", metavar="DATA", help=DATA_HELP)
-    add("--kind", metavar="NAME", help=f"{one_of(DataKind)} (default: by what is in DATA)")
-    add("--out", metavar="FILE", help="the index (default: runs/NAME-OF-FOLDER/index.jsonl, as train)")
+    add("--kind", metavar="NAME", help=f"kind of the data: {one_of(DataKind)} (default: by the files in DATA)")
+    add("--out", metavar="FILE", help="file of the index (default: runs/NAME-OF-FOLDER/index.jsonl, as in train)")
     add_reading_options(command)
     command.set_defaults(run=index, overrides=[])
 
     command = commands.add_parser(
-        "preview", aliases=["peek"], help="what training will see: a sheet of samples, and statistics"
+        "preview", aliases=["peek"], help="show what training will see: statistics and a sheet of samples"
     )
     add = command.add_argument
     add("data", metavar="DATA", help=DATA_HELP)
     add_data_options(command)
-    add("--num", type=int, default=12, metavar="N", help="samples on the sheet (12)")
-    add("--out", metavar="FILE", help=".png, or .mp4 where they play (default: print only)")
+    add("--num", type=int, default=12, metavar="N", help="number of samples (default: 12)")
+    add("--out", metavar="FILE", help="file of the sheet: .png, or .mp4 to play clips (default: no sheet)")
     command.set_defaults(run=preview, overrides=[])
 
-    command = commands.add_parser("prepare", help="transcode and crop once, into shards that load fast; resumes")
+    command = commands.add_parser("prepare", help="transcode and crop once, into shards that load fast; resumable")
     add = command.add_argument
     add("data", metavar="DATA", help=DATA_HELP)
     add("--size", required=True, metavar="N|HxW", help=SIZE_HELP)
-    add("--fps", dest="data.fps", type=float, metavar="N", help="resample clips to this rate (default: their own)")
-    add("--kind", metavar="NAME", help=f"{one_of(FrameKind)} (default: by what is in DATA)")
-    add("--out", required=True, metavar="DIR", help="for the shards")
-    add("--workers", type=int, metavar="N", help="processes (default: one for each core)")
+    add(
+        "--fps", dest="data.fps", type=float, metavar="N", help="resample clips to this frame rate (default: no change)"
+    )
+    add("--kind", metavar="NAME", help=f"kind of the data: {one_of(FrameKind)} (default: by the files in DATA)")
+    add("--out", required=True, metavar="DIR", help="folder of the shards")
+    add("--workers", type=int, metavar="N", help="number of processes (default: one per core)")
     add_reading_options(command)
     command.set_defaults(run=prepare, overrides=[])
 
 
 def index(options: Namespace) -> None:
-    """Probe every file, and keep what was found."""
+    """Probe every file, write the index, and print a summary."""
     from rin_video.datasets.index import make_index
     from rin_video.datasets.open import INDEX
     from rin_video.training.identity import run_folder
@@ -77,7 +80,7 @@ def index(options: Namespace) -> None:
 
 
 def preview(options: Namespace) -> None:
-    """Print statistics, and write a sheet of samples as training draws them."""
+    """Print statistics of samples as training draws them, and write a sheet of these samples."""
     from rin_video.datasets.open import INDEX
     from rin_video.datasets.preview import captions, check_sheet, draw_some, statistics, write_sheet
     from rin_video.datasets.steady import frame_rate
@@ -86,7 +89,7 @@ def preview(options: Namespace) -> None:
     from rin_video.training.identity import run_folder
 
     if options.command == "peek":
-        log.info("note: peek is now called preview: rin-video preview %s", options.data)
+        log.info("note: peek was renamed to preview: rin-video preview %s", options.data)
     if options.num < 1:
         raise UsageError(f"--num is {options.num}: it must be at least 1")
     config = read_config(options, choose_preset(options))
@@ -95,12 +98,12 @@ def preview(options: Namespace) -> None:
     shape, index = model_info(config.model).shape, run_folder(options.data) / INDEX
     try:
         dataset = open_known(options.data, shape, config, index)
-    except ShortClipError as error:  # a preview of what there is says more than a refusal
+    except ShortClipError as error:  # a preview of shorter clips is more useful than an error
         if config.data.buckets:
             raise
         channels, frames, *size = shape
         dataset = open_known(options.data, (channels, error.fits, *size), config, index)
-        say(f"no clip has {counted(frames, 'frame')} at this stride or rate: {error.fits} are shown (--frames)")
+        say(f"no clip has {counted(frames, 'frame')} at this stride or rate, so {error.fits} are shown (--frames)")
     samples, chosen = draw_some(dataset, options.num)
     say(dataset.describe())
     for line in statistics(dataset, samples, chosen):
@@ -120,20 +123,20 @@ def prepare(options: Namespace) -> None:
     kind = options.kind or kind_of(options.data, data)
     if kind not in get_args(FrameKind):
         raise UsageError(
-            f"prepare takes clips or images, {options.data} is of kind {kind}: "
-            f"give --kind {' or '.join(get_args(FrameKind))}"
+            f"prepare takes clips or images, but {options.data} is of kind {kind}: "
+            f"use --kind {' or '.join(get_args(FrameKind))}"
         )
     size = parse_size(options.size)
     H, W = (size, size) if isinstance(size, int) else size
     out = Path(options.out)
     if out.exists() and not out.is_dir():
-        raise UsageError(f"--out {out} is a file: give a folder")
+        raise UsageError(f"--out {out} is a file: use a folder")
     if out.exists() and out.resolve() == Path(options.data).resolve():
-        raise UsageError(f"--out {out} is the data itself: give another folder")
+        raise UsageError(f"--out {out} is the folder of the data: use another folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"--out {out} cannot be made ({error.strerror}): give another folder") from error
+        raise UsageError(f"--out {out} cannot be created ({error.strerror}): use another folder") from error
     for line in write_shards(options.data, kind, out, (H, W), data, workers=options.workers or os.cpu_count() or 1):
         say(line)
     say(compare_speed(options.data, out, kind, (H, W), data))
@@ -141,7 +144,7 @@ def prepare(options: Namespace) -> None:
 
 
 def compare_speed(source: str, out: Path, kind: str, size: tuple[int, int], data: DataConfig, frames: int = 8) -> str:
-    """How fast samples load from the source and from the shards, in words; of clips with up to `frames` frames."""
+    """Describe how fast samples load from the source and from the shards; clips have up to `frames` frames."""
     from rin_video.datasets.clips import ClipFolder
     from rin_video.datasets.images import ImageFolder
     from rin_video.datasets.prepare import loading_speed
@@ -154,21 +157,24 @@ def compare_speed(source: str, out: Path, kind: str, size: tuple[int, int], data
 
     try:
         before, after = speed(source, "source.jsonl", data.fps), speed(out, "index.jsonl", None)
-    except UsageError as error:  # all is done by now, and nothing of it may be lost to a measurement
+    except UsageError as error:  # the shards are complete, so a failed measurement must not fail the command
         if kind == "image" or frames == 1:
-            return f"the speed of loading is not measured: {error}"
+            return f"the loading speed was not measured: {error}"
         return compare_speed(source, out, kind, size, data, frames // 2)
     what = "images" if kind == "image" else f"clips of {counted(frames, 'frame')}"
-    return f"{before:.1f} {what} a second before, {after:.1f} now ({after / before:.1f} times), in one process"
+    return (
+        f"one process loads {before:.1f} {what} per second from the source, {after:.1f} from the shards "
+        f"({after / before:.1f} times)"
+    )
 
 
 def read_files_config(options: Namespace) -> DataConfig:
-    """The data section for commands that look at files alone. UsageError for what they would not heed."""
+    """Return the section `data` for commands that only read files. Raises `UsageError` for other options."""
     from rin_video.datasets.hub import is_hub
 
     for override in options.overrides:
         if not override.startswith("data."):
-            raise UsageError(f"{override}: {options.command} trains nothing, it takes data.key=value")
+            raise UsageError(f"{override}: {options.command} does not train, so it only takes data.key=value")
     if is_hub(options.data):
-        raise UsageError(f"{options.data}: {options.command} takes files and shards; train and preview take hf: too")
+        raise UsageError(f"{options.data}: {options.command} takes files and shards; only train and preview take hf:")
     return load_config(None, options.overrides).data

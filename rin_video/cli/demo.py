@@ -1,4 +1,4 @@
-"""`rin-video demo`: from nothing to a clip in a few minutes on a CPU."""
+"""`rin-video demo`: generates data, trains a small model and samples clips, in a few minutes on a CPU."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ log = logging.getLogger("rin_video")
 
 
 def add_parsers(commands: Any) -> None:
-    command = commands.add_parser("demo", help="make clips, train a tiny model on them, sample: a few minutes on a CPU")
-    command.add_argument("--out", default="runs/demo", metavar="DIR", help="where everything is written (runs/demo)")
+    """Add the parser of `demo`."""
+    command = commands.add_parser(
+        "demo", help="generate clips, train a tiny model on them and sample; takes a few minutes on a CPU"
+    )
+    command.add_argument("--out", default="runs/demo", metavar="DIR", help="output folder (default: runs/demo)")
     command.set_defaults(run=demo, overrides=[])
 
 
@@ -27,9 +30,9 @@ def demo(options: Namespace) -> None:
 
 
 def run_demo(folder: Path, overrides: Sequence[str] = ()) -> None:
-    """Write a demo set of clips, train the preset `demo` on it, and sample; all below `folder`.
+    """Write a demo set of clips to `folder`, train the preset `demo` on it, and sample.
 
-    Leaves `folder/data`, `folder/run`, `folder/sample.mp4` and `folder/contact_sheet.png`. Run again, it resumes.
+    Writes `data/`, `run/`, `sample.mp4` and `contact_sheet.png` in `folder`. A second call resumes the training.
     """
     import torch
 
@@ -51,14 +54,14 @@ def run_demo(folder: Path, overrides: Sequence[str] = ()) -> None:
     diffusion = GaussianDiffusion(RIN(config.model), config.diffusion)
     trainer = Trainer(diffusion, dataset, results_folder=folder / "run", config=config)
     trainer.train()
-    log.info("3. sampling new clips, a column for each class")
+    log.info("3. sampling new clips, one column per class")
     samples = trainer.averaged().sample(config.sample, seed=0, progress=True)
     save_samples(samples, folder / "sample.mp4", fps=config.sample.fps or DEFAULT_FPS)
     contact_sheet(samples, folder / "contact_sheet.png")
     log.info(
         "done in %s. Look at\n"
-        "  %s (any browser or player)\n"
-        "  %s (a row for each clip, time from left to right)\n"
+        "  %s (with any browser or player)\n"
+        "  %s (one row per clip, time from left to right)\n"
         "Next: rin-video train --data YOUR_CLIPS --frames 16",
         in_hours(time.perf_counter() - start),
         folder / "sample.mp4",

@@ -1,4 +1,4 @@
-"""Commands that look at models and runs: `rin-video info`, `diagnose`, `report` and `ema`."""
+"""Commands for models and runs: `rin-video info`, `diagnose`, `report` and `ema`."""
 
 from __future__ import annotations
 
@@ -18,29 +18,32 @@ log = logging.getLogger("rin_video")
 
 
 def add_parsers(commands: Any) -> None:
-    command = commands.add_parser("info", help="the presets, or what one model costs")
+    """Add the parsers of `info`, `diagnose`, `report` and `ema`."""
+    command = commands.add_parser("info", help="list the presets, or show the size and cost of a model")
     add = command.add_argument
-    add("model", nargs="?", metavar="DIR", help="the folder of a run")
-    add("--config", metavar="NAME|FILE", help="a preset, or a YAML file")
-    add("--memory", action="store_true", help="what training takes too, which takes some seconds to compute")
-    add("--json", action="store_true", help="print params, tokens, latents, gflops as JSON")
+    add("model", nargs="?", metavar="DIR", help=RUN_HELP)
+    add("--config", metavar="NAME|FILE", help="preset or YAML file")
+    add("--memory", action="store_true", help="also show the memory of training, which takes seconds to compute")
+    add("--json", action="store_true", help="print params, tokens, latents and gflops as JSON")
     command.set_defaults(run=info, overrides=[])
 
-    command = commands.add_parser("diagnose", help="why samples look as they do: loss by noise level, pictures, words")
+    command = commands.add_parser(
+        "diagnose", help="find out why samples look wrong: loss by noise level, images, findings"
+    )
     add = command.add_argument
     add("model", metavar="DIR", help=RUN_HELP)
-    add("--data", metavar="FOLDER", help="clips or images (default: those of the training)")
-    add("--num", type=int, default=64, metavar="N", help="samples of the data to measure on (64)")
-    add("--out", metavar="DIR", help="for the pictures (default: DIR/diagnosis)")
+    add("--data", metavar="FOLDER", help="clips or images (default: those of training)")
+    add("--num", type=int, default=64, metavar="N", help="number of samples of the data to measure on (default: 64)")
+    add("--out", metavar="DIR", help="output folder (default: DIR/diagnosis)")
     command.set_defaults(run=diagnose, overrides=[])
 
-    command = commands.add_parser("report", help="one HTML page on a run: curves, samples, options, versions")
+    command = commands.add_parser("report", help="write a run as one HTML page: curves, samples, options, versions")
     add = command.add_argument
     add("model", metavar="DIR", help=RUN_HELP)
-    add("--out", metavar="FILE", help="the page (default: DIR/report.html)")
+    add("--out", metavar="FILE", help="file of the page (default: DIR/report.html)")
     command.set_defaults(run=report)
 
-    command = commands.add_parser("ema", help="averaged weights of other lengths, without training again")
+    command = commands.add_parser("ema", help="compute post-hoc EMAs of other lengths, without training again")
     add = command.add_argument
     add("model", metavar="DIR", help=RUN_HELP)
     add(
@@ -49,20 +52,20 @@ def add_parsers(commands: Any) -> None:
         nargs="+",
         required=True,
         metavar="S",
-        help="lengths, as a share of the training: 0.05 0.1 0.15",
+        help="lengths, as fractions of the training in [0.01, 0.28]: 0.05 0.1 0.15",
     )
-    add("--out", metavar="DIR", help="for a folder ema-S each (default: DIR)")
+    add("--out", metavar="DIR", help="folder in which a folder ema-S is written for each length (default: DIR)")
     command.set_defaults(run=ema)
 
 
 def info(options: Namespace) -> None:
-    """Print what the presets, or one model, cost."""
+    """Print the size and cost of the presets, or of one model."""
     from rin_video.model.info import describe, model_info
 
     if options.model and options.config:
-        raise UsageError("give the folder of a run or --config, not both")
+        raise UsageError("pass the folder of a run or --config, not both")
     if options.overrides and not (options.model or options.config):
-        raise UsageError(f"{options.overrides[0]} changes no model: give --config NAME too")
+        raise UsageError(f"{options.overrides[0]} has no model to change: add --config NAME")
     if not (options.model or options.config):
         rows = {name: model_info(load_config(name).model) for name in presets()}
         if options.json:
@@ -72,7 +75,7 @@ def info(options: Namespace) -> None:
         for name, row in rows.items():
             size = "x".join(map(str, row.shape[1:]))
             say(f"{name:<20}{size:<14}{row.tokens:>8}{row.latents:>9}{row.params:>13,}{row.gflops:>9.2f}")
-        say("one in detail: rin-video info --config NAME")
+        say("details of one preset: rin-video info --config NAME")
         return
     config = load_config(find_config(options.model) if options.model else options.config, options.overrides)
     if options.json:
@@ -87,7 +90,7 @@ def info(options: Namespace) -> None:
 
 
 def find_config(model: str) -> Path:
-    """The configuration of a run or of a model on the hub; of a folder without importing torch."""
+    """Return the path of the configuration of a run or a model on the hub; for a folder, torch is not imported."""
     local = Path(model) / CONFIG
     if local.is_file():
         return local
@@ -97,7 +100,7 @@ def find_config(model: str) -> Path:
 
 
 def diagnose(options: Namespace) -> None:
-    """Measure a model on data, and print what looks wrong."""
+    """Measure a model on data, and print the losses and findings."""
     from rin_video.cli.trained import allow_only, best_device, check_sampling, own_folder
     from rin_video.datasets.open import INDEX
     from rin_video.diffusion.process import GaussianDiffusion
@@ -110,26 +113,26 @@ def diagnose(options: Namespace) -> None:
     check_sampling(config)
     data = options.data or config.data.path
     if data is None:
-        raise UsageError(f"{folder / CONFIG} does not say what it was trained on: give --data FOLDER")
+        raise UsageError(f"{folder / CONFIG} does not name the data of training: add --data FOLDER")
     if options.num < 2:
         raise UsageError(f"--num is {options.num}: it must be at least 2")
     diffusion = GaussianDiffusion.from_pretrained(folder, device=best_device())
     try:
         dataset = open_known(data, diffusion.shape, config, None if options.data else folder / INDEX)
     except ShortClipError as error:
-        raise UsageError(f"{error.problem}: give longer clips (--data FOLDER)") from None
+        raise UsageError(f"{error.problem}: use longer clips (--data FOLDER)") from None
     out = Path(options.out or own_folder(options.model) / "diagnosis")
     diagnosis = diagnose_run(folder, diffusion, dataset, config, out, num=options.num)
     samples = counted(min(options.num, len(dataset)), "sample")
-    say(f"loss ({config.diffusion.objective}, not weighted), mean of {samples} of {data}")
+    say(f"unweighted loss ({config.diffusion.objective}), mean over {samples} of {data}")
     say(diagnosis.table())
-    for finding in diagnosis.findings() or ["nothing looks wrong: every noise level is learnt, no latent is dead"]:
+    for finding in diagnosis.findings() or ["nothing looks wrong: every noise level is learned, and no latent is dead"]:
         say(f"- {finding}")
-    say(f"pictures: {out / 'loss.png'}, {out / 'trajectory.png'} (a row for each sample, time from left to right)")
+    say(f"images: {out / 'loss.png'}, {out / 'trajectory.png'} (one row per sample, steps from left to right)")
 
 
 def report(options: Namespace) -> None:
-    """Write the page of a run."""
+    """Write the HTML page of a run."""
     from rin_video.reports.page import write_report
 
     run = Path(options.model)
@@ -137,16 +140,15 @@ def report(options: Namespace) -> None:
 
 
 def ema(options: Namespace) -> None:
-    """Write averages of other lengths."""
+    """Write post-hoc EMAs of other lengths."""
     from rin_video.training.ema import write_post_hoc_emas
     from rin_video.weights import find_model
 
     run = find_model(options.model)
     for folder, error in write_post_hoc_emas(run, options.sigma_rel, Path(options.out) if options.out else None):
-        met = f" within {error:.1g}" if error >= 1e-4 else ""
-        log.info("%s (its profile is met%s): rin-video sample %s", folder, met, folder)
+        log.info("%s (error of the profile: %.1g): rin-video sample %s", folder, round(error, 4), folder)
         if error > 0.01:
-            log.warning("that is far off: more snapshots (train.ema_snapshot_every) meet a length this short better")
+            log.warning("this error is large: more snapshots (lower train.ema_snapshot_every) reduce it")
 
 
 def _counts(row: object) -> dict[str, object]:

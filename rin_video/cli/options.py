@@ -1,6 +1,6 @@
-"""Options that several commands share, and what follows from them: the preset and the configuration.
+"""Options that several commands share, and the choice of the preset and the configuration by these options.
 
-An option whose `dest` is a key of the configuration stands for `key=value`: see `cli.parser.read_options`.
+An option whose `dest` is a key of the configuration means `key=value`: see `cli.parser.read_options`.
 """
 
 from __future__ import annotations
@@ -17,50 +17,53 @@ from rin_video.config_files import load_config, read_overrides
 from rin_video.errors import UsageError
 from rin_video.files import ARRAY_SUFFIXES
 
-DATA_HELP = "a folder of clips or images (sub-folders are classes), one file, shards 'x/{000..123}.tar', or hf:NAME"
+DATA_HELP = "folder of clips or images (its sub-folders are classes), a file, shards 'x/{000..123}.tar', or hf:NAME"
 SIZE_HELP = "height and width, in pixels"
-RUN_HELP = "the folder that training wrote"
+RUN_HELP = "folder of a run"
 
 
 def one_of(kind: Any) -> str:
-    """The names that an option takes, for its help."""
+    """Return the values of an option as text for its help."""
     return ", ".join(get_args(kind))
 
 
 def add_data_options(command: argparse.ArgumentParser) -> None:
-    """What decides which samples are made of the data; the same for `train` and `preview`."""
+    """Add the options that determine how samples are made from the data, for `train` and `preview`."""
     add = command.add_argument
-    add("--frames", type=int, metavar="N", help="frames of a clip; 0 for images (default: by what is in DATA)")
+    add("--frames", type=int, metavar="N", help="frames per clip; 0: images (default: by the files in DATA)")
     add("--size", metavar="N|HxW", help=SIZE_HELP)
     add(
         "--images",
         dest="data.images",
         metavar="DATA",
-        help="images to mix with the clips, data.image_ratio of the steps",
+        help="images to mix with the clips, in the fraction data.image_ratio of the steps",
     )
-    add("--config", metavar="NAME|FILE", help="a preset, or a YAML file (default: by frames and size)")
+    add("--config", metavar="NAME|FILE", help="preset or YAML file (default: by frames and size)")
     for name in ("image", "label"):
-        help = "of a Hugging Face set (default: by type)"
+        help = f"{name} column of a Hugging Face dataset (default: by its type)"
         add(f"--{name}-column", dest=f"data.{name}_column", metavar="NAME", help=help)
     add_reading_options(command)
 
 
 def add_reading_options(command: argparse.ArgumentParser) -> None:
-    """How files are read."""
+    """Add the options that determine how files are read."""
     command.add_argument(
-        "--decoder", dest="data.decoder", metavar="NAME", help=f"data.decoder: {one_of(DecoderOption)}"
+        "--decoder", dest="data.decoder", metavar="NAME", help=f"video decoder: {one_of(DecoderOption)}"
     )
     command.add_argument(
         "--strict",
         dest="data.strict",
         action="store_true",
         default=None,
-        help="refuse to start where a file cannot be used",
+        help="do not start if a file cannot be used",
     )
 
 
 def read_config(options: Namespace, preset: str) -> Config:
-    """The configuration that the options on data, frames and size ask for."""
+    """Return the configuration for the options on data, frames and size.
+
+    Raises `UsageError` for invalid options, or if `data.images` is set for a model of images.
+    """
     shape = []
     if options.frames is not None:
         shape.append(f"model.frames={options.frames or 'null'}")
@@ -71,7 +74,7 @@ def read_config(options: Namespace, preset: str) -> Config:
     if config.data.images is not None:
         if not config.model.frames:
             raise UsageError(
-                "data.images (--images) is mixed with clips: give --frames, or the images alone as the data"
+                "data.images (--images) is mixed with clips: set --frames, or use only the images as the data"
             )
         if config.model.tokenizer in ("auto", "tube"):
             config.model.tokenizer = "tube+image"
@@ -79,12 +82,12 @@ def read_config(options: Namespace, preset: str) -> Config:
 
 
 def choose_preset(options: Namespace) -> str:
-    """`--config`, or the preset that suits the data and the size."""
+    """Return `--config`, or the preset that fits the data and the size."""
     from rin_video.datasets.hub import is_hub, kind_of_hub
 
     frames, size = options.frames, options.size
     if frames is not None and frames < 0:
-        raise UsageError(f"--frames is {frames}: give the frames of a clip, or 0 for images")
+        raise UsageError(f"--frames is {frames}: use the number of frames per clip, or 0 for images")
     if options.config is not None:
         return options.config
     data = DataConfig(**read_overrides(options.overrides).get("data", {}))
@@ -93,7 +96,7 @@ def choose_preset(options: Namespace) -> str:
         frames = [*length, 0][0] if frames is None else frames
         size = size or f"{H}x{W}"
         sizes = [f"model.channels={channels}", f"model.image_size=[{H},{W}]", *(f"model.frames={F}" for F in length)]
-        options.overrides[:0] = sizes  # arrays are not resized: what the user sets comes after, and wins
+        options.overrides[:0] = sizes  # arrays are not resized; options of the user come later and take precedence
     elif frames is None:
         find_kind = kind_of_hub if is_hub(options.data) else kind_of
         frames = 0 if find_kind(options.data, data) == "image" else None
@@ -101,7 +104,7 @@ def choose_preset(options: Namespace) -> str:
 
 
 def default_preset(frames: int | None, size: str | None) -> str:
-    """The preset for images (frames 0) or clips of a size: the smallest that was made for so much."""
+    """Return the smallest preset for images (frames 0) or clips of a size."""
     height_width = parse_size(size) if size else 64
     longest = height_width if isinstance(height_width, int) else max(height_width)
     if frames == 0:
@@ -110,7 +113,7 @@ def default_preset(frames: int | None, size: str | None) -> str:
 
 
 def kind_of(data: str, options: DataConfig) -> DataKind:
-    """Which kind of files the data is made of."""
+    """Return the kind of files in the data."""
     from rin_video.datasets.folders import detect_kind
     from rin_video.training.identity import run_folder
 
@@ -118,7 +121,7 @@ def kind_of(data: str, options: DataConfig) -> DataKind:
 
 
 def shape_of_arrays(data: str, options: DataConfig) -> tuple[int, ...] | None:
-    """Shape of a sample where the data are arrays of images or clips."""
+    """Return the shape of a sample if the data is arrays of images or clips, else None."""
     from rin_video.datasets.array_files import probe_array, sample_shape
     from rin_video.datasets.folders import find_sources
     from rin_video.datasets.open import holds_arrays
@@ -132,7 +135,7 @@ def shape_of_arrays(data: str, options: DataConfig) -> tuple[int, ...] | None:
 
 
 def open_known(data: str, shape: tuple[int, ...] | None, config: Config, index: Path | None) -> Any:
-    """A dataset, with the index that training left where there is one; no new index is written."""
+    """Open a dataset with the index of a training run, if there is one; no new index is written."""
     from rin_video.datasets.open import open_dataset
 
     known = index if index is not None and index.exists() else None
@@ -140,13 +143,13 @@ def open_known(data: str, shape: tuple[int, ...] | None, config: Config, index: 
 
 
 def parse_size(text: str) -> int | list[int]:
-    """`64` or `48x64` (height x width)."""
+    """Parse `64` or `48x64` (height x width). Raises `UsageError` for other text."""
     if not re.fullmatch(r"\d+(x\d+)?", text):
-        raise UsageError(f"--size {text} is not understood: write 64, or 48x64 (height x width)")
+        raise UsageError(f"--size {text} is not a size: write 64, or 48x64 (height x width)")
     numbers = [int(n) for n in text.split("x")]
     return numbers[0] if len(numbers) == 1 else numbers
 
 
 def say(text: str) -> None:
-    """Print what a command was asked for."""
+    """Print a result of a command to stdout."""
     print(text)

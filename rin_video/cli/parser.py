@@ -1,4 +1,4 @@
-"""The command line `rin-video`. Parsing only: torch is imported when a command runs, not for --help."""
+"""The parser of the command line `rin-video`; torch is imported only when a command runs, not for --help."""
 
 from __future__ import annotations
 
@@ -23,31 +23,34 @@ BARE_KEY = re.compile(r"([A-Za-z_]\w*)=")
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports an error in one line, and knows its options and commands by name."""
+    """An argument parser that reports errors in one line and records its options and commands."""
 
     def __init__(self, **options: Any) -> None:
-        self.nargs: dict[str, Any] = {}  # of every option, how many values follow it: 0, None for one, or +
+        self.nargs: dict[str, Any] = {}  # number of values of each option: 0, None (one), or +
         self.positionals: list[str] = []
         self.commands: dict[str, Parser] = {}
         super().__init__(**options)
 
     def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
+        """Add an argument as `argparse` does, and record it."""
         action = super().add_argument(*names, **options)
         self.nargs |= dict.fromkeys(action.option_strings, action.nargs)
         self.positionals += [] if action.option_strings else [action.dest]
         return action
 
     def add_subparsers(self, **options: Any) -> Any:
+        """Add subparsers as `argparse` does, and record the commands."""
         commands = super().add_subparsers(**options)
         self.commands = cast(dict[str, Parser], commands.choices)
         return commands
 
     def error(self, message: str) -> NoReturn:
+        """Print an error in one line and exit with code 2."""
         self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
 
 
 def make_parser() -> Parser:
-    """The parser of all commands; each module adds its own."""
+    """Create the parser of all commands."""
     parser = Parser(prog="rin-video", description="Train and sample Recurrent Interface Networks on images and video.")
     parser.add_argument("--version", action="version", version=f"rin-video {version('rin-video')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -57,7 +60,7 @@ def make_parser() -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, 2 for a mistake, 75 for a signal that was heeded, 130 for Ctrl-C."""
+    """Run a command and return its exit code: 0; 2 for an error; 75 after a stop by a signal; 130 after Ctrl-C."""
     try:
         options = read_options(sys.argv[1:] if argv is None else argv)
         level = logging.INFO if is_first() else logging.WARNING
@@ -85,29 +88,32 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def read_options(argv: Sequence[str]) -> argparse.Namespace:
-    """The options of a command. `overrides` are the flags that stand for a key=value, then the key=value words.
+    """Parse the arguments of a command.
 
-    Such a flag has the key as its `dest`: `--steps 10` is `train.train_num_steps=10`. Flags come first, so that
-    `sample.sampler.eta=0.5` adds to `--sampler ddim` wherever it stands.
+    `overrides` in the result contains the flags that mean key=value, followed by the key=value arguments. Such a flag
+    has the key as its `dest`: `--steps 10` means `train.train_num_steps=10`. Flags come first, so that
+    `sample.sampler.eta=0.5` adds to `--sampler ddim` in any order of the arguments. Raises `UsageError` for invalid
+    arguments.
     """
     parser = make_parser()
     arguments, overrides = split_overrides(parser, argv)
     options = parser.parse_args(arguments)
     if overrides and "overrides" not in options:
-        raise UsageError(f"{options.command} takes no key=value: {overrides[0]}")
+        raise UsageError(f"{options.command} takes no key=value argument: {overrides[0]}")
     flags = [f"{key}={value}" for key, value in vars(options).items() if "." in key and value is not None]
     options.overrides = [*flags, *overrides]
     return options
 
 
 def split_overrides(parser: Parser, argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """`section.key=value` may stand anywhere, but not where an option waits for its value.
+    """Split arguments into those for `argparse` and those of the form `section.key=value`.
 
-    Raises `UsageError` for a command, an option or a key that does not exist, and names the nearest one.
+    The latter may be anywhere, except in place of the value of an option. Raises `UsageError` for an unknown command,
+    option or key; the message names the nearest known one.
     """
     arguments: list[str] = []
     overrides: list[str] = []
-    command, waits, several = parser, False, False  # whether the last option waits for its value, or takes more
+    command, waits, several = parser, False, False  # whether the last option still needs a value, or takes several
     for word in argv:
         if not waits and OVERRIDE.match(word):
             overrides.append(word)
@@ -128,19 +134,19 @@ def split_overrides(parser: Parser, argv: Sequence[str]) -> tuple[list[str], lis
         elif (key := BARE_KEY.match(word)) and not os.path.exists(word):
             raise UsageError(f"{word}{nearest_key(key[1], word)}")
         elif not command.positionals and "--data" in command.nargs:
-            raise UsageError(f"{word} is no option: did you mean --data {word}?")
+            raise UsageError(f"{word} is not an option: did you mean --data {word}?")
         arguments.append(word)
     if not arguments:
-        raise UsageError(f"give a command: {', '.join(parser.commands)} (rin-video --help)")
+        raise UsageError(f"the command is missing: use one of {', '.join(parser.commands)} (rin-video --help)")
     return arguments, overrides
 
 
 def find_option(command: Parser, name: str) -> str:
-    """The option called `name`, or of which that is the beginning."""
+    """Return the option with this name or prefix. Raises `UsageError` if there is none, or more than one."""
     known = command.nargs
     begun = [name] if name in known else [option for option in known if option.startswith(name)]
     if len(begun) > 1:
-        raise UsageError(f"option {name} may be {' or '.join(begun)}: write it out")
+        raise UsageError(f"option {name} is ambiguous: use {' or '.join(begun)}")
     if not begun:
         if command.commands:
             raise UsageError(f"unknown option {name}{nearest(name, known) or ': options follow the command'}")
@@ -149,13 +155,13 @@ def find_option(command: Parser, name: str) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """`: did you mean X?`; empty where nothing is near."""
+    """Return `: did you mean X?`, or an empty text if no known name is near."""
     found = difflib.get_close_matches(name, [*known], n=1, cutoff=0.6)
     return f": did you mean {found[0]}?" if found else ""
 
 
 def nearest_key(name: str, word: str) -> str:
-    """`nearest` among the options of all sections, with the value that was given."""
+    """Return the text of `nearest` for the options of all sections, with the value in `word`."""
     keys = {field: section for section, kind in types_of(Config).items() for field in types_of(kind)}
     ends = [key for key in sorted(keys, key=len) if key == name or key.endswith(f"_{name}")]
     found = ends or difflib.get_close_matches(name, keys, n=1, cutoff=0.6)

@@ -1,4 +1,4 @@
-"""How samples of the size and length that a user asked for are made: in one pass, or window by window."""
+"""Plans and runs the sampling of clips of the requested size and length: in one window, or as a rollout."""
 
 from __future__ import annotations
 
@@ -18,22 +18,23 @@ from rin_video.training.parallel_sampling import rank_part
 from rin_video.wording import counted
 
 
-class Pass(NamedTuple):
-    """What one pass makes, (C, *grid), and how many frames are wanted in all; 0: images."""
+class SamplingPlan(NamedTuple):
+    """The shape of a window (C, *grid), and the total number of frames (0: images)."""
 
     shape: tuple[int, ...]
     frames: int
 
     @property
-    def extends(self) -> bool:
-        """Whether it takes several passes."""
+    def is_rollout(self) -> bool:
+        """Whether the samples require a rollout over several windows."""
         return len(self.shape) == 4 and self.frames > self.shape[1]
 
 
-def plan_pass(model: Any, frames: int | None, size: str | None, window: int | None) -> Pass:
-    """By what the model is and what is asked for. `UsageError` where they do not go together.
+def plan_sampling(model: Any, frames: int | None, size: str | None, window: int | None) -> SamplingPlan:
+    """Return the shape of a window and the number of frames for the requested frames, size and window.
 
-    More frames than the model's are made window by window where it can go on from given frames, else in one pass.
+    More frames than those of the model are generated window by window if the model takes an observed mask, else in one
+    window. Raises `UsageError` if the model cannot generate the requested samples.
     """
     for name, value, least in (("frames", frames, 0), ("window", window, 1)):
         if value is not None and value < least:
@@ -42,9 +43,11 @@ def plan_pass(model: Any, frames: int | None, size: str | None, window: int | No
     images = next((shape for shape in model.shapes if len(shape) == 3), None)
     if clips is None and (frames or window):
         kind, flag = "images" if images else model.shape, "frames" if frames else "window"
-        raise UsageError(f"the model makes {kind}, not clips: leave out --{flag}")
+        raise UsageError(f"the model generates {kind}, not clips: leave out --{flag}")
     if frames == 0 and images is None:
-        raise UsageError("the model makes clips only: --frames 0 is for one that makes images (tokenizer=tube+image)")
+        raise UsageError(
+            "the model generates only clips: --frames 0 requires a model for images too (tokenizer=tube+image)"
+        )
     shape = images if images and (frames == 0 or clips is None) else clips or model.shape
     assert shape is not None
     if size:
@@ -54,37 +57,37 @@ def plan_pass(model: Any, frames: int | None, size: str | None, window: int | No
         H, W = height_width if isinstance(height_width, list) else (height_width, height_width)
         shape = (*shape[:-2], H, W)
     if len(shape) != 4:
-        return Pass(shape, 0)
+        return SamplingPlan(shape, 0)
     frames = frames or shape[1]
     if window is None:
         window = shape[1] if frames > shape[1] and model.known_mask else frames
-    return Pass((shape[0], min(window, frames), *shape[2:]), frames)
+    return SamplingPlan((shape[0], min(window, frames), *shape[2:]), frames)
 
 
-def refuse_extension(options: Namespace, pass_: Pass) -> None:
-    """Raises `UsageError` for options of several passes where one makes it all."""
+def refuse_rollout_options(options: Namespace, plan: SamplingPlan) -> None:
+    """Raise `UsageError` for rollout options if a single window has all frames."""
     for flag in ("overlap", "carry_latents", "key_frames"):
         if getattr(options, flag):
             raise UsageError(
-                f"--{flag.replace('_', '-')} is for clips longer than a window: {counted(pass_.frames, 'frame')} "
-                "fit into one pass"
+                f"--{flag.replace('_', '-')} is for clips longer than a window: {counted(plan.frames, 'frame')} "
+                "fit into one window"
             )
 
 
-def extend_parts(
-    diffusion: GaussianDiffusion, wanted: SampleConfig, options: Namespace, pass_: Pass, common: dict[str, Any]
+def rollout_parts(
+    diffusion: GaussianDiffusion, wanted: SampleConfig, options: Namespace, plan: SamplingPlan, common: dict[str, Any]
 ) -> Iterator[Tensor]:
-    """The samples in parts (B, C, f, H, W), with a progress bar. `common` are arguments of `sample`."""
+    """Yield the samples in parts (B, C, f, H, W) and show the progress; `common` are arguments of `sample`."""
     merged, gather = rank_part(diffusion, wanted, common)
     parts = diffusion.rollout(
-        pass_.frames,
+        plan.frames,
         wanted,
         overlap=options.overlap,
         carry_latents=options.carry_latents,
         key_frames=options.key_frames,
         **merged,
     )
-    with progress_bar(pass_.frames, "sampling", "frame", disable=not is_first()) as bar:
+    with progress_bar(plan.frames, "sampling", "frame", disable=not is_first()) as bar:
         for part in parts:
             bar.update(part.shape[2])
             yield gather(part)

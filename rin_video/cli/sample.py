@@ -1,4 +1,4 @@
-"""`rin-video sample`."""
+"""`rin-video sample`: draws samples from a trained model."""
 
 from __future__ import annotations
 
@@ -23,62 +23,75 @@ log = logging.getLogger("rin_video")
 
 
 def add_parsers(commands: Any) -> None:
+    """Add the parser of `sample`."""
     command = commands.add_parser("sample", help="draw clips or images from a trained model")
     add = command.add_argument
-    add("model", metavar="DIR", help="the folder that training wrote, or a hub id user/name")
-    add("--num", dest="sample.num_samples", type=int, metavar="N", help="how many")
-    add("--steps", dest="sample.steps", type=int, metavar="N", help="sampling steps")
-    add("--sampler", dest="sample.sampler", metavar="NAME", help=one_of(SamplerName))
+    add("model", metavar="DIR", help="folder of a run, or a hub id user/name")
+    add("--num", dest="sample.num_samples", type=int, metavar="N", help="number of samples")
+    add("--steps", dest="sample.steps", type=int, metavar="N", help="number of sampling steps")
+    add("--sampler", dest="sample.sampler", metavar="NAME", help=f"sampler: {one_of(SamplerName)}")
     add(
         "--spacing",
         dest="sample.spacing",
         metavar="NAME",
-        help=f"of the steps: {one_of(SpacingName)}; null: by sampler",
+        help=f"spacing of the steps: {one_of(SpacingName)}; null: by sampler",
     )
     add(
         "--schedule",
         dest="sample.schedule",
         metavar="NAME",
-        help=f"another noise schedule than that of training: {one_of(ScheduleName)}",
+        help=f"noise schedule: {one_of(ScheduleName)} (default: that of training)",
     )
     add(
         "--class",
         dest="sample.label",
         type=lambda text: "null" if text == "all" else text,
         metavar="NAME|N",
-        help="one class, or all in turn (default)",
+        help="class of the samples; all: each class in turn (default)",
     )
-    add("--caption", nargs="+", metavar="TEXT", help="what the samples are to show; several in turn")
-    add("--embedding", nargs="+", metavar="FILE", help="the same as vectors, .npy or .safetensors")
-    add("--guidance", dest="sample.guidance", type=float, metavar="W", help="classifier-free guidance; 0: none")
+    add("--caption", nargs="+", metavar="TEXT", help="captions of the samples; several are used in turn")
+    add("--embedding", nargs="+", metavar="FILE", help="embeddings in place of captions: .npy or .safetensors")
+    add(
+        "--guidance",
+        dest="sample.guidance",
+        type=float,
+        metavar="W",
+        help="strength of classifier-free guidance; 0: none",
+    )
     add(
         "--guidance-drop",
         dest="sample.guidance_drop",
         metavar="WHAT",
-        help=f"what guidance does without: {one_of(GuidanceDropName)}, or several joined by +",
+        help=f"conditions that guidance drops: {one_of(GuidanceDropName)}, or several joined by +",
     )
-    add("--frames", type=int, metavar="N", help="frames of a clip, any number; 0: images")
-    add("--size", metavar="N|HxW", help=f"{SIZE_HELP}, where the positions allow it")
-    add("--context", metavar="FILE", help="a clip that the samples continue, or a folder of them")
-    add("--context-frames", type=int, metavar="N", help="how many of its frames are given (all)")
-    add("--fill", metavar="A:B", help="frames to invent of the clip --context; the others are given")
-    add("--image", metavar="FILE", help="an image that the samples start with")
-    add("--window", type=int, metavar="N", help="frames of one pass (default: the model's)")
-    add("--overlap", type=int, metavar="N", help="frames that a window is given of the one before")
-    add("--carry-latents", action="store_true", help="windows hand on latents too")
-    add("--key-frames", action="store_true", help="frames far apart first, then those between them")
-    add("--interpolate-positions", action="store_true", help="learned positions at other sizes")
-    add("--seed", type=int, default=0, metavar="N", help="the same seed gives the same samples")
-    add("--max-batch", type=int, metavar="N", help="how many at a time (less memory)")
-    add("--fps", dest="sample.fps", type=float, metavar="N", help="of the clips that are written")
+    add("--frames", type=int, metavar="N", help="frames per clip, any number; 0: images")
+    add("--size", metavar="N|HxW", help=f"{SIZE_HELP}, if the position embeddings allow it")
+    add("--context", metavar="FILE", help="clip that the samples continue, or a folder of clips")
+    add("--context-frames", type=int, metavar="N", help="number of context frames to use (default: all)")
+    add("--fill", metavar="A:B", help="frames of --context to generate, such as 4:12; the others are known")
+    add("--image", metavar="FILE", help="image that the samples start with")
+    add("--window", type=int, metavar="N", help="frames per window (default: those of the model)")
+    add("--overlap", type=int, metavar="N", help="frames of a window that condition the next one")
+    add("--carry-latents", action="store_true", help="initialise the latents of a window from the window before")
+    add("--key-frames", action="store_true", help="generate frames far apart first, then those between them")
+    add("--interpolate-positions", action="store_true", help="interpolate learned position embeddings for other sizes")
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="random seed; the same seed gives the same samples (default: 0)",
+    )
+    add("--max-batch", type=int, metavar="N", help="samples drawn at a time; fewer need less memory (default: 16)")
+    add("--fps", dest="sample.fps", type=float, metavar="N", help="frames per second of the written clips")
     add(
         "--out",
         metavar="FILE",
-        help=".mp4 .gif .png .npy .safetensors, or a folder for one file each (default: DIR/samples.mp4, samples-1.mp4 "
-        "and so on where that exists)",
+        help="output: .mp4 .gif .png .npy .safetensors, or a folder for one file per sample (default: DIR/samples.mp4; "
+        "if it exists, samples-1.mp4 and so on)",
     )
     command.epilog = (
-        "More options as sample.key=value: sampler.eta=0.5, time_difference=1, guidance_interval=[0.1,0.9], "
+        "More options can be set as sample.key=value: sampler.eta=0.5, time_difference=1, guidance_interval=[0.1,0.9], "
         "guidance_rescale=0.7, clip_x0=dynamic"
     )
     command.set_defaults(run=sample, overrides=[])
@@ -87,7 +100,7 @@ def add_parsers(commands: Any) -> None:
 def sample(options: Namespace) -> None:
     """Draw samples, and write them to files."""
     from rin_video.cli.context import read_context_options, read_embedding_options
-    from rin_video.cli.rollout import extend_parts, plan_pass, refuse_extension
+    from rin_video.cli.rollout import plan_sampling, refuse_rollout_options, rollout_parts
     from rin_video.cli.trained import allow_only, check_sampling, own_folder
     from rin_video.diffusion.process import GaussianDiffusion
     from rin_video.media import DEFAULT_FPS, MAX_GIF_FPS, check_target, save_parts, save_samples
@@ -109,23 +122,23 @@ def sample(options: Namespace) -> None:
     model: Any = diffusion.model
     if options.interpolate_positions:
         model.interpolate_positions()
-    pass_ = plan_pass(model, options.frames, options.size, options.window)
-    given = read_context_options(options, pass_, config) | read_embedding_options(options, config)
-    default = own_folder(options.model) / f"samples{'.mp4' if pass_.frames else '.png'}"
+    plan = plan_sampling(model, options.frames, options.size, options.window)
+    conditions = read_context_options(options, plan, config) | read_embedding_options(options, config)
+    default = own_folder(options.model) / f"samples{'.mp4' if plan.frames else '.png'}"
     out = Path(options.out) if options.out else unused_name(default)
-    check_target(out, rank=len(pass_.shape) + 1, fps=fps, channels=pass_.shape[0])
+    check_target(out, rank=len(plan.shape) + 1, fps=fps, channels=plan.shape[0])
     start = time.perf_counter()
     titles = sample_titles(wanted, config, options.caption)
-    common = given | {"seed": options.seed, "max_batch": options.max_batch or 16, "shape": pass_.shape}
-    if pass_.extends:
-        parts = extend_parts(diffusion, wanted, options, pass_, common)
-        if not is_first():  # each draws a part of the samples, the first writes
+    common = conditions | {"seed": options.seed, "max_batch": options.max_batch or 16, "shape": plan.shape}
+    if plan.is_rollout:
+        parts = rollout_parts(diffusion, wanted, options, plan, common)
+        if not is_first():  # each process draws a part of the samples; the main process writes
             for _ in parts:
                 pass
             return
         paths = save_parts(parts, out, fps, titles=titles)
     else:
-        refuse_extension(options, pass_)
+        refuse_rollout_options(options, plan)
         samples = sample_distributed(diffusion, wanted, progress=is_first(), **common)
         if not is_first():
             return
@@ -135,18 +148,18 @@ def sample(options: Namespace) -> None:
 
 
 def choose_device() -> torch.device:
-    """The best device; of several processes, that of this one."""
+    """Return the best device; with several processes, the device of this process."""
     from rin_video.cli.trained import best_device
 
     if not several_processes():
         return best_device()
-    from rin_video.training.distributed import meet
+    from rin_video.training.distributed import join_process_group
 
-    return meet().device
+    return join_process_group().device
 
 
 def unused_name(path: Path) -> Path:
-    """`path`, or `path-1`, `path-2` and so on where that exists."""
+    """Return `path`, or if it exists the first of `path-1`, `path-2` and so on that does not."""
     number, free = 0, path
     while free.exists():
         number += 1
@@ -155,7 +168,7 @@ def unused_name(path: Path) -> Path:
 
 
 def sample_titles(wanted: SampleConfig, config: Config, captions: list[str] | None = None) -> list[str] | None:
-    """The caption of every sample; else its class, by name where it has one."""
+    """Return the caption of each sample, or its class (a name, or a number if it has no name), or None."""
     if captions:
         return [captions[i % len(captions)] for i in range(wanted.num_samples)]
     classes = config.model.num_classes

@@ -1,4 +1,4 @@
-"""Commands that hand results to others: `rin-video push` and `export`."""
+"""Commands to share results: `rin-video push` and `export`."""
 
 from __future__ import annotations
 
@@ -12,27 +12,28 @@ log = logging.getLogger("rin_video")
 
 
 def add_parsers(commands: Any) -> None:
-    command = commands.add_parser("push", help="share a model on the Hugging Face hub, with a card made from the run")
+    """Add the parsers of `push` and `export`."""
+    command = commands.add_parser("push", help="upload a model to the Hugging Face hub, with a model card of the run")
     add = command.add_argument
     add("model", metavar="DIR", help=RUN_HELP)
-    add("repo", metavar="USER/NAME", help="made where it does not exist")
-    add("--private", action="store_true", help="for you only, where it is made now")
-    add("--license", metavar="ID", help="for the card: mit, cc-by-4.0 ... (default: none chosen)")
-    add("--new-card", action="store_true", help="replace a card that is there (default: it stays)")
+    add("repo", metavar="USER/NAME", help="repository on the hub; created if it does not exist")
+    add("--private", action="store_true", help="make the repository private if it is created")
+    add("--license", metavar="ID", help="license for the card: mit, cc-by-4.0, ... (default: not chosen)")
+    add("--new-card", action="store_true", help="replace an existing card (default: keep it)")
     command.set_defaults(run=push)
 
     command = commands.add_parser(
-        "export", help="arrays, frames, GIF or MP4 to an MP4 that plays in browsers, GIF or PNG"
+        "export", help="convert arrays, frames or any clip to GIF, PNG, or an MP4 that plays in browsers"
     )
     add = command.add_argument
-    add("input", metavar="INPUT", help=".npy, .safetensors, a folder of frames, or any clip")
-    add("output", metavar="OUTPUT", help=".mp4, .gif or .png")
-    add("--fps", type=float, metavar="N", help="frames per second (default: the source's, else 8)")
+    add("input", metavar="INPUT", help="input: .npy, .safetensors, a folder of frames, or any clip")
+    add("output", metavar="OUTPUT", help="output: .mp4, .gif or .png")
+    add("--fps", type=float, metavar="N", help="frames per second (default: those of the input, or 8)")
     command.set_defaults(run=export)
 
 
 def push(options: Namespace) -> None:
-    """Upload a model and its card."""
+    """Upload a model and its model card."""
     from rin_video.reports.card import push_to_hub
 
     url = push_to_hub(
@@ -42,7 +43,7 @@ def push(options: Namespace) -> None:
 
 
 def export(options: Namespace) -> None:
-    """Convert a file."""
+    """Convert a file, and log a report."""
     from rin_video.cli.convert import export as convert
 
     log.info(convert(options.input, options.output, fps=options.fps))

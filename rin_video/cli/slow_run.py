@@ -1,4 +1,4 @@
-"""A hint where a training takes very long."""
+"""A warning about a training that takes very long on a CPU."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from rin_video.wording import counted, in_hours
 log = logging.getLogger("rin_video")
 
 LONG = 6 * 3600  # seconds
-MEASURED = 10.0  # seconds of training that an estimate needs
-SHORT = 2 * 3600  # seconds: of the number of steps that is proposed
+MEASURED = 10.0  # seconds of training to measure for an estimate
+SHORT = 2 * 3600  # seconds that the proposed number of steps takes
 
 
 class SlowRunHint(Callback):
-    """Logs once how long the steps that are left take on a CPU, and what takes less, where that is hours."""
+    """Warns once if the remaining steps take hours on a CPU, and lists faster alternatives."""
 
     def __init__(self) -> None:
-        self.first: tuple[int, float] | None = None  # a step, which is not measured, and when it was done
+        self.first: tuple[int, float] | None = None  # the first step, which is not measured, and the time of its end
         self.done = False
 
     def on_step(self, trainer: Run, loss: Tensor) -> None:
+        """Measure steps, and log the warning when the estimate is ready."""
         now = time.monotonic()
         if self.done or trainer.accelerator.device.type != "cpu":
             return
@@ -40,8 +41,8 @@ class SlowRunHint(Callback):
         if seconds * left > LONG:
             fewer = trainer.step + max(round(SHORT / seconds), 1)
             log.warning(
-                "%s left take about %s on this CPU, %.2g s each: use a GPU, a small model (--config demo), or fewer "
-                "steps (--steps %d takes %s)",
+                "the remaining %s will take about %s on this CPU, %.2g s each: use a GPU, a small model (--config "
+                "demo), or fewer steps (--steps %d takes %s)",
                 counted(left, "step"),
                 in_hours(seconds * left),
                 seconds,

@@ -1,4 +1,4 @@
-"""`rin-video train`."""
+"""`rin-video train`: trains a model on a folder, or resumes a run."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ log = logging.getLogger("rin_video")
 
 
 def add_parsers(commands: Any) -> None:
+    """Add the parser of `train`."""
     command = commands.add_parser(
         "train",
-        help="train on a folder of clips or images; the same command again resumes",
-        description="Train on a folder of clips or images. The same command again resumes where it stopped.",
+        help="train on a folder of clips or images; the same command resumes",
+        description="Train on a folder of clips or images. The same command resumes an interrupted run.",
         epilog="Any option of the configuration can be set as section.key=value: train.train_lr=3e-4 model.depth=4",
     )
     add = command.add_argument
@@ -31,47 +32,47 @@ def add_parsers(commands: Any) -> None:
         dest="data.embeddings",
         action="store_true",
         default=None,
-        help="vectors beside the files are conditions (x.npy)",
+        help="condition on embeddings in files beside the data (x.npy)",
     )
     add(
         "--text-encoder",
         dest="data.text_encoder",
         metavar="NAME|DIR",
-        help="captions (x.txt) through it are conditions",
+        help="condition on captions in files beside the data (x.txt), encoded with this model",
     )
     add(
         "--init-from",
         dest="train.init_from",
         metavar="DIR",
-        help="start with the weights of another model, where they fit",
+        help="initialise the weights that fit from another model",
     )
     add(
         "--out",
         metavar="DIR",
-        help="where everything is written (default: runs/NAME-OF-FOLDER, runs/PARENT-NAME where that is taken)",
+        help="output folder (default: runs/NAME-OF-FOLDER, or runs/PARENT-NAME if that is a run on other data)",
     )
-    add("--steps", dest="train.train_num_steps", type=int, metavar="N", help="train.train_num_steps")
+    add("--steps", dest="train.train_num_steps", type=int, metavar="N", help="number of training steps")
     add(
         "--batch-size",
         type=batch_size,
         metavar="N|auto",
-        help="train.train_batch_size; auto: the largest that fits",
+        help="samples per batch; auto: the largest batch that fits in memory",
     )
     command.set_defaults(run=train, overrides=[])
 
 
 def batch_size(text: str) -> int | str:
-    """A number, or auto."""
+    """Parse a batch size: an integer, or `auto`."""
     if text == "auto":
         return text
     try:
         return int(text)
     except ValueError:
-        raise ArgumentTypeError(f"{text} is neither a whole number nor auto") from None
+        raise ArgumentTypeError(f"{text} is neither an integer nor auto") from None
 
 
 def train(options: Namespace) -> None:
-    """Train on a folder, or resume."""
+    """Train on a folder, or resume a run."""
     import torch
 
     from rin_video.cli.slow_run import SlowRunHint
@@ -80,7 +81,7 @@ def train(options: Namespace) -> None:
     from rin_video.diffusion.process import GaussianDiffusion
     from rin_video.model.info import describe, model_info
     from rin_video.model.rin import RIN
-    from rin_video.training.distributed import first_then_others, heed_launcher
+    from rin_video.training.distributed import first_then_others, use_launcher_precision
     from rin_video.training.identity import run_folder
     from rin_video.training.memory import training_memory
     from rin_video.training.provenance import device_name
@@ -94,15 +95,15 @@ def train(options: Namespace) -> None:
         shorten_warmup(config)
     folder = Path(options.out or run_folder(options.data))
     if folder.exists() and not folder.is_dir():
-        raise UsageError(f"--out {folder} is a file: give a folder")
+        raise UsageError(f"--out {folder} is a file: use a folder")
     shape, seed, index = model_info(config.model).shape, config.train.seed, folder / INDEX
     dataset = first_then_others(lambda: open_dataset(options.data, shape, config.data, seed=seed, index=index))
     suit_conditions(config, dataset, preset, options.overrides)
-    check_sampling(config, always_given=bool(config.diffusion.known) and not config.diffusion.known.get("none"))
+    check_sampling(config, always_known=bool(config.diffusion.known) and not config.diffusion.known.get("none"))
 
     log.info("data\n%s", "\n".join(f"  {line}" for line in dataset.describe().splitlines()))
     log.info("model\n%s", describe(config.model))
-    heed_launcher(config.train)
+    use_launcher_precision(config.train)
     if options.batch_size == "auto":
         config.train.train_batch_size = choose_batch(config, folder, len(dataset))
     torch.manual_seed(config.train.seed)
@@ -121,7 +122,7 @@ def train(options: Namespace) -> None:
 
 
 def shorten_warmup(config: Config) -> None:
-    """Limits a preset's warm-up to half of the steps, and logs it."""
+    """Limit the warm-up of a preset to half of the steps, and log it."""
     wanted, most = config.train.warmup_steps, config.train.train_num_steps // 2
     if wanted > most:
         log.info(
@@ -134,7 +135,7 @@ def shorten_warmup(config: Config) -> None:
 
 
 def suit_conditions(config: Config, dataset: Any, preset: str, overrides: list[str]) -> None:
-    """Give the model as many classes, and embeddings as wide, as the data has, where no option chose them."""
+    """Set the number of classes and the shape of embeddings to those of the data, unless an option sets them."""
     from rin_video.datasets.embeddings import embedding_shape
 
     if not is_set("model.num_classes", preset, overrides):
@@ -145,16 +146,16 @@ def suit_conditions(config: Config, dataset: Any, preset: str, overrides: list[s
 
 
 def choose_batch(config: Config, folder: Path, num_samples: int) -> int:
-    """The largest batch that fits, or that of the run that is resumed: the order of the data depends on it.
+    """Return the largest batch size that fits in all processes, or that of the run to resume.
 
-    Of several processes, the largest that fits into all of them.
+    A resumed run keeps its batch size, because the order of the data depends on it.
     """
-    from rin_video.training.distributed import in_all, meet
+    from rin_video.training.distributed import in_all, join_process_group
     from rin_video.training.memory import largest_batch
     from rin_video.training.provenance import device_name
     from rin_video.training.state import newest_state
 
-    state = meet()
+    state = join_process_group()
 
     def choose() -> int:
         if newest := newest_state(folder):
@@ -162,5 +163,5 @@ def choose_batch(config: Config, folder: Path, num_samples: int) -> int:
         return largest_batch(config, state.device, num_processes=state.num_processes, limit=num_samples)
 
     size = min(in_all(choose))
-    log.info("batch size %d, the largest that fits into %s", size, device_name(state.device))
+    log.info("batch size %d, the largest that fits in the memory of %s", size, device_name(state.device))
     return size

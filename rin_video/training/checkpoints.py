@@ -73,6 +73,6 @@ def remove_old_states(states: Sequence[Path], step: int, *, keep: int, keep_ever
     """
     steps = {state: int(state.name.removeprefix("step-")) for state in states}
     ahead = [state for state in states if steps[state] > step]
-    behind = [state for state in states if state not in ahead][:-keep]
-    for state in ahead + [state for state in behind if not keep_every or steps[state] % keep_every]:
+    old = [state for state in states if state not in ahead][:-keep]
+    for state in ahead + [state for state in old if not keep_every or steps[state] % keep_every]:
         remove_state(state)

@@ -38,7 +38,7 @@ def make_accelerator(options: TrainConfig, folder: Path, *, partial: bool = Fals
     `partial` allows steps that leave some parameters without a gradient, the same ones in all processes. Raises
     `UsageError` for fp16 without a CUDA GPU, and for FSDP version 1.
     """
-    heed_launcher(options)
+    use_launcher_precision(options)
     if options.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise UsageError("train.mixed_precision=fp16 needs a CUDA GPU: use bf16 or no")
     plugin = None
@@ -65,20 +65,20 @@ def make_accelerator(options: TrainConfig, folder: Path, *, partial: bool = Fals
             DistributedDataParallelKwargs(find_unused_parameters=partial),
         ],
     )
-    check_met(accelerator.num_processes)
+    check_world_size(accelerator.num_processes)
     if (plugin or LAUNCHED_WITH_FSDP) and accelerator.distributed_type == DistributedType.MULTI_CPU:
         # accelerate silently drops the plugin on CPUs, but gloo supports sharding.
         accelerator.state.fsdp_plugin = plugin = plugin or FullyShardedDataParallelPlugin()
         if accelerator.mixed_precision != "no":
             plugin.set_mixed_precision(accelerator.mixed_precision)
         accelerator.state.distributed_type = DistributedType.FSDP
-        atexit.register(leave)
+        atexit.register(leave_process_group)
     if accelerator.distributed_type == "FSDP" and not accelerator.is_fsdp2:
         raise UsageError("FSDP version 1 is not supported: use train.sharding=fsdp2, or --fsdp_version 2")
     return accelerator
 
 
-def heed_launcher(options: TrainConfig) -> None:
+def use_launcher_precision(options: TrainConfig) -> None:
     """Adopt the precision that `accelerate launch --mixed_precision` requests, unless `options` sets another one.
 
     Logs a warning if the two differ. Raises `UsageError` if the requested precision is not supported.
@@ -126,20 +126,20 @@ def any_rank(flag: bool, accelerator: Accelerator) -> bool:
 T = TypeVar("T")
 
 
-def meet() -> PartialState:
+def join_process_group() -> PartialState:
     """Join the process group if this process has not joined it yet; return its state."""
     state = PartialState(cpu=no_accelerator(), timeout=TIMEOUT)
-    check_met(state.num_processes)
+    check_world_size(state.num_processes)
     return state
 
 
-def leave() -> None:
+def leave_process_group() -> None:
     """Destroy the process group. Without this, a process that sharded with gloo is aborted at exit."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
-def check_met(num_processes: int) -> None:
+def check_world_size(num_processes: int) -> None:
     """Raise `UsageError` if the group is smaller than the number of started processes: each would train alone."""
     expected = num_started()
     if num_processes != expected:
@@ -160,13 +160,13 @@ def in_all(work: Callable[[], T]) -> list[T]:
         result = work()
     except Exception as error:
         failed = error
-    said = None if failed is None else str(failed) if isinstance(failed, UsageError) else repr(failed)
-    outcomes = gather_object([(result, said)])
+    message = None if failed is None else str(failed) if isinstance(failed, UsageError) else repr(failed)
+    outcomes = gather_object([(result, message)])
     if failed is not None:
         raise failed
-    for _, message in outcomes:
-        if message is not None:
-            raise ReportedError(message)
+    for _, other in outcomes:
+        if other is not None:
+            raise ReportedError(other)
     return [one for one, _ in outcomes]
 
 
@@ -174,7 +174,7 @@ def first_then_others(work: Callable[[], T]) -> T:
     """Run `work` in the main process, then in the others, which can read the files that the main process wrote."""
     if not several_processes():
         return work()
-    first, results = meet().is_main_process, []
+    first, results = join_process_group().is_main_process, []
 
     def once() -> None:
         results.append(work())

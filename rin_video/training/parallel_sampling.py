@@ -34,11 +34,11 @@ def rank_part(
         return options, lambda samples: samples
     from rin_video.training.distributed import (  # imports accelerate, which takes a second
         gather_rows,
-        meet,
+        join_process_group,
         rows_of,
     )
 
-    state, count = meet(), options.get("batch_size") or config.num_samples
+    state, count = join_process_group(), options.get("batch_size") or config.num_samples
     rows = rows_of(count, state.process_index, state.num_processes)
     part, rank = rows or range(1), len(options.get("shape") or diffusion.shape or ())
     # The number of axes of an argument that all samples share.

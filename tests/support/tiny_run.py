@@ -22,7 +22,7 @@ from rin_video.datasets.adapters import Adapted
 from rin_video.datasets.mixed import MixedDataset
 from rin_video.tensor_files import full_tensor
 from rin_video.training.callbacks import Callback
-from rin_video.training.distributed import is_sharded, leave
+from rin_video.training.distributed import is_sharded, leave_process_group
 
 TINY = {"dim": 32, "num_latents": 6, "dim_latent": 32, "depth": 2, "num_heads": 2, "latent_num_heads": 2,
         "image_size": 8, "patch_size": 4}  # fmt: skip
@@ -153,4 +153,4 @@ if __name__ == "__main__":
                 main(*run)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()  # wait until no process needs this one any more
-        leave()
+        leave_process_group()

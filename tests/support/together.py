@@ -9,10 +9,10 @@ from accelerate.utils import gather_object
 
 from rin_video import RIN, GaussianDiffusion, UsageError
 from rin_video.cli import train
-from rin_video.cli.rollout import Pass, extend_parts
+from rin_video.cli.rollout import SamplingPlan, rollout_parts
 from rin_video.config import Config, SampleConfig
 from rin_video.training import memory
-from rin_video.training.distributed import first_then_others, in_all, meet
+from rin_video.training.distributed import first_then_others, in_all, join_process_group
 from rin_video.training.parallel_sampling import sample_distributed
 
 CLIP = {"dim": 32, "num_latents": 6, "dim_latent": 32, "depth": 1, "num_heads": 2, "latent_num_heads": 2,
@@ -36,14 +36,14 @@ def draw() -> dict[str, torch.Tensor]:
         found[f"plain {count}"] = sample_distributed(diffusion, config, seed=3)
         found[f"known {count}"] = sample_distributed(diffusion, config, seed=3, context=context, known=known)
         options = SimpleNamespace(overlap=None, carry_latents=False, key_frames=False)
-        pass_ = Pass((3, 4, 8, 8), 7)
-        parts = extend_parts(diffusion, config, options, pass_, {"seed": 3, "context": context[:, :, :2]})
+        plan = SamplingPlan((3, 4, 8, 8), 7)
+        parts = rollout_parts(diffusion, config, options, plan, {"seed": 3, "context": context[:, :, :2]})
         found[f"longer {count}"] = torch.cat(list(parts), dim=2)
     return found
 
 
 def main(folder: str) -> None:
-    state = meet()
+    state = join_process_group()
     rank = state.process_index
     # Memory for 284 samples in the first process, for 250 in the second.
     memory.largest_batch = lambda *args, **options: (284, 250)[rank]
