@@ -34,7 +34,7 @@ def add_parsers(commands: Any) -> None:
         "--spacing",
         dest="sample.spacing",
         metavar="NAME",
-        help=f"spacing of the steps: {one_of(SpacingName)}; null: by sampler",
+        help=f"spacing of the steps: {one_of(SpacingName)}; null: that of the sampler",
     )
     add(
         "--schedule",
