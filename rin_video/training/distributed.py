@@ -203,7 +203,7 @@ def gather_rows(samples: Tensor, rows: range) -> Tensor:
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Return whether the parameters are sharded. (accelerate loses its own flag when it prepares an optimizer.)"""
+    """Return whether the parameters are sharded, whatever accelerate's flag says: preparing an optimizer clears it."""
     return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
