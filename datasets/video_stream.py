@@ -239,7 +239,7 @@ def open_container(source: Source) -> Iterator[Any]:
     with as_location(source) as location:
         try:
             # Tags may have any encoding and are not used. PyAV 19 replaces what is not UTF-8 by itself.
-            tags = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+            tags: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
             container = av.open(location, options=_ONLY_KNOWN, **tags)
         except Exception as error:
             raise unreadable(source, error) from error

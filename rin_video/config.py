@@ -420,6 +420,8 @@ class SampleConfig:
         check_at_least("sample.guidance", self.guidance, 0, float)
         if self.fps is not None:
             check_above("sample", "fps", self.fps, 0)
+        for part in str(self.guidance_drop).split("+"):
+            check_choice("sample.guidance_drop", part, get_args(GuidanceDropName))
         interval = list(self.guidance_interval)
         if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
             raise UsageError(

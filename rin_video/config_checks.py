@@ -38,11 +38,32 @@ def split_parameters(choice: Any) -> tuple[Any, dict[str, float]]:
     return parameters.pop("name", None), parameters
 
 
+def complete_choice(before: Any, choice: Any) -> Any:
+    """Add parameters without a name to the previous choice; a name without parameters has the default ones."""
+    if not isinstance(choice, Mapping) or "name" in choice:
+        name, parameters = split_parameters(choice)
+    else:
+        name, parameters = split_parameters(before)
+        parameters = {**parameters, **choice} if choice else {}
+    return name if not parameters else parameters if name is None else {"name": name, **parameters}
+
+
+def complete_choices(config: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options for `dataclasses.replace(config, ...)`, in which parameters may come without a name."""
+    types = types_of(config.__class__)
+    return {
+        name: complete_choice(getattr(config, name), value) if takes_parameters(types[name]) else value
+        for name, value in options.items()
+    }
+
+
 def check_choices(section: str, config: Any) -> None:
     """Raise `UsageError` if a field has a name that its type does not list, or a parameter that is not a number."""
     for field, kind in types_of(config.__class__).items():
         if not (names := names_of(kind)):
             continue
+        if takes_parameters(kind):
+            setattr(config, field, complete_choice(None, getattr(config, field)))  # {name: ddim} is ddim
         name, parameters = split_parameters(getattr(config, field))
         if name is not None or type(None) not in get_args(kind):
             check_choice(f"{section}.{field}", name, names)

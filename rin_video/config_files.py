@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from rin_video.config import Config, ModelConfig, check_names
-from rin_video.config_checks import split_parameters, takes_parameters, types_of
+from rin_video.config_checks import complete_choice, takes_parameters, types_of
 from rin_video.errors import UsageError
 
 Layer: TypeAlias = dict[str, dict[str, Any]]  # section -> option -> value
@@ -40,7 +40,7 @@ def load_config(name_or_file: str | os.PathLike[str] | None = None, overrides: S
     """
     values = dataclasses.asdict(Config())
     file = [] if name_or_file is None else [_read_file(name_or_file)]
-    for layer in [*file, *map(_read_override, overrides)]:
+    for layer in [*file, *_read_overrides(overrides)]:
         values = _merge(values, layer)
     return Config(**{name: section(**values[name]) for name, section in types_of(Config).items()})
 
@@ -57,18 +57,8 @@ def nest_parameters(section: str, options: Mapping[str, Any]) -> dict[str, Any]:
     nested = dict(options)
     for old, name in NESTED.get(section, {}).items():
         if parameters := nested.pop(old, None):
-            nested[name] = {"name": nested[name], **parameters} if nested.get(name) is not None else parameters
+            nested[name] = complete_choice(nested.get(name), parameters)
     return nested
-
-
-def _complete_choice(before: Any, choice: Any) -> Any:
-    """Add parameters without a name to the previous choice; a name without parameters has the default ones."""
-    if not isinstance(choice, dict) or "name" in choice:
-        name, parameters = split_parameters(choice)
-    else:
-        name, parameters = split_parameters(before)
-        parameters = parameters | choice if choice else {}
-    return name if not parameters else parameters if name is None else {"name": name, **parameters}
 
 
 def _merge(values: Layer, layer: Layer) -> Layer:
@@ -78,7 +68,7 @@ def _merge(values: Layer, layer: Layer) -> Layer:
     for section, options in layer.items():
         for name, value in options.items():
             if takes_parameters(types_of(types_of(Config)[section])[name]):
-                options[name] = _complete_choice(values[section][name], value)
+                options[name] = complete_choice(values[section][name], value)
                 values[section][name] = None
             elif value == {}:
                 values[section][name] = {}
@@ -118,6 +108,18 @@ def _read_file(name_or_file: str | os.PathLike[str]) -> Layer:
     layer = _read_layer(plain_yaml.read_items(node, origin), origin)
     layer.get("data", {}).pop("allow_pipe", None)
     return layer
+
+
+def _read_overrides(overrides: Sequence[str]) -> list[Layer]:
+    """Read overrides in order, but parameters after the names that they belong to."""
+
+    def is_parameters(layer: Layer) -> bool:
+        ((section, options),) = layer.items()
+        ((name, value),) = options.items()
+        kind = types_of(types_of(Config)[section])[name]
+        return takes_parameters(kind) and isinstance(value, dict) and "name" not in value
+
+    return sorted(map(_read_override, overrides), key=is_parameters)
 
 
 def _read_override(override: str) -> Layer:
@@ -188,7 +190,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 def read_overrides(overrides: Sequence[str]) -> Layer:
     """Return what `section.key=value` overrides set, without the defaults."""
     values: Layer = {}
-    for layer in map(_read_override, overrides):
+    for layer in _read_overrides(overrides):
         for section, options in layer.items():
             values.setdefault(section, {}).update(options)
     return values

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -31,10 +32,10 @@ def atomic_write(
     """Yield a temporary path next to `path`, which replaces `path` if the block succeeds and is removed otherwise.
 
     The block writes a file to it, or makes a folder, which `remove` deletes. `unique` allows several processes to write
-    at the same time. `durable` syncs the result to the disk before the block ends, and raises `UsageError` if the disk
-    is full.
+    at the same time; without it, a process that was killed leaves at most one temporary file. `durable` syncs the
+    result to the disk before the block ends, and raises `UsageError` if the disk is full.
     """
-    own = f".{os.getpid()}" if unique else ""
+    own = f".{secrets.token_hex(4)}" if unique else ""
     name = f".{path.stem}{own}.tmp{path.suffix}" if remove is remove_file else f"{path.name}{own}.tmp"
     temporary = path.with_name(name)
     try:

@@ -15,10 +15,15 @@ Labels: TypeAlias = "Tensor | np.ndarray | Sequence[int | str] | int | str"
 
 
 def class_index(label: Any, classes: Sequence[str], num_classes: int) -> int:
-    """Return the number of a class given by name or number. Raises `UsageError` if the model has no such class."""
+    """Return the number of a class given by name or number; -1, no class, stays -1.
+
+    Raises `UsageError` if the model has no such class.
+    """
     if not num_classes:
         raise UsageError(f"class {label} was requested, but the model has no classes")
     names = [str(name) for name in classes]
+    if str(label) == "-1" and "-1" not in names:
+        return -1
     if str(label) in names:  # 2 and "2" both select the class named "2", which need not be class number 2
         return names.index(str(label))
     numbered = bool(names) and all(name.isdecimal() for name in names)

@@ -359,7 +359,7 @@ def _replacing(path: Path) -> Iterator[str]:
     """Like `atomic_write` without sync, but creates missing folders and raises a `UsageError` that names the file."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path, durable=False) as temporary:
+        with atomic_write(path, unique=True, durable=False) as temporary:
             yield str(temporary)
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror or error}") from error

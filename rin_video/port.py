@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from rin_video.config import DiffusionConfig, SamplerName
+from rin_video.config import SamplerName
+from rin_video.config_checks import complete_choice
 from rin_video.errors import UsageError
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -66,7 +67,7 @@ def diffusion_options(options: dict[str, Any]) -> tuple[dict[str, Any], SamplerN
             f"pass loss_weight={{'name': 'min_snr', 'gamma': {gamma}}}"
         )
     if parameters := ours.pop("schedule_kwargs", None):
-        ours["noise_schedule"] = {"name": ours.get("noise_schedule", DiffusionConfig.noise_schedule), **parameters}
+        ours["noise_schedule"] = complete_choice(ours.get("noise_schedule"), parameters)
     return ours, sampler
 
 

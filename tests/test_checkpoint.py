@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_run import make_trainer
+from tiny_run import TINY, make_trainer
 from torch.testing import assert_close
 
-from rin_video import RIN, UsageError
+from rin_video import RIN, GaussianDiffusion, UsageError
 from rin_video.config_files import load_config
 from rin_video.model.rin import load_model
 from rin_video.tensor_files import contributing, tensors_digest, write_tensors
@@ -195,3 +195,9 @@ def test_a_run_that_goes_back_forgets_what_it_went_back_from(tmp_path):
     back.load("a")
     back.train()
     assert [path.name for path in back.checkpoints] == ["step-00000008"]
+
+
+def test_a_name_without_parameters_is_saved_as_it_is_read(tmp_path):
+    diffusion = GaussianDiffusion(RIN(**TINY), loss_weight={"name": "min_snr"}, noise_schedule={"name": "sigmoid"})
+    diffusion.save_pretrained(tmp_path)
+    assert GaussianDiffusion.from_pretrained(tmp_path).config == diffusion.config

@@ -169,7 +169,7 @@ def test_overrides_may_appear_anywhere_except_as_the_value_of_an_option():
 @pytest.mark.parametrize(
     ("argv", "overrides"),
     [
-        (["train", "--data", "x", "--steps", "10", "train.seed=1"], ["train.train_num_steps=10", "train.seed=1"]),
+        (["train", "--data", "x", "--steps", "10", "train.seed=1"], ["train.seed=1", "train.train_num_steps=10"]),
         (["train", "--data", "x", "--strict", "--init-from", "y"], ["data.strict=True", "train.init_from=y"]),
         (["sample", "x", "--class", "all", "--guidance", "2"], ["sample.label=null", "sample.guidance=2.0"]),
         (["sample", "x", "--spacing", "null", "--num", "3"], ["sample.num_samples=3", "sample.spacing=null"]),

@@ -150,7 +150,7 @@ def test_dataclass_then_preset_then_overrides(tmp_path):
         (["loss_weight={}"], "power"),
         (["loss_weight={name: min_snr, gamma: 3}"], {"name": "min_snr", "gamma": 3}),
         (["loss_weight=min_snr", "loss_weight.gamma=3"], {"name": "min_snr", "gamma": 3}),
-        (["loss_weight.gamma=3", "loss_weight=min_snr"], "min_snr"),  # the last one wins
+        (["loss_weight.gamma=3", "loss_weight=min_snr"], {"name": "min_snr", "gamma": 3}),  # in any order
         (["loss_weight.limit=5"], {"name": "power", "power": 0.7, "limit": 5}),
     ],
 )

@@ -240,7 +240,7 @@ def test_mistakes_are_named():
         ({"known": half}, "a mask without values: pass context"),
         ({"context": torch.rand(8, 8)}, r"context has shape \(8, 8\)"),
         ({"context": clip[:, :2], "guidance": 1.0}, "no label or embedding: pass one, or set guidance_drop=known"),
-        ({"context": clip[:, :2], "guidance": 1.0, "guidance_drop": "frames"}, "guidance_drop is frames"),
+        ({"context": clip[:, :2], "guidance": 1.0, "guidance_drop": "frames"}, "guidance_drop=frames is unknown"),
     ):
         with pytest.raises(UsageError, match=message):
             diffusion.sample(batch_size=1, steps=1, **options)

@@ -6,11 +6,12 @@ from itertools import pairwise
 
 import pytest
 import torch
+from tiny_run import TINY
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from rin_video import GaussianDiffusion, UsageError
-from rin_video.config import SampleConfig
+from rin_video import RIN, GaussianDiffusion, UsageError
+from rin_video.config import DiffusionConfig, SampleConfig
 from rin_video.diffusion import sampling
 from rin_video.diffusion.conditions import Conditions
 from rin_video.diffusion.guidance import Guidance
@@ -556,3 +557,57 @@ def test_a_weight_is_that_of_the_same_error_whatever_the_objective_and_the_path(
                 error = make_loss_weight(name, objective)(level) * (right - wrong) ** 2 / (x0 - x0_wrong) ** 2
                 wanted = error if wanted is None else wanted
                 torch.testing.assert_close(error, wanted)
+
+
+def test_the_number_of_samples_follows_the_arguments():
+    model = RIN(
+        **TINY
+        | {
+            "image_size": 8,
+            "frames": 4,
+            "patch_size": (2, 4, 4),
+            "known_mask": True,
+            "num_classes": 3,
+            "embedding_dim": 5,
+        }
+    )
+    diffusion = GaussianDiffusion(model, known={"none": 1, "first": 1})
+    config = SampleConfig(num_samples=3, steps=1)
+    start, embedding = torch.rand(3, 1, 8, 8), torch.rand(2, 1, 5)
+    for options, count in (
+        ({}, 3),
+        ({"num_samples": 2}, 2),
+        ({"batch_size": 1}, 1),
+        ({"embedding": embedding}, 2),
+        ({"label": [0, 1]}, 2),
+        ({"label": -1}, 3),
+        ({"context": start}, 3),
+        ({"context": start.expand(2, -1, -1, -1, -1)}, 2),
+    ):
+        assert len(diffusion.sample(config, **options)) == count, options
+        clips = torch.cat(list(diffusion.rollout(6, config, **options)), dim=2)
+        assert clips.shape == (count, 3, 6, 8, 8), options
+    for options, words in (
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"max_batch": -1}, "max_batch is -1"),
+        ({"seed": -1}, "seed is -1"),
+        ({"guidance_drop": "lable"}, "sample.guidance_drop=lable is unknown: choose label, known"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            diffusion.sample(config, **options)
+    with pytest.raises(UsageError, match="a rollout does not take known"):
+        next(diffusion.rollout(6, known=start))
+    with pytest.raises(UsageError, match="pass a SampleConfig first"):
+        diffusion.sample(config=config)
+
+
+def test_parameters_without_a_name_are_those_of_the_configuration():
+    diffusion = GaussianDiffusion(ScaledGaussian(0.5))
+    config = SampleConfig(sampler={"name": "ddim"}, num_samples=2, steps=4)
+    assert config.sampler == "ddim"
+    options = {"shape": (3,), "seed": 0}
+    one = diffusion.sample(config, sampler={"eta": 0.5}, **options)
+    assert torch.equal(one, diffusion.sample(config, sampler={"name": "ddim", "eta": 0.5}, **options))
+    cosine = DiffusionConfig(noise_schedule="cosine")
+    given = GaussianDiffusion(ScaledGaussian(0.5), cosine, schedule_kwargs={"tau": 0.5}).config.noise_schedule
+    assert given == {"name": "cosine", "tau": 0.5}

@@ -90,10 +90,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def read_options(argv: Sequence[str]) -> argparse.Namespace:
     """Parse the arguments of a command.
 
-    `overrides` in the result contains the flags that mean key=value, followed by the key=value arguments. Such a flag
-    has the key as its `dest`: `--steps 10` means `train.train_num_steps=10`. Flags come first, so that
-    `sample.sampler.eta=0.5` adds to `--sampler ddim` in any order of the arguments. Raises `UsageError` for invalid
-    arguments.
+    `overrides` in the result contains the key=value arguments, followed by the flags that mean key=value, which take
+    precedence. Such a flag has the key as its `dest`: `--steps 10` means `train.train_num_steps=10`. Raises
+    `UsageError` for invalid arguments.
     """
     parser = make_parser()
     arguments, overrides = split_overrides(parser, argv)
@@ -101,7 +100,7 @@ def read_options(argv: Sequence[str]) -> argparse.Namespace:
     if overrides and "overrides" not in options:
         raise UsageError(f"{options.command} takes no key=value argument: {overrides[0]}")
     flags = [f"{key}={value}" for key, value in vars(options).items() if "." in key and value is not None]
-    options.overrides = [*flags, *overrides]
+    options.overrides = [*overrides, *flags]
     return options
 
 

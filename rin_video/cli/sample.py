@@ -175,4 +175,9 @@ def sample_titles(wanted: SampleConfig, config: Config, captions: list[str] | No
     if not classes:
         return None
     names = config.data.classes or [str(i) for i in range(classes)]
-    return [names[i % classes if wanted.label is None else int(wanted.label)] for i in range(wanted.num_samples)]
+    if wanted.label is None:
+        return [names[i % classes] for i in range(wanted.num_samples)]
+    from rin_video.labels import class_index  # imports torch
+
+    number = class_index(wanted.label, names, classes)
+    return None if number < 0 else [names[number]] * wanted.num_samples

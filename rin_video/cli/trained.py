@@ -21,7 +21,7 @@ def allow_only(overrides: list[str], *sections: str) -> None:
 
 
 def check_sampling(config: Config, *, always_known: bool = True) -> None:
-    """Raise `UsageError` for sampling options that would fail later; replace a class name by its number.
+    """Raise `UsageError` for sampling options that would fail later.
 
     `always_known` states that all samples have known pixels, which previews during training may not have.
     """
@@ -43,7 +43,7 @@ def check_sampling(config: Config, *, always_known: bool = True) -> None:
             "train with diffusion.label_dropout=0.1 (embeddings are dropped with the label)"
         )
     if wanted.label is not None:
-        wanted.label = class_index(wanted.label, config.data.classes, config.model.num_classes)
+        class_index(wanted.label, config.data.classes, config.model.num_classes)
     plan_steps(config.diffusion, wanted)
 
 

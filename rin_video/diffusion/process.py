@@ -23,7 +23,7 @@ from rin_video.config import (
     TrainConfig,
     check_names,
 )
-from rin_video.config_checks import split_parameters
+from rin_video.config_checks import complete_choices, split_parameters
 from rin_video.diffusion.conditions import Conditions
 from rin_video.diffusion.guidance import Guidance
 from rin_video.diffusion.masks import ANY_GRID, draw_known
@@ -82,7 +82,9 @@ class GaussianDiffusion(nn.Module):
         options, self.sampler = diffusion_options(options)
         check_names(options, DiffusionConfig, "GaussianDiffusion", prefix="")
         self.model = model
-        self.config = config = dataclasses.replace(config or DiffusionConfig(), **options)
+        self.config = config = dataclasses.replace(
+            config := config or DiffusionConfig(), **complete_choices(config, options)
+        )
         self.schedule = make_schedule(*split_parameters(config.noise_schedule))
         loss_weight, parameters = split_parameters(config.loss_weight)
         self.loss_weight = make_loss_weight(loss_weight, config.objective, parameters)

@@ -5,6 +5,7 @@ Frames are yielded as they are generated, and only one window is kept in memory.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from rin_video.config import SampleConfig
 from rin_video.diffusion.noise import derive_seed
-from rin_video.diffusion.sampling import Diffusion, sample
+from rin_video.diffusion.sampling import Diffusion, count_samples, resolve_config, sample
 from rin_video.errors import UsageError
 from rin_video.tensors import to_unit_range
 
@@ -47,6 +48,10 @@ def rollout(
     (`data.stride`, or "ends" in `diffusion.known`). `config` and `options` are those of `sample`. Raises `UsageError`
     for arguments that do not fit.
     """
+    if refused := {"known", "self_cond", "return_trajectory", "return_self_cond"} & options.keys():
+        raise UsageError(f"a rollout does not take {', '.join(sorted(refused))}: use `sample` for single windows")
+    fields = {field.name for field in dataclasses.fields(SampleConfig)} - {"label"}  # labels are an argument too
+    config = resolve_config(diffusion, config, {name: options.pop(name) for name in fields & options.keys()})
     context = None if context is None else torch.as_tensor(context)
     shape = shape or diffusion.shape
     if shape is None or len(shape) != 4:
@@ -66,18 +71,18 @@ def rollout(
         raise UsageError(
             "carry_latents excludes interface self-conditioning, whose tokens belong to the frames of one window"
         )
+    batched = context if context is not None and context.ndim == 5 and len(context) > 1 else None
+    batch_size = count_samples(config, batch_size, batched, options.get("embedding"), options.get("label"), rank=4)
     if context is not None:
         context = to_unit_range(context if context.ndim == 5 else context.unsqueeze(0))
         if context.shape[2] >= frames:
             raise UsageError(
                 f"context has {context.shape[2]} frames, but the clips have {frames}: leave some frames to generate"
             )
-        batch_size = batch_size or len(context)
-        context = context.expand(batch_size, -1, -1, -1, -1)
-    num = (config or SampleConfig()).num_samples
+        context = context.expand(batch_size if len(context) == 1 else -1, -1, -1, -1, -1)
     seed = int(torch.randint(2**62, ())) if seed is None else seed
     run = _KeyFrames if key_frames else _Sliding
-    windows = run(diffusion, config, batch_size or num, shape, overlap, carry_latents, options)
+    windows = run(diffusion, config, batch_size, shape, overlap, carry_latents, options)
     left = frames
     for part in windows.parts(context, frames, seed):
         yield part[:, :, :left]
@@ -92,7 +97,7 @@ class _Sliding:
     def __init__(
         self,
         diffusion: Diffusion,
-        config: SampleConfig | None,
+        config: SampleConfig,
         batch_size: int,
         shape: tuple[int, ...],
         overlap: int,

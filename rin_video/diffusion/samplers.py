@@ -202,7 +202,7 @@ def get_sampler(name: SamplerName, parameters: Mapping[str, float] | None = None
             f"sampler {name} has no option {', '.join(sorted(unknown))}: it has {', '.join(known) or 'none'}"
         )
     for option, value in (parameters or {}).items():
-        most = {"eta": 1.0, "churn": math.inf}[option]
+        most = {"eta": 1.0}.get(option, math.inf)
         if not (0 <= value <= most and math.isfinite(value)):
             raise UsageError(f"sampler.{option} is {value}: it must be in [0, {most:g}]")
     return partial(sampler, **(parameters or {}))

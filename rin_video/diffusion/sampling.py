@@ -21,7 +21,7 @@ from rin_video.config import (
     ScheduleName,
     check_names,
 )
-from rin_video.config_checks import split_parameters
+from rin_video.config_checks import complete_choices, split_parameters
 from rin_video.diffusion.conditions import Conditions
 from rin_video.diffusion.guidance import Guidance
 from rin_video.diffusion.masks import place_context
@@ -30,7 +30,7 @@ from rin_video.diffusion.precision import running_in
 from rin_video.diffusion.samplers import KARRAS, Denoise, Levels, Sampler, get_sampler, initial_state, make_levels
 from rin_video.diffusion.schedules import Schedule, make_schedule
 from rin_video.errors import UsageError
-from rin_video.labels import Labels, check_labels
+from rin_video.labels import Labels, check_labels, class_index
 from rin_video.progress import progress_bar
 from rin_video.tensors import from_diffusion_range, join_tensors, map_tensors, to_diffusion_range, to_unit_range
 
@@ -86,7 +86,7 @@ def sample(
 
     - `steps`, `sampler`: without a `config`, `timesteps` of the diffusion or 50, and "dpmpp_2m_sde".
     - `shape` (C, *grid): that of the model.
-    - `batch_size`: that of `context` or `embedding`, or else `config.num_samples`.
+    - `batch_size`: that of `context`, `embedding` or `label`, or else `config.num_samples`.
     - `spacing`: "karras" for DPM-Solver++ and Heun, "uniform" for other samplers and with a `schedule` or a
       `time_difference`.
     - `precision`: that of training if the diffusion comes from a run or a `Trainer`, and float32 on a CPU.
@@ -103,28 +103,22 @@ def sample(
     `return_trajectory`, these estimates are returned too, (B, steps, C, *grid) on the CPU. With `return_self_cond`, the
     last self-conditioning state is returned too; another call takes it as `self_cond`.
     """
-    if config is None:
-        config = SampleConfig(
-            steps=diffusion.config.timesteps or SampleConfig.steps, sampler=diffusion.sampler or SampleConfig.sampler
-        )
-    if not isinstance(config, SampleConfig):
-        raise UsageError(f"sample({config!r}): pass a SampleConfig, or options by name as in sample(batch_size=4)")
-    check_names(overrides, SampleConfig, "sample", prefix="")
-    config = dataclasses.replace(config, **overrides)
+    config = resolve_config(diffusion, config, overrides)
     embedding, context, known = (None if x is None else torch.as_tensor(x) for x in (embedding, context, known))
     shape = tuple(shape) if shape else diffusion.shape
     if shape is None:
         raise UsageError("the model has no shape: pass it as in sample(shape=(C, *grid))")
-    if batch_size is None:
-        ranks = ((context, len(shape)), (embedding, 2))
-        batch_size = next((len(x) for x, rank in ranks if x is not None and x.ndim > rank), config.num_samples)
-    if batch_size < 1:
-        raise UsageError(f"batch_size is {batch_size}: it must be at least 1")
+    batch_size = count_samples(config, batch_size, context, embedding, label, rank=len(shape))
+    for name, value, least in (("seed", seed, 0), ("max_batch", max_batch, 1), ("first_index", first_index, 0)):
+        if value is not None and value < least:
+            raise UsageError(f"{name} is {value}: it must be at least {least}")
     numbers = torch.arange(first_index, first_index + batch_size)
     device = next((p.device for p in diffusion.parameters()), torch.device("cpu"))
     levels, draw = plan_steps(diffusion.config, config)
     precision = sampling_precision(config.precision, diffusion.precision, device)
-    label = choose_labels(diffusion, config.label if label is None else label, numbers)
+    if label is None and config.label is not None:
+        label = class_index(config.label, diffusion.classes, getattr(diffusion.model, "num_classes", 0))
+    label = choose_labels(diffusion, label, numbers)
     conditions, data = make_conditions(diffusion, batch_size, shape, label, embedding, context, known)
     guidance = Guidance.from_config(config)
     guidance.check(conditions)
@@ -155,6 +149,41 @@ def sample(
     result += [torch.cat(trajectories)] if return_trajectory else []
     result += [join_tensors(states)] if return_self_cond else []
     return tuple(result) if len(result) > 1 else result[0]
+
+
+def resolve_config(diffusion: Diffusion, config: SampleConfig | None, overrides: Mapping[str, Any]) -> SampleConfig:
+    """Return the options of a call of `sample`. Raises `UsageError` for unknown options and invalid values."""
+    if config is None:
+        config = SampleConfig(
+            steps=diffusion.config.timesteps or SampleConfig.steps, sampler=diffusion.sampler or SampleConfig.sampler
+        )
+    if not isinstance(config, SampleConfig) or "config" in overrides:
+        given = overrides.get("config", config)
+        raise UsageError(f"sample({given!r}): pass a SampleConfig first, or options by name as in sample(batch_size=4)")
+    check_names(overrides, SampleConfig, "sample", prefix="")
+    return dataclasses.replace(config, **complete_choices(config, overrides))
+
+
+def count_samples(
+    config: SampleConfig,
+    batch_size: int | None,
+    context: Tensor | np.ndarray | None = None,
+    embedding: Tensor | np.ndarray | None = None,
+    label: Labels | None = None,
+    *,
+    rank: int,
+) -> int:
+    """Return the number of samples: `batch_size`, or the length of a batched argument, or `config.num_samples`.
+
+    `rank` is the number of axes of one sample. Raises `UsageError` for a number below 1.
+    """
+    if batch_size is None:
+        ranks = ((context, rank), (embedding, 2), (None if isinstance(label, str) else label, 0))
+        batched = (len(x) for x, single in ranks if x is not None and np.ndim(x) > single)  # type: ignore[arg-type]
+        batch_size = next(batched, config.num_samples)
+    if batch_size < 1:
+        raise UsageError(f"batch_size is {batch_size}: it must be at least 1")
+    return batch_size
 
 
 @contextmanager

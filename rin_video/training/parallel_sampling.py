@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rin_video.config import SampleConfig
 from rin_video.diffusion.process import GaussianDiffusion
+from rin_video.diffusion.sampling import count_samples, resolve_config
 from rin_video.ranks import several_processes
 
 
@@ -38,15 +39,18 @@ def rank_part(
         rows_of,
     )
 
-    state, count = join_process_group(), options.get("batch_size") or config.num_samples
+    state, rank = join_process_group(), len(options.get("shape") or diffusion.shape or ())
+    overrides = {name: value for name, value in options.items() if name == "num_samples"}
+    given = (options.get(name) for name in ("batch_size", "context", "embedding", "label"))
+    count = count_samples(resolve_config(diffusion, config, overrides), *given, rank=rank)
     rows = rows_of(count, state.process_index, state.num_processes)
-    part, rank = rows or range(1), len(options.get("shape") or diffusion.shape or ())
+    part = rows or range(1)
     # The number of axes of an argument that all samples share.
     axes = {"label": 0, "embedding": 2, "context": rank, "known": rank - 1}
     chosen = {
         name: value[part.start : part.stop]
         for name, single in axes.items()
-        if (value := options.get(name)) is not None and np.ndim(value) > single
+        if (value := options.get(name)) is not None and np.ndim(value) > single and len(value) == count
     }
-    more = {"batch_size": len(part), "first_index": part.start}
+    more = {"batch_size": len(part), "first_index": options.get("first_index", 0) + part.start}
     return options | chosen | more, lambda samples: gather_rows(samples, rows)
