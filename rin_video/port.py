@@ -5,12 +5,12 @@ Options with the same name and meaning in both packages need no translation.
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from rin_video.config import SamplerName
 from rin_video.config_checks import complete_choice
 from rin_video.errors import UsageError
+from rin_video.ranks import num_started
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
@@ -80,10 +80,10 @@ def trainer_options(options: dict[str, Any], *, channels: int, is_folder: bool) 
     amp, precision = ours.pop("amp", None), ours.pop("mixed_precision_type", "fp16")
     if amp is not None:
         _put(ours, "amp", mixed_precision=precision if amp else "no")
-    if not ours.pop("split_batches", True) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if not ours.pop("split_batches", True) and num_started() > 1:
         raise UsageError(
             "Trainer: split_batches=False has no counterpart, train_batch_size is the global batch size: "
-            f"pass {os.environ['WORLD_SIZE']} times as much, and leave it out"
+            f"pass {num_started()} times as much, and leave it out"
         )
     mode = ours.pop("convert_image_to", None)
     if mode is not None and mode != MODES.get(channels):

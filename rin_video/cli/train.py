@@ -138,6 +138,7 @@ def suit_conditions(config: Config, dataset: Any, preset: str, overrides: list[s
     """Set the number of classes and the shape of embeddings to those of the data, unless an option sets them."""
     from rin_video.datasets.embeddings import embedding_shape
 
+    config.data.classes = list(dataset.classes)  # labels may be class names
     if not is_set("model.num_classes", preset, overrides):
         config.model.num_classes = len(dataset.classes)
     shape = embedding_shape(dataset)

@@ -61,8 +61,9 @@ def transfer_weights(source: str | os.PathLike[str], model: Any) -> Transfer:
     do not fit or have no block in common; nothing is copied then.
     """
     folder = find_model(source)
-    config = load_config(folder / CONFIG).model
-    check_origin(folder, load_config(folder / CONFIG))
+    full = load_config(folder / CONFIG)
+    check_origin(folder, full)
+    config = full.model
     if unlike := [name for name in UNSEEN if getattr(config, name) != getattr(model.config, name)]:
         raise _misfit(folder, f"{unlike[0]} differs", config, model.config)
     theirs = dict(_by_kind(read_tensors(folder / WEIGHTS), config))

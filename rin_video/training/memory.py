@@ -85,9 +85,6 @@ def largest_batch(config: Config, device: torch.device, *, num_processes: int = 
 def _largest_that_runs(config: Config, device: torch.device, start: int, num_processes: int) -> int:
     from accelerate.utils import find_executable_batch_size
 
-    from rin_video.diffusion.process import GaussianDiffusion
-    from rin_video.model.rin import RIN
-
     @find_executable_batch_size(starting_batch_size=start)
     def attempt(batch_size: int) -> int:
         model = RIN(config.model).to(device)

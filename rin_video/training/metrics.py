@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rin_video.config_checks import is_number
 from rin_video.diffusion.process import LossTerms
 from rin_video.files import sync, write_text
 
@@ -187,10 +188,3 @@ def is_line(line: Any) -> bool:
     return all(map(is_number, (line.get("loss"), line.get("samples_per_second")))) and all(
         value is None or is_number(value) for value in (*by_t, *rest)
     )
-
-
-def is_number(value: Any) -> bool:
-    """Return whether a value is a finite number."""
-    with suppress(TypeError, OverflowError):
-        return not isinstance(value, bool) and math.isfinite(value)
-    return False
