@@ -20,8 +20,7 @@ class Chirps(Dataset):
     def __getitem__(self, index):
         low, high = 0.02 + 0.4 * torch.rand(2, generator=torch.Generator().manual_seed(index))
         wave = torch.sin(2 * torch.pi * torch.linspace(low, high, 1024).cumsum(0))
-        window = torch.hann_window(64)
-        power = torch.stft(wave, 64, hop_length=32, window=window, return_complex=True).abs()[:32, :32]
+        power = torch.stft(wave, 64, 32, window=torch.hann_window(64), return_complex=True).abs()[:32, :32]
         return {"x": (power / 32).clamp(0, 1)[None], "label": int(high > low)}
 
 
@@ -36,5 +35,5 @@ if __name__ == "__main__":  # required, because the data loader's processes may 
     out, steps = sys.argv[1], int((sys.argv[2:] or ["2000"])[0])
     model = RIN(dim=64, channels=1, image_size=32, patch_size=4, depth=2, num_latents=32, num_classes=2, num_heads=4)
     diffusion = GaussianDiffusion(model, objective="x0", train_prob_self_cond=0)
-    options = {"train_num_steps": steps, "train_lr": 1e-3, "save_and_sample_every": 500}
-    Trainer(diffusion, Chirps(), results_folder=out, callbacks=[Loudness()], **options).train()
+    options = {"results_folder": out, "train_num_steps": steps, "train_lr": 1e-3, "save_and_sample_every": 500}
+    Trainer(diffusion, Chirps(), callbacks=[Loudness()], **options).train()
