@@ -94,9 +94,8 @@ def _safetensors_header(source: Source, file: BinaryIO) -> ArrayInfo:
     arrays = json.loads(file.read(length))
     arrays.pop("__metadata__", None)
     if len(arrays) != 1 and ARRAY_KEY not in arrays:
-        raise UsageError(
-            f"{shown(source)} contains {shown(', '.join(arrays)) or 'no array'}: name the array {ARRAY_KEY!r}"
-        )
+        names = ", ".join([*arrays][:3]) + (f" and {len(arrays) - 3} more" if len(arrays) > 3 else "")
+        raise UsageError(f"{shown(source)} contains {shown(names) or 'no array'}: name the array {ARRAY_KEY!r}")
     array = arrays[ARRAY_KEY] if ARRAY_KEY in arrays else next(iter(arrays.values()))
     shape, (start, end) = tuple(map(int, array["shape"])), map(int, array["data_offsets"])
     dtype = SAFETENSORS_DTYPES.get(array["dtype"], array["dtype"])

@@ -69,7 +69,7 @@ def split_sources(
     if extensions == CLIP_EXTENSIONS and (images := [one for one in every if _is_of(one, IMAGE_EXTENSIONS)]):
         advice = f"; it contains {counted(len(images), 'image')}: leave out --frames (index and prepare: --kind image)"
         if row := numbered_rows(images):
-            advice += f"; {_describe_row(row)}: {MAKE_CLIPS}"
+            advice += f". Also, {_describe_row(row)}. {MAKE_CLIPS}"
     elif extensions == IMAGE_EXTENSIONS and (clips := _count(every, CLIP_EXTENSIONS)):
         advice = f"; it contains {counted(clips, 'clip')}: use --frames 16 (index and prepare: --kind video)"
     raise UsageError(f"{shown(os.fspath(root))} contains no {' '.join(extensions)} file{advice}{_links_advice(root)}")
@@ -92,8 +92,8 @@ def detect_kind(root: str | PathLike[str], *, allow_pipe: bool = False, cache: P
     if counts["image"] and counts["video"] and not animated:
         raise UsageError(
             f"{shown(os.fspath(root))} contains {counted(counts['image'], 'image')} and "
-            f"{counted(counts['video'], 'clip')}: choose the clips (--frames 16, or --kind video) or the images "
-            "(--frames 0, or --kind image)"
+            f"{counted(counts['video'], 'clip')}: choose the clips (--frames 16; index and prepare: --kind video) or "
+            "the images (--frames 0, --kind image)"
         )
     for kind in KINDS:
         if counts[kind]:
@@ -153,6 +153,7 @@ def refuse_splits(root: str | PathLike[str], names: Collection[str | None]) -> N
         )
 
 
+RUN = "run.json"  # in the folder of a training run, whose samples are not data
 MAKE_CLIPS = "If they are frames, convert each folder to a clip: rin-video export FOLDER clip.mp4"
 
 
@@ -218,6 +219,9 @@ def all_sources(root: str | PathLike[str], *, allow_pipe: bool = False, cache: P
 
     for folder, subfolders, names in os.walk(root, onerror=unreadable):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        for name in [name for name in subfolders if os.path.isfile(os.path.join(folder, name, RUN))]:
+            subfolders.remove(name)
+            _warn_once(f"{shown(os.path.join(folder, name))} is the folder of a training run and is skipped")
         for name in subfolders:
             if os.path.islink(os.path.join(folder, name)):
                 link = os.path.join(folder, name)

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import av
@@ -587,3 +588,14 @@ def test_what_the_system_refuses_is_one_line(fails, clips, train_clips, tmp_path
     command = ["train", "--data", clips, "--frames", "4", "--size", "16", "--batch-size", "2", "--steps", "1", *TINY]
     assert "file" in fails(*command, "--out", tmp_path / "file" / "run")
     assert "cannot be read or written: is a directory" in fails("report", train_clips[1], "--out", tmp_path)
+
+
+def test_an_input_is_not_overwritten(train_clips, tmp_path, fails):
+    _, run = train_clips
+    clip = tmp_path / "a.png"
+    clip.write_bytes((Path(__file__).parents[1] / "docs/demo.png").read_bytes())
+    before = clip.read_bytes()
+    assert "is an input too" in fails("sample", run, "--num", 1, "--image", clip, "--out", clip)
+    assert clip.read_bytes() == before
+    assert "is an image: use --image" in fails("sample", run, "--context", clip)
+    assert "did you mean train.train_lr=" in fails("train", "--data", "x", "--lr", "1")

@@ -1,6 +1,7 @@
 """Real-world folders, shards and pictures: classes, splits, stray files, captions, orientation, bit depth."""
 
 import codecs
+import os
 
 import numpy as np
 import pytest
@@ -267,3 +268,15 @@ def test_files_beside_shards_are_named(tmp_path):
         (tmp_path / name).write_bytes(b"x")
     said = "ignored: 2 files of other kinds (no extension 1, .parquet 1): _SUCCESS, rows.parquet"
     assert said in make_index(tmp_path, "image").describe()
+
+
+def test_folders_of_runs_are_no_data(tmp_path, numbered, caplog):
+    """A run may be written into the folder of its data: its samples are no clips, and no class."""
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        numbered(tmp_path / name / "a.mp4", frames=4)
+    (tmp_path / "runs/x/samples").mkdir(parents=True)
+    (tmp_path / "runs/x/run.json").write_text("{}")
+    numbered(tmp_path / "runs/x/samples/step-1.mp4", frames=4)
+    assert ClipFolder(tmp_path, 8, 4).classes == ["cat", "dog"]
+    assert "runs/x is the folder of a training run and is skipped" in caplog.text.replace(os.sep, "/")

@@ -35,7 +35,7 @@ def here(tmp_path, monkeypatch, clips) -> Path:
         ("index notes", "notes contains no .png"),
         ("index links", "links to folders are not followed"),
         ("index zero", "a.png is empty: download the file again"),
-        ("index both", "contains 1 image and 1 clip: choose the clips (--frames 16, or --kind video)"),
+        ("index both", "contains 1 image and 1 clip: choose the clips (--frames 16; index and prepare: --kind video)"),
         ("index images --kind audio", "unknown kind 'audio': use one of image, video, array"),
         ("index images --kind video", "it contains 1 image"),
         ("index images --out clips", "the index clips cannot be written"),
@@ -50,7 +50,8 @@ def here(tmp_path, monkeypatch, clips) -> Path:
         ("train --data clips --frames 40 --out out", "a clip.mp4 has 20 frames, but 40 are needed"),
         ("peek clips --frames 4 --out file/sheet.png", "cannot be written"),
         ("prepare images --size 8 --out file/shards", "--out file"),
-        ("prepare images --size 8 --out images", "is the folder of the data: use another folder"),
+        ("prepare images --size 8 --out images", "is in the folder of the data: use another folder"),
+        ("prepare images --size 8 --out images/small", "is in the folder of the data: use another folder"),
         (
             "prepare images --size 8 --out out --kind audio",
             "prepare takes clips or images, but images is of kind audio",

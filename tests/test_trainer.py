@@ -360,7 +360,7 @@ def test_after_a_resume_the_config_takes_effect(begun, tmp_path, monkeypatch, na
     else:
         shutil.copytree(begun, tmp_path, dirs_exist_ok=True)
     if name in REFUSED:
-        with pytest.raises(UsageError, match=rf"train\.{name}=.*now it is"):
+        with pytest.raises(UsageError, match=rf"train\.{name}.*now it is"):
             trainer(tmp_path, 3, **base | {name: REFUSED[name]}).train()
         return
     value, in_force = ANOTHER[name]

@@ -17,7 +17,7 @@ from rin_video.cli.rollout import SamplingPlan
 from rin_video.config import Config, DataConfig
 from rin_video.datasets.clip_sampler import nearest_in_time
 from rin_video.datasets.decoding import open_video
-from rin_video.datasets.extensions import CLIP_EXTENSIONS
+from rin_video.datasets.extensions import CLIP_EXTENSIONS, IMAGE_EXTENSIONS
 from rin_video.datasets.folders import find_files
 from rin_video.datasets.probe import probe_video
 from rin_video.datasets.reading import read_image
@@ -130,6 +130,8 @@ def read_context(
     to generate, only the first `most` are read, and this is logged. Sample i uses clip i modulo their number. Raises
     `UsageError` if a clip is too short, or if the clips of a folder differ in length.
     """
+    if path.suffix.lower() in IMAGE_EXTENSIONS:
+        raise UsageError(f"--context {path} is an image: use --image")
     files = find_files(path, CLIP_EXTENSIONS)[:num]
     infos = [probe_video(file, max_pixels=options.max_pixels) for file in files]
     chosen = [_indices(file, info, options, frames) for file, info in zip(files, infos, strict=True)]
@@ -149,6 +151,8 @@ def read_context(
 
 def read_start_image(path: Path, shape: tuple[int, ...]) -> Tensor:
     """Read an image as a clip of one frame, resized and centre-cropped: uint8 (C, 1, H, W)."""
+    if path.suffix.lower() in CLIP_EXTENSIONS:
+        raise UsageError(f"--image {path} is a clip: use --context")
     resize_crop = ResizeCrop((shape[-2], shape[-1]))
     return resize_crop(read_image(_existing(path), shape[0]), np.random.default_rng(0)).unsqueeze(1)
 

@@ -131,8 +131,8 @@ def prepare(options: Namespace) -> None:
     out = Path(options.out)
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {out} is a file: use a folder")
-    if out.exists() and out.resolve() == Path(options.data).resolve():
-        raise UsageError(f"--out {out} is the folder of the data: use another folder")
+    if Path(options.data).is_dir() and out.resolve().is_relative_to(Path(options.data).resolve()):
+        raise UsageError(f"--out {out} is in the folder of the data: use another folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

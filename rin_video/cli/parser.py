@@ -66,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         level = logging.INFO if is_first() else logging.WARNING
         logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
         logging.getLogger("httpx").setLevel(logging.WARNING)
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # our own error reports its retries
         options.run(options)
     except ReportedError:
         return 2
@@ -149,21 +150,22 @@ def find_option(command: Parser, name: str) -> str:
     if not begun:
         if command.commands:
             raise UsageError(f"unknown option {name}{nearest(name, known) or ': options follow the command'}")
-        raise UsageError(f"unknown option {name}{nearest(name, known) or f': see {command.prog} --help'}")
+        near = nearest(name, known) or nearest_key(name.lstrip("-"), "=...", else_=f": see {command.prog} --help")
+        raise UsageError(f"unknown option {name}{near}")
     return begun[0]
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return `: did you mean X?`, or an empty text if no known name is near."""
-    found = difflib.get_close_matches(name, [*known], n=1, cutoff=0.6)
+    found = difflib.get_close_matches(name, {*known} - {"--help"}, n=1, cutoff=0.6)
     return f": did you mean {found[0]}?" if found else ""
 
 
-def nearest_key(name: str, word: str) -> str:
-    """Return the text of `nearest` for the options of all sections, with the value in `word`."""
+def nearest_key(name: str, word: str, else_: str = ": write section.key=value") -> str:
+    """Return the text of `nearest` for the options of all sections, with the value in `word`, or `else_`."""
     keys = {field: section for section, kind in types_of(Config).items() for field in types_of(kind)}
     ends = [key for key in sorted(keys, key=len) if key == name or key.endswith(f"_{name}")]
     found = ends or difflib.get_close_matches(name, keys, n=1, cutoff=0.6)
     if not found:
-        return ": write section.key=value"
+        return else_
     return f": did you mean {keys[found[0]]}.{found[0]}={word.partition('=')[2]}?"

@@ -91,8 +91,8 @@ def add_parsers(commands: Any) -> None:
         "if it exists, samples-1.mp4 and so on)",
     )
     command.epilog = (
-        "More options can be set as sample.key=value: sampler.eta=0.5, time_difference=1, guidance_interval=[0.1,0.9], "
-        "guidance_rescale=0.7, clip_x0=dynamic"
+        "More options can be set as key=value: sample.sampler.eta=0.5 (of ddim), sample.time_difference=1, "
+        "sample.guidance_interval=[0.1,0.9], sample.guidance_rescale=0.7, sample.clip_x0=dynamic"
     )
     command.set_defaults(run=sample, overrides=[])
 
@@ -126,6 +126,9 @@ def sample(options: Namespace) -> None:
     conditions = read_context_options(options, plan, config) | read_embedding_options(options, config)
     default = own_folder(options.model) / f"samples{'.mp4' if plan.frames else '.png'}"
     out = Path(options.out) if options.out else unused_name(default)
+    for path in (options.context, options.image, *(options.embedding or ())):
+        if path is not None and out.exists() and Path(path).exists() and out.samefile(path):
+            raise UsageError(f"--out {out} is an input too: use another name")
     check_target(out, rank=len(plan.shape) + 1, fps=fps, channels=plan.shape[0])
     start = time.perf_counter()
     titles = sample_titles(wanted, config, options.caption)

@@ -164,5 +164,5 @@ def choose_batch(config: Config, folder: Path, num_samples: int) -> int:
         return largest_batch(config, state.device, num_processes=state.num_processes, limit=num_samples)
 
     size = min(in_all(choose))
-    log.info("batch size %d, the largest that fits in the memory of %s", size, device_name(state.device))
+    log.info("batch size %d on %s (--batch-size auto)", size, device_name(state.device))
     return size

@@ -199,7 +199,8 @@ def get_sampler(name: SamplerName, parameters: Mapping[str, float] | None = None
     known = [option for option in known if option != "small"]
     if unknown := set(parameters or {}) - set(known):
         raise UsageError(
-            f"sampler {name} has no option {', '.join(sorted(unknown))}: it has {', '.join(known) or 'none'}"
+            f"sampler {name} has no option {', '.join(sorted(unknown))}: it has {', '.join(known) or 'none'} "
+            "(eta belongs to ddim, churn to heun)"
         )
     for option, value in (parameters or {}).items():
         most = {"eta": 1.0}.get(option, math.inf)

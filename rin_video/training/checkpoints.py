@@ -55,15 +55,22 @@ def check_same_options(run: Path, then: dict[str, Any], config: Config) -> None:
         for key in keys or now:
             if key in before and before[key] != now[key]:
                 raise UsageError(
-                    f"{run} was trained with {section}.{key}={before[key]}, now it is {now[key]}: "
+                    f"{run} was trained with {section}.{key}={in_yaml(before[key])}, now it is {in_yaml(now[key])}: "
                     "use the same value, or another folder (--out)"
                 )
     now_from, then_from = config.train.init_from, then["train"].get("init_from")
     if now_from not in (None, then_from):
         raise UsageError(
-            f"{run} was started with train.init_from={then_from}, now it is {now_from}: leave it out, or use another "
-            "folder (--out)"
+            f"{run} was started {f'with train.init_from={then_from}' if then_from else 'without train.init_from'}, now "
+            f"it is {now_from}: leave it out, or use another folder (--out)"
         )
+
+
+def in_yaml(value: Any) -> str:
+    """Write a value as an override does: `{name: ddim, eta: 0.5}`."""
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key}: {item}' for key, item in value.items())}}}"
+    return "null" if value is None else str(value)
 
 
 def remove_old_states(states: Sequence[Path], step: int, *, keep: int, keep_every: int) -> None:

@@ -173,7 +173,7 @@ class Trainer:
         if any_rank(main and not sampled, self.accelerator):
             self.sample()  # the run was stopped between the checkpoint and its samples
         if self.step >= self.options.train_num_steps:
-            log.info("%s is already trained to step %d", self.folder, self.step)
+            log.info("%s is already trained to step %d: a larger --steps trains for longer", self.folder, self.step)
             return
         if main:
             self.folder.mkdir(parents=True, exist_ok=True)
