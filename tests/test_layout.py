@@ -12,9 +12,11 @@ FLOORS = [  # from the ground up: a module imports from lower layers, or from it
     {"config", "config_checks", "config_files", "port"},
     {"media", "hub", "weights"},
     {"datasets", "tokenizers"},
+    {"features"},
     {"model"},
     {"diffusion"},
     {"training"},
+    {"evaluation"},
     {"reports"},
     {"cli"},
     {""},  # rin_video itself: the public names

