@@ -18,7 +18,8 @@ from rin_video.evaluation.sets import SampleSet
 from rin_video.files import write_text
 from rin_video.media import DEFAULT_FPS, as_pixels, sample_files, save_samples
 from rin_video.progress import progress_bar
-from rin_video.ranks import is_first, several_processes
+from rin_video.ranks import is_first
+from rin_video.training.distributed import in_all, join_process_group
 
 MANIFEST = "drawing.json"  # in the folder of the samples: the options that they were drawn with
 SUFFIXES = {"h264": ".mp4", "png": ".png", "none": ".npy"}
@@ -46,16 +47,10 @@ def draw_samples(diffusion: GaussianDiffusion, plan: Drawing, folder: Path, iden
     Complete chunks of an interrupted call are kept. `identity` describes the model and the options. With several
     processes, each draws a part of the chunks. Raises `UsageError` if the folder has samples of another identity.
     """
-    check_identity(folder, identity)
-    rank, num_ranks = 0, 1
-    if several_processes():
-        from rin_video.training.distributed import in_all, join_process_group
-
-        state = join_process_group()
-        rank, num_ranks = state.process_index, state.num_processes
-        in_all(lambda: write_identity(folder, identity) if is_first() else None)
-    else:
-        write_identity(folder, identity)
+    in_all(lambda: check_identity(folder, identity))
+    state = join_process_group()
+    rank, num_ranks = state.process_index, state.num_processes
+    in_all(lambda: write_identity(folder, identity) if is_first() else None)
     todo = [chunk for number, chunk in enumerate(chunks(plan, folder)) if number % num_ranks == rank]
     left = [chunk for chunk in todo if not all(path.is_file() for path in chunk.paths)]
     done = sum(len(chunk.rows) for chunk in todo) - sum(len(chunk.rows) for chunk in left)
@@ -64,8 +59,7 @@ def draw_samples(diffusion: GaussianDiffusion, plan: Drawing, folder: Path, iden
         for chunk in left:
             write_chunk(draw_chunk(diffusion, plan, chunk), chunk, plan)
             bar.update(len(chunk.rows))
-    if num_ranks > 1:
-        in_all(lambda: None)  # wait for the files of all processes
+    in_all(lambda: None)  # wait for the files of all processes
     return sample_files(folder, plan.num, SUFFIXES[plan.codec], plan.titles)
 
 

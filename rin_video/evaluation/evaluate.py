@@ -15,7 +15,7 @@ from torch import Tensor
 from rin_video.errors import UsageError
 from rin_video.evaluation import scores
 from rin_video.evaluation.drawing import draw_samples
-from rin_video.evaluation.extraction import FeatureSet, Measured, extract
+from rin_video.evaluation.extraction import Features, Measured, extract
 from rin_video.evaluation.inputs import (
     Data,
     Reference,
@@ -44,7 +44,8 @@ from rin_video.evaluation.scores import Score
 from rin_video.evaluation.sets import SampleSet, choose, in_memory, open_samples
 from rin_video.features import Extractor, make_extractor
 from rin_video.progress import progress_bar
-from rin_video.ranks import is_first, several_processes
+from rin_video.ranks import is_first
+from rin_video.training.distributed import first_then_others, in_all
 from rin_video.training.parallel_sampling import sampling_device
 from rin_video.wording import counted
 
@@ -95,31 +96,34 @@ def evaluate(
     An interrupted call resumes with the samples that it has drawn. All processes share the work, and each returns the
     result. Raises `UsageError` for invalid options, and if the samples or the data cannot be evaluated.
     """
+    limit: int | None = NUM  # of real samples
     if protocol is not None:
         wanted = published(protocol)
-        num, features = num or wanted.num, features or wanted.features
+        num, features, limit = num or wanted.num, features or wanted.features, wanted.num_real
         given = wanted.given if given is None else given
         split = wanted.split if split == "auto" else split
+        if wanted.given is not None and best_of == 1 and wanted.num_real is not None:
+            best_of = max(num // wanted.num_real, 1)
+    elif num is not None:
+        limit = max(num, NUM) if given is None else max(num // best_of, 1)
     check_counts(num=(num, 2), given=(given, 1), best_of=(best_of, 1), max_batch=(max_batch, 1), seed=(seed, 0))
     if best_of > 1 and given is None:
         raise UsageError(f"--best-of {best_of} is for predictions: add --given N, the number of known frames")
-    device = torch.device(device) if device is not None else sampling_device()
+    best = sampling_device()  # joins the other processes
+    device = best if device is None else torch.device(device)
     result = Evaluation()
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as own:
+        scratch = Path(in_all(lambda: own)[0])  # the other processes read the files of the first
         model = open_model(source, overrides, device)
-        folder = output_folder(out, model, Path(scratch))
-        reference, shape = open_reference(model, source, data, split, overrides, Path(scratch))
+        folder = output_folder(out, model, scratch)
+        reference, shape = open_reference(model, source, data, split, overrides, Path(own))
         check_shape(shape, given)
-        limit = max(num or NUM, NUM) if given is None else (num or NUM) // best_of
         real = choose(reference.real, limit, reference.name, reference.classes)
         if model is None and given is not None:
             raise UsageError("--given requires a model, which predicts: pass the folder of a run instead of samples")
-        extractor = make_extractor(
-            features or FEATURES,
-            device=device,
-            data=reference.train if reference.train is not None else reference.real,
-            cache=folder,
-            download=download,
+        learnable = reference.train if reference.train is not None else reference.real
+        extractor = first_then_others(
+            lambda: make_extractor(features or FEATURES, device=device, data=learnable, cache=folder, download=download)
         )
         if model is None:
             samples, place = open_source(source, shape, num, reference.classes), None
@@ -137,9 +141,9 @@ def evaluate(
             result.protocol["published"] = protocol
             for text in missing(protocol, result.protocol):
                 result.warn(f"this is not the protocol {protocol}: {text}")
-        if is_first() and folder != Path(scratch):
+        if is_first() and folder != scratch:
             write_pictures(folder, measured, given)
-        wait_for_all()
+        in_all(lambda: None)  # wait until all processes have read the samples
         if place is not None and keep is None and is_first():
             shutil.rmtree(place, ignore_errors=True)
     return result
@@ -182,7 +186,7 @@ def measure(
     return Measured(samples, real, train, drawn, true, pairs)
 
 
-def doubts(reference: Reference, samples: SampleSet, drawn: FeatureSet, true: FeatureSet) -> list[str]:
+def doubts(reference: Reference, samples: SampleSet, drawn: Features, true: Features) -> list[str]:
     """Return what makes the scores unreliable, one text each."""
     texts = []
     if not reference.held_out and reference.split != "validation":
@@ -236,11 +240,3 @@ def open_source(
     if tuple(source.shape[1:]) != tuple(shape):
         raise UsageError(f"the samples are {tuple(source.shape[1:])}, but the real ones are {tuple(shape)}")
     return in_memory(source[:num], "the samples")
-
-
-def wait_for_all() -> None:
-    """Wait until all processes have read the samples."""
-    if several_processes():
-        from rin_video.training.distributed import in_all
-
-        in_all(lambda: None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,12 +15,13 @@ from rin_video.errors import UsageError
 from rin_video.evaluation.sets import SampleSet
 from rin_video.features import Extractor
 from rin_video.progress import progress_bar
-from rin_video.ranks import is_first, several_processes
+from rin_video.ranks import is_first
+from rin_video.training.distributed import in_all, join_process_group, rows_of
 
 BATCH = 16  # samples read at a time
 
 
-class FeatureSet(NamedTuple):
+class Features(NamedTuple):
     """The features of samples, by view; samples that could not be read are left out."""
 
     views: dict[str, np.ndarray]  # (n, d), or (n, rows, d) with several rows per sample; float32
@@ -35,7 +36,7 @@ class FeatureSet(NamedTuple):
     def __len__(self) -> int:
         return len(self.groups)
 
-    def take(self, rows: np.ndarray) -> FeatureSet:
+    def take(self, rows: np.ndarray) -> Features:
         """Return the features of some samples."""
         return self._replace(
             views={name: view[rows] for name, view in self.views.items()},
@@ -52,32 +53,23 @@ class Measured(NamedTuple):
     samples: SampleSet
     real: SampleSet
     train: SampleSet | None
-    sample_features: FeatureSet
-    real_features: FeatureSet
+    sample_features: Features
+    real_features: Features
     pairs: list[tuple[int, int]]  # the samples that are closest to a training sample, and that training sample
 
 
 def extract(
     extractor: Extractor, samples: SampleSet, what: str, *, strict: bool = False, classify: bool = False
-) -> FeatureSet:
+) -> Features:
     """Return the features of all samples; with several processes, each extracts a part.
 
     `what` names the samples in the progress bar. Samples that cannot be read raise `UsageError` if `strict`, and
     otherwise are skipped and listed. `classify` adds the probabilities of the extractor's classifier. Raises
     `UsageError` if a feature is not finite, or no sample can be read.
     """
-    if not several_processes():
-        parts = [_extract(extractor, samples, range(len(samples)), what, strict=strict, classify=classify)]
-    else:
-        from accelerate.utils import gather_object
-
-        from rin_video.training.distributed import in_all, join_process_group, rows_of
-
-        state = join_process_group()
-        rows = rows_of(len(samples), state.process_index, state.num_processes)
-        own: list[Any] = []
-        in_all(lambda: own.append(_extract(extractor, samples, rows, what, strict=strict, classify=classify)))
-        parts = gather_object(own)
+    state = join_process_group()
+    part = rows_of(len(samples), state.process_index, state.num_processes)
+    parts = in_all(lambda: _extract(extractor, samples, part, what, strict=strict, classify=classify))
     rows = [row for part in parts for row in part]
     read = [row for row in rows if isinstance(row, _Row)]
     unreadable = [row for row in rows if not isinstance(row, _Row)]
@@ -93,7 +85,7 @@ def extract(
                 "the weights of the extractor, or use other --features"
             )
     digests = [row.digest for row in read]
-    return FeatureSet(
+    return Features(
         views,
         None if read[0].probabilities is None else np.stack([row.probabilities for row in read]),
         samples.groups[numbers],

@@ -19,12 +19,13 @@ from rin_video.evaluation.distances import (
     real_floor,
     too_few,
 )
-from rin_video.evaluation.extraction import FeatureSet
+from rin_video.evaluation.extraction import Features
 from rin_video.evaluation.memorisation import memorisation
 from rin_video.evaluation.neighbours import neighbour_scores
 from rin_video.evaluation.probe import train_probe
 
 RESAMPLES = 1000
+MAX_ROWS = 4096  # rows of a view that a distance is computed of
 NEIGHBOURS = 5  # of precision, recall, density and coverage
 MAIN_VIEWS = ("clip", "image")  # views with one row per sample
 DISTANCES: dict[str, Callable[..., Estimate]] = {
@@ -56,9 +57,7 @@ class Score:
         return {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
 
 
-def distance_scores(
-    samples: FeatureSet, real: FeatureSet, pool: FeatureSet, warn: Callable[[str], None]
-) -> dict[str, Score]:
+def distance_scores(samples: Features, real: Features, pool: Features, warn: Callable[[str], None]) -> dict[str, Score]:
     """Return the Frechet and kernel distances of every view.
 
     `pool` has all real samples, of which disjoint halves (by file) give the floor. Warnings about too few samples go to
@@ -80,7 +79,7 @@ def distance_scores(
     return scores
 
 
-def coverage_scores(samples: FeatureSet, real: FeatureSet, pool: FeatureSet) -> dict[str, Score]:
+def coverage_scores(samples: Features, real: Features, pool: Features) -> dict[str, Score]:
     """Return precision, recall, density and coverage in the main view."""
     view = main_view(samples)
     a, b = samples.views[view], real.views[view]
@@ -101,7 +100,7 @@ def coverage_scores(samples: FeatureSet, real: FeatureSet, pool: FeatureSet) -> 
 
 
 def class_scores(
-    samples: FeatureSet, real: FeatureSet, train: FeatureSet | None, classes: list[str], warn: Callable[[str], None]
+    samples: Features, real: Features, train: Features | None, classes: list[str], warn: Callable[[str], None]
 ) -> dict[str, Score]:
     """Return the inception score, and the class accuracy of samples with labels.
 
@@ -132,7 +131,7 @@ def class_scores(
 
 
 def memorisation_scores(
-    samples: FeatureSet, real: FeatureSet, train: FeatureSet, pairs: int = 8
+    samples: Features, real: Features, train: Features, pairs: int = 8
 ) -> tuple[dict[str, Score], list[tuple[int, int]]]:
     """Return how much closer samples are to training samples than held-out ones are, and the closest pairs.
 
@@ -147,7 +146,7 @@ def memorisation_scores(
     return scores, [(int(samples.numbers[i]), int(train.numbers[j])) for i, j in found.pairs]
 
 
-def main_view(features: FeatureSet) -> str:
+def main_view(features: Features) -> str:
     """Return the view with one row per sample."""
     for view in MAIN_VIEWS:
         if view in features.views:
@@ -155,15 +154,23 @@ def main_view(features: FeatureSet) -> str:
     raise UsageError(f"the extractor has only the views {', '.join(features.views)}: it needs one of a whole sample")
 
 
-def rows_of_view(features: FeatureSet, view: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the rows (n, d) of a view, and the file of each row."""
+def rows_of_view(features: Features, view: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rows (n, d) of a view, and the file of each row.
+
+    Of a view with several rows per sample, at most about `MAX_ROWS` are used: the same number of each sample, and in
+    turn all of them.
+    """
     values = features.views[view]
     if values.ndim == 2:
         return values, features.groups
-    return values.reshape(-1, values.shape[-1]), np.repeat(features.groups, values.shape[1])
+    n, rows, _ = values.shape
+    kept = min(rows, max(1, MAX_ROWS // n))
+    places = (np.arange(n)[:, None] + np.arange(kept) * rows // kept) % rows
+    chosen = values[np.arange(n)[:, None], places]
+    return chosen.reshape(n * kept, -1), np.repeat(features.groups, kept)
 
 
-def join(first: FeatureSet, second: FeatureSet | None) -> FeatureSet:
+def join(first: Features, second: Features | None) -> Features:
     """Return the samples of two sets of different files as one set."""
     if second is None:
         return first

@@ -5,14 +5,23 @@ from __future__ import annotations
 import hashlib
 import pickle
 from collections.abc import Mapping
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
 from rin_video.errors import UsageError, first_line
 from rin_video.features.base import INSTALL
+
+
+def optional_import(module: str, extractor: str) -> ModuleType:
+    """Import a module of the extra `eval`; raise `UsageError` if it is not installed."""
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise UsageError(f"--features {extractor} needs {error.name or module}: {INSTALL}") from None
 
 
 def find_in_package(package: str, filename: str, extractor: str) -> Path:

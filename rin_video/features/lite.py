@@ -52,3 +52,7 @@ class Lite(PictureExtractor):
     def encode(self, pictures: Tensor) -> Tensor:
         """Return the pooled features, (N, 1280)."""
         return self.network.forward_head(self.network.forward_features(self.normalise(pictures)), pre_logits=True)
+
+    def classify(self, pictures: Tensor) -> Tensor:
+        """Return the probabilities of the classes of ImageNet, (N, 1000)."""
+        return self.network(self.normalise(pictures)).softmax(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from functools import cache
 from typing import ClassVar
 
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rin_video.features.base import Extractor, as_pictures, difference_pictures, evenly_spaced
+from rin_video.features.base import Extractor, as_pictures, difference_pictures, evenly_spaced, exact_inference
 
 SUMMARY_WIDTH = 128  # numbers per part of the summary
 
@@ -26,6 +27,19 @@ class PictureExtractor(Extractor):
     def encode(self, pictures: Tensor) -> Tensor:
         """Return the features (N, d) of uint8 pictures (N, 3, H, W) on the device."""
 
+    def classify(self, pictures: Tensor) -> Tensor:
+        """Return the class probabilities (N, classes) of uint8 pictures on the device, if the network has classes."""
+        raise NotImplementedError
+
+    def probabilities(self, x: Tensor) -> Tensor | None:
+        """Return the class probabilities of images, or of clips (the mean over their frames); see `Extractor`."""
+        if type(self).classify is PictureExtractor.classify:
+            return None
+        x = self.check(x)
+        frames = x[:, :, None] if x.ndim == 4 else x[:, :, evenly_spaced(x.shape[2])]
+        with exact_inference(self.device):
+            return self.encode_frames(frames, self.classify).mean(1)
+
     def extract(self, x: Tensor) -> dict[str, Tensor]:
         """Return the features by view; see `Extractor`."""
         if x.ndim == 4:
@@ -34,9 +48,9 @@ class PictureExtractor(Extractor):
         motion = self.encode_frames(difference_pictures(x))
         return {"clip": torch.stack([*map(summarise, frame, motion)]), "frame": frame, "motion": motion}
 
-    def encode_frames(self, x: Tensor) -> Tensor:
-        """Return the features (B, f, d) of the frames of clips (B, 3, f, H, W)."""
-        return self.in_batches(self.encode, as_pictures(x)).unflatten(0, (len(x), -1))
+    def encode_frames(self, x: Tensor, network: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Return the features (B, f, d) of the frames of clips (B, 3, f, H, W), or the values of another network."""
+        return self.in_batches(network or self.encode, as_pictures(x)).unflatten(0, (len(x), -1))
 
 
 def summarise(frame: Tensor, motion: Tensor) -> Tensor:

@@ -130,10 +130,8 @@ def score_section(results: list[dict[str, Any]]) -> str:
     """Return the scores of a run with their protocols as Markdown; empty if there are none."""
     parts = []
     for result in results:
-        rows = [HEADINGS, ["---"] * len(HEADINGS), *score_rows(result)]
-        table = "\n".join(
-            f"| {' | '.join(cell if row[0] == '---' else plain_text(cell) for cell in row)} |" for row in rows
-        )
+        rows = [HEADINGS, ["---"] * len(HEADINGS), *(list(map(plain_text, row)) for row in score_rows(result))]
+        table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
         parts.append(f"{plain_text(describe_measurement(result))}\n\n{table}")
         parts += [f"- {plain_text(text)}" for text in warnings_of(result)]
     return "\n\n".join(["## Scores", *parts]) if parts else ""
