@@ -10,16 +10,11 @@ from typing import Any
 import numpy as np
 
 from rin_video.errors import UsageError
-from rin_video.evaluation.distances import (
-    Estimate,
-    accuracy,
-    frechet_distance,
-    inception_score,
-    kernel_distance,
-    real_floor,
-    too_few,
-)
+from rin_video.evaluation.class_scores import accuracy, inception_score
+from rin_video.evaluation.distances import frechet_distance, kernel_distance
 from rin_video.evaluation.extraction import Features
+from rin_video.evaluation.floors import real_floor, too_few
+from rin_video.evaluation.intervals import Estimate
 from rin_video.evaluation.memorisation import memorisation
 from rin_video.evaluation.neighbours import neighbour_scores
 from rin_video.evaluation.probe import train_probe
@@ -175,7 +170,8 @@ def join(first: Features, second: Features | None) -> Features:
     if second is None:
         return first
     shift = int(first.groups.max()) + 1
-    return first._replace(
+    return dataclasses.replace(
+        first,
         views={name: np.concatenate([first.views[name], second.views[name]]) for name in first.views},
         probabilities=None,
         groups=np.concatenate([first.groups, second.groups + shift]),
