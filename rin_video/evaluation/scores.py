@@ -170,7 +170,8 @@ def join(first: Features, second: Features | None) -> Features:
     if second is None:
         return first
     shift = int(first.groups.max()) + 1
-    return first._replace(
+    return dataclasses.replace(
+        first,
         views={name: np.concatenate([first.views[name], second.views[name]]) for name in first.views},
         probabilities=None,
         groups=np.concatenate([first.groups, second.groups + shift]),
