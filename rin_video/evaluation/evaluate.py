@@ -106,7 +106,7 @@ def evaluate(
         if wanted.given is not None and best_of == 1 and wanted.num_real is not None:
             best_of = max(num // wanted.num_real, 1)
     elif num is not None:
-        limit = max(num, NUM) if given is None else max(num // best_of, 1)
+        limit = max(num // best_of, 1)
     check_counts(num=(num, 2), given=(given, 1), best_of=(best_of, 1), max_batch=(max_batch, 1), seed=(seed, 0))
     if best_of > 1 and given is None:
         raise UsageError(f"--best-of {best_of} is for predictions: add --given N, the number of known frames")

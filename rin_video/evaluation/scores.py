@@ -55,22 +55,30 @@ class Score:
 def distance_scores(samples: Features, real: Features, pool: Features, warn: Callable[[str], None]) -> dict[str, Score]:
     """Return the Frechet and kernel distances of every view.
 
-    `pool` has all real samples, of which disjoint halves (by file) give the floor. Warnings about too few samples go to
-    `warn`.
+    `pool` has all real samples, of which disjoint halves (by file) give the floor. `warn` is called if there are too
+    few samples for the features.
     """
     scores: dict[str, Score] = {}
+    widths: dict[str, int] = {}  # of the views for which there are too few rows
     for view in samples.views:
         a, groups_a = rows_of_view(samples, view)
         b, groups_b = rows_of_view(real, view)
         c, groups_c = rows_of_view(pool, view)
         per_sample = max(len(a) // len(samples), 1)
-        if text := too_few(min(len(a), len(b)), a.shape[1]):
-            warn(f"{view}/frechet_distance: {text}")
+        if too_few(min(len(a), len(b)), a.shape[1]):
+            widths[view] = a.shape[1]
         for name, distance in DISTANCES.items():
             estimate = distance(a, b, groups_a=groups_a, groups_b=groups_b, resamples=RESAMPLES)
             floor = real_floor(distance, c, groups_c, min(len(a), len(b)))
             pair = None if floor is None else (floor[0], floor[1] // per_sample)
             scores[f"{view}/{name}"] = Score.of(estimate, "lower", len(samples), pair)
+    if widths:
+        features = ", ".join(f"{width} ({view})" for view, width in widths.items())
+        warn(
+            f"{min(len(samples), len(real))} samples are few for features of width {features}: Frechet distances are "
+            "too large. Compare them only at the same number of samples and beside the floor, or use the kernel "
+            "distances, which have no bias"
+        )
     return scores
 
 
