@@ -129,7 +129,7 @@ def test_real_clips_score_better_than_noise(data, tmp_path):
     real = torch.stack([torch.from_numpy(render_clip([*SHAPES][i % 3], 16, 4, rng)) for i in range(24)])
     noise = torch.randint(0, 256, real.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     good, bad = (rin_video.evaluate(x, data, features="means") for x in (real, noise))
-    for name in ("clip/frechet_distance", "clip/kernel_distance", "frame/frechet_distance", "motion/kernel_distance"):
+    for name in ("clip/frechet_distance", "clip/kernel_distance", "frame/frechet_distance", "frame/kernel_distance"):
         assert good.scores[name].high < bad.scores[name].low, name
     assert good.scores["clip/precision"].value > bad.scores["clip/precision"].value
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import tempfile
@@ -167,7 +168,7 @@ def measure(
         true = extract(extractor, real, "real samples", classify=True)
         trained = None if train is None else extract(extractor, train, "training samples")
     if given is not None:  # the samples of a clip are not independent
-        drawn = drawn._replace(groups=drawn.numbers % len(real))
+        drawn = dataclasses.replace(drawn, groups=drawn.numbers % len(real))
     for text in doubts(reference, samples, drawn, true):
         result.warn(text)
     pairs: list[tuple[int, int]] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +22,8 @@ from rin_video.training.distributed import in_all, join_process_group, rows_of
 BATCH = 16  # samples read at a time
 
 
-class Features(NamedTuple):
+@dataclass(frozen=True)
+class Features:
     """The features of samples, by view; samples that could not be read are left out."""
 
     views: dict[str, np.ndarray]  # (n, d), or (n, rows, d) with several rows per sample; float32
@@ -38,7 +40,8 @@ class Features(NamedTuple):
 
     def take(self, rows: np.ndarray) -> Features:
         """Return the features of some samples."""
-        return self._replace(
+        return replace(
+            self,
             views={name: view[rows] for name, view in self.views.items()},
             probabilities=None if self.probabilities is None else self.probabilities[rows],
             groups=self.groups[rows],

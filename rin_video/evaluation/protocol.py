@@ -12,7 +12,7 @@ from rin_video.errors import UsageError
 from rin_video.evaluation.comparison import flatten
 from rin_video.evaluation.extraction import Measured
 from rin_video.evaluation.inputs import Model, Reference
-from rin_video.evaluation.scores import NEIGHBOURS, RESAMPLES
+from rin_video.evaluation.scores import MAX_ROWS, NEIGHBOURS, RESAMPLES
 from rin_video.evaluation.sets import codec_of
 from rin_video.features import Extractor
 from rin_video.training.provenance import package_versions
@@ -142,7 +142,12 @@ def describe_protocol(
         },
         "samples": {"num": len(measured.sample_features), "codec": codec_of(measured.samples), "best_of": best_of},
         "features": {"name": name, "digest": extractor.digest, **extractor.protocol},
-        "metrics": {"resamples": RESAMPLES, "neighbours": NEIGHBOURS, "intervals": "bootstrap by file, 95 %"},
+        "metrics": {
+            "resamples": RESAMPLES,
+            "neighbours": NEIGHBOURS,
+            "rows": MAX_ROWS,
+            "intervals": "bootstrap by file, 95 %",
+        },
         "source": {
             "data": reference.name,
             "samples": measured.samples.name if model is None else model.name,

@@ -10,21 +10,17 @@ from typing import Any
 import numpy as np
 
 from rin_video.errors import UsageError
-from rin_video.evaluation.distances import (
-    Estimate,
-    accuracy,
-    frechet_distance,
-    inception_score,
-    kernel_distance,
-    real_floor,
-    too_few,
-)
+from rin_video.evaluation.class_scores import accuracy, inception_score
+from rin_video.evaluation.distances import frechet_distance, kernel_distance
 from rin_video.evaluation.extraction import Features
+from rin_video.evaluation.floors import real_floor, too_few
+from rin_video.evaluation.intervals import Estimate
 from rin_video.evaluation.memorisation import memorisation
 from rin_video.evaluation.neighbours import neighbour_scores
 from rin_video.evaluation.probe import train_probe
 
 RESAMPLES = 1000
+MAX_ROWS = 4096  # rows of a view that a distance is computed of
 NEIGHBOURS = 5  # of precision, recall, density and coverage
 MAIN_VIEWS = ("clip", "image")  # views with one row per sample
 DISTANCES: dict[str, Callable[..., Estimate]] = {
@@ -154,11 +150,19 @@ def main_view(features: Features) -> str:
 
 
 def rows_of_view(features: Features, view: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the rows (n, d) of a view, and the file of each row."""
+    """Return the rows (n, d) of a view, and the file of each row.
+
+    Of a view with several rows per sample, at most about `MAX_ROWS` are used: the same number of each sample, and in
+    turn all of them.
+    """
     values = features.views[view]
     if values.ndim == 2:
         return values, features.groups
-    return values.reshape(-1, values.shape[-1]), np.repeat(features.groups, values.shape[1])
+    n, rows, _ = values.shape
+    kept = min(rows, max(1, MAX_ROWS // n))
+    places = (np.arange(n)[:, None] + np.arange(kept) * rows // kept) % rows
+    chosen = values[np.arange(n)[:, None], places]
+    return chosen.reshape(n * kept, -1), np.repeat(features.groups, kept)
 
 
 def join(first: Features, second: Features | None) -> Features:
@@ -166,7 +170,8 @@ def join(first: Features, second: Features | None) -> Features:
     if second is None:
         return first
     shift = int(first.groups.max()) + 1
-    return first._replace(
+    return dataclasses.replace(
+        first,
         views={name: np.concatenate([first.views[name], second.views[name]]) for name in first.views},
         probabilities=None,
         groups=np.concatenate([first.groups, second.groups + shift]),

@@ -6,8 +6,9 @@ import dataclasses
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -29,7 +30,8 @@ from rin_video.errors import UsageError
 from rin_video.media import as_pixels, sample_files
 
 
-class SampleSet(NamedTuple):
+@dataclass(frozen=True)
+class SampleSet:
     """Some samples of a dataset, in a fixed order and without augmentation."""
 
     dataset: Any

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from rin_video.features.files import file_digest, optional_import
 from rin_video.features.pictures import PictureExtractor, resize
 from rin_video.files import HUB
 from rin_video.hub import HUB_ID, plain_errors
+from rin_video.wording import counted
 
 FILES = [
     "config.json",
@@ -74,26 +76,9 @@ class Pretrained:
     """
 
     def __init__(self, request: Request, folder: Path) -> None:
-        from transformers import AutoImageProcessor, AutoModel
-
         self.name, self.device = request.name, torch.device(request.device)
         self.digest = file_digest(*weight_files(folder))
-        local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-        try:
-            self.model, report = AutoModel.from_pretrained(
-                folder, use_safetensors=True, output_loading_info=True, **local
-            )
-            processor = AutoImageProcessor.from_pretrained(folder, **local)
-        except Exception as error:  # the library raises all kinds of errors for a file that it cannot read
-            raise UsageError(
-                f"{request.argument} cannot be loaded by transformers: {first_line(error)[:160]}"
-            ) from None
-        missing = [key for key in report["missing_keys"] if "pooler" not in key]
-        if missing or report["mismatched_keys"]:
-            raise UsageError(
-                f"{request.argument} lacks {len(missing) or len(report['mismatched_keys'])} tensors of its network, such "
-                f"as {min(missing, default='')}: the weights are not complete"
-            )
+        self.model, processor = load_model(folder, request.argument)
         self.model = self.model.float().eval().requires_grad_(False).to(self.device)
         config = self.model.config
         self.num_frames: int = getattr(config, "num_frames", 0) or getattr(config, "frames_per_clip", 0)
@@ -189,6 +174,43 @@ class PretrainedVideo(Extractor):
         """Return the features of uint8 clips (B, 3, F, H, W)."""
         values = self.pretrained.normalise(as_pictures(x))
         return self.pretrained.encode(values.unflatten(0, (len(x), -1)))
+
+
+def load_model(folder: Path, name: str) -> tuple[Any, Any]:
+    """Return the model and the image processor of a folder, without network, pickle or code of the folder."""
+    from transformers import AutoImageProcessor, AutoModel
+
+    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        with quiet_transformers():
+            model, report = AutoModel.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **local)
+            processor = AutoImageProcessor.from_pretrained(folder, **local)
+    except Exception as error:  # the library raises all kinds of errors for files that it cannot read
+        raise UsageError(f"{name} cannot be loaded by transformers: {first_line(error)[:160]}") from None
+    missing = [str(key) for key in report["missing_keys"] if "pooler" not in str(key)]
+    missing += [str(key[0]) for key in report["mismatched_keys"]]
+    if missing:
+        raise UsageError(
+            f"{name} lacks {counted(len(missing), 'tensor')} of its network, such as {min(missing)}: its weights are "
+            "not complete"
+        )
+    return model, processor
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Suppress progress bars and warnings of transformers in the block."""
+    from transformers.utils import logging
+
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
 
 
 def find_folder(request: Request) -> Path:
