@@ -110,6 +110,11 @@ class Adapted(SampleDataset):
         item = {"x": self._fitted(self._tensor(x, index), index), "label": self._label(label, index)}
         return item if embedding is None else {**item, "embedding": torch.as_tensor(embedding)}
 
+    def group_of(self, index: int) -> int:
+        """Return the number of the item's file by the dataset's `group_of`, or else that of the item."""
+        own = getattr(self.dataset, "group_of", None)
+        return int(own(index)) if own else index
+
     def name_of(self, index: int) -> str:
         """Return the name of an item: by the dataset's `name_of`, its `files`, or "sample N"."""
         return name_of(self.dataset, index)
@@ -220,6 +225,10 @@ class Part(SampleDataset):
         """Return the name of an item."""
         return self.dataset.name_of(self.indices[index])
 
+    def group_of(self, index: int) -> int:
+        """Return the number of the item's file in the complete dataset."""
+        return int(self.dataset.group_of(self.indices[index]))
+
 
 class Joined(SampleDataset):
     """The concatenation of datasets, as made by `ConcatDataset`; their classes are merged by name.
@@ -262,6 +271,11 @@ class Joined(SampleDataset):
         """Return the name of an item."""
         part, place = self.place_of(index)
         return self.parts[part].name_of(place)
+
+    def group_of(self, index: int) -> int:
+        """Return the number of the item's file; the files of a part come after those of the parts before it."""
+        part, place = self.place_of(index)
+        return (self.ends[part - 1] if part else 0) + int(self.parts[part].group_of(place))
 
     def _renumbered(self, part: int, item: dict[str, Any]) -> dict[str, Any]:
         if not self.classes or self.parts[part].classes == self.classes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
@@ -47,7 +48,7 @@ class ArrayFolder(SampleDataset):
         self.skipped = found.unusable
         self.files: list[Source] = []
         self.infos: list[ArrayInfo] = []
-        names: list[str | None] = []
+        self.class_names: list[str | None] = []  # of each sample
         self.places: list[tuple[int, int | None]] = []  # which file, which sample in it
         for entry in found.usable:
             count = self._num_samples(entry.info)
@@ -55,11 +56,31 @@ class ArrayFolder(SampleDataset):
                 self.skipped.append((entry.source, self._misfit(entry.source, entry.info)))
                 continue
             self.places += [(len(self.files), None if count is None else i) for i in range(count or 1)]
-            names += [entry.class_name] * (count or 1)
+            self.class_names += [entry.class_name] * (count or 1)
             self.files.append(entry.source)
             self.infos.append(entry.info)
         refuse_skipped(len(self.files), self.skipped, config.strict)
-        self.classes, self.labels = number_classes(names)
+        self.classes, self.labels = number_classes(self.class_names)
+
+    def keys(self) -> list[str]:
+        """Return the name of each sample by which its side is chosen: that of its file, and its row if it has many."""
+        from rin_video.datasets.held_out import file_keys
+
+        keys = file_keys(self.root, self.files)
+        return [keys[file] if row is None else f"{keys[file]}[{row}]" for file, row in self.places]
+
+    def select(self, samples: Sequence[int]) -> ArrayFolder:
+        """Return the dataset of some of the samples, by number, with the classes of the complete one."""
+        part = copy.copy(self)
+        part.places = [self.places[i] for i in samples]
+        part.class_names, part.labels = [self.class_names[i] for i in samples], [self.labels[i] for i in samples]
+        return part
+
+    def use_classes(self, classes: list[str]) -> None:
+        """Number the classes as in other data, `classes`; samples without class get label -1."""
+        from rin_video.datasets.folders import relabel
+
+        self.classes, self.labels = classes, relabel(self.class_names, classes)
 
     def __len__(self) -> int:
         return len(self.places)
@@ -80,6 +101,10 @@ class ArrayFolder(SampleDataset):
         file, place = self.places[index]
         return f"{self.files[file]}" + (f" [{place}]" if place is not None else "")
 
+    def group_of(self, index: int) -> int:
+        """Return the number of the item: the rows of a file are separate samples."""
+        return range(len(self))[index]
+
     def describe(self) -> str:
         """Return a summary in a few lines: arrays, shape, dtypes, classes, skipped files."""
         from rin_video.datasets.index import describe_skipped
@@ -87,8 +112,9 @@ class ArrayFolder(SampleDataset):
 
         size = "x".join(map(str, self.shape))
         kinds = ", ".join(sorted({info.dtype for info in self.infos}))
+        num_files = len({file for file, _ in self.places})
         lines = [
-            f"{counted(len(self), 'array')} of shape {size} ({kinds}) in {counted(len(self.files), 'file')}"
+            f"{counted(len(self), 'array')} of shape {size} ({kinds}) in {counted(num_files, 'file')}"
             f"{class_list(self.classes)}"
         ]
         return "\n".join(lines + describe_skipped(self.skipped))

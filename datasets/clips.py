@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections import Counter
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from rin_video.datasets.clip_sampler import ClipSampler
 from rin_video.datasets.decoding import LostFramesError, VideoInfo, backends_for, close_cached, open_cached
 from rin_video.datasets.embeddings import open_embeddings
 from rin_video.datasets.epochs import SampleDataset
-from rin_video.datasets.folders import number_classes
+from rin_video.datasets.folders import number_classes, relabel
 from rin_video.datasets.images import make_resize_crop
 from rin_video.datasets.index import Entry, describe_notes, describe_skipped, make_index, refuse_skipped
 from rin_video.datasets.resize_crop import SampleRNG, class_list, size_range
@@ -67,7 +69,7 @@ class ClipFolder(SampleDataset):
         self.buckets = Buckets(self.config.buckets, rank=3)
         entries = self._choose()
         self.embeddings = open_embeddings(entries, self.config, index)
-        self.backends = Counter(backends_for(info, self.decoder, strict=False)[0] for info in self.infos)
+        self.backends = self._count_backends()
         self._lost: dict[int, frozenset[int]] = {}  # damaged frames by file, as found by this process
 
     def _choose(self) -> list[Entry]:
@@ -80,7 +82,7 @@ class ClipFolder(SampleDataset):
         short: list[ShortClipError] = []
         self.files: list[Source] = []
         self.infos: list[VideoInfo] = []
-        names: list[str | None] = []
+        self.class_names: list[str | None] = []  # of each file
         self.places: list[tuple[int, int, int]] = []  # file, part, of how many parts
         for entry in self.index.usable:
             try:
@@ -94,7 +96,7 @@ class ClipFolder(SampleDataset):
             chosen.append(entry)
             self.files.append(entry.source)
             self.infos.append(entry.info)
-            names.append(entry.class_name)
+            self.class_names.append(entry.class_name)
         if short and not self.files:
             longest = max(short, key=lambda error: error.fits)
             if len(short) == 1:
@@ -102,7 +104,7 @@ class ClipFolder(SampleDataset):
             problem = f"none of {len(short)} clips is long enough: {longest.problem}"
             raise ShortClipError(problem, f"use --frames {longest.fits}", longest.fits)
         refuse_skipped(len(self.files), self.skipped, self.config.strict)
-        self.classes, labels = number_classes(names)
+        self.classes, labels = number_classes(self.class_names)
         self.labels = [labels[file] for file, _, _ in self.places]
         files = self.buckets.assign(
             [(self._longest(info), *info.size) for info in self.infos]
@@ -111,6 +113,27 @@ class ClipFolder(SampleDataset):
         )
         self.bucket_of = [files[file] for file, _, _ in self.places]
         return chosen
+
+    def select(self, files: Sequence[int]) -> ClipFolder:
+        """Return the dataset of some of the files, by number, with the classes and embeddings of the complete one."""
+        part, number = copy.copy(self), {file: i for i, file in enumerate(files)}
+        part.rng, part._lost = SampleRNG(self.seed), {}
+        part.files, part.infos = [self.files[file] for file in files], [self.infos[file] for file in files]
+        part.class_names = [self.class_names[file] for file in files]
+        kept = [i for i, place in enumerate(self.places) if place[0] in number]
+        part.places = [(number[file], window, count) for file, window, count in (self.places[i] for i in kept)]
+        part.labels, part.bucket_of = ([values[i] for i in kept] for values in (self.labels, self.bucket_of))
+        part.embeddings = self.embeddings and self.embeddings.select(files)
+        part.backends = part._count_backends()
+        return part
+
+    def use_classes(self, classes: list[str]) -> None:
+        """Number the classes as in other data, `classes`; files without class get label -1."""
+        self.classes, labels = classes, relabel(self.class_names, classes)
+        self.labels = [labels[file] for file, _, _ in self.places]
+
+    def _count_backends(self) -> Counter[str]:
+        return Counter(backends_for(info, self.decoder, strict=False)[0] for info in self.infos)
 
     def _longest(self, info: VideoInfo) -> int:
         """Return the number of frames of the longest bucket that the file can fill."""
@@ -159,6 +182,10 @@ class ClipFolder(SampleDataset):
     def name_of(self, index: int) -> str:
         """Return the name of the item's file."""
         return str(self.files[self.places[index][0]])
+
+    def group_of(self, index: int) -> int:
+        """Return the number of the item's file."""
+        return self.places[index][0]
 
     def describe(self) -> str:
         """Return a summary in a few lines: files, classes, sizes, lengths, decoders, skipped files."""

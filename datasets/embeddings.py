@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,6 +30,9 @@ class Embeddings(Protocol):
 
     def __getitem__(self, file: int) -> Tensor:
         """Return the embedding of a file, (vectors, width) float32, zero-padded; all zeros if it has none."""
+
+    def select(self, files: Sequence[int]) -> Embeddings:
+        """Return the embeddings of some of the files, by number, in the same shape."""
 
     def describe(self) -> str:
         """Return a summary in one line."""
@@ -87,6 +91,12 @@ class EmbeddingFiles:
                 )
         self.shape = (max(shape[0] for shape in shapes), width)
 
+    def select(self, files: Sequence[int]) -> EmbeddingFiles:
+        """Return the embeddings of some of the files, by number, in the same shape."""
+        part = copy.copy(self)
+        part.files, part.infos = [self.files[file] for file in files], [self.infos[file] for file in files]
+        return part
+
     def _shape(self, file: int) -> tuple[int, int]:
         info = self.infos[file]
         assert info is not None
@@ -132,6 +142,12 @@ class CaptionEmbeddings:
     def __getitem__(self, file: int) -> Tensor:
         row = self.row_of[file]
         return torch.zeros(self.shape) if row < 0 else self.rows[row].clone()
+
+    def select(self, files: Sequence[int]) -> CaptionEmbeddings:
+        """Return the embeddings of some of the files, by number, in the same shape."""
+        part = copy.copy(self)
+        part.row_of = [self.row_of[file] for file in files]
+        return part
 
     def describe(self) -> str:
         """Return a summary in one line."""

@@ -16,6 +16,10 @@ class SampleDataset(Dataset[dict[str, Any]]):
     `draw(index, epoch)` returns an item of an epoch; (index, epoch) determines its clip, crop and augmentation.
     """
 
+    def group_of(self, index: int) -> int:
+        """Return the number of the file that contains the item; without files, each item is one of its own."""
+        return index
+
 
 class EpochSampler(Sampler[list[tuple[int, int]]]):
     """An endless sampler of batches of (epoch, index); (seed, epoch) determines the permutation of each epoch.

@@ -20,7 +20,10 @@ from rin_video.wording import counted
 
 log = logging.getLogger("rin_video")
 
-SPLITS = ("train", "training", "val", "valid", "validation", "dev", "eval", "test", "testing")
+TRAINING = ("train", "training")
+VALIDATION = ("val", "valid", "validation", "dev", "eval")
+TEST = ("test", "testing")
+SPLITS = (*TRAINING, *VALIDATION, *TEST)
 FEW = 0.1  # up to this share of animated GIFs, a folder counts as images
 PREPARED = ("index.jsonl", "source.jsonl", "prepare.json")  # what `rin-video prepare` writes beside shards
 FRAMES = 8  # least number of consecutively numbered files that may be the frames of a clip
@@ -119,7 +122,7 @@ def number_classes(names: Sequence[str | None]) -> tuple[list[str], list[int]]:
     """
     classes = sort_classes({name for name in names if name})
     without = sum(not name for name in names)
-    if len(classes) < 2 or 2 * without > len(names):
+    if not are_classes(names):
         if len(classes) > 1:
             listed = f"{', '.join(map(shown, classes[:3]))}{', ...' * (len(classes) > 3)}"
             _warn_once(
@@ -131,6 +134,27 @@ def number_classes(names: Sequence[str | None]) -> tuple[list[str], list[int]]:
         _warn_once(f"{without} of {counted(len(names), 'file')} are in no class folder and get no label")
     numbers = {name: number for number, name in enumerate(classes)}
     return classes, [numbers[name] if name else -1 for name in names]
+
+
+def are_classes(names: Sequence[str | None]) -> bool:
+    """Return whether the class names of files are used: two or more, for half of the files or more."""
+    return len({name for name in names if name}) > 1 and 2 * sum(not name for name in names) <= len(names)
+
+
+def relabel(names: Sequence[str | None], classes: Sequence[str]) -> list[int]:
+    """Return the number of each class name in `classes`, and -1 for a file without class, or if there are no classes.
+
+    Raises `UsageError` if a name is not one of the classes.
+    """
+    numbers = {name: number for number, name in enumerate(classes)}
+    unknown = sorted({name for name in names if name and name not in numbers}) if classes else []
+    if unknown:
+        listed = f"{', '.join(map(shown, classes[:8]))}{', ...' * (len(classes) > 8)}"
+        raise UsageError(
+            f"the validation data has the class {shown(unknown[0])}, which the training data has not (its classes are "
+            f"{listed}): rename that folder, or move its files out of it to use them without label"
+        )
+    return [numbers.get(name, -1) if name else -1 for name in names]
 
 
 def sort_classes(names: Collection[str]) -> list[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -15,7 +17,7 @@ from rin_video.datasets.clip_sampler import ClipSampler
 from rin_video.datasets.decoding import VideoInfo, open_video, probe_video
 from rin_video.datasets.epochs import SampleDataset
 from rin_video.datasets.extensions import CLIP_EXTENSIONS
-from rin_video.datasets.folders import sort_classes
+from rin_video.datasets.folders import relabel, sort_classes
 from rin_video.datasets.images import make_resize_crop
 from rin_video.datasets.reading import read_image
 from rin_video.datasets.resize_crop import SampleRNG, class_list
@@ -72,6 +74,7 @@ class HubDataset(SampleDataset):
                 "another with data.image_column=NAME"
             ) from error
         self.label, self.classes, self.labels = self._read_labels(table)
+        self.rows: Sequence[int] = range(len(self.table))  # the numbers of the rows in the complete table
         self.whole_numbers = [n for n, feature in table.features.items() if "int" in str(getattr(feature, "dtype", ""))]
         self.resize_crop = make_resize_crop(shape[-2:], options)
         self.clip_sampler = ClipSampler(shape[1], options) if len(shape) == 4 else None
@@ -83,7 +86,7 @@ class HubDataset(SampleDataset):
     def _first_info(self) -> list[VideoInfo]:
         if self.clip_sampler is None:
             return []
-        for row in range(min(len(self.table), 8)):
+        for row in range(min(len(self.rows), 8)):
             with suppress(UsageError):
                 return [probe_video(self._source(row, row * self.parts_of_row), max_pixels=self.config.max_pixels)]
         return []
@@ -111,7 +114,7 @@ class HubDataset(SampleDataset):
         self.rng.set_epoch(epoch)
 
     def __len__(self) -> int:
-        return len(self.table) * self.parts_of_row
+        return len(self.rows) * self.parts_of_row
 
     def __getitem__(self, index: int) -> dict[str, Tensor | int]:
         return self.draw(index, self.rng.epoch)
@@ -137,7 +140,7 @@ class HubDataset(SampleDataset):
 
     def _source(self, row: int, index: int) -> Buffer:
         """Return the bytes of a row's picture. Raises `UsageError` if there are none."""
-        cell, name = self.table[row][self.column] or {}, self.name_of(index)
+        cell, name = self.table[self.rows[row]][self.column] or {}, self.name_of(index)
         content, path = cell.get("bytes"), str(cell.get("path") or "")
         if content is None and not path:
             raise UsageError(f"{name} has no value in column {self.column}")
@@ -150,11 +153,38 @@ class HubDataset(SampleDataset):
 
     def name_of(self, index: int) -> str:
         """Return the name of the item's row, PATH[ROW]."""
-        return f"{os.fspath(self.path)}[{index // self.parts_of_row}]"
+        return f"{os.fspath(self.path)}[{self.rows[index // self.parts_of_row]}]"
+
+    def group_of(self, index: int) -> int:
+        """Return the number of the item's row."""
+        return range(len(self))[index] // self.parts_of_row
+
+    def keys(self) -> list[str]:
+        """Return the name of each row by which its side is chosen: its number in the table."""
+        return [str(row) for row in self.rows]
+
+    @property
+    def class_names(self) -> list[str | None]:
+        """The class of each row."""
+        if not self.label:
+            return [None] * len(self.rows)
+        return [self.classes[number] if number >= 0 else None for number in self.labels]
+
+    def select(self, rows: Sequence[int]) -> HubDataset:
+        """Return the dataset of some of the rows, by number, with the classes of the complete one."""
+        part = copy.copy(self)
+        part.rng, part.rows = SampleRNG(self.rng.seed), [self.rows[i] for i in rows]
+        part.labels = [self.labels[i] for i in rows] if self.label else []
+        return part
+
+    def use_classes(self, classes: list[str]) -> None:
+        """Number the classes as in other data, `classes`; rows without class get label -1."""
+        labels = relabel(self.class_names, classes)
+        self.classes, self.labels = classes, labels
 
     def describe(self) -> str:
         """Return a summary in a few lines: rows, classes, clips per epoch."""
-        lines = [f"{len(self.table)} rows of column {self.column}{class_list(self.classes)}"]
+        lines = [f"{len(self.rows)} rows of column {self.column}{class_list(self.classes)}"]
         if self.parts_of_row > 1:
             lines.append(f"{counted(len(self), 'clip')} per epoch")
         if not self.label and (numbers := self.whole_numbers):
@@ -225,6 +255,19 @@ def load_table(name: str) -> Any:
 
     If there are several splits, train is used, or the first one. Raises `UsageError` if it cannot be loaded.
     """
+    found = _load_any(name)
+    if isinstance(found, dict):
+        return found["train" if "train" in found else next(iter(found))]
+    return found
+
+
+def split_names(name: str) -> list[str]:
+    """Return the names of the splits of `hf:NAME` or a saved folder; empty if it is, or names, a single one."""
+    found = _load_any(name)
+    return list(found) if isinstance(found, dict) else []
+
+
+def _load_any(name: str) -> Any:
     import_hub()
     files = [Path(name, file) for file in ("state.json", "dataset_dict.json")]
     return _load(name, tuple(file.stat().st_mtime_ns for file in files if file.is_file()))
@@ -235,18 +278,13 @@ def _load(name: str, modified: tuple[int, ...]) -> Any:
     hub = import_hub()
     try:
         if not name.startswith(HUB):
-            table = hub.load_from_disk(name)
-        else:
-            repo, *rest = name[len(HUB) :].split(":")
-            *configurations, split = rest or [""]
-            if len(configurations) > 1:
-                raise ValueError("write hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIGURATION:SPLIT")
-            table = hub.load_dataset(repo, *configurations, split=split or None, trust_remote_code=False)
+            return hub.load_from_disk(name)
+        repo, *rest = name[len(HUB) :].split(":")
+        *configurations, split = rest or [""]
+        if len(configurations) > 1:
+            raise ValueError("write hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIGURATION:SPLIT")
+        return hub.load_dataset(repo, *configurations, split=split or None, trust_remote_code=False)
     except Exception as error:
         reason = " ".join(str(error).split())[:400] or repr(error)
         advice = f": write {name.split(':')[0]}:{name.split(':')[1]}:NAME:train" if "onfig name" in reason else ""
         raise UsageError(f"{name} cannot be loaded: {reason}{advice}") from error
-    if isinstance(table, dict):
-        split = "train" if "train" in table else next(iter(table))
-        return table[split]
-    return table

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from rin_video.config import DataConfig, data_config
 from rin_video.datasets.buckets import Buckets
 from rin_video.datasets.embeddings import open_embeddings
 from rin_video.datasets.epochs import SampleDataset
-from rin_video.datasets.folders import number_classes
+from rin_video.datasets.folders import number_classes, relabel
 from rin_video.datasets.index import describe_skipped, make_index
 from rin_video.datasets.reading import PIL_MODES, read_image
 from rin_video.datasets.resize_crop import ResizeCrop, SampleRNG, class_list, size_range
@@ -55,13 +57,28 @@ class ImageFolder(SampleDataset):
         self.skipped = self.index.unusable
         entries = self.index.usable
         self.files, self.sizes = [entry.source for entry in entries], [entry.info.size for entry in entries]
-        self.classes, self.labels = number_classes([entry.class_name for entry in entries])
+        self.class_names = [entry.class_name for entry in entries]
+        self.classes, self.labels = number_classes(self.class_names)
         self.embeddings = open_embeddings(entries, self.config, index)
         self.buckets = Buckets(self.config.buckets, rank=2)
         self.bucket_of = self.buckets.assign([(1, *size) for size in self.sizes])
         self.resize_crops = [make_resize_crop(shape, self.config) for shape in self.buckets.shapes] or [
             self.resize_crop
         ]
+
+    def select(self, files: Sequence[int]) -> ImageFolder:
+        """Return the dataset of some of the files, by number, with the classes and embeddings of the complete one."""
+        part = copy.copy(self)
+        part.rng = SampleRNG(self.seed)
+        for name in ("files", "sizes", "class_names", "labels", "bucket_of"):
+            values = getattr(self, name)
+            setattr(part, name, [values[file] for file in files])
+        part.embeddings = self.embeddings and self.embeddings.select(files)
+        return part
+
+    def use_classes(self, classes: list[str]) -> None:
+        """Number the classes as in other data, `classes`; files without class get label -1."""
+        self.classes, self.labels = classes, relabel(self.class_names, classes)
 
     @property
     def seed(self) -> int:
@@ -96,6 +113,10 @@ class ImageFolder(SampleDataset):
     def name_of(self, index: int) -> str:
         """Return the name of the item's file."""
         return str(self.files[index])
+
+    def group_of(self, index: int) -> int:
+        """Return the number of the item's file."""
+        return range(len(self))[index]
 
     def describe(self) -> str:
         """Return a summary in a few lines: files, classes, sizes, enlarged images, skipped files."""

@@ -56,6 +56,17 @@ class MixedDataset(SampleDataset):
         index = range(len(self))[index]
         return (0, index) if index < len(self.parts[0]) else (1, index - len(self.parts[0]))
 
+    def use_classes(self, classes: list[str]) -> None:
+        """Number the classes as in other data, `classes`."""
+        for part in self.parts:
+            part.use_classes(classes if part.classes else [])
+        self.classes, self.renumber = classes, [list(range(len(part.classes))) for part in self.parts]
+
+    def group_of(self, index: int) -> int:
+        """Return the number of the item's file; the files of images come after those of clips."""
+        which, place = self.place_of(index)
+        return which * len(self.clips) + int(self.parts[which].group_of(place))  # type: ignore[arg-type]
+
     def name_of(self, index: int) -> str:
         """Return the name of the item."""
         which, place = self.place_of(index)

@@ -19,6 +19,7 @@ import torch
 from rin_video.config import DataConfig, DataKind
 from rin_video.datasets.clip_sampler import nearest_in_time
 from rin_video.datasets.decoding import open_video
+from rin_video.datasets.held_out import MANIFEST, file_key
 from rin_video.datasets.images import make_resize_crop
 from rin_video.datasets.index import Entry, make_index, refuse_skipped
 from rin_video.datasets.probing import end_with_parent
@@ -34,7 +35,6 @@ from rin_video.media import VideoWriter, require_encoder
 from rin_video.progress import progress_bar
 from rin_video.wording import counted, in_bytes
 
-MANIFEST = "prepare.json"
 FILES_PER_SHARD = 256
 BLOCK = 64  # frames decoded at a time
 KEY_EVERY = "8"  # frames per keyframe, which limits the frames decoded before a random start
@@ -46,6 +46,7 @@ class Job:
     """The work for one shard."""
 
     path: Path
+    root: str
     entries: list[Entry]
     kind: DataKind
     size: tuple[int, int]
@@ -84,7 +85,7 @@ def prepare(
     }
     _check_manifest(out / MANIFEST, manifest)
     jobs = [
-        Job(out / f"{i:06d}.tar", entries[start : start + files_per_shard], kind, size, options)
+        Job(out / f"{i:06d}.tar", os.fspath(root), entries[start : start + files_per_shard], kind, size, options)
         for i, start in enumerate(range(0, len(entries), files_per_shard))
     ]
     left = [job for job in jobs if not job.path.exists()]
@@ -170,7 +171,7 @@ def _write(job: Job) -> list[tuple[Any, str]]:
             files[f"{key}.cls"] = entry.class_name.encode("utf-8", "backslashreplace")
         if entry.caption:
             files[f"{key}.txt"] = entry.caption.encode()
-        about = {"source": shown(entry.source), "hash": entry.hash}
+        about = {"source": shown(entry.source), "name": file_key(job.root, entry.source), "hash": entry.hash}
         files[f"{key}.json"] = json.dumps(about).encode()
     write_shard(job.path, files)
     return failed

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from rin_video.config_files import load_config
     from rin_video.diffusion.process import GaussianDiffusion
     from rin_video.errors import UsageError
+    from rin_video.evaluation.evaluate import evaluate
     from rin_video.media import save_samples, write_video
     from rin_video.model.rin import RIN
     from rin_video.reports.card import push_to_hub
@@ -24,6 +25,7 @@ __all__ = [
     "ModelConfig",
     "Trainer",
     "UsageError",
+    "evaluate",
     "load_config",
     "push_to_hub",
     "save_samples",
@@ -39,6 +41,7 @@ _HOME = {
     "ModelConfig": "config",
     "Trainer": "training.trainer",
     "UsageError": "errors",
+    "evaluate": "evaluation.evaluate",
     "load_config": "config_files",
     "push_to_hub": "reports.card",
     "save_samples": "media",

@@ -18,6 +18,7 @@ from rin_video.config_checks import (
     check_choices,
     check_range,
     check_within,
+    is_number,
     is_whole,
     read_numbers,
     split_parameters,
@@ -249,6 +250,9 @@ class DataConfig:
     """The data files, and how samples are taken from them."""
 
     path: str | None = None  # folder, file, shards x/{000..123}.tar, or hf:NAME[[:CONFIGURATION]:SPLIT]; null: not set
+    # held-out data, which is never trained on: a share of the files in (0, 0.5], or a folder, shards or hf: of its own;
+    # null: the split `val` or `test` of the data, if there is one
+    validation: float | str | None = None
     images: str | None = None  # images that are mixed with the clips, for `model.tokenizer=tube+image`; null: none
     image_ratio: float = 0.5  # fraction of the training steps that use `images`, between 0 and 1
     embeddings: bool = False  # condition on vectors from files beside the data (x.npy or x.safetensors beside x.mp4)
@@ -291,6 +295,11 @@ class DataConfig:
         if self.embeddings and self.text_encoder is not None:
             raise UsageError(
                 "data.embeddings and data.text_encoder both choose the embeddings of a sample: set only one"
+            )
+        if isinstance(self.validation, int | float) and not (is_number(self.validation) and 0 < self.validation <= 0.5):
+            raise UsageError(
+                f"data.validation is {self.validation}: it must be a share above 0 and at most 0.5, or the name of a "
+                "folder (write ./NAME if the name is a number)"
             )
         if not 0 < self.image_ratio < 1:
             raise UsageError(f"data.image_ratio is {self.image_ratio:g}: it must be above 0 and below 1")

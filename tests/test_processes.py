@@ -14,7 +14,7 @@ import tiny_run
 import torch
 from accelerate import Accelerator
 from tiny_run import make_trainer
-from together import draw
+from together import draw, scores
 from torch.testing import assert_close
 
 from rin_video import GaussianDiffusion, UsageError
@@ -134,6 +134,14 @@ def test_processes_share_the_samples_out(runs):
     assert (together["known 5"][:, :, :2] == together["longer 5"][:, :, :2]).all()
     shares = [rows_of(5, rank, 4) for rank in range(4)]
     assert shares == [range(2), range(2, 4), range(4, 5), range(5, 5)]
+
+
+def test_processes_share_an_evaluation(runs):
+    """All of them have the scores of one process, to the last digit."""
+    first, second = json.loads((runs / "together.json").read_text())
+    alone = json.loads(json.dumps(scores()))
+    assert first["scores"] == second["scores"] == alone
+    assert {"0 clip/frechet_distance", "1 prediction/psnr"} <= alone.keys()
 
 
 def test_ranks_take_consecutive_rows_of_a_batch_of_buckets():

@@ -101,10 +101,11 @@ def find_config(model: str) -> Path:
 
 def diagnose(options: Namespace) -> None:
     """Measure a model on data, and print the losses and findings."""
-    from rin_video.cli.trained import allow_only, best_device, check_sampling, own_folder
+    from rin_video.cli.trained import allow_only, check_sampling, own_folder
     from rin_video.datasets.open import INDEX
     from rin_video.diffusion.process import GaussianDiffusion
     from rin_video.reports.diagnose import diagnose_run
+    from rin_video.training.parallel_sampling import sampling_device
     from rin_video.weights import find_model
 
     folder = find_model(options.model)
@@ -116,7 +117,7 @@ def diagnose(options: Namespace) -> None:
         raise UsageError(f"{folder / CONFIG} does not name the data of training: add --data FOLDER")
     if options.num < 2:
         raise UsageError(f"--num is {options.num}: it must be at least 2")
-    diffusion = GaussianDiffusion.from_pretrained(folder, device=best_device())
+    diffusion = GaussianDiffusion.from_pretrained(folder, device=sampling_device())
     try:
         dataset = open_known(data, diffusion.shape, config, None if options.data else folder / INDEX)
     except ShortClipError as error:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from typing import Any, NoReturn, cast
 
-from rin_video.cli import data, demo, inspect, sample, share, train
+from rin_video.cli import data, demo, evaluate, inspect, sample, share, train
 from rin_video.config import Config
 from rin_video.config_checks import types_of
 from rin_video.errors import ReportedError, Stopped, UsageError, first_line, one_line
@@ -54,7 +54,7 @@ def make_parser() -> Parser:
     parser = Parser(prog="rin-video", description="Train and sample Recurrent Interface Networks on images and video.")
     parser.add_argument("--version", action="version", version=f"rin-video {version('rin-video')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (train, data, sample, inspect, share, demo):
+    for module in (train, data, sample, evaluate, inspect, share, demo):
         module.add_parsers(commands)
     return parser
 

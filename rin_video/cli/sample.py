@@ -6,18 +6,15 @@ import logging
 import time
 from argparse import Namespace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rin_video.cli.options import SIZE_HELP, one_of
 from rin_video.config import Config, GuidanceDropName, SampleConfig, SamplerName, ScheduleName, SpacingName
 from rin_video.config_files import load_config
 from rin_video.errors import UsageError
 from rin_video.files import CONFIG
-from rin_video.ranks import is_first, several_processes
+from rin_video.ranks import is_first
 from rin_video.wording import counted, scaled
-
-if TYPE_CHECKING:
-    import torch
 
 log = logging.getLogger("rin_video")
 
@@ -104,7 +101,7 @@ def sample(options: Namespace) -> None:
     from rin_video.cli.trained import allow_only, check_sampling, own_folder
     from rin_video.diffusion.process import GaussianDiffusion
     from rin_video.media import DEFAULT_FPS, MAX_GIF_FPS, check_target, save_parts, save_samples
-    from rin_video.training.parallel_sampling import sample_distributed
+    from rin_video.training.parallel_sampling import sample_distributed, sampling_device
     from rin_video.weights import find_model
 
     folder = find_model(options.model)
@@ -118,7 +115,7 @@ def sample(options: Namespace) -> None:
     fps = wanted.fps or DEFAULT_FPS
     if str(options.out).lower().endswith(".gif") and getattr(options, "sample.fps") is None:
         fps = min(fps, MAX_GIF_FPS)
-    diffusion = GaussianDiffusion.from_pretrained(folder, device=choose_device())
+    diffusion = GaussianDiffusion.from_pretrained(folder, device=sampling_device())
     model: Any = diffusion.model
     if options.interpolate_positions:
         model.interpolate_positions()
@@ -148,17 +145,6 @@ def sample(options: Namespace) -> None:
         paths = save_samples(samples.cpu(), out, fps=fps, titles=titles)
     seconds = scaled(time.perf_counter() - start)
     log.info("%s in %s s: %s", counted(wanted.num_samples, "sample"), seconds, paths[0] if len(paths) == 1 else out)
-
-
-def choose_device() -> torch.device:
-    """Return the best device; with several processes, the device of this process."""
-    from rin_video.cli.trained import best_device
-
-    if not several_processes():
-        return best_device()
-    from rin_video.training.distributed import join_process_group
-
-    return join_process_group().device
 
 
 def unused_name(path: Path) -> Path:

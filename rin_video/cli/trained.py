@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from rin_video.config import Config
 from rin_video.diffusion.sampling import plan_steps
 from rin_video.errors import UsageError
@@ -50,10 +48,3 @@ def check_sampling(config: Config, *, always_known: bool = True) -> None:
 def own_folder(model: str) -> Path:
     """Return the folder for results: that of the model, or the current folder for a model from the hub."""
     return Path(model) if Path(model).is_dir() else Path()
-
-
-def best_device() -> torch.device:
-    """Return the best device: CUDA, else MPS of Apple, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

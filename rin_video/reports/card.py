@@ -17,6 +17,7 @@ from rin_video.files import CONFIG, HUB, PIPE, WEIGHTS
 from rin_video.hub import HUB_ID, plain_errors
 from rin_video.model.info import describe, model_info
 from rin_video.model.rin import load_model
+from rin_video.reports.results import HEADINGS, describe_measurement, results_of, score_rows, warnings_of
 from rin_video.training.metrics import read_lines
 from rin_video.training.provenance import read_json
 
@@ -115,6 +116,7 @@ def model_card(folder: Path, repo: str, license: str | None = None) -> str:
         + "\n".join(f"| {name} | {plain_text(value)} |" for name, value in facts.items() if value)
         if any(facts.values())
         else "",
+        score_section(results_of(folder)),
         "## Model",
         code_block(describe(config.model)),
         "## Configuration",
@@ -122,6 +124,17 @@ def model_card(folder: Path, repo: str, license: str | None = None) -> str:
         "" if license else "## License\n\nNot chosen yet. Add `license:` to the metadata at the top of this card.",
     ]
     return "\n\n".join(paragraph for paragraph in paragraphs if paragraph) + "\n"
+
+
+def score_section(results: list[dict[str, Any]]) -> str:
+    """Return the scores of a run with their protocols as Markdown; empty if there are none."""
+    parts = []
+    for result in results:
+        rows = [HEADINGS, ["---"] * len(HEADINGS), *(list(map(plain_text, row)) for row in score_rows(result))]
+        table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+        parts.append(f"{plain_text(describe_measurement(result))}\n\n{table}")
+        parts += [f"- {plain_text(text)}" for text in warnings_of(result)]
+    return "\n\n".join(["## Scores", *parts]) if parts else ""
 
 
 def plain_text(text: object) -> str:

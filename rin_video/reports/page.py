@@ -10,6 +10,7 @@ from typing import Any
 
 from rin_video.errors import UsageError, one_line
 from rin_video.files import CONFIG, write_text
+from rin_video.reports.results import HEADINGS, describe_measurement, results_of, score_rows, warnings_of
 from rin_video.training.metrics import read_lines
 from rin_video.training.plots import metrics_svg
 from rin_video.training.provenance import read_json
@@ -26,7 +27,8 @@ PAGE = Template(
   h1 { margin-bottom: 0; } h2 { border-bottom: 1px solid #ddd; margin-top: 2.5rem; }
   figure { display: inline-block; margin: 0 1rem 1rem 0; vertical-align: top; }
   figcaption { color: #666; } video, figure img { max-width: 500px; min-width: 240px; image-rendering: pixelated; }
-  svg { width: 100%; height: auto; } table { border-collapse: collapse; } td { padding: .1rem 1.5rem .1rem 0; }
+  svg { width: 100%; height: auto; } table { border-collapse: collapse; }
+  td, th { padding: .1rem 1.5rem .1rem 0; text-align: left; }
   pre { background: #f6f6f6; overflow: auto; padding: 1rem; }
 </style></head><body>
 <h1>$title</h1>
@@ -35,6 +37,8 @@ PAGE = Template(
 $curves
 <h2>Samples over time</h2>
 $samples
+<h2>Scores</h2>
+$scores
 <h2>Versions and hardware</h2>
 <table>$facts</table>
 <h2>Configuration</h2>
@@ -62,6 +66,7 @@ def write_report(run: Path, path: Path) -> Path:
             ),
             curves=metrics_svg(lines),
             samples="\n".join(figures(run / "samples")) or "<p>none yet</p>",
+            scores="\n".join(map(score_table, results_of(run))) or "<p>none yet: rin-video evaluate measures them</p>",
             facts="".join(fact(name, value) for name, value in made.items() if value is not None and name != "earlier"),
             config=html.escape(
                 config.read_text(encoding="utf-8", errors="replace") if config.is_file() else "not written yet"
@@ -69,6 +74,16 @@ def write_report(run: Path, path: Path) -> Path:
         ),
     )
     return path
+
+
+def score_table(result: dict[str, Any]) -> str:
+    """Return the protocol, the scores and the warnings of an evaluation as HTML."""
+    rows = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in score_rows(result))
+    titles = "".join(f"<th>{title}</th>" for title in HEADINGS)
+    warnings = "".join(f"<li>{escape(text)}</li>" for text in warnings_of(result))
+    return f"<p>{escape(describe_measurement(result))}</p>\n<table><tr>{titles}</tr>{rows}</table>" + (
+        f"\n<ul>{warnings}</ul>" if warnings else ""
+    )
 
 
 def describe_earlier(starts: Any) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from rin_video.config import SampleConfig
@@ -22,6 +23,17 @@ def sample_distributed(diffusion: GaussianDiffusion, config: SampleConfig, **opt
     """
     options, gather = rank_part(diffusion, config, options)
     return gather(diffusion.sample(config, **options))
+
+
+def sampling_device() -> torch.device:
+    """Return the best device: CUDA, else MPS of Apple, else the CPU; with several processes, that of this process."""
+    if several_processes():
+        from rin_video.training.distributed import join_process_group
+
+        return join_process_group().device
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def rank_part(

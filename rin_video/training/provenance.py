@@ -25,7 +25,7 @@ def write_provenance(folder: Path, config: Config, accelerator: Any) -> None:
     path = folder / "run.json"
     now = {
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "versions": {"python": platform.python_version(), **{n: v for n in PACKAGES if (v := _version(n))}},
+        "versions": package_versions(),
         "system": platform.platform(),
         "device": device_name(accelerator.device),
         "processes": accelerator.num_processes,
@@ -39,6 +39,11 @@ def write_provenance(folder: Path, config: Config, accelerator: Any) -> None:
         starts = before.pop("earlier", [])
         earlier = [*(starts if isinstance(starts, list) else []), before]
     write_text(path, json.dumps(now | {"earlier": earlier}, indent=1) + "\n")
+
+
+def package_versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that results depend on."""
+    return {"python": platform.python_version(), **{name: v for name in PACKAGES if (v := _version(name))}}
 
 
 def read_json(path: Path) -> dict[str, Any]:

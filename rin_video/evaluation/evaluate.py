@@ -1,0 +1,243 @@
+"""Evaluates a model or samples against real data: `rin-video evaluate` and `rin_video.evaluate`."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rin_video.errors import UsageError
+from rin_video.evaluation import scores
+from rin_video.evaluation.drawing import draw_samples
+from rin_video.evaluation.extraction import Features, Measured, extract
+from rin_video.evaluation.inputs import (
+    Data,
+    Reference,
+    Source,
+    SplitOption,
+    open_model,
+    open_reference,
+)
+from rin_video.evaluation.pictures import write_pictures
+from rin_video.evaluation.planning import (
+    LEAST,
+    NUM,
+    CodecOption,
+    check_counts,
+    check_shape,
+    choose_codec,
+    digest_of,
+    identity_of,
+    output_folder,
+    plan_drawing,
+)
+from rin_video.evaluation.prediction import PredictionScores
+from rin_video.evaluation.protocol import describe_protocol, missing, published
+from rin_video.evaluation.result import Evaluation
+from rin_video.evaluation.scores import Score
+from rin_video.evaluation.sets import SampleSet, choose, in_memory, open_samples
+from rin_video.features import Extractor, make_extractor
+from rin_video.progress import progress_bar
+from rin_video.ranks import is_first
+from rin_video.training.distributed import first_then_others, in_all
+from rin_video.training.parallel_sampling import sampling_device
+from rin_video.wording import counted
+
+FEATURES = "self"  # the default extractor, chosen by benchmarks/evaluate.py
+CLIPS_AT_ONCE = 8  # clips whose predictions are scored together
+FEW = 100  # samples below which even unbiased distances have wide intervals
+
+
+def evaluate(
+    source: Source,
+    data: Data | None = None,
+    *,
+    num: int | None = None,
+    features: str | None = None,
+    given: int | None = None,
+    best_of: int = 1,
+    split: SplitOption = "auto",
+    codec: CodecOption = "auto",
+    protocol: str | None = None,
+    seed: int = 0,
+    keep: str | os.PathLike[str] | None = None,
+    out: str | os.PathLike[str] | None = None,
+    download: bool = False,
+    device: str | torch.device | None = None,
+    max_batch: int = 16,
+    overrides: Sequence[str] = (),
+) -> Evaluation:
+    """Compare generated samples with real ones; return the scores and their protocol.
+
+    `source` is the folder of a run, a hub id, a `GaussianDiffusion`, or samples: a folder of clips, images or arrays
+    (also those of other programs), or a tensor (B, C, *grid), uint8 or in [0, 1]. `data` is the real data: a folder,
+    shards, a Dataset, a tensor, or the folder of a run, which stands for its data. By default it is the held-out part
+    (`data.validation`) of the data of training.
+
+    - `num`: number of samples; by default as many as there are real ones, from 100 to 2048.
+    - `features`: the extractor by name: self, lite, transnet, inception, i3d=FILE, ... (see `rin_video.features`).
+    - `given`: predict clips from their first `given` frames; adds errors and the recall of what moves.
+    - `best_of`: with `given`, the number of samples per clip.
+    - `split`: the part of the data to compare with; "auto" is the held-out part if there is one, or else all.
+    - `codec`: "h264" writes clips to MP4 files as `rin-video sample` does, and evaluates the files. "none" evaluates
+      the pixels. "auto" is "h264", or "none" for predictions and sizes that H.264 does not take.
+    - `protocol`: a published protocol (`rin_video.evaluation.protocol`), which sets and checks the numbers.
+    - `keep`: folder in which the samples are kept. `out`: folder of pictures and unfinished samples, by default
+      `evaluation` in the folder of the run.
+    - `download`: allow the extractor to download its weights.
+    - `overrides`: options of sampling and reading, such as `["sample.steps=25", "data.stride=2"]`.
+
+    An interrupted call resumes with the samples that it has drawn. All processes share the work, and each returns the
+    result. Raises `UsageError` for invalid options, and if the samples or the data cannot be evaluated.
+    """
+    limit: int | None = NUM  # of real samples
+    if protocol is not None:
+        wanted = published(protocol)
+        num, features, limit = num or wanted.num, features or wanted.features, wanted.num_real
+        given = wanted.given if given is None else given
+        split = wanted.split if split == "auto" else split
+        if wanted.given is not None and best_of == 1 and wanted.num_real is not None:
+            best_of = max(num // wanted.num_real, 1)
+    elif num is not None:
+        limit = max(num, NUM) if given is None else max(num // best_of, 1)
+    check_counts(num=(num, 2), given=(given, 1), best_of=(best_of, 1), max_batch=(max_batch, 1), seed=(seed, 0))
+    if best_of > 1 and given is None:
+        raise UsageError(f"--best-of {best_of} is for predictions: add --given N, the number of known frames")
+    best = sampling_device()  # joins the other processes
+    device = best if device is None else torch.device(device)
+    result = Evaluation()
+    with tempfile.TemporaryDirectory() as own:
+        scratch = Path(in_all(lambda: own)[0])  # the other processes read the files of the first
+        model = open_model(source, overrides, device)
+        folder = output_folder(out, model, scratch)
+        reference, shape = open_reference(model, source, data, split, overrides, Path(own))
+        check_shape(shape, given)
+        real = choose(reference.real, limit, reference.name, reference.classes)
+        if model is None and given is not None:
+            raise UsageError("--given requires a model, which predicts: pass the folder of a run instead of samples")
+        learnable = reference.train if reference.train is not None else reference.real
+        extractor = first_then_others(
+            lambda: make_extractor(features or FEATURES, device=device, data=learnable, cache=folder, download=download)
+        )
+        if model is None:
+            samples, place = open_source(source, shape, num, reference.classes), None
+        else:
+            count = len(real) * best_of if given is not None else num or min(NUM, max(LEAST, len(real)))
+            plan = plan_drawing(model, real, shape, count, choose_codec(codec, shape, given), given, seed, max_batch)
+            identity = identity_of(model, plan)
+            place = Path(keep) if keep is not None else folder / f"samples-{digest_of(identity)}"
+            with result.timed("sampling"):
+                draw_samples(model.diffusion, plan, place, identity)
+            samples = open_samples(place, shape, None, reference.classes)
+        measured = measure(result, reference, real, samples, extractor, given, best_of)
+        result.protocol = describe_protocol(model, reference, measured, extractor, shape, given, best_of, seed)
+        if protocol is not None:
+            result.protocol["published"] = protocol
+            for text in missing(protocol, result.protocol):
+                result.warn(f"this is not the protocol {protocol}: {text}")
+        if is_first() and folder != scratch:
+            write_pictures(folder, measured, given)
+        in_all(lambda: None)  # wait until all processes have read the samples
+        if place is not None and keep is None and is_first():
+            shutil.rmtree(place, ignore_errors=True)
+    return result
+
+
+def measure(
+    result: Evaluation,
+    reference: Reference,
+    real: SampleSet,
+    samples: SampleSet,
+    extractor: Extractor,
+    given: int | None,
+    best_of: int,
+) -> Measured:
+    """Add all scores to `result`, and warnings about what makes them unreliable."""
+    train = None
+    if reference.train is not None:
+        train = choose(reference.train, max(NUM, len(real)), "training", reference.classes)
+    with result.timed("features"):
+        drawn = extract(extractor, samples, "the samples", strict=True, classify=True)
+        true = extract(extractor, real, "real samples", classify=True)
+        trained = None if train is None else extract(extractor, train, "training samples")
+    if given is not None:  # the samples of a clip are not independent
+        drawn = dataclasses.replace(drawn, groups=drawn.numbers % len(real))
+    for text in doubts(reference, samples, drawn, true):
+        result.warn(text)
+    pairs: list[tuple[int, int]] = []
+    with result.timed("scores"):
+        pool = scores.join(true, trained)
+        found = scores.distance_scores(drawn, true, pool, result.warn)
+        found |= scores.coverage_scores(drawn, true, pool)
+        if given is None:
+            found |= scores.class_scores(drawn, true, trained, reference.classes, result.warn)
+        if trained is not None:
+            memorised, pairs = scores.memorisation_scores(drawn, true, trained)
+            found |= memorised
+        if given is not None:
+            found |= prediction_scores(real, samples, given, best_of)
+    result.scores = found
+    return Measured(samples, real, train, drawn, true, pairs)
+
+
+def doubts(reference: Reference, samples: SampleSet, drawn: Features, true: Features) -> list[str]:
+    """Return what makes the scores unreliable, one text each."""
+    texts = []
+    if not reference.held_out and reference.split != "validation":
+        texts.append(
+            f"{reference.name} may be the data of training: a model that copies it has a perfect distance. Hold out a "
+            "part with `rin-video train --validation 0.05`, or pass other --data"
+        )
+    for name, count in (("samples", len(drawn)), ("real samples", len(true))):
+        if count < FEW:
+            texts.append(f"{counted(count, name[:-1])}: below {FEW}, distances say little; see the intervals")
+    for name, copies, count in (("samples", drawn.copies, len(drawn)), ("real samples", true.copies, len(true))):
+        if copies:
+            texts.append(f"{copies} of {count} {name} are copies of another one, pixel by pixel")
+    if true.unreadable:
+        texts.append(f"{counted(len(true.unreadable), 'real sample')} could not be read: {true.unreadable[0]}")
+    if skipped := getattr(reference.real, "skipped", None):
+        texts.append(f"{counted(len(skipped), 'real file')} could not be used: {skipped[0][1]}")
+    return texts
+
+
+def prediction_scores(real: SampleSet, samples: SampleSet, given: int, best_of: int) -> dict[str, Score]:
+    """Return the errors of predictions, and those of copying the last frame and of linear extrapolation.
+
+    Sample i predicts real clip i modulo their number.
+    """
+    found = PredictionScores(given)
+    with progress_bar(len(real), "predictions", "clip", disable=not is_first()) as bar:
+        for start in range(0, len(real), CLIPS_AT_ONCE):
+            rows = range(start, min(start + CLIPS_AT_ONCE, len(real)))
+            truth = torch.stack([real.read(row) for row in rows])
+            predicted = torch.stack(
+                [torch.stack([samples.read(row + k * len(real)) for k in range(best_of)]) for row in rows]
+            )
+            found.update(truth.numpy(), predicted.numpy())
+            bar.update(len(rows))
+    better = {"psnr": "higher", "ssim": "higher", "recall": "higher", "precision": "higher"}
+    return {
+        f"prediction/{name}": Score.of(
+            estimate, next((word for key, word in better.items() if key in name), "lower"), len(real)
+        )
+        for name, estimate in found.compute().items()
+    }
+
+
+def open_source(
+    source: str | os.PathLike[str] | Tensor | np.ndarray, shape: tuple[int, ...], num: int | None, classes: list[str]
+) -> SampleSet:
+    """Open the samples of another program, of `rin-video sample`, or in memory. Raises `UsageError` if they differ."""
+    if isinstance(source, str | os.PathLike):
+        return open_samples(source, shape, num, classes)
+    if tuple(source.shape[1:]) != tuple(shape):
+        raise UsageError(f"the samples are {tuple(source.shape[1:])}, but the real ones are {tuple(shape)}")
+    return in_memory(source[:num], "the samples")

@@ -1,0 +1,200 @@
+"""The scores of an evaluation: each with its interval, and the same measure between real samples (the floor)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from rin_video.errors import UsageError
+from rin_video.evaluation.class_scores import accuracy, inception_score
+from rin_video.evaluation.distances import frechet_distance, kernel_distance
+from rin_video.evaluation.extraction import Features
+from rin_video.evaluation.floors import real_floor, too_few
+from rin_video.evaluation.intervals import Estimate
+from rin_video.evaluation.memorisation import memorisation
+from rin_video.evaluation.neighbours import neighbour_scores
+from rin_video.evaluation.probe import train_probe
+
+RESAMPLES = 1000
+MAX_ROWS = 4096  # rows of a view that a distance is computed of
+NEIGHBOURS = 5  # of precision, recall, density and coverage
+MAIN_VIEWS = ("clip", "image")  # views with one row per sample
+DISTANCES: dict[str, Callable[..., Estimate]] = {
+    "frechet_distance": frechet_distance,
+    "kernel_distance": kernel_distance,
+}
+
+
+@dataclass
+class Score:
+    """A number with its 95 % interval, and its value for real samples."""
+
+    value: float
+    low: float
+    high: float
+    better: str  # "lower" or "higher"
+    n: int  # number of samples
+    floor: float | None = None  # the same measure of real samples against other real samples
+    floor_n: int | None = None  # number of samples in each half of the floor
+
+    @classmethod
+    def of(cls, estimate: Estimate, better: str, n: int, floor: tuple[float, int] | None = None) -> Score:
+        """Make a score of an estimate, and of a floor (value, n)."""
+        value, count = floor if floor is not None else (None, None)
+        return cls(*map(float, estimate), better, n, value, count)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields that are set."""
+        return {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
+
+
+def distance_scores(samples: Features, real: Features, pool: Features, warn: Callable[[str], None]) -> dict[str, Score]:
+    """Return the Frechet and kernel distances of every view.
+
+    `pool` has all real samples, of which disjoint halves (by file) give the floor. Warnings about too few samples go to
+    `warn`.
+    """
+    scores: dict[str, Score] = {}
+    for view in samples.views:
+        a, groups_a = rows_of_view(samples, view)
+        b, groups_b = rows_of_view(real, view)
+        c, groups_c = rows_of_view(pool, view)
+        per_sample = max(len(a) // len(samples), 1)
+        if text := too_few(min(len(a), len(b)), a.shape[1]):
+            warn(f"{view}/frechet_distance: {text}")
+        for name, distance in DISTANCES.items():
+            estimate = distance(a, b, groups_a=groups_a, groups_b=groups_b, resamples=RESAMPLES)
+            floor = real_floor(distance, c, groups_c, min(len(a), len(b)))
+            pair = None if floor is None else (floor[0], floor[1] // per_sample)
+            scores[f"{view}/{name}"] = Score.of(estimate, "lower", len(samples), pair)
+    return scores
+
+
+def coverage_scores(samples: Features, real: Features, pool: Features) -> dict[str, Score]:
+    """Return precision, recall, density and coverage in the main view."""
+    view = main_view(samples)
+    a, b = samples.views[view], real.views[view]
+    k = min(NEIGHBOURS, len(a) - 1, len(b) - 1)
+    found = neighbour_scores(a, b, k=k)
+    floors = real_floor(
+        lambda x, y, **_: {name: e.value for name, e in neighbour_scores(x, y, k=min(k, len(x) - 1)).items()},
+        pool.views[view],
+        pool.groups,
+        min(len(a), len(b)),
+    )
+    return {
+        f"{view}/{name}": Score.of(
+            estimate, "higher", len(samples), None if floors is None else (floors[0][name], floors[1])
+        )
+        for name, estimate in found.items()
+    }
+
+
+def class_scores(
+    samples: Features, real: Features, train: Features | None, classes: list[str], warn: Callable[[str], None]
+) -> dict[str, Score]:
+    """Return the inception score, and the class accuracy of samples with labels.
+
+    The accuracy is that of a linear classifier, which is trained on the features of real training samples; its accuracy
+    on other real samples is the floor.
+    """
+    scores: dict[str, Score] = {}
+    if samples.probabilities is not None:
+        floor = None
+        if real.probabilities is not None:
+            floor = (inception_score(real.probabilities).value, len(real))
+        scores["inception_score"] = Score.of(inception_score(samples.probabilities), "higher", len(samples), floor)
+    labelled = samples.take(np.flatnonzero(samples.labels >= 0))
+    if not classes or not len(labelled):
+        return scores
+    if train is None or len({*train.labels.tolist()} - {-1}) < 2:
+        warn("class_accuracy needs labelled training samples besides the real ones: hold out a part (data.validation)")
+        return scores
+    view = main_view(samples)
+    probe = train_probe(train.views[view], train.labels, len(classes))
+    known = real.take(np.flatnonzero(real.labels >= 0))
+    floor = None
+    if len(known):
+        floor = (accuracy(probe(known.views[view]), known.labels).value, len(known))
+    estimate = accuracy(probe(labelled.views[view]), labelled.labels)
+    scores["class_accuracy"] = Score.of(estimate, "higher", len(labelled), floor)
+    return scores
+
+
+def memorisation_scores(
+    samples: Features, real: Features, train: Features, pairs: int = 8
+) -> tuple[dict[str, Score], list[tuple[int, int]]]:
+    """Return how much closer samples are to training samples than held-out ones are, and the closest pairs.
+
+    The pairs are (number of the sample, number of the training sample) in their sets.
+    """
+    view = main_view(samples)
+    found = memorisation(samples.views[view], train.views[view], real.views[view], pairs=pairs)
+    scores = {
+        "memorisation/distance_ratio": Score.of(found.ratio, "higher", len(samples), (1.0, len(real))),
+        "memorisation/share_closer": Score.of(found.share_closer, "lower", len(samples), (0.01, len(real))),
+    }
+    return scores, [(int(samples.numbers[i]), int(train.numbers[j])) for i, j in found.pairs]
+
+
+def main_view(features: Features) -> str:
+    """Return the view with one row per sample."""
+    for view in MAIN_VIEWS:
+        if view in features.views:
+            return view
+    raise UsageError(f"the extractor has only the views {', '.join(features.views)}: it needs one of a whole sample")
+
+
+def rows_of_view(features: Features, view: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rows (n, d) of a view, and the file of each row.
+
+    Of a view with several rows per sample, at most about `MAX_ROWS` are used: the same number of each sample, and in
+    turn all of them.
+    """
+    values = features.views[view]
+    if values.ndim == 2:
+        return values, features.groups
+    n, rows, _ = values.shape
+    kept = min(rows, max(1, MAX_ROWS // n))
+    places = (np.arange(n)[:, None] + np.arange(kept) * rows // kept) % rows
+    chosen = values[np.arange(n)[:, None], places]
+    return chosen.reshape(n * kept, -1), np.repeat(features.groups, kept)
+
+
+def join(first: Features, second: Features | None) -> Features:
+    """Return the samples of two sets of different files as one set."""
+    if second is None:
+        return first
+    shift = int(first.groups.max()) + 1
+    return dataclasses.replace(
+        first,
+        views={name: np.concatenate([first.views[name], second.views[name]]) for name in first.views},
+        probabilities=None,
+        groups=np.concatenate([first.groups, second.groups + shift]),
+        labels=np.concatenate([first.labels, second.labels]),
+        numbers=np.concatenate([first.numbers, second.numbers]),
+    )
+
+
+def describe(scores: Mapping[str, Score]) -> list[str]:
+    """Return the scores as lines of a table."""
+    width = max(map(len, scores), default=5)
+    floor_n = {score.floor_n for score in scores.values() if score.floor_n is not None}
+    title = f"real (n = {min(floor_n)})" if len(floor_n) == 1 else "real"
+    lines = [f"{'score':<{width}}  {'value':>9}  {'95 % interval':>20}  {title:>16}  better"]
+    for name, score in scores.items():
+        interval = f"{number(score.low)} to {number(score.high)}"
+        floor = "" if score.floor is None else number(score.floor)
+        if score.floor_n is not None and len(floor_n) > 1:
+            floor += f" (n = {score.floor_n})"
+        lines.append(f"{name:<{width}}  {number(score.value):>9}  {interval:>20}  {floor:>16}  {score.better}")
+    return lines
+
+
+def number(value: float) -> str:
+    """Format a score with four significant digits."""
+    return f"{value:.4g}"
