@@ -160,6 +160,12 @@ def measure(
     best_of: int,
 ) -> Measured:
     """Add all scores to `result`, and warnings about what makes them unreliable."""
+    for count, name in ((len(samples), "sample"), (len(real), "real sample")):
+        if count < 2:
+            raise UsageError(
+                f"{real.name if name != 'sample' else samples.name} has {counted(count, name)}: an evaluation needs at "
+                f"least 2, and {FEW} or more to say something"
+            )
     train = others = None
     if reference.train is not None:
         train = choose(reference.train, max(NUM, len(real)), "training", reference.classes)

@@ -21,13 +21,13 @@ from rin_video.datasets.epochs import EpochDataset, name_of
 from rin_video.datasets.extensions import KINDS
 from rin_video.datasets.folders import detect_kind, find_sources
 from rin_video.datasets.images import ImageFolder
-from rin_video.datasets.mixed import MixedDataset
 from rin_video.datasets.open import open_dataset
 from rin_video.datasets.probe import probe_video
 from rin_video.datasets.reading import probe_image
 from rin_video.datasets.sources import shown
 from rin_video.errors import UsageError
 from rin_video.media import as_pixels, sample_files
+from rin_video.wording import counted
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,6 @@ def reading_options(options: DataConfig) -> DataConfig:
 
 def choose(dataset: Any, num: int | None, name: str, classes: Sequence[str] = ()) -> SampleSet:
     """Choose `num` samples of a dataset, evenly spaced, or all of them if there are fewer or `num` is None."""
-    dataset = dataset.clips if isinstance(dataset, MixedDataset) else dataset
     count = len(dataset) if num is None else min(num, len(dataset))
     indices = np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist()
     return SampleSet(dataset, indices, name, labels_of(dataset, indices, classes))
@@ -162,9 +161,9 @@ def check_sizes(dataset: Any, path: str | os.PathLike[str], shape: tuple[int, ..
     """Raise `UsageError` if a sample has another size or number of frames than `shape`, or cannot be read."""
     wanted = "x".join(map(str, shape[1:]))
     if dataset.skipped:
-        source, reason = dataset.skipped[0]
-        more = f" ({len(dataset.skipped)} such files)" if len(dataset.skipped) > 1 else ""
-        raise UsageError(f"{shown(source)} is not a sample of {wanted}{more}: {reason}")
+        (_, reason), *others = dataset.skipped
+        more = f" ({counted(len(others), 'more file')} cannot be used)" if others else ""
+        raise UsageError(f"{reason}{more}. All samples must be clips or images of {wanted}")
     if isinstance(dataset, ClipFolder):
         sizes = [(info.num_frames, *info.size) for info in dataset.infos]
     elif isinstance(dataset, ImageFolder):
