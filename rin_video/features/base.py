@@ -148,16 +148,22 @@ def as_pictures(x: Tensor) -> Tensor:
 
 
 @contextmanager
-def exact_inference(device: torch.device) -> Iterator[None]:
-    """Compute without gradients, autocast and TF32, and with deterministic cuDNN kernels, in the block."""
+def exact_math(device: torch.device) -> Iterator[None]:
+    """Compute without autocast and TF32, and with deterministic cuDNN kernels, in the block."""
     with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode())
         stack.enter_context(torch.autocast(device.type, enabled=False))
         if device.type == "cuda":
             precision = torch.get_float32_matmul_precision()
             torch.set_float32_matmul_precision("highest")
             stack.callback(torch.set_float32_matmul_precision, precision)
             stack.enter_context(torch.backends.cudnn.flags(benchmark=False, deterministic=True, allow_tf32=False))
+        yield
+
+
+@contextmanager
+def exact_inference(device: torch.device) -> Iterator[None]:
+    """Compute as in `exact_math`, without gradients."""
+    with torch.inference_mode(), exact_math(device):
         yield
 
 

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rin_video.errors import UsageError
-from rin_video.features.base import EXTRACTORS, Extractor, Request, as_pictures, refuse_argument
+from rin_video.features.base import EXTRACTORS, Extractor, Request, as_pictures, exact_math, refuse_argument
 from rin_video.features.pictures import resize
 from rin_video.features.self_network import HIDDEN, SelfNetwork
 from rin_video.features.self_tasks import CHANGES, ORDERS, changed, reordered
@@ -30,9 +30,9 @@ from rin_video.tensor_files import DIGEST, tensors_digest, write_tensors
 log = logging.getLogger("rin_video")
 
 VERSION = 1  # of the network and its training: a change retrains
-SIZE = 64  # pixels of the longer side that the network sees at most
-SAMPLES, STEPS, BATCH, WINDOWS = 512, 300, 16, 2  # samples that it is trained on, steps, samples per step, of each
-RATE, TEMPERATURE, SEED = 2e-3, 0.1, 0
+SIZE = 48  # pixels of the longer side that the network sees at most
+SAMPLES, STEPS, BATCH, WINDOWS = 512, 300, 8, 4  # samples that it is trained on, steps, samples per step, of each
+RATE, TEMPERATURE, SEED = 4e-3, 0.1, 0
 PROBED = 16  # samples whose pixels identify the data
 
 
@@ -73,7 +73,7 @@ class SelfTrained(Extractor):
         self.network = network.eval().requires_grad_(False).to(self.device)
         self.digest = f"sha256:{tensors_digest(weights)}"
         self.protocol = {
-            "network": "trained on the data: 2D convolutions with temporal shift",
+            "network": "small network, trained on the data",
             "size": list(self.size),
             "resize": "bilinear, antialiased",
             "mean": [0.5] * 3,
@@ -169,7 +169,7 @@ class Source:
 
 
 def fit_size(size: Iterable[int]) -> tuple[int, int]:
-    """Return the size (H, W) with at most 64 pixels on the longer side."""
+    """Return the size (H, W) with at most 48 pixels on the longer side."""
     H, W = size
     scale = min(1.0, SIZE / max(H, W))
     return max(round(H * scale), 1), max(round(W * scale), 1)
@@ -226,7 +226,7 @@ def train(source: Source, settings: dict[str, Any], device: torch.device) -> tup
     numbers = torch.searchsorted(classes, labels)
     num_classes = len(classes) if len(classes) > 1 and int(classes.min()) >= 0 else 0
     tasks, rng = settings["tasks"], np.random.default_rng(SEED)
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+    with torch.inference_mode(False), torch.enable_grad(), exact_math(device):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(SEED)
             network = SelfNetwork(len(tasks), num_classes).to(device)
@@ -236,8 +236,9 @@ def train(source: Source, settings: dict[str, Any], device: torch.device) -> tup
         with progress_bar(STEPS, "training the extractor", "step", delay=2) as bar:
             for _ in range(STEPS):
                 chosen = rng.choice(len(samples), min(BATCH, len(samples)), replace=False)
-                chosen = np.concatenate([chosen] * WINDOWS)
-                asked = rng.integers(len(tasks), size=len(chosen))
+                chosen = np.tile(chosen, WINDOWS)
+                asked = rng.permuted(np.tile(np.arange(len(tasks)), (len(chosen) // WINDOWS, 1)), axis=1)[:, :WINDOWS]
+                asked = asked.T.reshape(-1)  # each sample is shown with different tasks
                 x = torch.stack([pose(samples[i], tasks[task], rng) for i, task in zip(chosen, asked, strict=True)])
                 answers = torch.from_numpy(asked).to(device)
                 loss, correct = step_loss(network, x.to(device), answers, numbers[chosen].to(device))
@@ -261,7 +262,7 @@ def pose(sample: Tensor, task: str, rng: np.random.Generator) -> Tensor:
 
 
 def step_loss(network: SelfNetwork, x: Tensor, answers: Tensor, classes: Tensor) -> tuple[Tensor, list[float]]:
-    """Return the loss of uint8 windows (B, 3, f, H, W), the second half of which shows the samples of the first half.
+    """Return the loss of uint8 windows (B, 3, f, H, W), whose second half shows the samples of the first half again.
 
     It is the sum of the cross entropies of the task, of which window shows the same sample (InfoNCE, van den Oord et
     al. 2018), and of the class. Also returns the share of tasks that are solved.
@@ -269,8 +270,11 @@ def step_loss(network: SelfNetwork, x: Tensor, answers: Tensor, classes: Tensor)
     y = network(x.float() / 127.5 - 1)
     logits = network.task(y)
     first, second = F.normalize(network.match(y), dim=1).chunk(2)
-    pairs = torch.arange(len(first), device=x.device)
-    loss = F.cross_entropy(logits, answers) + F.cross_entropy(first @ second.T / TEMPERATURE, pairs)
+    num = len(x) // WINDOWS
+    same = torch.arange(num, device=x.device)
+    loss = F.cross_entropy(logits, answers)
+    for one, two in zip(first.split(num), second.split(num), strict=True):
+        loss = loss + F.cross_entropy(one @ two.T / TEMPERATURE, same) / (WINDOWS // 2)
     if network.label is not None:
         loss = loss + F.cross_entropy(network.label(y), classes)
     return loss, [float((logits.argmax(1) == answers).float().mean())]
