@@ -46,6 +46,7 @@ def run_demo(folder: Path, overrides: Sequence[str] = ()) -> None:
 
     start = time.perf_counter()
     config = load_config("demo", overrides)
+    config.data.path = str(folder / "data")
     clips = write_demo_set(folder / "data")
     dataset = open_dataset(folder / "data", (3, config.model.frames or 0, *config.model.height_width), config.data)
     log.info("1. %s of moving shapes (%s): %s", counted(len(clips), "clip"), ", ".join(SHAPES), folder / "data")

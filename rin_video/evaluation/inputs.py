@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from rin_video.config import Config, DataConfig
 from rin_video.config_files import is_set, load_config
 from rin_video.datasets.adapters import adapt
+from rin_video.datasets.folders import RUN
 from rin_video.datasets.mixed import MixedDataset
 from rin_video.datasets.open import INDEX, open_split
 from rin_video.datasets.sources import shown
@@ -76,8 +77,7 @@ def open_model(source: Source, overrides: Sequence[str], device: torch.device) -
         return None
     here = Path(source)
     if not is_run(source) and (here.exists() or is_pattern(source)):
-        half = [name for name in (CONFIG, WEIGHTS) if (here / name).is_file()]
-        if half:
+        if any((here / name).exists() for name in (CONFIG, WEIGHTS, RUN)):
             find_model(source)  # raises an error that names the missing file
         return None
     folder = find_model(source)

@@ -90,6 +90,15 @@ def choose(dataset: Any, num: int | None, name: str, classes: Sequence[str] = ()
     return SampleSet(dataset, indices, name, labels_of(dataset, indices, classes))
 
 
+def choose_others(chosen: SampleSet, num: int) -> SampleSet | None:
+    """Choose up to `num` further samples of the dataset of a set, evenly spaced; None if there are no others."""
+    left = sorted(set(range(len(chosen.dataset))) - set(chosen.indices))
+    if not left:
+        return None
+    indices = [left[i] for i in np.linspace(0, len(left) - 1, min(num, len(left))).round().astype(int)]
+    return SampleSet(chosen.dataset, indices, chosen.name, np.full(len(indices), -1))
+
+
 def labels_of(dataset: Any, indices: Sequence[int], classes: Sequence[str]) -> np.ndarray:
     """Return the classes of samples as numbers in `classes`, -1 for none.
 
