@@ -1,15 +1,16 @@
 """Tests the distances of `rin-video evaluate`: does a distance rise when clips get worse, and for which extractor?
 
-    python benchmarks/evaluate.py --demo --data FOLDER --features lite transnet self
+    python benchmarks/evaluate.py --demo --data FOLDER
     python benchmarks/evaluate.py --data FOLDER --features inception=FILE i3d=FILE --num 512 --out runs/battery.json
 
 FOLDER contains clips in one folder per class. The demo set is rendered. Both are divided by file into reference,
 source (which is damaged), control and spare clips, and those that the extractor `self` is trained on. Each damage of
 `rin_video.evaluation.damages` is applied to the source clips at three strengths, and the Frechet distance and the
 kernel distance to the reference are measured in every view of every extractor. The floor is the distance of undamaged
-clips: mean and twice the standard deviation over random divisions of reference, source and control. A damage is seen if
-the distance is above the floor from some strength on. The row passes if it is seen at the latest at strength 3 and the
-distance rises from strength to strength. Features are kept in `--work`, so an interrupted run resumes. Writes
+clips: mean and twice the standard deviation over random divisions of reference, source and control. A damage is seen
+from the strength on at which the distance is above the floor, and as far above that of the source clips themselves if
+theirs is above the mean. The row passes if it is seen at the latest at strength 3 and the distance rises from strength
+to strength. Features are kept in `--work`, so an interrupted run resumes. Writes
 `results/evaluate.json`, with versions and hardware, a table (.md), and a picture of the damages (.png).
 """
 
@@ -25,7 +26,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -40,7 +41,15 @@ from rin_video.datasets.open import open_dataset
 from rin_video.errors import UsageError
 from rin_video.evaluation.damages import DAMAGES, MODES, STRENGTHS, drop_modes
 from rin_video.evaluation.distances import frechet_distance, kernel_distance
-from rin_video.features import Extractor, make_extractor
+from rin_video.features.base import (
+    EXTRACTORS,
+    Extractor,
+    Request,
+    as_pictures,
+    difference_pictures,
+    evenly_spaced,
+    make_extractor,
+)
 from rin_video.files import atomic_write, write_text
 from rin_video.media import contact_sheet
 from rin_video.training.provenance import device_name
@@ -124,6 +133,32 @@ def divide(labels: list[int], num: int, seed: int) -> dict[str, list[int]]:
 
 
 # ---- features
+
+
+@EXTRACTORS.register("pixels")
+class Pixels(Extractor):
+    """A control without a network: colour, contrast, roughness and block edges of pictures, 6 numbers."""
+
+    kinds: ClassVar[tuple[str, ...]] = ("video",)
+    max_batch: ClassVar[int] = 16
+
+    def __init__(self, request: Request) -> None:
+        super().__init__(request)
+        self.digest, self.protocol = "none", {"version": 1}
+
+    def encode(self, pictures: Tensor) -> Tensor:
+        """Return the features (N, 6) of uint8 pictures (N, 3, H, W), in similar ranges."""
+        x = pictures.float()
+        steps = x.diff(dim=3).abs().mean((1, 2))
+        scales = [x.std((1, 2, 3)), steps.mean(1), steps[:, 7::8].mean(1) / (1 + steps.mean(1))]  # patches are 8 wide
+        return torch.cat([x.mean((2, 3)) / 64, torch.stack(scales, 1).log1p()], dim=1)
+
+    def extract(self, x: Tensor) -> Features:
+        """Return the views; that of clips has the means over time and the mean absolute changes, 24 numbers."""
+        pictures = {"frame": x[:, :, evenly_spaced(x.shape[2])], "motion": difference_pictures(x, 15)}
+        views = {view: self.encode(as_pictures(part)).unflatten(0, (len(x), -1)) for view, part in pictures.items()}
+        parts = [part for rows in views.values() for part in (rows.mean(1), rows.diff(dim=1).abs().mean(1))]
+        return {"clip": torch.cat(parts, dim=1), **views}
 
 
 class Cache:
@@ -218,9 +253,9 @@ def find_floor(distance: str, parts: list[Tensor], labels: list[int], seed: int)
     return mean, mean - spread, mean + spread
 
 
-def judge(values: list[float], high: float) -> Row:
-    """Judge the distances at strengths 1 to 3: `seen` is the weakest strength from which on all are above the floor."""
-    seen = next((s for s in STRENGTHS if all(value > high for value in values[s - 1 :])), None)
+def judge(values: list[float], threshold: float) -> Row:
+    """Judge the distances at strengths 1 to 3: from the strength `seen` on, all are above the threshold."""
+    seen = next((s for s in STRENGTHS if all(value > threshold for value in values[s - 1 :])), None)
     rises = values[0] < values[1] < values[2]
     return {"values": values, "seen": seen, "rises": rises, "passes": seen is not None and rises}
 
@@ -265,19 +300,21 @@ def evaluate(extractor: Extractor, clips: dict[str, Clips], work: Path, seed: in
         reference, source, control = (known[part][view] for part in ("reference", "source", "control"))
         found["views"][view] = {}
         for distance in DISTANCES:
-            mean, low, high = find_floor(distance, [reference, source, control], clips["source"].labels, seed)
-            table = {
-                name: judge([measure(distance, damaged[view], reference) for damaged in strengths], high)
-                for name, strengths in tqdm(
-                    rows.items(), f"{extractor.name}, {view}, {distance}", leave=False, disable=None
-                )
-            }
             undamaged = {
                 "source": measure(distance, source, reference),
                 "control": measure(distance, control, reference),
             }
+            mean, low, high = find_floor(distance, [reference, source, control], clips["source"].labels, seed)
+            threshold = max(mean, undamaged["source"]) + high - mean
+            table = {
+                name: judge([measure(distance, damaged[view], reference) for damaged in strengths], threshold)
+                for name, strengths in tqdm(
+                    rows.items(), f"{extractor.name}, {view}, {distance}", leave=False, disable=None
+                )
+            }
             found["views"][view][distance] = {
                 "floor": {"mean": mean, "low": low, "high": high},
+                "threshold": threshold,
                 "undamaged": undamaged,
                 "below_control": [name for name, row in table.items() if row["values"][0] <= undamaged["control"]],
                 "rows": table,
@@ -330,12 +367,12 @@ def report(results: dict[str, dict[str, Row]]) -> str:
 
 
 def damage_sheet(clip: Tensor, path: Path, seed: int = 0) -> None:
-    """Write a picture with the undamaged clip (3, F, H, W) and every damage at strengths 1 and 3."""
-    rows, titles = [clip], ["undamaged"]
+    """Write a picture of a clip (3, F, H, W): a row per damage, four frames at strength 1 and four at strength 3."""
+    frames = torch.linspace(0, clip.shape[1] - 1, 4).round().long()
+    rows, titles = [torch.cat([clip[:, frames]] * 2, dim=1)], ["undamaged"]
     for name, damage in DAMAGES.items():
-        for strength in (1, 3):
-            rows.append(damage(clip[None], strength, seed)[0])
-            titles.append(f"{name} {strength}: {damage.strengths[strength - 1]}")
+        rows.append(torch.cat([damage(clip[None], strength, seed)[0, :, frames] for strength in (1, 3)], dim=1))
+        titles.append(f"{name}: {damage.strengths[0]}; {damage.strengths[2]}")
     contact_sheet(rows, path, titles=titles)
 
 
@@ -352,7 +389,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demo", action="store_true", help="use the demo set")
     parser.add_argument("--data", type=Path, nargs="*", default=[], help="folders of clips, one folder per class")
-    parser.add_argument("--features", nargs="+", default=["lite", "transnet", "self"], help="extractors, one at a time")
+    parser.add_argument(
+        "--features", nargs="+", default=["pixels", "lite", "transnet", "self"], help="extractors, one at a time"
+    )
     parser.add_argument("--num", type=int, default=256, help="clips per set")
     parser.add_argument("--frames", type=int, default=16)
     parser.add_argument("--size", type=int, default=64)

@@ -15,7 +15,7 @@ from rin_video.datasets.demo import SHAPES, render_clip
 from rin_video.errors import UsageError
 from rin_video.evaluation import damages
 from rin_video.evaluation.damages import DAMAGES, STRENGTHS, colour_clusters, drop_modes
-from rin_video.features.base import Extractor, Request, as_pictures, difference_pictures
+from rin_video.features import make_extractor
 
 SPATIAL = [name for name, damage in DAMAGES.items() if not damage.temporal]
 TEMPORAL = [name for name, damage in DAMAGES.items() if damage.temporal]
@@ -23,6 +23,7 @@ TEMPORAL = [name for name, damage in DAMAGES.items() if damage.temporal]
 
 @pytest.fixture(scope="module")
 def battery():
+    """The script; importing it registers the extractor "pixels", which needs no network."""
     path = Path(__file__).parents[1] / "benchmarks" / "evaluate.py"
     spec = importlib.util.spec_from_file_location("battery", path)
     module = importlib.util.module_from_spec(spec)
@@ -317,36 +318,13 @@ def test_the_demo_set_has_no_direction_of_time(shape):
 # ---- the battery
 
 
-class Tiny(Extractor):
-    """Colour, contrast, roughness and block edges: enough to see the damages of a small set, in similar ranges."""
-
-    kinds = ("video",)
-    max_batch = 16
-
-    def __init__(self) -> None:
-        super().__init__(Request("tiny"))
-        self.digest, self.protocol = "sha256:0", {}
-
-    def encode(self, x: Tensor) -> Tensor:
-        x = x.float()
-        steps = x.diff(dim=3).abs().mean((1, 2))
-        scales = [x.std((1, 2, 3)), steps.mean(1), steps[:, 7::8].mean(1) / (1 + steps.mean(1))]
-        return torch.cat([x.mean((2, 3)) / 64, torch.stack(scales, 1).log1p()], dim=1)
-
-    def extract(self, x: Tensor) -> dict[str, Tensor]:
-        pictures = {"frame": x[:, :, ::2], "motion": difference_pictures(x, 15)}
-        views = {view: self.encode(as_pictures(part)).unflatten(0, (len(x), -1)) for view, part in pictures.items()}
-        parts = [part for rows in views.values() for part in (rows.mean(1), rows.diff(dim=1).abs().mean(1))]
-        return {"clip": torch.cat(parts, dim=1), **views}
-
-
 def test_small_battery(battery, tmp_path):
     """Both distances rise above the floor with every damage that the features of clips can see, and with no other."""
-    clips = battery.render_demo(30, 16, 32)
-    assert {part: len(found.labels) for part, found in clips.items()} == dict.fromkeys(battery.PARTS, 30) | {
-        "spare": 90
+    clips = battery.render_demo(24, 16, 32)
+    assert {part: len(found.labels) for part, found in clips.items()} == dict.fromkeys(battery.PARTS, 24) | {
+        "spare": 72
     }
-    found = battery.evaluate(Tiny(), clips, tmp_path, 0)
+    found = battery.evaluate(make_extractor("pixels"), clips, tmp_path, 0)
     for distance in battery.DISTANCES:
         clip, frame = (found["views"][view][distance] for view in ("clip", "frame"))
         assert clip["floor"]["low"] < clip["undamaged"]["control"] < clip["floor"]["high"]
@@ -354,9 +332,9 @@ def test_small_battery(battery, tmp_path):
         assert passed == {*DAMAGES} - {"reversed"}, distance
         assert not {"reversed", battery.DROPPED} & {name for name, row in clip["rows"].items() if row["seen"]}
         assert not {*TEMPORAL} & {name for name, row in frame["rows"].items() if row["passes"]}, distance
-    assert battery.evaluate(Tiny(), clips, tmp_path, 0) == found  # from the files
-    text = battery.report({"demo": {"tiny": found}})
-    assert "| damage | tiny, clip | tiny, frame | tiny, motion |" in text
+    assert battery.evaluate(make_extractor("pixels"), clips, tmp_path, 0) == found  # from the files
+    text = battery.report({"demo": {"pixels": found}})
+    assert "| damage | pixels, clip | pixels, frame | pixels, motion |" in text
 
 
 def test_dropped_modes_are_seen_in_features_of_the_class(battery, tmp_path):
@@ -384,13 +362,13 @@ def test_files_are_in_one_part_only(battery):
 
 def test_features_are_computed_once_for_each_variant_of_an_extractor(battery, tmp_path):
     x = battery.render_demo(3, 16, 32)["source"].x
-    tiny = Tiny()
-    first = battery.Cache(tiny, tmp_path).features(x, "")
-    other = Tiny()
-    other.encode = lambda pictures: 2 * tiny.encode(pictures)
+    pixels = make_extractor("pixels")
+    first = battery.Cache(pixels, tmp_path).features(x, "")
+    other = make_extractor("pixels")
+    other.encode = lambda pictures: 2 * pixels.encode(pictures)
     assert torch.equal(battery.Cache(other, tmp_path).features(x, "")["frame"], 2 * first["frame"])
-    again = battery.Cache(tiny, tmp_path)
-    tiny.encode = None  # not used again
+    again = battery.Cache(pixels, tmp_path)
+    pixels.encode = None  # not used again
     assert torch.equal(again.features(x, "")["frame"], first["frame"])
 
 
