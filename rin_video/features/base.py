@@ -14,9 +14,8 @@ from torch import Tensor
 
 from rin_video.errors import UsageError
 from rin_video.registry import Registry
-from rin_video.wording import counted
 
-MAX_PICTURES = 8  # frames of a clip, and pairs of consecutive frames, that an image network sees
+MAX_FRAMES, MAX_PAIRS = 8, 16  # frames of a clip, and pairs of consecutive frames, that an image network sees
 INSTALL = "pip install 'rin-video[eval]'"
 
 
@@ -44,7 +43,7 @@ class Extractor(ABC):
 
     - "clip", (B, d): one vector for the complete clip, which depends on the order and the speed of its frames.
     - "frame", (B, f, d): single frames; all of up to 8, otherwise 8 evenly spaced ones.
-    - "motion", (B, g, d): pictures of the difference of consecutive frames, see `difference_pictures`.
+    - "motion", (B, g, d): pictures of the difference of consecutive frames; all of up to 16, otherwise 16.
 
     The features of a sample do not depend on the other samples of a batch. Networks run in float32 without TF32, in
     batches of `max_batch` inputs, the last of which is padded.
@@ -115,19 +114,31 @@ class Extractor(ABC):
 EXTRACTORS: Registry[Callable[[Request], Extractor]] = Registry("feature extractor", "rin_video.features")
 
 
-def evenly_spaced(length: int, most: int = MAX_PICTURES) -> list[int]:
+def evenly_spaced(length: int, most: int = MAX_FRAMES) -> list[int]:
     """Return the numbers 0 to length - 1, or `most` evenly spaced ones with both ends."""
     if length <= most:
         return list(range(length))
     return [(2 * i * (length - 1) + most - 1) // (2 * (most - 1)) for i in range(most)]
 
 
-def difference_pictures(x: Tensor, most: int = MAX_PICTURES) -> Tensor:
+def spread_out(length: int, most: int = MAX_PAIRS) -> list[int]:
+    """Return the numbers 0 to length - 1, or one from each of `most` equal parts.
+
+    The place in a part varies, so that what repeats every 2, 3 or 4 frames, such as the seams between the tubes of a
+    tokenizer, is seen in all its phases.
+    """
+    if length <= most:
+        return list(range(length))
+    bounds = [i * length // most for i in range(most + 1)]
+    return [bounds[i] + i**3 // 7 % (bounds[i + 1] - bounds[i]) for i in range(most)]
+
+
+def difference_pictures(x: Tensor) -> Tensor:
     """Return pictures of frame differences of clips (B, C, F, H, W), uint8 (B, C, g, H, W).
 
-    They are 128 + floor((x[t + 1] - x[t]) / 2), for all t or `most` evenly spaced ones.
+    They are 128 + floor((x[t + 1] - x[t]) / 2), for all t or 16 that are spread out.
     """
-    pairs = torch.tensor(evenly_spaced(x.shape[2] - 1, most), device=x.device)
+    pairs = torch.tensor(spread_out(x.shape[2] - 1), device=x.device)
     return ((x[:, :, pairs + 1].short() - x[:, :, pairs].short() + 256) // 2).to(torch.uint8)
 
 
@@ -137,16 +148,22 @@ def as_pictures(x: Tensor) -> Tensor:
 
 
 @contextmanager
-def exact_inference(device: torch.device) -> Iterator[None]:
-    """Compute without gradients, autocast and TF32, and with deterministic cuDNN kernels, in the block."""
+def exact_math(device: torch.device) -> Iterator[None]:
+    """Compute without autocast and TF32, and with deterministic cuDNN kernels, in the block."""
     with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode())
         stack.enter_context(torch.autocast(device.type, enabled=False))
         if device.type == "cuda":
             precision = torch.get_float32_matmul_precision()
             torch.set_float32_matmul_precision("highest")
             stack.callback(torch.set_float32_matmul_precision, precision)
             stack.enter_context(torch.backends.cudnn.flags(benchmark=False, deterministic=True, allow_tf32=False))
+        yield
+
+
+@contextmanager
+def exact_inference(device: torch.device) -> Iterator[None]:
+    """Compute as in `exact_math`, without gradients."""
+    with torch.inference_mode(), exact_math(device):
         yield
 
 
@@ -181,6 +198,6 @@ def refuse_argument(request: Request) -> None:
 def describe_pictures() -> dict[str, Any]:
     """Return the part of the protocol that all image networks share."""
     return {
-        "frames": f"all, or {counted(MAX_PICTURES, 'evenly spaced frame')}",
-        "motion": f"128 + floor((x[t+1] - x[t]) / 2), of all or {MAX_PICTURES} evenly spaced pairs",
+        "frames": f"all, or {MAX_FRAMES} evenly spaced ones",
+        "motion": f"128 + floor((x[t+1] - x[t]) / 2), of all pairs or {MAX_PAIRS} that are spread out",
     }

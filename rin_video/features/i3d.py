@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import ClassVar
 
 import torch
@@ -34,7 +35,9 @@ class I3D(Extractor):
         self.path = require_file(request.argument, request.name)
         self.digest = file_digest(self.path)
         try:
-            self.network = torch.jit.load(str(self.path), map_location=self.device).eval()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # torch deprecates TorchScript, and the file is one
+                self.network = torch.jit.load(str(self.path), map_location=self.device).eval()
         except (RuntimeError, OSError, ValueError) as error:
             raise UsageError(f"{self.path} cannot be read as TorchScript ({first_line(error)[:80]})") from None
         self.protocol = {

@@ -1,0 +1,74 @@
+"""The network of the extractor "self": convolutions over frames and their changes, then over time."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+WIDTHS, KERNELS = (24, 48, 96, 192), (5, 3, 3, 3)  # of the convolutions over space
+TIME_WIDTH = 128  # of the convolutions over time
+HIDDEN = 256  # features of a clip
+MATCH = 64  # width of the embedding that windows of one clip share
+LAGS = (1, 2)  # frames between those whose distance the network is told
+
+
+class SelfNetwork(nn.Module):
+    """Maps clips (B, 3, F, H, W) in [-1, 1] to features (B, 256); the heads map these to the answers of the tasks.
+
+    The input has the differences of consecutive frames as further channels. Frames exchange channels as in the temporal
+    shift module (Lin et al. 2019), so that 2D convolutions see three frames each. After the mean over space come two
+    convolutions over time, which also get the mean absolute distance of frames that are one and two apart, and the mean
+    and the maximum over time. An image is a clip of one frame.
+    """
+
+    def __init__(self, num_tasks: int, num_classes: int) -> None:
+        super().__init__()
+        sizes = (6, *WIDTHS)
+        self.space = nn.ModuleList(
+            nn.Conv2d(sizes[i], sizes[i + 1], kernel, stride=2, padding=kernel // 2) for i, kernel in enumerate(KERNELS)
+        )
+        self.norms = nn.ModuleList(nn.GroupNorm(8, width) for width in WIDTHS)
+        self.norm = nn.LayerNorm(2 * WIDTHS[-1])
+        self.time = nn.ModuleList(
+            nn.Conv1d(width, TIME_WIDTH, 3, padding=1) for width in (2 * WIDTHS[-1] + 3 * len(LAGS), TIME_WIDTH)
+        )
+        self.hidden = nn.Linear(2 * TIME_WIDTH, HIDDEN)
+        self.task = nn.Linear(HIDDEN, num_tasks)
+        self.match = nn.Linear(HIDDEN, MATCH)
+        self.label = nn.Linear(HIDDEN, num_classes) if num_classes else None
+        for layer in (*self.space, *self.time):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the features of clips."""
+        y = torch.cat([x, 4 * steps(x, 1)], dim=1)
+        for number, (convolution, norm) in enumerate(zip(self.space, self.norms, strict=True)):
+            y = shift(y) if number else y
+            y = convolution(y.transpose(1, 2).flatten(0, 1)).unflatten(0, (len(x), -1)).transpose(1, 2)
+            y = F.relu(norm(y))  # over all frames, so that a still frame differs from a moving one
+        change = steps(y, 1).abs().mean((3, 4))
+        z = self.norm(torch.cat([y.mean((3, 4)), 2 * change], dim=1).transpose(1, 2)).transpose(1, 2)
+        distances = [(steps(x, lag).abs().mean((3, 4)) * 127.5 + 0.1).log() for lag in LAGS]
+        z = torch.cat([z, *distances], dim=1)
+        for layer in self.time:
+            z = F.relu(layer(z))
+        return F.relu(self.hidden(torch.cat([z.mean(2), z.amax(2)], dim=1)))
+
+
+def steps(x: Tensor, lag: int) -> Tensor:
+    """Return x[t + lag] - x[t] of (B, C, F, ...) for every frame: the last ones are repeated; 0 if there is none."""
+    if x.shape[2] <= lag:
+        return torch.zeros_like(x)
+    y = x[:, :, lag:] - x[:, :, :-lag]
+    return torch.cat([y, y[:, :, -1:].expand(-1, -1, lag, *x.shape[3:])], dim=2)
+
+
+def shift(x: Tensor) -> Tensor:
+    """Move a quarter of the channels of (B, C, F, H, W) one frame on, and a quarter one frame back."""
+    part = x.shape[1] // 4
+    y = torch.zeros_like(x)
+    y[:, :part, 1:] = x[:, :part, :-1]
+    y[:, part : 2 * part, :-1] = x[:, part : 2 * part, 1:]
+    y[:, 2 * part :] = x[:, 2 * part :]
+    return y
