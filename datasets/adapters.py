@@ -225,6 +225,14 @@ class Part(SampleDataset):
         """Return the name of an item."""
         return self.dataset.name_of(self.indices[index])
 
+    def select(self, items: Sequence[int]) -> Part:
+        """Return the dataset of some of the items, by number."""
+        return Part(self.dataset, [self.indices[item] for item in items])
+
+    def without_augmentation(self) -> Part:
+        """Return the same part of the dataset without random changes of its samples, if it can leave them out."""
+        return Part(without_augmentation(self.dataset), self.indices)
+
     def group_of(self, index: int) -> int:
         """Return the number of the item's file in the complete dataset."""
         return int(self.dataset.group_of(self.indices[index]))
@@ -271,6 +279,10 @@ class Joined(SampleDataset):
         """Return the name of an item."""
         part, place = self.place_of(index)
         return self.parts[part].name_of(place)
+
+    def without_augmentation(self) -> Joined:
+        """Return the same parts without random changes of their samples, if they can leave them out."""
+        return Joined([without_augmentation(part) for part in self.parts])
 
     def group_of(self, index: int) -> int:
         """Return the number of the item's file; the files of a part come after those of the parts before it."""
@@ -330,6 +342,12 @@ def draw(dataset: Any, index: int, epoch: int) -> Any:
     """Return item `index` of an epoch, or `dataset[index]` if the dataset has no `draw`."""
     own = getattr(dataset, "draw", None)
     return own(index, epoch) if own else dataset[index]
+
+
+def without_augmentation(dataset: Any) -> Any:
+    """Return a dataset without random changes of its samples; a dataset that cannot leave them out is unchanged."""
+    own = getattr(dataset, "without_augmentation", None)
+    return own() if own else dataset
 
 
 def class_names(dataset: Any) -> list[str]:

@@ -21,7 +21,7 @@ from rin_video.datasets.epochs import SampleDataset
 from rin_video.datasets.folders import number_classes, relabel
 from rin_video.datasets.images import make_resize_crop
 from rin_video.datasets.index import Entry, describe_notes, describe_skipped, make_index, refuse_skipped
-from rin_video.datasets.resize_crop import SampleRNG, class_list, size_range
+from rin_video.datasets.resize_crop import SampleRNG, class_list, size_range, unaugmented
 from rin_video.datasets.sources import Source, shown
 from rin_video.errors import ShortClipError, UsageError
 from rin_video.wording import counted, ranged
@@ -125,6 +125,16 @@ class ClipFolder(SampleDataset):
         part.labels, part.bucket_of = ([values[i] for i in kept] for values in (self.labels, self.bucket_of))
         part.embeddings = self.embeddings and self.embeddings.select(files)
         part.backends = part._count_backends()
+        return part
+
+    def without_augmentation(self) -> ClipFolder:
+        """Return the dataset with centre crops and without random changes; the windows stay random."""
+        part = copy.copy(self)
+        part.rng, part._lost, part.config = SampleRNG(self.seed), {}, unaugmented(self.config)
+        part.resize_crops = [make_resize_crop(crop.size, part.config) for crop in self.resize_crops]
+        part.resize_crop = make_resize_crop(self.resize_crop.size, part.config)
+        part.clip_samplers = [ClipSampler(sampler.frames, part.config) for sampler in self.clip_samplers]
+        part.clip_sampler = ClipSampler(self.frames, part.config)
         return part
 
     def use_classes(self, classes: list[str]) -> None:

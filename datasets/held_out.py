@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rin_video.datasets.adapters import ADAPTED, Part
 from rin_video.datasets.folders import are_classes
 from rin_video.datasets.shards import companion, companions, members_of
 from rin_video.datasets.sources import Member, Source, open_source, shown
@@ -23,6 +24,7 @@ def split_by_share(dataset: Any, share: float, path: str | os.PathLike[str]) -> 
     """Split a dataset into (training, held-out); about `share` of the files are held out, each with all its samples.
 
     The names alone determine the sides (see `hold_out`), not the options with which samples are taken from the files.
+    The items of a user's dataset have numbers instead of names.
     The classes and the embeddings of both sides are those of the complete dataset. Raises `UsageError` if a side would
     be empty.
     """
@@ -34,6 +36,9 @@ def split_by_share(dataset: Any, share: float, path: str | os.PathLike[str]) -> 
         held = hold_out(keys, classes, share, [entry.hash for entry in usable])
         is_held = {id(entry.source): out for entry, out in zip(usable, held, strict=True)}
         sides = [is_held[id(file)] for file in dataset.files]
+    elif isinstance(dataset, ADAPTED):
+        dataset = Part(dataset, range(len(dataset)))
+        sides = hold_out([str(index) for index in range(len(dataset))], [None] * len(dataset), share)
     else:
         sides = hold_out(dataset.keys(), dataset.class_names if dataset.classes else [None] * len(dataset), share)
     chosen = [[i for i, out in enumerate(sides) if out == side] for side in (False, True)]
@@ -105,6 +110,28 @@ def file_key(root: str | os.PathLike[str], source: Source) -> str:
     path = Path(str(source))
     path = Path(path.name) if path == Path(root) else path.relative_to(root)
     return path.with_suffix("").as_posix()
+
+
+def spread(dataset: Any, num: int) -> list[tuple[int, int]]:
+    """Return `num` places (index, epoch) of a dataset, spread evenly over its files.
+
+    There are fewer if the dataset has fewer items, unless they are clips, of which each epoch has others: then the
+    later epochs provide the rest.
+    """
+    if hasattr(dataset, "image_ratio"):  # clips mixed with images, in the same ratio as in training
+        images = round(num * dataset.image_ratio)
+        later = [(len(dataset.clips) + index, epoch) for index, epoch in spread(dataset.images, images)]
+        return spread(dataset.clips, num - images) + later
+    files: dict[int, list[int]] = {}
+    for index in range(len(dataset)):
+        files.setdefault(dataset.group_of(index), []).append(index)
+    if num <= len(files):
+        chosen = [list(files.values())[i * len(files) // num] for i in range(num)]
+        return sorted((items[len(items) // 2], 0) for items in chosen)
+    places = [(rank, index) for items in files.values() for rank, index in enumerate(items)]
+    order = [index for _, index in sorted(places)]  # the first item of each file, the second of each file, ...
+    count = num if getattr(dataset, "clip_sampler", None) else min(num, len(order))
+    return sorted((order[i % len(order)], i // len(order)) for i in range(count))
 
 
 def _prepared_from(shard: Path) -> dict[str, str]:

@@ -20,7 +20,7 @@ from rin_video.datasets.extensions import CLIP_EXTENSIONS
 from rin_video.datasets.folders import relabel, sort_classes
 from rin_video.datasets.images import make_resize_crop
 from rin_video.datasets.reading import read_image
-from rin_video.datasets.resize_crop import SampleRNG, class_list
+from rin_video.datasets.resize_crop import SampleRNG, class_list, unaugmented
 from rin_video.datasets.sources import Buffer, shown
 from rin_video.errors import UsageError, first_line
 from rin_video.files import HUB
@@ -175,6 +175,14 @@ class HubDataset(SampleDataset):
         part = copy.copy(self)
         part.rng, part.rows = SampleRNG(self.rng.seed), [self.rows[i] for i in rows]
         part.labels = [self.labels[i] for i in rows] if self.label else []
+        return part
+
+    def without_augmentation(self) -> HubDataset:
+        """Return the dataset with centre crops and without random changes; the windows of clips stay random."""
+        part = copy.copy(self)
+        part.rng, part.config = SampleRNG(self.rng.seed), unaugmented(self.config)
+        part.resize_crop = make_resize_crop(self.shape[-2:], part.config)
+        part.clip_sampler = ClipSampler(self.shape[1], part.config) if self.clip_sampler else None
         return part
 
     def use_classes(self, classes: list[str]) -> None:

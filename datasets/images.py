@@ -18,7 +18,7 @@ from rin_video.datasets.epochs import SampleDataset
 from rin_video.datasets.folders import number_classes, relabel
 from rin_video.datasets.index import describe_skipped, make_index
 from rin_video.datasets.reading import PIL_MODES, read_image
-from rin_video.datasets.resize_crop import ResizeCrop, SampleRNG, class_list, size_range
+from rin_video.datasets.resize_crop import ResizeCrop, SampleRNG, class_list, size_range, unaugmented
 from rin_video.errors import UsageError
 from rin_video.wording import counted
 
@@ -74,6 +74,14 @@ class ImageFolder(SampleDataset):
             values = getattr(self, name)
             setattr(part, name, [values[file] for file in files])
         part.embeddings = self.embeddings and self.embeddings.select(files)
+        return part
+
+    def without_augmentation(self) -> ImageFolder:
+        """Return the dataset with centre crops and without random changes."""
+        part = copy.copy(self)
+        part.rng, part.config = SampleRNG(self.seed), unaugmented(self.config)
+        part.resize_crops = [make_resize_crop(crop.size, part.config) for crop in self.resize_crops]
+        part.resize_crop = make_resize_crop(self.resize_crop.size, part.config)
         return part
 
     def use_classes(self, classes: list[str]) -> None:

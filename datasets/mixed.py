@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from itertools import count
@@ -10,7 +11,7 @@ from typing import Any
 from torch.utils.data import Dataset, Sampler
 
 from rin_video.config import DataConfig
-from rin_video.datasets.adapters import adapt, check_label_number, draw
+from rin_video.datasets.adapters import adapt, check_label_number, draw, without_augmentation
 from rin_video.datasets.buckets import BucketSampler
 from rin_video.datasets.epochs import EpochSampler, SampleDataset
 from rin_video.datasets.folders import sort_classes
@@ -55,6 +56,13 @@ class MixedDataset(SampleDataset):
         """Return the part of an index, 0 (clips) or 1 (images), and the index in that part."""
         index = range(len(self))[index]
         return (0, index) if index < len(self.parts[0]) else (1, index - len(self.parts[0]))
+
+    def without_augmentation(self) -> MixedDataset:
+        """Return the dataset without random changes of its samples."""
+        parts = [without_augmentation(part) for part in self.parts]
+        plain = copy.copy(self)
+        plain.clips, plain.images = plain.parts = (parts[0], parts[1])
+        return plain
 
     def use_classes(self, classes: list[str]) -> None:
         """Number the classes as in other data, `classes`."""

@@ -96,6 +96,24 @@ def open_sides(
         return _open_mixture(path, shape, options, seed, index, validate)
     training, found = find_splits(path)
     data = _open(training, shape, options, seed, index)
+    return split_sides(data, training, shape, options, found=found, seed=seed, index=index, validate=validate)
+
+
+def split_sides(
+    data: Any,
+    training: str,
+    shape: tuple[int, ...] | None,
+    options: DataConfig,
+    *,
+    found: str | None = None,
+    seed: int = 0,
+    index: Path | None = None,
+    validate: bool = True,
+) -> Sides:
+    """Return the sides of open data, whose name is `training`; `found` is its split for validation, if it has one.
+
+    The other arguments and the errors are those of `open_sides`.
+    """
     wanted = options.validation
     if isinstance(wanted, float | int):
         train, held = split_by_share(data, wanted, training)

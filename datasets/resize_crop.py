@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rin_video.config import CropName
+from rin_video.config import CropName, DataConfig
 from rin_video.datasets.sources import shown
 from rin_video.errors import UsageError
 
@@ -174,6 +174,19 @@ class SampleRNG:
     def draw(self, index: int, epoch: int, attempt: int = 0) -> np.random.Generator:
         """Return the generator of a sample; an `attempt` above 0 gives another one, to replace a damaged draw."""
         return np.random.default_rng(np.random.SeedSequence([self.seed, epoch, index, *[attempt] * bool(attempt)]))
+
+
+def unaugmented(options: DataConfig) -> DataConfig:
+    """Return the options of the data without augmentation: centre crops, unchanged colours, speed and direction."""
+    return replace(
+        options,
+        crop="center",
+        crop_scale=[1.0, 1.0],
+        augment_horizontal_flip=False,
+        augment_color=0.0,
+        augment_reverse=False,
+        augment_speed=[1.0, 1.0],
+    )
 
 
 def class_list(classes: Sequence[str]) -> str:

@@ -352,6 +352,10 @@ class TrainConfig:
     keep_checkpoints: int = 2  # number of most recent checkpoints to keep
     keep_every: int = 0  # checkpoints at multiples of this number of steps are never deleted; 0: none
     log_every: int = 10  # steps between lines of metrics.jsonl
+    # steps between measurements of the validation loss, if there is held-out data; null: with each checkpoint
+    validate_every: int | None = None
+    validation_samples: int = 64  # held-out samples of the validation loss, and as many training samples
+    keep_best: bool = False  # keep the EMA weights with the lowest validation loss in best/
     trackers: list[str] = field(default_factory=list)  # tensorboard, wandb or another of accelerate; empty: none
 
     def __post_init__(self) -> None:
@@ -365,10 +369,13 @@ class TrainConfig:
             "ema_snapshot_every",
             "keep_checkpoints",
             "log_every",
+            "validation_samples",
         ):
             check_at_least(f"train.{name}", getattr(self, name), 1, int)
         for name in ("warmup_steps", "seed", "keep_every"):
             check_at_least(f"train.{name}", getattr(self, name), 0, int)
+        if self.validate_every is not None:
+            check_at_least("train.validate_every", self.validate_every, 1, int)
         check_above("train", "train_lr", self.train_lr, 0)
         check_above("train", "lr_cosine_portion", self.lr_cosine_portion, 0)
         for name in ("weight_decay", "max_grad_norm"):

@@ -218,8 +218,9 @@ def test_floor_is_the_distance_between_halves_of_the_files(generator):
     rows = generator.normal(size=(30, D))[groups] + 1e-3 * generator.normal(size=(len(groups), D))
     seen = []
 
-    def nearest(a, b, resamples):
+    def nearest(a, b, resamples, groups_a=None, groups_b=None):
         seen.append((len(a), len(b)))
+        assert groups_a is None or not set(groups_a) & set(groups_b)
         return np.sqrt(((a[:, None] - b) ** 2).sum(-1)).min()
 
     value, used = real_floor(nearest, rows, groups, n=1000)
@@ -230,7 +231,7 @@ def test_floor_is_the_distance_between_halves_of_the_files(generator):
     assert real_floor(nearest, rows, groups, n=10)[1] == 10
     order = generator.permutation(len(rows))
     assert real_floor(nearest, rows[order], groups[order], n=10) == real_floor(nearest, rows, groups, n=10)
-    both = real_floor(lambda a, b, resamples: {"x": nearest(a, b, 0)}, rows, groups, n=10)
+    both = real_floor(lambda a, b, **_: {"x": nearest(a, b, 0)}, rows, groups, n=10)
     assert both == ({"x": real_floor(nearest, rows, groups, n=10)[0]}, 10)
     assert real_floor(nearest, rows, np.zeros(len(rows)), n=10) is None  # one file has no second half
     assert real_floor(nearest, rows[:3], None, n=10) is None

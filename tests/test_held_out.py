@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from random_files import clips, pictures
 
 from rin_video import UsageError
 from rin_video.config import DataConfig, data_config
@@ -18,28 +18,8 @@ from rin_video.datasets.loading import TrainLoader
 from rin_video.datasets.open import open_dataset, open_sides, open_split
 from rin_video.datasets.prepare import prepare
 from rin_video.datasets.shards import write_shard
-from rin_video.media import write_video
 
 IMAGE, CLIP = (3, 8, 8), (3, 4, 8, 8)
-
-
-def pictures(root, *names, seed=0):
-    """Write images of random pixels; the name and the seed determine them."""
-    for name in names:
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        rng = np.random.default_rng([int(hash_of(name) * 2**32), seed])
-        Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(path)
-    return root
-
-
-def clips(root, *names, frames=8):
-    for name in names:
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        generator = torch.Generator().manual_seed(int(hash_of(name) * 2**32))
-        write_video(torch.randint(0, 256, (3, frames, 16, 16), generator=generator, dtype=torch.uint8), path, 8)
-    return root
 
 
 def names(dataset):

@@ -52,7 +52,7 @@ class Noise(Dataset):
         return {"x": self.x[index].roll(epoch, -1), "label": index % max(len(self.classes), 1)}
 
 
-def trainer(folder: Path, steps: int, *, model: dict | None = None, data: Dataset | None = None, **options) -> Trainer:
+def trainer(folder: Path, steps: int, *, model=None, data=None, validation=None, **options) -> Trainer:
     torch.manual_seed(0)
     diffusion = GaussianDiffusion(RIN(**TINY | (model or {})), timesteps=3)
     config = Config(
@@ -73,7 +73,8 @@ def trainer(folder: Path, steps: int, *, model: dict | None = None, data: Datase
     )
     config.data.num_workers = 0
     config.sample.num_samples, config.sample.steps = 2, 2
-    return Trainer(diffusion, data or Noise(), results_folder=folder, config=config, progress=False)
+    data = data or Noise()
+    return Trainer(diffusion, data, validation=validation, results_folder=folder, config=config, progress=False)
 
 
 TIMES = ("samples_per_second", "data_wait")
@@ -319,7 +320,11 @@ ANOTHER = {
     "keep_every": (2, lambda run: 2 if (run.folder / "checkpoints/step-00000002").exists() else 0),
     "log_every": (3, lambda run: 3 if [line["step"] for line in lines(run.folder)][-1] == 3 else 0),
     "trackers": (["jsonl"], lambda run: [*run.options.trackers]),
+    "validate_every": (3, lambda run: run.validator.last["step"]),
+    "validation_samples": (5, lambda run: len(run.validator.held.places)),
+    "keep_best": (True, lambda run: (run.folder / "best/model.safetensors").is_file()),
 }
+VALIDATED = ("validate_every", "validation_samples", "keep_best")
 REFUSED = {"optimizer": "lamb", "ema_sigma_rel": [0.1, 0.2], "seed": 1, "init_from": "elsewhere"}
 
 
@@ -365,7 +370,7 @@ def test_after_a_resume_the_config_takes_effect(begun, tmp_path, monkeypatch, na
         return
     value, in_force = ANOTHER[name]
     steps, more = (value, {}) if name == "train_num_steps" else (3, {name: value})
-    run = trainer(tmp_path, steps, **base | more)
+    run = trainer(tmp_path, steps, validation=Noise() if name in VALIDATED else None, **base | more)
     clip = run.accelerator.clip_grad_norm_
     run.accelerator.clip_grad_norm_ = lambda weights, limit: setattr(run, "clipped_to", limit) or clip(weights, limit)
     run.train()

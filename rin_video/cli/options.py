@@ -84,6 +84,7 @@ def read_config(options: Namespace, preset: str) -> Config:
 def choose_preset(options: Namespace) -> str:
     """Return `--config`, or the preset that fits the data and the size."""
     from rin_video.datasets.hub import is_hub, kind_of_hub
+    from rin_video.datasets.splits import find_splits
 
     frames, size = options.frames, options.size
     if frames is not None and frames < 0:
@@ -91,15 +92,16 @@ def choose_preset(options: Namespace) -> str:
     if options.config is not None:
         return options.config
     data = DataConfig(**read_overrides(options.overrides).get("data", {}))
-    if shape := shape_of_arrays(options.data, data):
+    path = find_splits(options.data)[0]
+    if shape := shape_of_arrays(path, data):
         channels, *length, H, W = shape
         frames = [*length, 0][0] if frames is None else frames
         size = size or f"{H}x{W}"
         sizes = [f"model.channels={channels}", f"model.image_size=[{H},{W}]", *(f"model.frames={F}" for F in length)]
         options.overrides[:0] = sizes  # arrays are not resized; options of the user come later and take precedence
     elif frames is None:
-        find_kind = kind_of_hub if is_hub(options.data) else kind_of
-        frames = 0 if find_kind(options.data, data) == "image" else None
+        find_kind = kind_of_hub if is_hub(path) else kind_of
+        frames = 0 if find_kind(path, data) == "image" else None
     return default_preset(frames, size)
 
 

@@ -28,6 +28,13 @@ def add_parsers(commands: Any) -> None:
     add("--data", required=True, metavar="DATA", help=DATA_HELP)
     add_data_options(command)
     add(
+        "--validation",
+        dest="data.validation",
+        metavar="SHARE|DATA",
+        help="held-out data, never trained on: a share of the files such as 0.05, or data of its own (default: the "
+        "split val or test of DATA)",
+    )
+    add(
         "--embeddings",
         dest="data.embeddings",
         action="store_true",
@@ -77,7 +84,7 @@ def train(options: Namespace) -> None:
 
     from rin_video.cli.slow_run import SlowRunHint
     from rin_video.cli.trained import check_sampling
-    from rin_video.datasets.open import INDEX, open_dataset
+    from rin_video.datasets.open import INDEX, open_sides
     from rin_video.diffusion.process import GaussianDiffusion
     from rin_video.model.info import describe, model_info
     from rin_video.model.rin import RIN
@@ -97,18 +104,22 @@ def train(options: Namespace) -> None:
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--out {folder} is a file: use a folder")
     shape, seed, index = model_info(config.model).shape, config.train.seed, folder / INDEX
-    dataset = first_then_others(lambda: open_dataset(options.data, shape, config.data, seed=seed, index=index))
+    sides = first_then_others(lambda: open_sides(options.data, shape, config.data, seed=seed, index=index))
+    dataset = sides.train
     suit_conditions(config, dataset, preset, options.overrides)
     check_sampling(config, always_known=bool(config.diffusion.known) and not config.diffusion.known.get("none"))
 
-    log.info("data\n%s", "\n".join(f"  {line}" for line in dataset.describe().splitlines()))
+    about = dataset.describe().splitlines() + ([f"validation: {sides.note}"] if sides.note else [])
+    log.info("data\n%s", "\n".join(f"  {line}" for line in about))
     log.info("model\n%s", describe(config.model))
     use_launcher_precision(config.train)
     if options.batch_size == "auto":
         config.train.train_batch_size = choose_batch(config, folder, len(dataset))
     torch.manual_seed(config.train.seed)
     diffusion = GaussianDiffusion(RIN(config.model), config.diffusion)
-    trainer = Trainer(diffusion, dataset, results_folder=folder, config=config, callbacks=[SlowRunHint()])
+    trainer = Trainer(
+        diffusion, dataset, validation=sides.validation, results_folder=folder, config=config, callbacks=[SlowRunHint()]
+    )
     log.info(
         "training\n  on %s, about %s, %s of %s, into %s",
         device_name(trainer.accelerator.device),

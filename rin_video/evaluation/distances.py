@@ -96,8 +96,10 @@ def row_influences(rows: NDArray, mean: Array, shift: Array, projection: Array) 
 def linear_draws(influences: Array, groups: NDArray[np.int64], resamples: int, seed: int, stream: int) -> Array:
     """Return (resamples,) bootstrap draws of the weighted mean of the influences (n,), by group."""
     totals = np.bincount(groups, influences - influences.mean())
-    weights = draw_weights(len(totals), resamples, seed, stream)
-    return np.concatenate([part.astype(np.float64) @ totals for part in blocks(weights)]) / len(influences)
+    draws = np.empty(resamples)
+    for part, weights in zip(blocks(draws), blocks(draw_weights(len(totals), resamples, seed, stream)), strict=True):
+        part[:] = weights.astype(np.float64) @ totals / len(influences)
+    return draws
 
 
 def kernel_distance(

@@ -42,7 +42,7 @@ from rin_video.evaluation.prediction import PredictionScores
 from rin_video.evaluation.protocol import describe_protocol, missing, published
 from rin_video.evaluation.result import Evaluation
 from rin_video.evaluation.scores import Score
-from rin_video.evaluation.sets import SampleSet, choose, in_memory, open_samples
+from rin_video.evaluation.sets import SampleSet, choose, choose_others, in_memory, open_samples
 from rin_video.features import Extractor, make_extractor
 from rin_video.progress import progress_bar
 from rin_video.ranks import is_first
@@ -106,7 +106,7 @@ def evaluate(
         if wanted.given is not None and best_of == 1 and wanted.num_real is not None:
             best_of = max(num // wanted.num_real, 1)
     elif num is not None:
-        limit = max(num, NUM) if given is None else max(num // best_of, 1)
+        limit = max(num // best_of, 1)
     check_counts(num=(num, 2), given=(given, 1), best_of=(best_of, 1), max_batch=(max_batch, 1), seed=(seed, 0))
     if best_of > 1 and given is None:
         raise UsageError(f"--best-of {best_of} is for predictions: add --given N, the number of known frames")
@@ -160,27 +160,39 @@ def measure(
     best_of: int,
 ) -> Measured:
     """Add all scores to `result`, and warnings about what makes them unreliable."""
-    train = None
+    for count, name in ((len(samples), "sample"), (len(real), "real sample")):
+        if count < 2:
+            raise UsageError(
+                f"{real.name if name != 'sample' else samples.name} has {counted(count, name)}: an evaluation needs at "
+                f"least 2, and {FEW} or more to say something"
+            )
+    train = others = None
     if reference.train is not None:
         train = choose(reference.train, max(NUM, len(real)), "training", reference.classes)
+    else:
+        others = choose_others(real, len(real))
     with result.timed("features"):
         drawn = extract(extractor, samples, "the samples", strict=True, classify=True)
         true = extract(extractor, real, "real samples", classify=True)
         trained = None if train is None else extract(extractor, train, "training samples")
+        further = None if others is None else extract(extractor, others, "further real samples")
     if given is not None:  # the samples of a clip are not independent
         drawn = dataclasses.replace(drawn, groups=drawn.numbers % len(real))
     for text in doubts(reference, samples, drawn, true):
         result.warn(text)
     pairs: list[tuple[int, int]] = []
     with result.timed("scores"):
-        pool = scores.join(true, trained)
+        pool = scores.join(true, further if trained is None else trained, same_files=trained is None)
         found = scores.distance_scores(drawn, true, pool, result.warn)
         found |= scores.coverage_scores(drawn, true, pool)
         if given is None:
             found |= scores.class_scores(drawn, true, trained, reference.classes, result.warn)
         if trained is not None:
-            memorised, pairs = scores.memorisation_scores(drawn, true, trained)
-            found |= memorised
+            try:
+                memorised, pairs = scores.memorisation_scores(drawn, true, trained)
+                found |= memorised
+            except UsageError as error:  # held-out samples are in the training data
+                result.warn(str(error))
         if given is not None:
             found |= prediction_scores(real, samples, given, best_of)
     result.scores = found

@@ -10,10 +10,18 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from rin_video.evaluation.feature_checks import check_features
+from rin_video.evaluation.intervals import number_groups
 
 
 def real_floor(
-    metric: Callable[..., Any], real: ArrayLike, groups: ArrayLike | None, n: int, splits: int = 4, seed: int = 0
+    metric: Callable[..., Any],
+    real: ArrayLike,
+    groups: ArrayLike | None,
+    n: int,
+    splits: int = 4,
+    seed: int = 0,
+    *,
+    units: ArrayLike | None = None,
 ) -> tuple[Any, int] | None:
     """Return the metric between two disjoint halves of real features (N, d), and the rows per half.
 
@@ -21,8 +29,12 @@ def real_floor(
     divided between the halves. Each half has n rows, or fewer if the data or its files do not allow it: the second
     result is the number used, the same in all splits. The value is the mean over `splits` random divisions.
 
+    `units` (N,) number the samples where a sample has several rows, such as its frames. Whole samples are chosen then,
+    because frames of many samples differ more than those of a few.
+
     `metric(a, b, resamples=0)` returns an `Estimate`, a number, or a mapping of names to these; the floor is a float or
-    a dict of floats. The floor is None if the data has fewer than 2 groups, or a half fewer than 2 rows.
+    a dict of floats. It is also given `groups_a` and `groups_b` if there are groups. The floor is None if the data has
+    fewer than 2 groups, or a half fewer than 2 rows.
 
     Raises:
         UsageError: features that `check_features` refuses.
@@ -30,15 +42,18 @@ def real_floor(
     found = check_features(real, groups, "the real data")
     if groups is not None and len(np.unique(np.asarray(groups))) < 2:
         return None
+    numbers = number_groups(None if units is None else np.asarray(units)[found.order], len(found.rows))
     generator = np.random.default_rng(seed)
     halves = [divide(found.groups, generator) for _ in range(splits)]
     used = min(n, *(len(half) for pair in halves for half in pair))
     if used < 2:
         return None
-    values = [
-        metric(*(found.rows[np.sort(generator.permutation(half)[:used])] for half in pair), resamples=0)
-        for pair in halves
-    ]
+    values = []
+    for pair in halves:
+        turn = generator.permutation(numbers.max() + 1)[numbers]
+        a, b = (np.sort(half[np.argsort(turn[half], kind="stable")[:used]]) for half in pair)
+        own = {} if groups is None else {"groups_a": found.groups[a], "groups_b": found.groups[b]}
+        values.append(metric(found.rows[a], found.rows[b], **own, resamples=0))
     if isinstance(values[0], Mapping):
         return {name: mean_value([value[name] for value in values]) for name in values[0]}, used
     return mean_value(values), used

@@ -132,7 +132,7 @@ def open_reference(
         shape = tuple(samples.shape[1:]) if hasattr(samples, "shape") else first_shape(samples)  # type: ignore
     options = reading_options(config.data)
     if not isinstance(data, str | os.PathLike):
-        return Reference(adapt_data(data), None, "all", False, options, "the dataset"), shape
+        return Reference(adapt_data(data), None, "all", model is None, options, "the dataset"), shape
     own = trained_on is not None and same_place(data, trained_on)
     if not own and not is_set("data.validation", None, overrides):
         options = dataclasses.replace(options, validation=None)
@@ -140,7 +140,7 @@ def open_reference(
 
     def opened(which: Literal["train", "validation", "all"]) -> Any:
         try:
-            return open_split(data, shape, options, which, seed=0, index=known)
+            return clips_of(open_split(data, shape, options, which, seed=0, index=known))
         except ShortClipError as error:
             raise UsageError(f"{error.problem}: use longer clips (--data DATA)") from None
 
@@ -155,7 +155,7 @@ def open_reference(
     real = opened("train" if split == "train" else "all")
     train = None
     if model is not None and not own and trained_on is not None and Path(trained_on).exists():
-        train = open_split(trained_on, shape, options, "all", seed=0, index=None)
+        train = clips_of(open_split(trained_on, shape, options, "all", seed=0, index=None))
     return Reference(real, train, "train" if split == "train" else "all", not own, options, name), shape
 
 
@@ -163,7 +163,12 @@ def adapt_data(data: Any) -> Any:
     """Return a dataset in memory as one that the evaluation reads; of a mixture, its clips."""
     if isinstance(data, Tensor | np.ndarray):
         data = [{"x": x} for x in torch.as_tensor(data)]
-    return data.clips if isinstance(data, MixedDataset) else adapt(data)
+    return adapt(clips_of(data))
+
+
+def clips_of(data: Any) -> Any:
+    """Return the clips of a mixture of clips and images; other data is returned unchanged."""
+    return data.clips if isinstance(data, MixedDataset) else data
 
 
 def shape_of(config: Config) -> tuple[int, ...] | None:

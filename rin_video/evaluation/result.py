@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import time
 from collections.abc import Iterator
@@ -14,8 +13,6 @@ from typing import Any
 
 from rin_video.evaluation.scores import Score, describe
 from rin_video.files import write_text
-
-log = logging.getLogger("rin_video")
 
 
 @dataclass
@@ -46,10 +43,9 @@ class Evaluation:
         return "\n".join([*describe(self.scores), *(f"- {warning}" for warning in self.warnings)])
 
     def warn(self, text: str) -> None:
-        """Add a warning."""
+        """Add a warning, once."""
         if text not in self.warnings:
             self.warnings.append(text)
-            log.warning("%s", text)
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -55,37 +56,42 @@ class Score:
 def distance_scores(samples: Features, real: Features, pool: Features, warn: Callable[[str], None]) -> dict[str, Score]:
     """Return the Frechet and kernel distances of every view.
 
-    `pool` has all real samples, of which disjoint halves (by file) give the floor. Warnings about too few samples go to
-    `warn`.
+    `pool` has all real samples, of which disjoint halves (by file) give the floor. `warn` is called if there are too
+    few samples for the features.
     """
     scores: dict[str, Score] = {}
+    widths: dict[str, int] = {}  # of the views for which there are too few rows
     for view in samples.views:
         a, groups_a = rows_of_view(samples, view)
         b, groups_b = rows_of_view(real, view)
         c, groups_c = rows_of_view(pool, view)
         per_sample = max(len(a) // len(samples), 1)
-        if text := too_few(min(len(a), len(b)), a.shape[1]):
-            warn(f"{view}/frechet_distance: {text}")
+        if too_few(min(len(a), len(b)), a.shape[1]):
+            widths[view] = a.shape[1]
         for name, distance in DISTANCES.items():
             estimate = distance(a, b, groups_a=groups_a, groups_b=groups_b, resamples=RESAMPLES)
-            floor = real_floor(distance, c, groups_c, min(len(a), len(b)))
+            floor = floor_of(distance, c, groups_c, min(len(a), len(b)))
             pair = None if floor is None else (floor[0], floor[1] // per_sample)
             scores[f"{view}/{name}"] = Score.of(estimate, "lower", len(samples), pair)
+    if widths:
+        features = ", ".join(f"{width} ({view})" for view, width in widths.items())
+        warn(
+            f"{min(len(samples), len(real))} samples are few for features of width {features}: Frechet distances are "
+            "too large. Compare them only at the same number of samples and beside the floor, or use the kernel "
+            "distances, which have no bias"
+        )
     return scores
 
 
 def coverage_scores(samples: Features, real: Features, pool: Features) -> dict[str, Score]:
-    """Return precision, recall, density and coverage in the main view."""
+    """Return precision, recall, density and coverage in the main view; none if there are too few files."""
     view = main_view(samples)
     a, b = samples.views[view], real.views[view]
-    k = min(NEIGHBOURS, len(a) - 1, len(b) - 1)
-    found = neighbour_scores(a, b, k=k)
-    floors = real_floor(
-        lambda x, y, **_: {name: e.value for name, e in neighbour_scores(x, y, k=min(k, len(x) - 1)).items()},
-        pool.views[view],
-        pool.groups,
-        min(len(a), len(b)),
-    )
+    k = NEIGHBOURS
+    if min(rows_of_others(samples.groups), rows_of_others(real.groups)) < k:
+        return {}
+    found = neighbour_scores(a, b, k, groups_a=samples.groups, groups_b=real.groups, resamples=RESAMPLES)
+    floors = floor_of(partial(neighbour_scores, k=k), pool.views[view], pool.groups, min(len(a), len(b)))
     return {
         f"{view}/{name}": Score.of(
             estimate, "higher", len(samples), None if floors is None else (floors[0][name], floors[1])
@@ -133,12 +139,34 @@ def memorisation_scores(
     The pairs are (number of the sample, number of the training sample) in their sets.
     """
     view = main_view(samples)
-    found = memorisation(samples.views[view], train.views[view], real.views[view], pairs=pairs)
+    found = memorisation(
+        samples.views[view],
+        train.views[view],
+        real.views[view],
+        groups_a=samples.groups,
+        groups_b=real.groups,
+        pairs=pairs,
+        resamples=RESAMPLES,
+    )
     scores = {
         "memorisation/distance_ratio": Score.of(found.ratio, "higher", len(samples), (1.0, len(real))),
+        "memorisation/low_distance_ratio": Score.of(found.low_ratio, "higher", len(samples), (1.0, len(real))),
         "memorisation/share_closer": Score.of(found.share_closer, "lower", len(samples), (0.01, len(real))),
     }
     return scores, [(int(samples.numbers[i]), int(train.numbers[j])) for i, j in found.pairs]
+
+
+def floor_of(metric: Callable[..., Any], rows: np.ndarray, groups: np.ndarray, n: int) -> tuple[Any, int] | None:
+    """Return the metric between halves of real samples, and their size; None if the halves are too small for it."""
+    try:
+        return real_floor(metric, rows, groups, n)
+    except UsageError:
+        return None
+
+
+def rows_of_others(groups: np.ndarray) -> int:
+    """Return the smallest number of rows that are not of the file of a row."""
+    return len(groups) - int(np.unique(groups, return_counts=True)[1].max())
 
 
 def main_view(features: Features) -> str:
@@ -165,11 +193,11 @@ def rows_of_view(features: Features, view: str) -> tuple[np.ndarray, np.ndarray]
     return chosen.reshape(n * kept, -1), np.repeat(features.groups, kept)
 
 
-def join(first: Features, second: Features | None) -> Features:
-    """Return the samples of two sets of different files as one set."""
+def join(first: Features, second: Features | None, *, same_files: bool) -> Features:
+    """Return two sets as one; `same_files` says that their groups are those of one dataset."""
     if second is None:
         return first
-    shift = int(first.groups.max()) + 1
+    shift = 0 if same_files else int(first.groups.max()) + 1
     return dataclasses.replace(
         first,
         views={name: np.concatenate([first.views[name], second.views[name]]) for name in first.views},

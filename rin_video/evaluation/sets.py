@@ -21,13 +21,13 @@ from rin_video.datasets.epochs import EpochDataset, name_of
 from rin_video.datasets.extensions import KINDS
 from rin_video.datasets.folders import detect_kind, find_sources
 from rin_video.datasets.images import ImageFolder
-from rin_video.datasets.mixed import MixedDataset
 from rin_video.datasets.open import open_dataset
 from rin_video.datasets.probe import probe_video
 from rin_video.datasets.reading import probe_image
 from rin_video.datasets.sources import shown
 from rin_video.errors import UsageError
 from rin_video.media import as_pixels, sample_files
+from rin_video.wording import counted
 
 
 @dataclass(frozen=True)
@@ -84,10 +84,18 @@ def reading_options(options: DataConfig) -> DataConfig:
 
 def choose(dataset: Any, num: int | None, name: str, classes: Sequence[str] = ()) -> SampleSet:
     """Choose `num` samples of a dataset, evenly spaced, or all of them if there are fewer or `num` is None."""
-    dataset = dataset.clips if isinstance(dataset, MixedDataset) else dataset
     count = len(dataset) if num is None else min(num, len(dataset))
     indices = np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist()
     return SampleSet(dataset, indices, name, labels_of(dataset, indices, classes))
+
+
+def choose_others(chosen: SampleSet, num: int) -> SampleSet | None:
+    """Choose up to `num` further samples of the dataset of a set, evenly spaced; None if there are no others."""
+    left = sorted(set(range(len(chosen.dataset))) - set(chosen.indices))
+    if not left:
+        return None
+    indices = [left[i] for i in np.linspace(0, len(left) - 1, min(num, len(left))).round().astype(int)]
+    return SampleSet(chosen.dataset, indices, chosen.name, np.full(len(indices), -1))
 
 
 def labels_of(dataset: Any, indices: Sequence[int], classes: Sequence[str]) -> np.ndarray:
@@ -153,9 +161,9 @@ def check_sizes(dataset: Any, path: str | os.PathLike[str], shape: tuple[int, ..
     """Raise `UsageError` if a sample has another size or number of frames than `shape`, or cannot be read."""
     wanted = "x".join(map(str, shape[1:]))
     if dataset.skipped:
-        source, reason = dataset.skipped[0]
-        more = f" ({len(dataset.skipped)} such files)" if len(dataset.skipped) > 1 else ""
-        raise UsageError(f"{shown(source)} is not a sample of {wanted}{more}: {reason}")
+        (_, reason), *others = dataset.skipped
+        more = f" ({counted(len(others), 'more file')} cannot be used)" if others else ""
+        raise UsageError(f"{reason}{more}. All samples must be clips or images of {wanted}")
     if isinstance(dataset, ClipFolder):
         sizes = [(info.num_frames, *info.size) for info in dataset.infos]
     elif isinstance(dataset, ImageFolder):

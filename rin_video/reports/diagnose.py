@@ -16,20 +16,18 @@ from torch.utils.data import Dataset
 
 from rin_video.config import Config
 from rin_video.datasets.adapters import adapt_for
-from rin_video.datasets.batch import Batch, collate
+from rin_video.datasets.batch import collate
 from rin_video.datasets.mixed import MixedDataset
-from rin_video.diffusion.conditions import Conditions
-from rin_video.diffusion.masks import draw_known
-from rin_video.diffusion.noise import derive_seed, seeded_generators
-from rin_video.diffusion.objectives import target
+from rin_video.diffusion.fixed_levels import add_noise, fix_batch, fixed_times, two_passes
 from rin_video.diffusion.process import GaussianDiffusion
 from rin_video.files import write_text
 from rin_video.media import can_be_picture, contact_sheet
 from rin_video.progress import progress_bar
-from rin_video.tensors import to_diffusion_range
+from rin_video.training.metrics import read_validation
 from rin_video.training.plots import draw_figure
 from rin_video.training.previews import harmless
 from rin_video.training.state import load_state, saved_states
+from rin_video.training.validation import find_overfitting
 from rin_video.wording import counted
 
 log = logging.getLogger("rin_video")
@@ -64,6 +62,7 @@ class Diagnosis:
     )  # fraction of the values of x0 at the bounds, at each sampling step
     clipped_data: float = 0.0  # the same fraction in the data
     latent_std: list[float] = field(default_factory=list)  # variation of each latent between inputs; 0: none
+    overfitting: str | None = None  # what the validation losses of the run show; None: nothing, or there are none
 
     @property
     def trivial(self) -> list[float]:
@@ -124,7 +123,7 @@ class Diagnosis:
                 f"dead latents: {dead} of {len(self.latent_std)} have the same values for every input. Train longer. "
                 "If they stay dead, use fewer latents (num_latents)"
             )
-        return found
+        return found + ([self.overfitting] if self.overfitting else [])
 
 
 @torch.no_grad()
@@ -138,35 +137,31 @@ def diagnose(
     data = adapt_for(diffusion, data)
     length = len(data)  # type: ignore[arg-type]
     chosen = torch.linspace(0, length - 1, min(num, length)).long().tolist()
-    batches = [_with_conditions(collate([data[i] for i in part]), diffusion) for part in _parts(chosen, BATCH)]
-    times = [(i + 0.5) / LEVELS for i in range(LEVELS)]
+    numbers = _parts(list(range(len(chosen))), BATCH)
+    batches = [fix_batch(collate([data[chosen[n]] for n in part]), part, diffusion) for part in numbers]
+    times = fixed_times(LEVELS)
     raw = diffusion.with_model(raw_model) if raw_model is not None else None
     rows: dict[str, list[float]] = {name: [] for name in ("loss", "first", "raw", "zero", "copy", "log_snr")}
     latents: list[Tensor] = []
     with progress_bar(len(times), "noise levels", "level") as bar:
         for index, t in enumerate(times):
             sums = torch.zeros(5, dtype=torch.float64)
-            for number, (x, conditions) in enumerate(batches):
-                generator = torch.Generator().manual_seed(derive_seed(index, number))
-                x0 = diffusion.config.scale * to_diffusion_range(x)
-                conditions = conditions._replace(values=x0)
-                eps = torch.randn(x0.shape, generator=generator).to(x0)
-                level = diffusion.level(torch.full((len(x),), t, device=x.device), x0)
-                x_t = level.alpha * x0 + level.sigma * eps
-                wanted = target(diffusion.config.objective, x0, eps, level)
-                first, second, hidden = _two_passes(diffusion, x_t, level, conditions)
-                guesses = [second, first, torch.zeros_like(wanted), x_t]
-                guesses.append(_two_passes(raw, x_t, level, conditions)[1] if raw else second)
-                sums += torch.stack([conditions.masked_mean((guess - wanted) ** 2).sum().cpu() for guess in guesses])
+            for batch in batches:
+                noisy = add_noise(diffusion, batch, index, t)
+                first, second, hidden = two_passes(diffusion, noisy)
+                guesses = [second, first, torch.zeros_like(noisy.wanted), noisy.x_t]
+                guesses.append(two_passes(raw, noisy)[1] if raw else second)
+                sums += torch.stack([noisy.error(guess).sum().cpu() for guess in guesses])
                 hidden = hidden[0] if isinstance(hidden, tuple) else hidden  # latents, or (latents, interface)
                 if index == LEVELS // 2 and isinstance(hidden, Tensor) and hidden.ndim == 3:
                     latents.append(hidden.float().cpu())
             means = (sums / len(chosen)).tolist()
             for name, value in zip(("loss", "first", "zero", "copy", "raw"), means, strict=True):
                 rows[name].append(value)
-            rows["log_snr"].append((level.alpha / level.sigma).square().log().flatten()[0].item())
+            rows["log_snr"].append((noisy.level.alpha / noisy.level.sigma).square().log().flatten()[0].item())
             bar.update()
-    everything = torch.cat([x.flatten().float() if x.dtype != torch.uint8 else x.flatten() / 255 for x, _ in batches])
+    pixels = (batch.x.flatten() for batch in batches)
+    everything = torch.cat([x.float() if x.dtype != torch.uint8 else x / 255 for x in pixels])
     return Diagnosis(
         t=times,
         log_snr=rows["log_snr"],
@@ -217,6 +212,8 @@ def diagnose_run(
     data = data.clips if isinstance(data, MixedDataset) else data
     diagnosis = diagnose(diffusion, data, raw_model=raw_model, num=num)
     sheet, diagnosis.clipped = trajectory(diffusion, config)
+    if found := find_overfitting(read_validation(folder / "metrics.jsonl")):
+        diagnosis.overfitting = found.describe(kept=config.train.keep_best)
     out.mkdir(parents=True, exist_ok=True)
     report = dataclasses.asdict(diagnosis) | {"findings": diagnosis.findings()}
     write_text(out / "diagnosis.json", json.dumps(report, indent=1) + "\n")
@@ -227,28 +224,6 @@ def diagnose_run(
     with harmless(out / "loss.png"):
         plot_losses(diagnosis, out / "loss.png")
     return diagnosis
-
-
-def _two_passes(
-    diffusion: GaussianDiffusion, x_t: Tensor, level: Any, conditions: Conditions
-) -> tuple[Tensor, Tensor, Any]:
-    """Return the predictions without and with self-conditioning, and the latents of the second pass."""
-    first, latents = diffusion.predict(x_t, level, conditions, None)
-    x0 = diffusion.predict_x0(first, x_t, level, conditions)
-    second, latents = diffusion.predict(x_t, level, conditions, diffusion.self_cond_state(latents, x0))
-    return first, second, latents
-
-
-def _with_conditions(batch: Batch, diffusion: GaussianDiffusion) -> tuple[Tensor, Conditions]:
-    """Return the data of a batch and its conditions as in training; the observed masks are the same every time."""
-    x, label, embedding = batch
-    options, known = diffusion.config, None
-    if options.known:
-        generators = seeded_generators(0, range(len(x)))
-        known = draw_known(options.known, options.known_frames, len(x), x.shape[2:], generators)
-    label = label if getattr(diffusion.model, "num_classes", 0) else None
-    device = next(diffusion.parameters()).device
-    return x.to(device), Conditions(label, embedding, known).at(torch.arange(len(x)), device)
 
 
 def _parts(values: list[int], size: int) -> Iterator[list[int]]:

@@ -11,9 +11,10 @@ from typing import Any
 from rin_video.errors import UsageError, one_line
 from rin_video.files import CONFIG, write_text
 from rin_video.reports.results import HEADINGS, describe_measurement, results_of, score_rows, warnings_of
-from rin_video.training.metrics import read_lines
-from rin_video.training.plots import metrics_svg
+from rin_video.training.metrics import read_lines, read_validation
+from rin_video.training.plots import metrics_svg, validation_svg
 from rin_video.training.provenance import read_json
+from rin_video.training.validation import find_overfitting
 
 KINDS = {".mp4": "video/mp4", ".gif": "image/gif", ".png": "image/png"}
 SHOWN = 8  # maximum number of steps whose samples are on the page
@@ -64,7 +65,7 @@ def write_report(run: Path, path: Path) -> Path:
                 f"Step {last['step']:,}, loss {last['loss']:.4f}, {last['samples_per_second']:.1f} samples/s; "
                 f"started {made.get('started', 'at an unknown time')}{describe_earlier(made.get('earlier'))}."
             ),
-            curves=metrics_svg(lines),
+            curves=metrics_svg(lines) + held_out(read_validation(run / "metrics.jsonl")),
             samples="\n".join(figures(run / "samples")) or "<p>none yet</p>",
             scores="\n".join(map(score_table, results_of(run))) or "<p>none yet: rin-video evaluate measures them</p>",
             facts="".join(fact(name, value) for name, value in made.items() if value is not None and name != "earlier"),
@@ -84,6 +85,20 @@ def score_table(result: dict[str, Any]) -> str:
     return f"<p>{escape(describe_measurement(result))}</p>\n<table><tr>{titles}</tr>{rows}</table>" + (
         f"\n<ul>{warnings}</ul>" if warnings else ""
     )
+
+
+def held_out(rows: list[dict[str, Any]]) -> str:
+    """Return the curves of the validation loss as HTML, with its lowest value, and overfitting if there is some."""
+    if not rows:
+        return ""
+    best, last = min(rows, key=lambda row: row["validation_loss"]), rows[-1]
+    words = (
+        f"Validation loss {last['validation_loss']:.4g} at step {last['step']:,} (training samples: "
+        f"{last['train_loss_fixed']:.4g}); the lowest was {best['validation_loss']:.4g} at step {best['step']:,}."
+    )
+    found = find_overfitting(rows)
+    more = f"\n<p>{escape(found.describe())}</p>" if found else ""
+    return f"\n<h2>Held-out data</h2>\n<p>{escape(words)}</p>{more}\n{validation_svg(rows)}"
 
 
 def describe_earlier(starts: Any) -> str:

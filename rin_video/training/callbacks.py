@@ -41,6 +41,9 @@ class Callback:
     def on_log(self, trainer: Run, line: dict[str, Any]) -> None:
         """Called after every line of `metrics.jsonl`, with its values."""
 
+    def on_validation(self, trainer: Run, line: dict[str, Any]) -> None:
+        """Called after every measurement of the validation loss, with its line of `metrics.jsonl`."""
+
     def on_checkpoint(self, trainer: Run, folder: Path) -> None:
         """Called after a checkpoint has been written to `folder`."""
 

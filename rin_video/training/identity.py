@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rin_video.config import Config
+from rin_video.datasets.folders import TRAINING
 from rin_video.datasets.sources import Member
 from rin_video.errors import UsageError
 from rin_video.files import HUB, PIPE
@@ -33,7 +34,7 @@ def run_folder(data: str | os.PathLike[str]) -> Path:
     path = Path(name).resolve()
     own = Path("runs") / _safe(path.name if path.is_dir() else path.stem)
     held = holds_data(own)
-    if held in (None, str(path)):
+    if held is None or held == str(path) or (Path(held).parent == path and Path(held).name.lower() in TRAINING):
         return own
     there = Path(held).parent if "{" in held else Path(held)  # the folder of a pattern of shards
     if not there.exists():  # the data may have moved; the run checks this
@@ -56,14 +57,20 @@ def holds_data(run: Path) -> str | None:
         return None
 
 
-def identify(dataset: Any, config: Config) -> dict[str, Any]:
-    """Return the identity of the data for a checkpoint: paths, columns, classes, and a digest of the contents."""
+def identify(dataset: Any, held: Any, config: Config) -> dict[str, Any]:
+    """Return the identity of the data for a checkpoint: paths, columns, classes, and a digest of the contents.
+
+    `held` is the held-out data, or None. Its identity is the share, or the name of its files.
+    """
+    share = config.data.validation if isinstance(config.data.validation, float | int) else None
     return {
         "path": _resolved(config.data.path),
         "images": _resolved(config.data.images),
         "columns": [getattr(dataset, "column", None), getattr(dataset, "label", None)],
         "classes": list(getattr(dataset, "classes", [])),
         "content": _digest(dataset),
+        "share": share,
+        "validation": None if held is None or share is not None else _source_of(held),
     }
 
 
@@ -76,6 +83,19 @@ def check_same_data(run: Path, then: dict[str, Any] | None, now: dict[str, Any])
     if then is None:
         return
     other = f"use another folder (--out), with --init-from {run} to start from its weights"
+    if then.get("share") != now["share"]:
+        before, after = ("null" if one is None else f"{one:g}" for one in (then.get("share"), now["share"]))
+        raise UsageError(
+            f"{run} was trained with data.validation={before}, now it is {after}, which moves files from one side to "
+            f"the other: use the same value, or {other}"
+        )
+    if "validation" in then and then["validation"] != now["validation"]:
+        log.warning(
+            "the validation data of %s was %s, now it is %s: its losses from now on are of other samples",
+            run,
+            then["validation"] or "none",
+            now["validation"] or "none",
+        )
     if then["classes"] and now["classes"] and then["classes"] != now["classes"]:
         before, after = _list(then["classes"]), _list(now["classes"])
         raise UsageError(f"{run} was trained with the classes {before}, now they are {after}: {other}")
@@ -91,6 +111,13 @@ def check_same_data(run: Path, then: dict[str, Any] | None, now: dict[str, Any])
         raise UsageError(f"{run} was trained on {then['path']}, now the data is {now['path']}: {other}")
     if then["content"] != now["content"]:
         log.warning("the files of %s have changed since the last checkpoint: training continues with them", now["path"])
+
+
+def _source_of(held: Any) -> str | None:
+    """Return the path of the held-out data, or None for a user's dataset."""
+    part = getattr(held, "clips", held)
+    found = getattr(part, "root", getattr(part, "path", None))
+    return None if found is None else _resolved(os.fspath(found))
 
 
 def _resolved(path: str | None) -> str | None:

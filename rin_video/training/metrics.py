@@ -18,6 +18,7 @@ from rin_video.diffusion.process import LossTerms
 from rin_video.files import sync, write_text
 
 NOISE_BINS = 10
+VALIDATION_LEVELS = 8  # fixed noise levels of the validation loss
 
 
 class Failure(NamedTuple):
@@ -147,9 +148,14 @@ class Metrics:
             sync(self.path)
 
 
-def describe_line(line: dict[str, Any]) -> str:
-    """Format a line of the metrics for the progress bar; it includes the wait for data from 5% of the time."""
-    text = f"loss {line['loss']:.4f}, {line['samples_per_second']:.1f} samples/s"
+def describe_line(line: dict[str, Any], validation: dict[str, Any] | None = None) -> str:
+    """Format a line of the metrics, and the last validation loss, for the progress bar.
+
+    It includes the wait for data from 5% of the time.
+    """
+    text = f"loss {line['loss']:.4f}"
+    text += f", validation {validation['validation_loss']:.4f}" if validation else ""
+    text += f", {line['samples_per_second']:.1f} samples/s"
     return text + (f", {line['data_wait']:.0%} waiting for data" if line["data_wait"] >= 0.05 else "")
 
 
@@ -168,14 +174,33 @@ def _step_of(line: str) -> float:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read the lines of a `metrics.jsonl`; incomplete lines and those that training does not write are skipped."""
+    """Read the lines about training in a `metrics.jsonl`; incomplete lines and all others are skipped."""
+    return [line for line in _read_all(path) if is_line(line)]
+
+
+def read_validation(path: Path) -> list[dict[str, Any]]:
+    """Read the lines about the validation loss in a `metrics.jsonl`; incomplete lines and all others are skipped."""
+    return [line for line in _read_all(path) if is_validation_line(line)]
+
+
+def _read_all(path: Path) -> list[Any]:
     lines = []
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         with suppress(ValueError, RecursionError):
-            line = json.loads(text)
-            if is_line(line):
-                lines.append(line)
+            lines.append(json.loads(text))
     return lines
+
+
+def is_validation_line(line: Any) -> bool:
+    """Return whether a line of a `metrics.jsonl` is about the validation loss, with valid numbers."""
+    if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+        return False
+    names = ("validation_loss", "train_loss_fixed")
+    rows: list[Any] = [line.get(f"{name}_by_t") for name in names]
+    if not all(isinstance(row, list) and len(row) == VALIDATION_LEVELS for row in rows):
+        return False
+    values = [line.get(name) for name in names] + [value for row in rows for value in row]
+    return all(is_number(value) and value >= 0 for value in values)
 
 
 def is_line(line: Any) -> bool:

@@ -6,7 +6,7 @@ import io
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,15 @@ import numpy as np
 from rin_video.files import atomic_write
 
 
-def plot_metrics(rows: list[dict[str, Any]], path: Path) -> None:
-    """Plot the loss, the loss by noise level and the gradient norm of lines of a `metrics.jsonl` to an image file."""
+def plot_metrics(rows: list[dict[str, Any]], path: Path, validation: Sequence[dict[str, Any]] = ()) -> None:
+    """Plot the loss, the loss by noise level and the gradient norm of lines of a `metrics.jsonl` to an image file.
+
+    If there are lines about the validation loss, another panel has its curve.
+    """
     steps = [row["step"] for row in rows]
-    with draw_figure(path, 3) as (total, by_noise, gradient):
+    with draw_figure(path, 4 if validation else 3) as (total, by_noise, gradient, *rest):
+        for axes in rest:
+            _plot_validation(axes, validation)
         total.plot(steps, [row["loss"] for row in rows])
         total.set(xlabel="step", title="loss", yscale="log")
         bins = len(rows[0]["loss_by_t"]) if rows else 0
@@ -57,10 +62,7 @@ def metrics_svg(rows: list[dict[str, Any]], points: int = 500) -> str:
     picture = axes[1].pcolormesh(steps, np.linspace(0.05, 0.95, len(heights)), heights, shading="nearest")
     axes[1].set(xlabel="step", ylabel="t (1: noise)", title="log10 of the loss by noise level")
     figure.colorbar(picture, ax=axes[1])
-    file = io.StringIO()
-    figure.savefig(file, format="svg")
-    text = file.getvalue()
-    return text[text.index("<svg") :]
+    return _as_svg(figure)
 
 
 PANEL_TITLES = {
@@ -69,6 +71,38 @@ PANEL_TITLES = {
     "samples_per_second": "samples per second",
     "data_wait": "share of time waiting for data",
 }
+
+
+def validation_svg(rows: Sequence[dict[str, Any]], points: int = 500) -> str:
+    """Plot the lines about the validation loss and return the SVG text; at most `points` lines are drawn.
+
+    The panels are the losses of held-out and of training samples, and the ratio of the two at each noise level.
+    """
+    rows = rows[:: max(1, math.ceil(len(rows) / points))]
+    figure, (curve, ratio) = _axes(1, 2)
+    _plot_validation(curve, rows)
+    levels = len(rows[0]["validation_loss_by_t"]) if rows else 0
+    for i in range(levels):
+        pairs = [(row["validation_loss_by_t"][i], row["train_loss_fixed_by_t"][i]) for row in rows]
+        values = [held / trained if trained > 0 else math.nan for held, trained in pairs]
+        ratio.plot([row["step"] for row in rows], values, color=f"{0.8 - 0.8 * i / levels:.2f}", lw=1, marker=".")
+    ratio.set(xlabel="step", title="validation loss / training loss by noise level (black: noise, grey: clean)")
+    return _as_svg(figure)
+
+
+def _plot_validation(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
+    """Plot the losses of held-out and of training samples at the fixed noise levels."""
+    for name, label in (("validation_loss", "held-out samples"), ("train_loss_fixed", "training samples")):
+        axes.plot([row["step"] for row in rows], [row[name] for row in rows], label=label, marker=".")
+    axes.set(xlabel="step", title="loss of the EMA weights at fixed noise levels", yscale="log")
+    axes.legend()
+
+
+def _as_svg(figure: Any) -> str:
+    file = io.StringIO()
+    figure.savefig(file, format="svg")
+    text = file.getvalue()
+    return text[text.index("<svg") :]
 
 
 def _import_matplotlib() -> None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rin_video.config import Config, ModelConfig, SampleConfig, trainer_config
 from rin_video.datasets.adapters import adapt_for
-from rin_video.datasets.open import INDEX, open_dataset
+from rin_video.datasets.open import INDEX, open_sides, split_sides
 from rin_video.diffusion.process import GaussianDiffusion
 from rin_video.errors import UsageError
 from rin_video.port import trainer_options
 from rin_video.training.distributed import first_then_others
+
+log = logging.getLogger("rin_video")
 
 
 def find_inputs(diffusion: GaussianDiffusion | None, data: Any, options: dict[str, Any]) -> tuple[Any, Any]:
@@ -47,11 +51,36 @@ def make_config(diffusion: GaussianDiffusion, data: Any, num_samples: int, optio
     )
 
 
-def open_data(diffusion: GaussianDiffusion, data: Any, config: Config, run: Path) -> Any:
-    """Return the dataset: that of a folder, which the main process indexes before the others, or `data`, adapted."""
-    if not isinstance(data, str | os.PathLike):
-        return adapt_for(diffusion, data)
-    config.data.path = config.data.path or os.fspath(data)
-    return first_then_others(
-        lambda: open_dataset(data, diffusion.shape, config.data, seed=config.train.seed, index=run / INDEX)
-    )
+def open_data(diffusion: GaussianDiffusion, data: Any, validation: Any, config: Config, run: Path) -> tuple[Any, Any]:
+    """Return the dataset to train on and the held-out one, or None.
+
+    `data` and `validation` are datasets, which are adapted, or folders, which the main process indexes before the
+    others. `validation` may also be a share, or None: then `data.validation` of the configuration applies. Raises
+    `UsageError` if the two datasets do not fit, or if `train.keep_best` has no held-out data.
+    """
+    if isinstance(validation, str | os.PathLike | float | int):
+        name = validation if isinstance(validation, float | int) else os.fspath(validation)
+        config.data, validation = replace(config.data, validation=name), None
+    given = None if validation is None else adapt_for(diffusion, validation)
+    options = config.data if given is None else replace(config.data, validation=None)
+    where: dict[str, Any] = {"seed": config.train.seed, "index": run / INDEX, "validate": given is None}
+    if isinstance(data, str | os.PathLike):
+        config.data.path = config.data.path or os.fspath(data)
+        sides = first_then_others(lambda: open_sides(data, diffusion.shape, options, **where))
+    else:
+        adapted: Any = adapt_for(diffusion, data)
+        sides = first_then_others(lambda: split_sides(adapted, "the dataset", diffusion.shape, options, **where))
+    if sides.note:
+        log.info("validation data: %s", sides.note)
+    held: Any = sides.validation if given is None else given
+    if held is not None and held.classes and held.classes != sides.train.classes:
+        raise UsageError(
+            f"the validation data has the classes {', '.join(held.classes[:8])}, the training data "
+            f"{', '.join(sides.train.classes[:8]) or 'none'}: number them in the same way"
+        )
+    if held is None and config.train.keep_best:
+        raise UsageError(
+            "train.keep_best=true chooses weights by held-out data, and there is none: set data.validation=0.05, for "
+            "example"
+        )
+    return sides.train, held

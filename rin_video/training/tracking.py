@@ -49,6 +49,12 @@ class Tracking(Callback):
         by_t = {f"loss_by_t/{i}": value for i, value in enumerate(line["loss_by_t"]) if value is not None}
         trainer.accelerator.log(numbers | by_t, step=line["step"])
 
+    def on_validation(self, trainer: Run, line: dict[str, Any]) -> None:
+        """Log a line about the validation loss."""
+        numbers = {name: value for name, value in line.items() if isinstance(value, float)}
+        by_t = {f"validation_loss_by_t/{i}": value for i, value in enumerate(line["validation_loss_by_t"])}
+        trainer.accelerator.log(numbers | by_t, step=line["step"])
+
     def on_sample(self, trainer: Run, samples: Tensor, paths: list[Path]) -> None:
         """Log samples as images and clips, where the tracker supports them."""
         clip = next((path for path in paths if path.suffix == ".mp4"), None)

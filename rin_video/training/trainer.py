@@ -47,15 +47,16 @@ from rin_video.training.ema import full_model, make_ema, make_power_emas, save_s
 from rin_video.training.identity import check_same_data, identify
 from rin_video.training.locking import lock_run
 from rin_video.training.memory import checkpoint_blocks, out_of_memory
-from rin_video.training.metrics import Metrics, describe_line, read_lines, trim_lines
+from rin_video.training.metrics import Metrics, describe_line, read_lines, read_validation, trim_lines
 from rin_video.training.optimizers import make_lr_schedule, make_optimizer
 from rin_video.training.plots import plot_metrics
 from rin_video.training.previews import draw_previews, harmless, is_previewed, write_previews
-from rin_video.training.provenance import write_provenance
+from rin_video.training.provenance import read_json, write_provenance
 from rin_video.training.setup import find_inputs, make_config, open_data
 from rin_video.training.signals import StopSignals, ignore_signals
 from rin_video.training.state import CHECKPOINTS, load_milestone, newest_state, save_state, saved_states
 from rin_video.training.tracking import Tracking, check_trackers
+from rin_video.training.validation import BEST, RECORD, Validator, save_best
 from rin_video.weights import save_weights
 
 log = logging.getLogger("rin_video")
@@ -67,7 +68,9 @@ class Trainer:
     """Trains a `GaussianDiffusion` on a folder or a dataset, and writes all results to `results_folder`.
 
     `data` is a folder of images or clips (the model's shape determines which), or a `Dataset` of tensors (C, *grid), of
-    (tensor, label) pairs, or of dicts with "x", "label" and "embedding". Values are in [0, 1] or uint8. `options` are
+    (tensor, label) pairs, or of dicts with "x", "label" and "embedding". Values are in [0, 1] or uint8. `validation` is
+    the held-out data in the same forms, or the share of `data` to hold out; its loss is measured while training, and
+    nothing is trained on it (by default `data.validation`, or the split `val` or `test` of the data). `options` are
     fields of `TrainConfig` and `DataConfig`, or options of the PyTorch port (`rin_video.port`); `config` replaces them.
     `callbacks` observe the run and evaluate its weights. Raises `UsageError` for invalid options, or if the data does
     not fit the model.
@@ -80,6 +83,7 @@ class Trainer:
     - `model.safetensors` and `config.yaml`: the EMA weights and the configuration, for use
     - `checkpoints/`: the states to resume from
     - `averages/`: snapshots for post-hoc EMAs
+    - `best/`: the EMA weights with the lowest validation loss, with `train.keep_best`
     - `metrics.jsonl` and `metrics.png`: metrics and their plots
     - `samples/`: PNG grids, or MP4 clips and contact sheets
     - `run.json`: versions and hardware
@@ -92,6 +96,7 @@ class Trainer:
         diffusion: GaussianDiffusion | None = None,
         data: str | os.PathLike[str] | Dataset[Any] | None = None,
         *,
+        validation: float | str | os.PathLike[str] | Dataset[Any] | None = None,
         results_folder: str | os.PathLike[str] = "./results",
         num_samples: int = 16,
         config: Config | None = None,
@@ -112,14 +117,16 @@ class Trainer:
         self.accelerator = make_accelerator(self.options, self.folder, partial=several_kinds)
         self.batch_size = per_process_batch(self.options.train_batch_size, self.accelerator.num_processes)
 
-        self.dataset: Any = open_data(diffusion, data, config, self.folder)
+        self.dataset: Any
+        self.dataset, held = open_data(diffusion, data, validation, config, self.folder)
         check_data(diffusion, self.dataset, self.options.train_batch_size)
+        self.validator = None if held is None else self.make_validator(held)
         self.num_classes = getattr(diffusion.model, "num_classes", 0)
         if self.num_classes:
             diffusion.classes = config.data.classes = list(getattr(self.dataset, "classes", []))
         self.check_batch = BatchCheck(self.num_classes)
         config.sample.fps = config.sample.fps or frame_rate(self.dataset)
-        self.identity = identify(self.dataset, config)
+        self.identity = identify(self.dataset, held, config)
 
         if self.options.init_from is not None:
             self.start_from(self.options.init_from, diffusion)
@@ -180,6 +187,7 @@ class Trainer:
             write_provenance(self.folder, self.config, self.accelerator)
         path = self.folder / METRICS if main else None
         metrics = Metrics(path, self.step, state=self.pending, gather=self.accelerator.gather)
+        self.resume_validation()
         steps, shown = self.options.train_num_steps, self.progress and main
         self.call("on_start")
         try:
@@ -202,15 +210,21 @@ class Trainer:
     def after_step(self, metrics: Metrics, bar: Any, signals: StopSignals) -> None:
         """Log, save and sample if they are due. Raises `Stopped` after a signal."""
         saving, logging_ = self.is_due(self.options.save_and_sample_every), self.is_due(self.options.log_every)
+        validating = self.validator is not None and self.is_due(
+            self.options.validate_every or self.options.save_and_sample_every
+        )
         stopping = signals.received is not None
         if self.accelerator.num_processes > 1:  # a collective decision, so only when all processes wait anyway
             stopping = (logging_ or saving) and any_rank(stopping, self.accelerator)
-        if logging_ or saving or stopping:
+        if logging_ or saving or stopping or validating:
             self.check(metrics)
         if logging_:
             line = metrics.write(self.step, lr=self.optimizer.param_groups[0]["lr"])
-            bar.set_postfix_str(describe_line(line))
+            bar.set_postfix_str(describe_line(line, self.validator.last if self.validator else None))
             self.call("on_log", line)
+        if validating:
+            self.validate()
+            metrics.restart_clock()
         if self.is_due(self.options.ema_snapshot_every):
             self.snapshot()
         if saving or stopping:
@@ -225,6 +239,39 @@ class Trainer:
                 f"stopped by {signals.received or 'a signal to another process'} at step {self.step}, "
                 f"checkpoint written: the same command resumes"
             )
+
+    def make_validator(self, held: Any) -> Validator:
+        """Create the object that measures the validation loss."""
+        rank, num_ranks = self.accelerator.process_index, self.accelerator.num_processes
+        return Validator(self.dataset, held, self.config, batch_size=self.batch_size, rank=rank, num_ranks=num_ranks)
+
+    def resume_validation(self) -> None:
+        """Read the validation losses up to the current step, in the main process for all."""
+        if self.validator is None:
+            return
+
+        def read() -> Any:
+            if not self.accelerator.is_main_process:
+                return None
+            return read_validation(self.folder / METRICS), read_json(self.folder / BEST / RECORD)
+
+        history, record = in_all(read)[0]
+        self.validator.resume(history, record, self.step)
+
+    def validate(self) -> None:
+        """Measure the validation loss of the EMA weights, and write its line; keep the best weights if that is wanted.
+
+        This precedes the checkpoint of the step, so that a resumed run has the line once.
+        """
+        assert self.validator is not None
+        write = self.accelerator.is_main_process
+        line = self.validator.measure(self.averaged(), self.step)
+        if write:
+            append_line(self.folder / METRICS, line)
+        if self.validator.add(line) and self.options.keep_best:
+            weights = self.ema.ema_model.state_dict()
+            in_all(lambda: save_best(self.folder, weights, self.config, line, write=write))
+        self.call("on_validation", line)
 
     def is_due(self, every: int) -> bool:
         """Return whether the current step is a multiple of `every`, or the last one."""
@@ -327,7 +374,8 @@ class Trainer:
             return
         if (self.folder / METRICS).exists():
             with harmless(self.folder / "metrics.png"):
-                plot_metrics(read_lines(self.folder / METRICS), self.folder / "metrics.png")
+                lines, validation = (read(self.folder / METRICS) for read in (read_lines, read_validation))
+                plot_metrics(lines, self.folder / "metrics.png", validation)
         self.evaluate(averaged)
         paths = write_previews(samples, images, self.folder, self.step, self.config.sample.fps or DEFAULT_FPS)
         self.call("on_sample", samples, paths)
