@@ -67,8 +67,9 @@ def run_demo(folder: Path, overrides: Sequence[str] = ()) -> None:
         "done in %s. Look at\n"
         "  %s (with any browser or player)\n"
         "  %s (one row per clip, time from left to right)\n"
-        "Next: rin-video train --data YOUR_CLIPS --frames 16",
+        "Next: rin-video evaluate %s, or rin-video train --data YOUR_CLIPS --frames 16",
         in_hours(time.perf_counter() - start),
         folder / "sample.mp4",
         folder / "contact_sheet.png",
+        folder / "run",
     )
