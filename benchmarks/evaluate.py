@@ -349,22 +349,32 @@ def table(results: dict[str, Row], distance: str) -> list[str]:
         f"| {damage} | " + " | ".join(mark(cells[column]["rows"][damage]) for column in columns) + " |"
         for damage in [*DAMAGES, DROPPED]
     ]
+    control = [str(len(cells[column]["below_control"])) for column in columns]
+    lines.append("| not above the control at strength 1 | " + " | ".join(control) + " |")
     counts = [sum(row["passes"] for row in cells[column]["rows"].values()) for column in columns]
     total = len(DAMAGES) + 1
     lines.append("| **rows passed** | " + " | ".join(f"{count} of {total}" for count in counts) + " |")
     return lines
 
 
-def report(results: dict[str, dict[str, Row]]) -> str:
+def report(found: Row) -> str:
     """Return all tables as Markdown."""
-    lines = ["# Battery of damages", "", __doc__.partition("\n\n")[0], ""]
-    for data, extractors in results.items():
+    versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+    lines = [
+        "# Evaluation battery",
+        "",
+        f"{found['num']} clips of {found['frames']} frames of {found['size']}x{found['size']} in each set; {versions}; "
+        f"{found['machine']}, {found['device']}. A number is the weakest strength that is seen, in brackets if the "
+        "distance does not rise with strength; a dash means that none is seen.",
+        "",
+    ]
+    for data, extractors in found["results"].items():
         for distance in DISTANCES:
             lines += [f"## {data}, {distance} distance", "", *table(extractors, distance), ""]
         lines += ["| extractor | seconds per 1,000 clips | direction of time told (0.5: chance) |", "|---|---|---|"]
-        for name, found in extractors.items():
-            told = ", ".join(f"{view} {values['direction']['accuracy']:.2f}" for view, values in found["views"].items())
-            lines.append(f"| {name.partition('=')[0]} | {found['seconds_per_1000']} | {told} |")
+        for name, row in extractors.items():
+            told = ", ".join(f"{view} {values['direction']['accuracy']:.2f}" for view, values in row["views"].items())
+            lines.append(f"| {name.partition('=')[0]} | {row['seconds_per_1000']} | {told} |")
         lines.append("")
     return "\n".join(lines)
 
@@ -437,16 +447,16 @@ def main() -> None:
             extractor = make_extractor(
                 name, device=device, data=lambda known=known: (known.x, known.labels), cache=work
             )
-            found = evaluate(extractor, clips, work, options.seed)
-            results.setdefault(data, {})[name] = found
+            results.setdefault(data, {})[name] = evaluate(extractor, clips, work, options.seed)
             header = settings | {
                 "floor": f"mean -+ 2 standard deviations over {SPLITS} random divisions of undamaged clips",
                 "strengths": {name: damage.strengths for name, damage in DAMAGES.items()} | {DROPPED: MODES},
                 **describe_machine(device),
             }
-            write_text(options.out, json.dumps(header | {"results": results}, indent=1) + "\n")
-            write_text(options.out.with_suffix(".md"), report(results) + "\n")
-    print(report(results))
+            found = header | {"results": results}
+            write_text(options.out, json.dumps(found, indent=1) + "\n")
+            write_text(options.out.with_suffix(".md"), report(found))
+    print(report(found))
 
 
 if __name__ == "__main__":
