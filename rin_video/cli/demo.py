@@ -14,6 +14,9 @@ from rin_video.wording import counted, in_hours
 
 log = logging.getLogger("rin_video")
 
+# The preset itself holds nothing out, because it is also used for a few files.
+HELD_OUT = ("data.validation=0.1", "train.validate_every=200", "train.validation_samples=16")
+
 
 def add_parsers(commands: Any) -> None:
     """Add the parser of `demo`."""
@@ -45,7 +48,7 @@ def run_demo(folder: Path, overrides: Sequence[str] = ()) -> None:
     from rin_video.training.trainer import Trainer
 
     start = time.perf_counter()
-    config = load_config("demo", overrides)
+    config = load_config("demo", [*HELD_OUT, *overrides])
     config.data.path = str(folder / "data")
     clips = write_demo_set(folder / "data")
     dataset = open_dataset(folder / "data", (3, config.model.frames or 0, *config.model.height_width), config.data)

@@ -244,12 +244,11 @@ def prediction_scores(real: SampleSet, samples: SampleSet, given: int, best_of: 
     }
 
 
-def open_source(
-    source: str | os.PathLike[str] | Tensor | np.ndarray, shape: tuple[int, ...], num: int | None, classes: list[str]
-) -> SampleSet:
+def open_source(source: Source, shape: tuple[int, ...], num: int | None, classes: list[str]) -> SampleSet:
     """Open the samples of another program, of `rin-video sample`, or in memory. Raises `UsageError` if they differ."""
     if isinstance(source, str | os.PathLike):
         return open_samples(source, shape, num, classes)
+    assert isinstance(source, Tensor | np.ndarray)
     if tuple(source.shape[1:]) != tuple(shape):
         raise UsageError(f"the samples are {tuple(source.shape[1:])}, but the real ones are {tuple(shape)}")
     return in_memory(source[:num], "the samples")
