@@ -11,9 +11,11 @@ from torch.utils.data import Dataset
 from rin_video.datasets import ImageFolder
 from rin_video.datasets.demo import SHAPES, render_clip
 from rin_video.errors import UsageError
-from rin_video.features import make_extractor, self_trained
+from rin_video.features import make_extractor, self_data, self_trained
+from rin_video.features.self_alterations import ALTERATIONS, altered
 from rin_video.features.self_network import SelfNetwork, shift, steps
 from rin_video.features.self_tasks import CHANGES, ORDERS, changed, reordered, window_length
+from rin_video.features.self_training import make_batch, step_loss
 from rin_video.media import save_samples
 
 
@@ -71,6 +73,30 @@ def test_changes_of_images_by_hand():
     assert all(changed(change, wide).shape == wide.shape for change in CHANGES)
 
 
+@pytest.mark.parametrize("kind", ALTERATIONS)
+def test_alterations_grow_with_their_strength_and_keep_the_range(kind):
+    rng = np.random.default_rng(0)
+    x = torch.stack([torch.from_numpy(render_clip("square", 24, 8, rng)) for _ in range(30)]).float()
+    changes = []
+    for strength in (0.0, 0.3, 1.0):
+        y = torch.stack([altered(kind, strength, clip, np.random.default_rng(i)) for i, clip in enumerate(x)])
+        assert y.shape == x.shape
+        assert y.min() >= 0
+        assert y.max() <= 255
+        changes.append(float((y - x).abs().mean()))
+    if kind == "none":
+        assert changes == [0, 0, 0]
+    else:
+        assert changes[0] < 1e-2 or kind == "exchanged"  # which exchanges at least one pair
+        assert changes[1] > 0.1
+        assert changes[2] > 1.5 * changes[1]
+
+
+def test_images_can_be_altered():
+    for kind in ALTERATIONS:
+        assert altered(kind, 1.0, clips(1)[0, :, :1].float(), np.random.default_rng(0)).shape == (3, 1, 16, 16)
+
+
 def test_shift_and_steps_by_hand():
     x = torch.arange(12.0).reshape(1, 4, 3, 1, 1)
     assert shift(x).flatten(2).tolist() == [[[0, 0, 1], [4, 5, 0], [6, 7, 8], [9, 10, 11]]]
@@ -82,8 +108,9 @@ def test_shift_and_steps_by_hand():
 
 def test_every_parameter_gets_a_gradient():
     torch.manual_seed(0)
-    network = SelfNetwork(len(ORDERS), 3)
-    loss, _ = self_trained.step_loss(network, clips(8), torch.arange(8), torch.tensor([0, 1, 0, 1, 0, 1, 0, 1]))
+    network = SelfNetwork(len(ORDERS), len(ALTERATIONS), 3)
+    x, answers = make_batch(clips(8), torch.arange(8) % 3, ORDERS, np.random.default_rng(0))
+    loss, _ = step_loss(network, x, answers)
     loss.backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in network.parameters())
 
@@ -146,7 +173,7 @@ def test_the_cache_is_beside_the_data_or_in_the_given_folder(tmp_path, monkeypat
     assert list(folder.glob(".rin-video-self-*.safetensors"))
     assert not cache.exists()
     assert extractor.protocol["training"]["classes"] == 2
-    monkeypatch.setattr(self_trained.os, "access", lambda *args: False)  # as in a folder that is read-only
+    monkeypatch.setattr(self_data.os, "access", lambda *args: False)  # as in a folder that is read-only
     make_extractor("self", data=Folder(folder, clips(5)), cache=cache)
     assert list(cache.glob(".rin-video-self-*.safetensors"))
 
@@ -164,7 +191,7 @@ def test_images_of_a_folder_and_their_classes(tmp_path):
     assert extractor.kinds == ("image",)
     assert extractor.protocol["training"]["classes"] == 3
     assert extractor.protocol["training"]["tasks"] == list(CHANGES)
-    assert extractor(clips(2)[:, :, 0])["image"].shape == (2, 256)
+    assert extractor(clips(2)[:, :, 0])["image"].shape == (2, 128)
     assert len(ImageFolder(tmp_path, 16)) == 6  # the cache is no data
     with pytest.raises(UsageError, match="self takes images, and the samples are clips"):
         extractor(clips(2))
