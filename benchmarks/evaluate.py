@@ -3,15 +3,15 @@
     python benchmarks/evaluate.py --demo --data FOLDER
     python benchmarks/evaluate.py --data FOLDER --features inception=FILE i3d=FILE --num 512 --out runs/battery.json
 
-FOLDER contains clips in one folder per class. The demo set is rendered. Both are divided by file into reference,
-source (which is damaged), control and spare clips, and those that the extractor `self` is trained on. Each damage of
-`rin_video.evaluation.damages` is applied to the source clips at three strengths, and the Frechet distance and the
-kernel distance to the reference are measured in every view of every extractor. The floor is the distance of undamaged
-clips: mean and twice the standard deviation over random divisions of reference, source and control. A damage is seen
-from the strength on at which the distance is above the floor, and as far above that of the source clips themselves if
-theirs is above the mean. The row passes if it is seen at the latest at strength 3 and the distance rises from strength
-to strength. Features are kept in `--work`, so an interrupted run resumes. Writes
-`results/evaluate.json`, with versions and hardware, a table (.md), and a picture of the damages (.png).
+FOLDER contains clips in one folder per class; the demo set is rendered. Both are divided by file into reference, source
+(which is damaged), control and spare clips, and those that the extractor `self` is trained on (a fifth). Each damage of
+`rin_video.evaluation.damages` is applied to the source clips at three strengths. The Frechet distance and the kernel
+distance to the reference are measured in every view of every extractor. The floor is the distance of undamaged clips:
+mean and twice the standard deviation over random divisions of reference, source and control. A damage is seen from the
+strength on at which the distance is above the floor, and as far above that of the source clips themselves if theirs is
+above the mean. The row passes if it is seen at the latest at strength 3 and the distance rises from strength to
+strength. Features are kept in `--work`, so an interrupted run resumes. Writes `results/evaluate.json`, with versions
+and hardware, a table (.md), and a picture of the damages (.png).
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ PACKAGES = ("rin-video", "torch", "torchvision", "timm", "numpy", "av")
 PARTS = ("reference", "source", "control", "spare", "training")  # with no file in common
 SPLITS = 20  # random divisions for the floor
 CHUNK = 64  # clips
+TRAINING = 255  # clips of the demo set that `self` is trained on
 DROPPED = "mode dropped"
 DISTANCES = {
     "frechet": partial(frechet_distance, resamples=0),
@@ -83,7 +84,7 @@ def render_demo(num: int, frames: int, size: int) -> dict[str, Clips]:
     """Render the parts of the demo set, without a codec; there are three times as many spare clips."""
     names, parts = list(SHAPES), {}
     for number, part in enumerate(PARTS):
-        count = 3 * num if part == "spare" else num
+        count = {"spare": 3 * num, "training": TRAINING}.get(part, num)
         labels = [index % len(names) for index in range(count)]
         clips = [
             render_clip(names[label], size, frames, np.random.default_rng([number, index]))
@@ -93,9 +94,9 @@ def render_demo(num: int, frames: int, size: int) -> dict[str, Clips]:
     return parts
 
 
-def read_folder(folder: Path, num: int, frames: int, size: int, seed: int = 0) -> dict[str, Clips]:
+def read_folder(folder: Path, num: int, frames: int, size: int, seed: int, index: Path) -> dict[str, Clips]:
     """Read clips of a folder: one of each file, and one more of the spare and source files as spare clips."""
-    data = open_dataset(folder, (3, frames, size, size), DataConfig(num_workers=0), seed=seed)
+    data = open_dataset(folder, (3, frames, size, size), DataConfig(num_workers=0), seed=seed, index=index)
     try:
         files = divide(data.labels, num, seed)
     except UsageError as error:
@@ -114,22 +115,24 @@ def read_folder(folder: Path, num: int, frames: int, size: int, seed: int = 0) -
 
 
 def divide(labels: list[int], num: int, seed: int) -> dict[str, list[int]]:
-    """Divide files with these labels into parts of `num`, each with equally many of every class.
+    """Divide files with these labels into parts of `num`, with equally many of each class, and a fifth for training.
 
     Raises `UsageError` if there are too few.
     """
-    rng, classes = np.random.default_rng(seed), sorted({*labels})
+    rng, classes, others = np.random.default_rng(seed), sorted({*labels}), PARTS[:-1]
     orders = [rng.permutation([index for index, label in enumerate(labels) if label == name]) for name in classes]
-    each, least = num // len(classes), min(map(len, orders))
-    if num % len(classes) or least < each * len(PARTS):
+    least = min(map(len, orders))
+    each, training = num // len(classes), least // len(PARTS)
+    if num % len(classes) or least - training < each * len(others) or not training:
         raise UsageError(
-            f"{num} clips in each of {len(PARTS)} parts need a multiple of {len(classes)}, and {each * len(PARTS)} "
-            f"files in each of {len(classes)} classes, and one has {least}: use a lower --num"
+            f"{num} clips in each of {len(others)} parts need a multiple of {len(classes)}, and {each * len(others)} "
+            f"files of each class; one has {least}, a fifth of which is kept for training: use a lower --num"
         )
-    return {
-        part: [int(order[i * len(PARTS) + number]) for i in range(each) for order in orders]
-        for number, part in enumerate(PARTS)
+    parts = {
+        part: [int(order[i * len(others) + number]) for i in range(each) for order in orders]
+        for number, part in enumerate(others)
     }
+    return parts | {PARTS[-1]: [int(order[-1 - i]) for i in range(training) for order in orders]}
 
 
 # ---- features
@@ -155,7 +158,7 @@ class Pixels(Extractor):
 
     def extract(self, x: Tensor) -> Features:
         """Return the views; that of clips has the means over time and the mean absolute changes, 24 numbers."""
-        pictures = {"frame": x[:, :, evenly_spaced(x.shape[2])], "motion": difference_pictures(x, 15)}
+        pictures = {"frame": x[:, :, evenly_spaced(x.shape[2])], "motion": difference_pictures(x)}
         views = {view: self.encode(as_pictures(part)).unflatten(0, (len(x), -1)) for view, part in pictures.items()}
         parts = [part for rows in views.values() for part in (rows.mean(1), rows.diff(dim=1).abs().mean(1))]
         return {"clip": torch.cat(parts, dim=1), **views}
@@ -346,22 +349,32 @@ def table(results: dict[str, Row], distance: str) -> list[str]:
         f"| {damage} | " + " | ".join(mark(cells[column]["rows"][damage]) for column in columns) + " |"
         for damage in [*DAMAGES, DROPPED]
     ]
+    control = [str(len(cells[column]["below_control"])) for column in columns]
+    lines.append("| not above the control at strength 1 | " + " | ".join(control) + " |")
     counts = [sum(row["passes"] for row in cells[column]["rows"].values()) for column in columns]
     total = len(DAMAGES) + 1
     lines.append("| **rows passed** | " + " | ".join(f"{count} of {total}" for count in counts) + " |")
     return lines
 
 
-def report(results: dict[str, dict[str, Row]]) -> str:
+def report(found: Row) -> str:
     """Return all tables as Markdown."""
-    lines = ["# Battery of damages", "", __doc__.partition("\n\n")[0], ""]
-    for data, extractors in results.items():
+    versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+    lines = [
+        "# Evaluation battery",
+        "",
+        f"{found['num']} clips of {found['frames']} frames of {found['size']}x{found['size']} in each set; {versions}; "
+        f"{found['machine']}, {found['device']}. A number is the weakest strength that is seen, in brackets if the "
+        "distance does not rise with strength; a dash means that none is seen.",
+        "",
+    ]
+    for data, extractors in found["results"].items():
         for distance in DISTANCES:
             lines += [f"## {data}, {distance} distance", "", *table(extractors, distance), ""]
         lines += ["| extractor | seconds per 1,000 clips | direction of time told (0.5: chance) |", "|---|---|---|"]
-        for name, found in extractors.items():
-            told = ", ".join(f"{view} {values['direction']['accuracy']:.2f}" for view, values in found["views"].items())
-            lines.append(f"| {name.partition('=')[0]} | {found['seconds_per_1000']} | {told} |")
+        for name, row in extractors.items():
+            told = ", ".join(f"{view} {values['direction']['accuracy']:.2f}" for view, values in row["views"].items())
+            lines.append(f"| {name.partition('=')[0]} | {row['seconds_per_1000']} | {told} |")
         lines.append("")
     return "\n".join(lines)
 
@@ -405,11 +418,24 @@ def main() -> None:
     device = torch.device(options.device)
     sets = {"demo": partial(render_demo, options.num, options.frames, options.size)} if options.demo else {}
     sets |= {
-        folder.name: partial(read_folder, folder, options.num, options.frames, options.size) for folder in options.data
+        folder.name: partial(
+            read_folder,
+            folder,
+            options.num,
+            options.frames,
+            options.size,
+            options.seed,
+            options.work / folder.name / "index.jsonl",
+        )
+        for folder in options.data
     }
+    settings = {name: getattr(options, name) for name in ("num", "frames", "size", "seed")}
     results: dict[str, dict[str, Row]] = {}
     if options.out.exists():  # extractors of earlier calls stay
-        results = json.loads(options.out.read_text(encoding="utf-8"))["results"]
+        before = json.loads(options.out.read_text(encoding="utf-8"))
+        if settings != {name: before[name] for name in settings}:
+            parser.error(f"{options.out} has other settings: pass the same, or another --out")
+        results = before["results"]
     options.out.parent.mkdir(parents=True, exist_ok=True)
     for data, read in sets.items():
         clips = read()
@@ -417,21 +443,20 @@ def main() -> None:
             damage_sheet(clips["source"].x[1], options.out.with_suffix(".png"), options.seed)
         work = options.work / data
         for name in options.features:
-            extractor = make_extractor(name, device=device, data=lambda part=clips["training"]: part.x, cache=work)
-            found = evaluate(extractor, clips, work, options.seed)
-            results.setdefault(data, {})[name] = found
-            header = {
-                "num": options.num,
-                "frames": options.frames,
-                "size": options.size,
-                "seed": options.seed,
+            known = clips["training"]
+            extractor = make_extractor(
+                name, device=device, data=lambda known=known: (known.x, known.labels), cache=work
+            )
+            results.setdefault(data, {})[name] = evaluate(extractor, clips, work, options.seed)
+            header = settings | {
                 "floor": f"mean -+ 2 standard deviations over {SPLITS} random divisions of undamaged clips",
                 "strengths": {name: damage.strengths for name, damage in DAMAGES.items()} | {DROPPED: MODES},
                 **describe_machine(device),
             }
-            write_text(options.out, json.dumps(header | {"results": results}, indent=1) + "\n")
-            write_text(options.out.with_suffix(".md"), report(results) + "\n")
-    print(report(results))
+            found = header | {"results": results}
+            write_text(options.out, json.dumps(found, indent=1) + "\n")
+            write_text(options.out.with_suffix(".md"), report(found))
+    print(report(found))
 
 
 if __name__ == "__main__":

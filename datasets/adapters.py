@@ -206,7 +206,7 @@ class Part(SampleDataset):
 
     def __init__(self, dataset: Any, indices: Sequence[int]) -> None:
         self.dataset, self.indices = dataset, [int(index) for index in indices]
-        self.classes, self.embeddings = dataset.classes, getattr(dataset, "embeddings", None)
+        self.classes, self.embeddings = list(getattr(dataset, "classes", [])), getattr(dataset, "embeddings", None)
         self.buckets = getattr(dataset, "buckets", None)
         buckets = getattr(dataset, "bucket_of", None)
         self.bucket_of = None if buckets is None else [buckets[index] for index in self.indices]

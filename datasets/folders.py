@@ -171,9 +171,11 @@ def refuse_splits(root: str | PathLike[str], names: Collection[str | None]) -> N
         return
     train = next((name for name in splits if name.lower().startswith("train")), None)
     if train is not None:
+        way = f"use one of them, {shown(os.path.join(root, train))}"
+        if is_shards(root):
+            way = "write each split to shards of its own, in folders of these names"
         raise UsageError(
-            f"{shown(os.fspath(root))} contains the splits {', '.join(map(shown, splits))}, not classes: use one of "
-            f"them, {shown(os.path.join(root, train))}"
+            f"{shown(os.fspath(root))} contains the splits {', '.join(map(shown, splits))}, not classes: {way}"
         )
 
 

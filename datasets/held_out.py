@@ -12,6 +12,7 @@ from typing import Any
 
 from rin_video.datasets.adapters import ADAPTED, Part
 from rin_video.datasets.folders import are_classes
+from rin_video.datasets.mixed import MixedDataset
 from rin_video.datasets.shards import companion, companions, members_of
 from rin_video.datasets.sources import Member, Source, open_source, shown
 from rin_video.errors import UsageError
@@ -25,9 +26,13 @@ def split_by_share(dataset: Any, share: float, path: str | os.PathLike[str]) -> 
 
     The names alone determine the sides (see `hold_out`), not the options with which samples are taken from the files.
     The items of a user's dataset have numbers instead of names.
-    The classes and the embeddings of both sides are those of the complete dataset. Raises `UsageError` if a side would
-    be empty.
+    The classes and the embeddings of both sides are those of the complete dataset. Of clips mixed with images, a share
+    of both is held out. Raises `UsageError` if a side would be empty.
     """
+    if isinstance(dataset, MixedDataset):
+        (clips, held_clips), (images, held_images) = (split_by_share(part, share, path) for part in dataset.parts)
+        ratio = dataset.image_ratio
+        return MixedDataset(clips, images, ratio), MixedDataset(held_clips, held_images, ratio)
     if hasattr(dataset, "index"):
         usable = dataset.index.usable
         names = [entry.class_name for entry in usable]
@@ -36,7 +41,7 @@ def split_by_share(dataset: Any, share: float, path: str | os.PathLike[str]) -> 
         held = hold_out(keys, classes, share, [entry.hash for entry in usable])
         is_held = {id(entry.source): out for entry, out in zip(usable, held, strict=True)}
         sides = [is_held[id(file)] for file in dataset.files]
-    elif isinstance(dataset, ADAPTED):
+    elif isinstance(dataset, ADAPTED) or not hasattr(dataset, "select"):
         dataset = Part(dataset, range(len(dataset)))
         sides = hold_out([str(index) for index in range(len(dataset))], [None] * len(dataset), share)
     else:

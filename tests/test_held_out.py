@@ -9,6 +9,7 @@ from random_files import clips, pictures
 
 from rin_video import UsageError
 from rin_video.config import DataConfig, data_config
+from rin_video.datasets import hub as hub_module
 from rin_video.datasets.adapters import draw
 from rin_video.datasets.epochs import name_of
 from rin_video.datasets.held_out import file_keys, hash_of, hold_out
@@ -18,6 +19,7 @@ from rin_video.datasets.loading import TrainLoader
 from rin_video.datasets.open import open_dataset, open_sides, open_split
 from rin_video.datasets.prepare import prepare
 from rin_video.datasets.shards import write_shard
+from rin_video.datasets.splits import find_splits
 
 IMAGE, CLIP = (3, 8, 8), (3, 4, 8, 8)
 
@@ -252,6 +254,27 @@ def test_a_dataset_of_the_hub(tmp_path, hub):
     assert len(open_split(tmp_path / "three", IMAGE, DataConfig(validation=0.25), "validation")) < 6
 
 
+def test_the_splits_of_a_name_on_the_hub(hub, monkeypatch):
+    """They are only looked for if the name has no split; without a split `train`, the first one is used as before."""
+    parts = {"hf:u/n": ["test", "train", "validation"], "hf:u/n:small:": ["train", "test"], "hf:u/odd": ["test", "dev"]}
+    table = hub.Dataset.from_dict({"a": [1]})
+    monkeypatch.setattr(
+        hub,
+        "load_dataset",
+        lambda *names, split, **_: (
+            table
+            if split
+            else hub.DatasetDict(dict.fromkeys(parts[f"hf:{':'.join(names)}{':' * (len(names) > 1)}"], table))
+        ),
+    )
+    hub_module._load.cache_clear()
+    assert find_splits("hf:u/n") == ("hf:u/n", "hf:u/n:validation")
+    assert find_splits("hf:u/n:small:") == ("hf:u/n:small:", "hf:u/n:small:test")
+    for name in ("hf:u/n:train", "hf:u/n:small:train", "hf:u/odd"):
+        assert find_splits(name) == (name, None)
+    hub_module._load.cache_clear()
+
+
 # ---- splits and data of its own
 
 
@@ -338,6 +361,15 @@ def test_validation_data_inside_the_training_data(tmp_path):
     for own in (tmp_path, tmp_path / "a"):
         with pytest.raises(UsageError, match=r"overlap: move it to a folder beside it, or hold out a share"):
             open_sides(tmp_path, IMAGE, DataConfig(validation=str(own)))
+
+
+def test_splits_within_a_shard(tmp_path):
+    pictures(tmp_path, "train/a.png", "val/b.png")
+    write_shard(tmp_path / "all.tar", {name: (tmp_path / name).read_bytes() for name in ("train/a.png", "val/b.png")})
+    with pytest.raises(
+        UsageError, match="contains the splits train, val, not classes: write each split to shards of its"
+    ):
+        open_sides(tmp_path / "all.tar", IMAGE, DataConfig())
 
 
 def test_too_few_files(tmp_path):

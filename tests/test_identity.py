@@ -113,7 +113,7 @@ def test_a_run_resumes_with_data_that_moved_or_grew(tmp_path, caplog):
 def test_a_checkpoint_of_an_earlier_version_is_accepted(tmp_path, monkeypatch):
     from rin_video.training import trainer
 
-    monkeypatch.setattr(trainer, "identify", lambda dataset, config: None)
+    monkeypatch.setattr(trainer, "identify", lambda *_: None)
     run_of(pictures(tmp_path / "one", "a", "b"), tmp_path / "run").save()
     monkeypatch.undo()
     run_of(pictures(tmp_path / "other", "a", "b", seed=7), tmp_path / "run")

@@ -25,6 +25,7 @@ from rin_video.diffusion.noise import BatchRNG
 from rin_video.diffusion.objectives import low_discrepancy_time
 from rin_video.training.callbacks import Callback
 from rin_video.training.distributed import per_process_batch, rows_of
+from rin_video.training.metrics import read_lines, read_validation
 from rin_video.training.state import newest_state
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="no gloo")
@@ -48,7 +49,7 @@ SHORT = 8  # steps
 
 
 def losses(folder: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in read_lines(folder / "metrics.jsonl")]
 
 
 def without_key_bias(value):
@@ -69,7 +70,7 @@ def runs(tmp_path_factory) -> Path:
     """Runs of 20 steps with 2 x 2 x 2 samples: in one process, in two (DDP), and in two with FSDP2."""
     folder = tmp_path_factory.mktemp("runs")
     common = ["train_batch_size=4", "gradient_accumulate_every=2"]
-    make_trainer(folder / "one", train_batch_size=4, gradient_accumulate_every=2).train()
+    make_trainer(folder / "one", train_batch_size=4, gradient_accumulate_every=2, validated=True).train()
     some = {"train_batch_size": 4, "gradient_accumulate_every": 2, "train_num_steps": SHORT}
     make_trainer(folder / "one-mixture", **some, mixture=True).train()
     make_trainer(folder / "one-muon", **some, optimizer="muon", convolutions=True).train()
@@ -78,7 +79,8 @@ def runs(tmp_path_factory) -> Path:
     mixed = [str(folder / "mixture"), *short, "mixture=true"]
     muon = [str(folder / "muon"), *short, sharded, "optimizer=muon", "convolutions=true"]
     conditions = [str(folder / "conditions"), *short, "conditions=true"]
-    first, second = [str(folder / "ddp"), *common], [str(folder / "fsdp2"), *common, sharded, "counted=true"]
+    first = [str(folder / "ddp"), *common, "validated=true"]
+    second = [str(folder / "fsdp2"), *common, sharded, "counted=true", "validated=true"]
     launch(*first, "--", *second, "--", *mixed, "--", *muon, "--", *conditions, "--", "together", str(folder))
     return folder
 
@@ -89,6 +91,19 @@ def test_the_loss_curve_is_that_of_one_process(runs, name):
     one, two = losses(runs / "one"), losses(runs / name)
     assert len(one) == len(two) == 20
     assert_close(torch.tensor(two), torch.tensor(one), rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_the_validation_loss_is_that_of_one_process(runs, name):
+    """Each process measures its share of the samples; the best weights are gathered and written once."""
+    one, two = (read_validation(runs / folder / "metrics.jsonl") for folder in ("one", name))
+    assert [line["step"] for line in two] == [4, 8, 12, 16, 20]
+    for key in ("validation_loss_by_t", "train_loss_fixed_by_t"):
+        assert_close(*(torch.tensor([line[key] for line in lines]) for lines in (two, one)), rtol=2e-6, atol=0)
+    records = [json.loads((runs / folder / "best/best.json").read_text()) for folder in ("one", name)]
+    assert records[0]["step"] == records[1]["step"] == min(one, key=lambda line: line["validation_loss"])["step"]
+    models = [GaussianDiffusion.from_pretrained(runs / folder / "best").model.state_dict() for folder in ("one", name)]
+    assert_close(*map(without_key_bias, models), rtol=0, atol=1e-4)
 
 
 def test_clips_mixed_with_images_too(runs):

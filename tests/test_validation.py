@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,8 +21,9 @@ from rin_video.config import Config, DataConfig, TrainConfig
 from rin_video.datasets.adapters import adapt
 from rin_video.datasets.batch import Batch
 from rin_video.datasets.epochs import name_of
-from rin_video.datasets.held_out import spread
+from rin_video.datasets.held_out import split_by_share, spread
 from rin_video.datasets.loading import TrainLoader
+from rin_video.datasets.mixed import MixedDataset
 from rin_video.datasets.open import open_dataset
 from rin_video.diffusion.fixed_levels import fix_batch, fixed_times, losses_at_levels
 from rin_video.reports.diagnose import diagnose
@@ -29,6 +31,7 @@ from rin_video.reports.page import write_report
 from rin_video.training.callbacks import Callback
 from rin_video.training.metrics import describe_line, read_lines, read_validation
 from rin_video.training.plots import plot_metrics
+from rin_video.training.tracking import Tracking
 from rin_video.training.validation import FixedSamples, Validator, find_overfitting
 
 TINY = {"dim": 32, "num_latents": 6, "dim_latent": 32, "depth": 1, "num_heads": 2, "latent_num_heads": 2,
@@ -294,6 +297,15 @@ def test_a_share_of_a_dataset_of_the_user(tmp_path):
     assert rows | held == {x.numpy().tobytes() for x in Noise(count=40).x}
 
 
+def test_a_share_of_clips_and_images_of_the_user():
+    mixed = MixedDataset(Noise(1, count=30).x[:, :, None], Noise(2, count=20), 0.4)
+    train, held = split_by_share(mixed, 0.2, "the dataset")
+    assert [len(a) + len(b) for a, b in zip(train.parts, held.parts, strict=True)] == [30, 20]
+    assert (len(train) + len(held), held.image_ratio) == (50, 0.4)
+    drawn = [x["x"].numpy().tobytes() for side in (train, held) for x in (side[i] for i in range(len(side)))]
+    assert len(set(drawn)) == 50
+
+
 def test_other_classes_in_a_dataset_of_the_user(tmp_path):
     class Named(Noise):
         def __init__(self, classes):
@@ -414,6 +426,15 @@ def test_the_report_and_the_plots_have_the_curve(tmp_path):
     assert sizes[1] == sizes[0] * 4 // 3
     with Image.open(tmp_path / "metrics.png") as image:
         assert image.width == sizes[1]
+
+
+def test_trackers_get_the_line():
+    logged = []
+    accelerator = SimpleNamespace(log=lambda values, step: logged.append((step, values)))
+    Tracking().on_validation(SimpleNamespace(accelerator=accelerator), line_of(7, 0.5, 0.25))
+    ((step, values),) = logged
+    assert (step, values["validation_loss"], values["train_loss_fixed"]) == (7, 0.5, 0.25)
+    assert values["validation_loss_by_t/7"] == 0.5
 
 
 def test_diagnose_reports_overfitting(tmp_path, capsys):

@@ -14,6 +14,9 @@ from rin_video.wording import counted, in_hours
 
 log = logging.getLogger("rin_video")
 
+# The preset itself holds nothing out, because it is also used for a few files.
+HELD_OUT = ("data.validation=0.1", "train.validate_every=200", "train.validation_samples=16")
+
 
 def add_parsers(commands: Any) -> None:
     """Add the parser of `demo`."""
@@ -37,7 +40,7 @@ def run_demo(folder: Path, overrides: Sequence[str] = ()) -> None:
     import torch
 
     from rin_video.datasets.demo import SHAPES, write_demo_set
-    from rin_video.datasets.open import open_dataset
+    from rin_video.datasets.open import open_sides
     from rin_video.diffusion.process import GaussianDiffusion
     from rin_video.media import DEFAULT_FPS, contact_sheet, save_samples
     from rin_video.model.info import describe
@@ -45,15 +48,16 @@ def run_demo(folder: Path, overrides: Sequence[str] = ()) -> None:
     from rin_video.training.trainer import Trainer
 
     start = time.perf_counter()
-    config = load_config("demo", overrides)
+    config = load_config("demo", [*HELD_OUT, *overrides])
     config.data.path = str(folder / "data")
     clips = write_demo_set(folder / "data")
-    dataset = open_dataset(folder / "data", (3, config.model.frames or 0, *config.model.height_width), config.data)
-    log.info("1. %s of moving shapes (%s): %s", counted(len(clips), "clip"), ", ".join(SHAPES), folder / "data")
+    sides = open_sides(folder / "data", (3, config.model.frames or 0, *config.model.height_width), config.data)
+    kinds = ", ".join(SHAPES)
+    log.info("1. %s of moving shapes (%s): %s; %s", counted(len(clips), "clip"), kinds, folder / "data", sides.note)
     log.info("2. training a small model on them\n%s", describe(config.model))
     torch.manual_seed(config.train.seed)
     diffusion = GaussianDiffusion(RIN(config.model), config.diffusion)
-    trainer = Trainer(diffusion, dataset, results_folder=folder / "run", config=config)
+    trainer = Trainer(diffusion, sides.train, validation=sides.validation, results_folder=folder / "run", config=config)
     trainer.train()
     log.info("3. sampling new clips, one column per class")
     samples = trainer.averaged().sample(config.sample, seed=0, progress=True)
@@ -63,8 +67,9 @@ def run_demo(folder: Path, overrides: Sequence[str] = ()) -> None:
         "done in %s. Look at\n"
         "  %s (with any browser or player)\n"
         "  %s (one row per clip, time from left to right)\n"
-        "Next: rin-video train --data YOUR_CLIPS --frames 16",
+        "Next: rin-video evaluate %s, or rin-video train --data YOUR_CLIPS --frames 16",
         in_hours(time.perf_counter() - start),
         folder / "sample.mp4",
         folder / "contact_sheet.png",
+        folder / "run",
     )

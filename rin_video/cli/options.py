@@ -10,7 +10,7 @@ import os
 import re
 from argparse import Namespace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from rin_video.config import Config, DataConfig, DataKind, DecoderOption
 from rin_video.config_files import load_config, read_overrides
@@ -137,11 +137,15 @@ def shape_of_arrays(data: str, options: DataConfig) -> tuple[int, ...] | None:
 
 
 def open_known(data: str, shape: tuple[int, ...] | None, config: Config, index: Path | None) -> Any:
-    """Open a dataset with the index of a training run, if there is one; no new index is written."""
-    from rin_video.datasets.open import open_dataset
+    """Open a dataset with the index of a training run, if there is one; no new index is written.
+
+    Of the data in the configuration, it is what training uses, without held-out files.
+    """
+    from rin_video.datasets.open import open_split
 
     known = index if index is not None and index.exists() else None
-    return open_dataset(data, shape, config.data, seed=config.train.seed, index=known)
+    split: Literal["train", "all"] = "train" if data == config.data.path else "all"
+    return open_split(data, shape, config.data, split, seed=config.train.seed, index=known)
 
 
 def parse_size(text: str) -> int | list[int]:

@@ -91,8 +91,7 @@ def _table(one: Mapping[str, Any], two: Mapping[str, Any]) -> Iterator[str]:
             else:
                 interval = f"{score['low']:.4g} to {score['high']:.4g}"
                 cells.append(f"{score['value']:>9.4g}  {interval:>20}")
-        either = a or b
-        floor = either.get("floor")
+        floor = (a or b or {}).get("floor")
         yield (
             f"{name:<{width}}  {cells[0]}  {cells[1]}  {'' if floor is None else format(floor, '.4g'):>9}  "
             f"{_verdict(a, b)}"

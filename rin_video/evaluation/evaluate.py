@@ -6,7 +6,7 @@ import dataclasses
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -194,7 +194,7 @@ def measure(
             except UsageError as error:  # held-out samples are in the training data
                 result.warn(str(error))
         if given is not None:
-            found |= prediction_scores(real, samples, given, best_of)
+            found |= prediction_scores(real, samples, given, best_of, result.warn)
     result.scores = found
     return Measured(samples, real, train, drawn, true, pairs)
 
@@ -220,12 +220,14 @@ def doubts(reference: Reference, samples: SampleSet, drawn: Features, true: Feat
     return texts
 
 
-def prediction_scores(real: SampleSet, samples: SampleSet, given: int, best_of: int) -> dict[str, Score]:
+def prediction_scores(
+    real: SampleSet, samples: SampleSet, given: int, best_of: int, warn: Callable[[str], None]
+) -> dict[str, Score]:
     """Return the errors of predictions, and those of copying the last frame and of linear extrapolation.
 
     Sample i predicts real clip i modulo their number.
     """
-    found = PredictionScores(given)
+    found, files = PredictionScores(given), real.groups
     with progress_bar(len(real), "predictions", "clip", disable=not is_first()) as bar:
         for start in range(0, len(real), CLIPS_AT_ONCE):
             rows = range(start, min(start + CLIPS_AT_ONCE, len(real)))
@@ -233,23 +235,22 @@ def prediction_scores(real: SampleSet, samples: SampleSet, given: int, best_of: 
             predicted = torch.stack(
                 [torch.stack([samples.read(row + k * len(real)) for k in range(best_of)]) for row in rows]
             )
-            found.update(truth.numpy(), predicted.numpy())
+            found.update(truth.numpy(), predicted.numpy(), files[rows.start : rows.stop])
             bar.update(len(rows))
-    better = {"psnr": "higher", "ssim": "higher", "recall": "higher", "precision": "higher"}
+    computed = found.compute(resamples=scores.RESAMPLES)
+    for note in found.notes:
+        warn(f"prediction: {note}")
     return {
-        f"prediction/{name}": Score.of(
-            estimate, next((word for key, word in better.items() if key in name), "lower"), len(real)
-        )
-        for name, estimate in found.compute().items()
+        f"prediction/{name}": Score.of(estimate, "lower" if "squared_error" in name else "higher", len(real))
+        for name, estimate in computed.items()
     }
 
 
-def open_source(
-    source: str | os.PathLike[str] | Tensor | np.ndarray, shape: tuple[int, ...], num: int | None, classes: list[str]
-) -> SampleSet:
+def open_source(source: Source, shape: tuple[int, ...], num: int | None, classes: list[str]) -> SampleSet:
     """Open the samples of another program, of `rin-video sample`, or in memory. Raises `UsageError` if they differ."""
     if isinstance(source, str | os.PathLike):
         return open_samples(source, shape, num, classes)
+    assert isinstance(source, Tensor | np.ndarray)
     if tuple(source.shape[1:]) != tuple(shape):
         raise UsageError(f"the samples are {tuple(source.shape[1:])}, but the real ones are {tuple(shape)}")
     return in_memory(source[:num], "the samples")

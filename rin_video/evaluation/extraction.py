@@ -88,9 +88,10 @@ def extract(
                 "the weights of the extractor, or use other --features"
             )
     digests = [row.digest for row in read]
+    chances = [row.probabilities for row in read if row.probabilities is not None]
     return Features(
         views,
-        None if read[0].probabilities is None else np.stack([row.probabilities for row in read]),
+        np.stack(chances) if chances else None,
         samples.groups[numbers],
         samples.labels[numbers],
         hashlib.sha256(b"".join(digests)).hexdigest(),

@@ -11,7 +11,7 @@ from rin_video.config_files import to_dict
 from rin_video.errors import UsageError
 from rin_video.evaluation.comparison import flatten
 from rin_video.evaluation.extraction import Measured
-from rin_video.evaluation.inputs import Model, Reference
+from rin_video.evaluation.inputs import Model, Reference, SplitOption
 from rin_video.evaluation.scores import MAX_ROWS, NEIGHBOURS, RESAMPLES
 from rin_video.evaluation.sets import codec_of
 from rin_video.features import Extractor
@@ -27,7 +27,7 @@ class Published:
     source: str  # the publication
     features: str  # the extractor
     num: int  # generated samples
-    split: str  # "train", "validation" or "all"
+    split: SplitOption
     num_real: int | None = None  # real samples that the protocol compares with; None: all of the split
     frames: int | None = None  # frames per clip; 0: images
     size: int | None = None  # height and width, in pixels

@@ -46,7 +46,7 @@ class Score:
     def of(cls, estimate: Estimate, better: str, n: int, floor: tuple[float, int] | None = None) -> Score:
         """Make a score of an estimate, and of a floor (value, n)."""
         value, count = floor if floor is not None else (None, None)
-        return cls(*map(float, estimate), better, n, value, count)
+        return cls(float(estimate.value), float(estimate.low), float(estimate.high), better, n, value, count)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields that are set."""

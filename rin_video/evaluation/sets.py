@@ -128,7 +128,9 @@ def open_samples(
     dataset = open_dataset(path, shape, DataConfig(strict=False))
     check_sizes(dataset, path, shape)
     if num is not None and num > len(dataset):
-        raise UsageError(f"{shown(path)} has {len(dataset)} samples, not {num}: use --num {len(dataset)}, or draw more")
+        raise UsageError(
+            f"{shown(os.fspath(path))} has {len(dataset)} samples, not {num}: use --num {len(dataset)}, or draw more"
+        )
     numbered = sorted(range(len(dataset)), key=lambda index: natural_key(name_of(dataset, index)))
     indices = numbered[:num]
     return SampleSet(dataset, indices, os.fspath(path), labels_of(dataset, indices, classes))

@@ -54,7 +54,14 @@ def make_pretrained(request: Request, model_type: str | None = None) -> Extracto
     kind = request.name.partition("=")[0]
     if not request.argument:
         raise UsageError(f"--features {kind}: name a folder or a model of the hub: --features {kind}=NAME")
-    optional_import("transformers", kind)
+    transformers = optional_import("transformers", kind)
+    try:
+        transformers.AutoModel  # noqa: B018  # triggers the lazy import of its dependencies
+    except Exception as error:
+        raise UsageError(
+            f"transformers cannot be imported ({first_line(error)}): run rin-video from a folder without `tokenizers` "
+            "or `datasets`"
+        ) from error
     folder = find_folder(request)
     pretrained = Pretrained(request, folder)
     if model_type not in (None, pretrained.model.config.model_type):

@@ -8,21 +8,22 @@ from torch import Tensor, nn
 
 WIDTHS, KERNELS = (24, 48, 96, 192), (5, 3, 3, 3)  # of the convolutions over space
 TIME_WIDTH = 128  # of the convolutions over time
-HIDDEN = 256  # features of a clip
+HIDDEN = 128  # features of a clip; few, since distances between few samples are biased by the width
 MATCH = 64  # width of the embedding that windows of one clip share
 LAGS = (1, 2)  # frames between those whose distance the network is told
 
 
 class SelfNetwork(nn.Module):
-    """Maps clips (B, 3, F, H, W) in [-1, 1] to features (B, 256); the heads map these to the answers of the tasks.
+    """Maps clips (B, 3, F, H, W) in [-1, 1] to features (B, 128); the heads map these to the answers of the tasks.
 
     The input has the differences of consecutive frames as further channels. Frames exchange channels as in the temporal
     shift module (Lin et al. 2019), so that 2D convolutions see three frames each. After the mean over space come two
-    convolutions over time, which also get the mean absolute distance of frames that are one and two apart, and the mean
-    and the maximum over time. An image is a clip of one frame.
+    convolutions over time, which also get the mean absolute distance of frames that are one and two apart. The hidden
+    layer gets their mean and maximum over time and, for the texture, the means and standard deviations of the first
+    three layers over time and space. An image is a clip of one frame.
     """
 
-    def __init__(self, num_tasks: int, num_classes: int) -> None:
+    def __init__(self, num_tasks: int, num_alterations: int, num_classes: int) -> None:
         super().__init__()
         sizes = (6, *WIDTHS)
         self.space = nn.ModuleList(
@@ -33,8 +34,11 @@ class SelfNetwork(nn.Module):
         self.time = nn.ModuleList(
             nn.Conv1d(width, TIME_WIDTH, 3, padding=1) for width in (2 * WIDTHS[-1] + 3 * len(LAGS), TIME_WIDTH)
         )
-        self.hidden = nn.Linear(2 * TIME_WIDTH, HIDDEN)
+        self.texture = nn.LayerNorm(2 * sum(WIDTHS[:-1]))
+        self.hidden = nn.Linear(2 * TIME_WIDTH + 2 * sum(WIDTHS[:-1]), HIDDEN)
         self.task = nn.Linear(HIDDEN, num_tasks)
+        self.alteration = nn.Linear(HIDDEN, num_alterations)
+        self.strength = nn.Linear(HIDDEN, 1)
         self.match = nn.Linear(HIDDEN, MATCH)
         self.label = nn.Linear(HIDDEN, num_classes) if num_classes else None
         for layer in (*self.space, *self.time):
@@ -42,18 +46,20 @@ class SelfNetwork(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the features of clips."""
-        y = torch.cat([x, 4 * steps(x, 1)], dim=1)
+        y, textures = torch.cat([x, 4 * steps(x, 1)], dim=1), []
         for number, (convolution, norm) in enumerate(zip(self.space, self.norms, strict=True)):
             y = shift(y) if number else y
             y = convolution(y.transpose(1, 2).flatten(0, 1)).unflatten(0, (len(x), -1)).transpose(1, 2)
             y = F.relu(norm(y))  # over all frames, so that a still frame differs from a moving one
+            textures += [y.mean((2, 3, 4)), y.std((2, 3, 4), correction=0)] if number < len(WIDTHS) - 1 else []
         change = steps(y, 1).abs().mean((3, 4))
         z = self.norm(torch.cat([y.mean((3, 4)), 2 * change], dim=1).transpose(1, 2)).transpose(1, 2)
         distances = [(steps(x, lag).abs().mean((3, 4)) * 127.5 + 0.1).log() for lag in LAGS]
         z = torch.cat([z, *distances], dim=1)
         for layer in self.time:
             z = F.relu(layer(z))
-        return F.relu(self.hidden(torch.cat([z.mean(2), z.amax(2)], dim=1)))
+        texture = self.texture(torch.cat(textures, dim=1))
+        return F.relu(self.hidden(torch.cat([z.mean(2), z.amax(2), texture], dim=1)))
 
 
 def steps(x: Tensor, lag: int) -> Tensor:

@@ -29,7 +29,7 @@ def reordered(order: str, num_frames: int, rng: np.random.Generator) -> list[int
         frames[first], frames[first + 1] = frames[first + 1], frames[first]
     elif order == "fast":
         start = int(rng.integers(max(num_frames - 2 * length + 2, 1)))
-        frames = [(start + 2 * i) % num_frames for i in range(length)]
+        frames = [min(start + 2 * i, num_frames - 1) for i in range(length)]
     elif order == "slow":
         frames = [start + i // 2 for i in range(length)]
     elif order == "frozen":  # until some frame, or to the end
@@ -40,10 +40,12 @@ def reordered(order: str, num_frames: int, rng: np.random.Generator) -> list[int
         repeats[1 + int(rng.integers(length - 1))] = True
         for i in range(1, length):
             frames[i] = frames[i - 1] if repeats[i] else frames[i]
-    elif order == "jumping":  # other frames than those that follow
+    elif order == "jumping":  # from some frame on, others than those that follow
         cut = int(rng.integers(1, length))
-        leap = int(rng.integers(2, max(num_frames - length, 2) + 1))
-        frames = [(frame + leap * (i >= cut)) % num_frames for i, frame in enumerate(frames)]
+        leaps = [leap for leap in range(-frames[cut], num_frames - frames[-1]) if leap]
+        leaps = [leap for leap in leaps if abs(leap) > 1] or leaps
+        leap = leaps[int(rng.integers(len(leaps)))]
+        frames = [frame + leap * (i >= cut) for i, frame in enumerate(frames)]
     return frames
 
 

@@ -57,7 +57,7 @@ def holds_data(run: Path) -> str | None:
         return None
 
 
-def identify(dataset: Any, held: Any, config: Config) -> dict[str, Any]:
+def identify(dataset: Any, config: Config, held: Any = None) -> dict[str, Any]:
     """Return the identity of the data for a checkpoint: paths, columns, classes, and a digest of the contents.
 
     `held` is the held-out data, or None. Its identity is the share, or the name of its files.
@@ -83,18 +83,18 @@ def check_same_data(run: Path, then: dict[str, Any] | None, now: dict[str, Any])
     if then is None:
         return
     other = f"use another folder (--out), with --init-from {run} to start from its weights"
-    if then.get("share") != now["share"]:
-        before, after = ("null" if one is None else f"{one:g}" for one in (then.get("share"), now["share"]))
+    if then.get("share") != now.get("share"):
+        before, after = ("null" if one is None else f"{one:g}" for one in (then.get("share"), now.get("share")))
         raise UsageError(
             f"{run} was trained with data.validation={before}, now it is {after}, which moves files from one side to "
             f"the other: use the same value, or {other}"
         )
-    if "validation" in then and then["validation"] != now["validation"]:
+    if "validation" in then and then["validation"] != now.get("validation"):
         log.warning(
             "the validation data of %s was %s, now it is %s: its losses from now on are of other samples",
             run,
             then["validation"] or "none",
-            now["validation"] or "none",
+            now.get("validation") or "none",
         )
     if then["classes"] and now["classes"] and then["classes"] != now["classes"]:
         before, after = _list(then["classes"]), _list(now["classes"])

@@ -199,7 +199,7 @@ def is_validation_line(line: Any) -> bool:
     rows: list[Any] = [line.get(f"{name}_by_t") for name in names]
     if not all(isinstance(row, list) and len(row) == VALIDATION_LEVELS for row in rows):
         return False
-    values = [line.get(name) for name in names] + [value for row in rows for value in row]
+    values: list[Any] = [line.get(name) for name in names] + [value for row in rows for value in row]
     return all(is_number(value) and value >= 0 for value in values)
 
 

@@ -126,7 +126,7 @@ class Trainer:
             diffusion.classes = config.data.classes = list(getattr(self.dataset, "classes", []))
         self.check_batch = BatchCheck(self.num_classes)
         config.sample.fps = config.sample.fps or frame_rate(self.dataset)
-        self.identity = identify(self.dataset, held, config)
+        self.identity = identify(self.dataset, config, held)
 
         if self.options.init_from is not None:
             self.start_from(self.options.init_from, diffusion)

@@ -121,13 +121,18 @@ def make_trainer(
                      "time_sampling": "low_discrepancy", "self_cond_gap": 0.1}  # fmt: skip
         data = TwoShapes()
     kind = CountedSaves if options.pop("counted", False) else Trainer
+    held = None
+    if options.pop("validated", False):  # an odd number of held-out samples, which two processes share
+        held = Noise().x[:5].flip(-1)
+        options = {"validate_every": 4, "keep_best": True, "validation_samples": 7} | options
     defaults = {"train_num_steps": 20, "train_batch_size": 8, "train_lr": 1e-3, "log_every": 1,
                 "save_and_sample_every": 10, "ema_snapshot_every": 5}  # fmt: skip
     diffusion = GaussianDiffusion(RIN(**TINY | (model or {})), timesteps=3, **diffusing)
     config = Config(diffusion.model.config, diffusion.config, train=train_config(**defaults | options))
     config.data.num_workers = num_workers
     config.sample.num_samples, config.sample.steps = 2, 2
-    return kind(diffusion, data or Noise(), results_folder=folder, config=config, progress=False, callbacks=callbacks)
+    where = {"results_folder": folder, "config": config, "progress": False, "callbacks": callbacks}
+    return kind(diffusion, data or Noise(), validation=held, **where)
 
 
 def main(folder: str, *overrides: str) -> None:
