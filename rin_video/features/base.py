@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,8 +52,8 @@ class Extractor(ABC):
     name: str  # as the user wrote it
     digest: str  # "sha256:..." of the weights
     protocol: dict[str, Any]  # all that the features depend on, as JSON
-    kinds: ClassVar[tuple[str, ...]]  # samples that it accepts: "image", "video"
-    max_batch: ClassVar[int]
+    kinds: tuple[str, ...]  # samples that it accepts: "image", "video"
+    max_batch: int  # inputs of a network at once
 
     def __init__(self, request: Request) -> None:
         self.name, self.device = request.name, torch.device(request.device)

@@ -41,11 +41,16 @@ FILTERS = {2: "bilinear", 3: "bicubic"}  # numbers of Pillow
 @EXTRACTORS.register("videomae")
 def make_videomae(request: Request) -> Extractor:
     """Return a VideoMAE (Tong et al. 2022) from a folder or the hub."""
-    return make_pretrained(request, "videomae")
+    return open_pretrained(request, "videomae")
 
 
 @EXTRACTORS.register("transformers")
-def make_pretrained(request: Request, model_type: str | None = None) -> Extractor:
+def make_pretrained(request: Request) -> Extractor:
+    """Return any model of transformers for images or clips, from a folder or the hub."""
+    return open_pretrained(request)
+
+
+def open_pretrained(request: Request, model_type: str | None = None) -> Extractor:
     """Return a model for images or clips from a folder, or from the hub's cache; downloads only if that is allowed.
 
     Raises `UsageError` if there is no such model, its weights are not complete or no safetensors, or it draws random
@@ -155,7 +160,7 @@ class PretrainedImage(PictureExtractor):
 class PretrainedVideo(Extractor):
     """Features of clips from a model of transformers, which takes a fixed number of frames."""
 
-    kinds = ("video",)
+    kinds: tuple[str, ...] = ("video",)
     max_batch = 4
 
     def __init__(self, request: Request, pretrained: Pretrained) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,8 +21,8 @@ class I3D(Extractor):
     per clip; it resizes to 224 x 224 itself. A TorchScript file runs code: pass files from sources that you trust.
     """
 
-    kinds: ClassVar[tuple[str, ...]] = ("video",)
-    max_batch: ClassVar[int] = 4
+    kinds: tuple[str, ...] = ("video",)
+    max_batch = 4
 
     def __init__(self, request: Request) -> None:
         super().__init__(request)

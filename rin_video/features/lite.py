@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ class Lite(PictureExtractor):
         state = dict(zip(network.state_dict(), read_state(path).values(), strict=True))
         load_strictly(network, state, path, "EfficientNet-Lite0")
         network = fold_norms(network.eval().requires_grad_(False))
-        self.network = network.to(self.device, memory_format=torch.channels_last)
+        self.network: Any = network.to(self.device).to(memory_format=torch.channels_last)
         self.mean, self.std = (torch.tensor(value, device=self.device)[:, None, None] for value in (MEAN, STD))
         self.digest = DIGEST
         self.protocol = {

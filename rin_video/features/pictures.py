@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from functools import cache
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -20,8 +19,8 @@ SUMMARY_WIDTH = 128  # numbers per part of the summary
 class PictureExtractor(Extractor):
     """An extractor whose network takes pictures, uint8 (N, 3, H, W), and returns one vector (N, d) for each."""
 
-    kinds: ClassVar[tuple[str, ...]] = ("image", "video")
-    max_batch: ClassVar[int] = 16
+    kinds: tuple[str, ...] = ("image", "video")
+    max_batch = 16
 
     @abstractmethod
     def encode(self, pictures: Tensor) -> Tensor:

@@ -10,17 +10,20 @@ WIDTHS, KERNELS = (24, 48, 96, 192), (5, 3, 3, 3)  # of the convolutions over sp
 TIME_WIDTH = 128  # of the convolutions over time
 HIDDEN = 128  # features of a clip; few, since distances between few samples are biased by the width
 MATCH = 64  # width of the embedding that windows of one clip share
+OCTAVES = 3  # of which the network is told the strength
+SCALE = 0.75  # of the input, for the convolutions
 LAGS = (1, 2)  # frames between those whose distance the network is told
 
 
 class SelfNetwork(nn.Module):
     """Maps clips (B, 3, F, H, W) in [-1, 1] to features (B, 128); the heads map these to the answers of the tasks.
 
-    The input has the differences of consecutive frames as further channels. Frames exchange channels as in the temporal
-    shift module (Lin et al. 2019), so that 2D convolutions see three frames each. After the mean over space come two
-    convolutions over time, which also get the mean absolute distance of frames that are one and two apart. The hidden
-    layer gets their mean and maximum over time and, for the texture, the means and standard deviations of the first
-    three layers over time and space. An image is a clip of one frame.
+    The input has the differences of consecutive frames as further channels, divided by their root mean square. Frames
+    exchange channels as in the temporal shift module (Lin et al. 2019), so that 2D convolutions see three frames each.
+    After the mean over space come two convolutions over time, which also get the mean absolute distance of frames that
+    are one and two apart. The hidden layer gets their mean and maximum over time and, for the texture, the means and
+    standard deviations of the first three layers over time and space, and `octaves` of the input. An image is a clip of
+    one frame.
     """
 
     def __init__(self, num_tasks: int, num_alterations: int, num_classes: int) -> None:
@@ -35,7 +38,7 @@ class SelfNetwork(nn.Module):
             nn.Conv1d(width, TIME_WIDTH, 3, padding=1) for width in (2 * WIDTHS[-1] + 3 * len(LAGS), TIME_WIDTH)
         )
         self.texture = nn.LayerNorm(2 * sum(WIDTHS[:-1]))
-        self.hidden = nn.Linear(2 * TIME_WIDTH + 2 * sum(WIDTHS[:-1]), HIDDEN)
+        self.hidden = nn.Linear(2 * TIME_WIDTH + 2 * sum(WIDTHS[:-1]) + 6 * (OCTAVES + 1), HIDDEN)
         self.task = nn.Linear(HIDDEN, num_tasks)
         self.alteration = nn.Linear(HIDDEN, num_alterations)
         self.strength = nn.Linear(HIDDEN, 1)
@@ -46,7 +49,11 @@ class SelfNetwork(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the features of clips."""
-        y, textures = torch.cat([x, 4 * steps(x, 1)], dim=1), []
+        bands = octaves(x)
+        x = reduce(x)
+        change = steps(x, 1)
+        gain = 1 / (change.square().mean((1, 2, 3, 4), keepdim=True).sqrt() + 0.01)  # small things that move count
+        y, textures = torch.cat([x, gain * change], dim=1), []
         for number, (convolution, norm) in enumerate(zip(self.space, self.norms, strict=True)):
             y = shift(y) if number else y
             y = convolution(y.transpose(1, 2).flatten(0, 1)).unflatten(0, (len(x), -1)).transpose(1, 2)
@@ -54,11 +61,11 @@ class SelfNetwork(nn.Module):
             textures += [y.mean((2, 3, 4)), y.std((2, 3, 4), correction=0)] if number < len(WIDTHS) - 1 else []
         change = steps(y, 1).abs().mean((3, 4))
         z = self.norm(torch.cat([y.mean((3, 4)), 2 * change], dim=1).transpose(1, 2)).transpose(1, 2)
-        distances = [(steps(x, lag).abs().mean((3, 4)) * 127.5 + 0.1).log() for lag in LAGS]
+        distances = [(steps(x, lag).abs().mean((3, 4)) * 127.5 + 0.02).log() for lag in LAGS]
         z = torch.cat([z, *distances], dim=1)
         for layer in self.time:
             z = F.relu(layer(z))
-        texture = self.texture(torch.cat(textures, dim=1))
+        texture = torch.cat([self.texture(torch.cat(textures, dim=1)), bands], dim=1)
         return F.relu(self.hidden(torch.cat([z.mean(2), z.amax(2), texture], dim=1)))
 
 
@@ -78,3 +85,28 @@ def shift(x: Tensor) -> Tensor:
     y[:, part : 2 * part, :-1] = x[:, part : 2 * part, 1:]
     y[:, 2 * part :] = x[:, 2 * part :]
     return y
+
+
+def octaves(x: Tensor) -> Tensor:
+    """Return how strong the octaves of the spatial frequencies of (B, 3, F, H, W) are, (B, 24), on a log scale.
+
+    There are the mean absolute value and the root mean square of each octave and channel, and of what is left the mean
+    and the standard deviation.
+    """
+    y, found = x.transpose(1, 2).flatten(0, 1), []
+    for _ in range(OCTAVES):
+        size = y.shape[-2:]
+        small = F.avg_pool2d(y, 2, ceil_mode=True, count_include_pad=False)
+        band = (y - F.interpolate(small, size, mode="bilinear")).unflatten(0, (len(x), -1)) * 127.5
+        strengths = [band.abs().mean((1, 3, 4)), band.square().mean((1, 3, 4)).sqrt()]
+        found += [(strength + 0.1).log() for strength in strengths]
+        y = small
+    y = y.unflatten(0, (len(x), -1))
+    return torch.cat([*found, y.mean((1, 3, 4)), y.std((1, 3, 4), correction=0)], dim=1)
+
+
+def reduce(x: Tensor) -> Tensor:
+    """Reduce (B, C, F, H, W) to three quarters of its height and width."""
+    H, W = (max(round(side * SCALE), 1) for side in x.shape[-2:])
+    frames = F.interpolate(x.transpose(1, 2).flatten(0, 1), (H, W), mode="bilinear", antialias=True)
+    return frames.unflatten(0, (len(x), -1)).transpose(1, 2)

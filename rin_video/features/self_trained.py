@@ -28,8 +28,8 @@ from rin_video.tensor_files import DIGEST, tensors_digest, write_tensors
 
 log = logging.getLogger("rin_video")
 
-VERSION = 2  # of the network and its training: a change retrains
-SIZE = 48  # pixels of the longer side that the network sees at most
+VERSION = 3  # of the network and its training: a change retrains
+SIZE = 64  # pixels of the longer side that the network sees at most
 
 
 @EXTRACTORS.register("self")
@@ -52,7 +52,7 @@ class SelfTrained(Extractor):
         source = Source(request.data)
         self.kinds = ("image",) if source.is_image else ("video",)
         self.size, self.num_channels = fit_size(source.shape[-2:]), source.shape[0]
-        settings = {
+        settings: dict[str, Any] = {
             "version": VERSION,
             "size": list(self.size),
             "tasks": list(CHANGES if source.is_image else ORDERS),
@@ -94,7 +94,7 @@ class SelfTrained(Extractor):
 
 
 def fit_size(size: Iterable[int]) -> tuple[int, int]:
-    """Return the size (H, W) with at most 48 pixels on the longer side."""
+    """Return the size (H, W) with at most 64 pixels on the longer side."""
     H, W = size
     scale = min(1.0, SIZE / max(H, W))
     return max(round(H * scale), 1), max(round(W * scale), 1)

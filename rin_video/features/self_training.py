@@ -19,7 +19,6 @@ from rin_video.progress import progress_bar
 
 STEPS, BATCH, WINDOWS = 300, 8, 4  # steps, samples per step, windows of each
 RATE, TEMPERATURE, SEED = 4e-3, 0.1, 0
-ALTERED = 0.7  # share of the windows that may be altered
 
 
 class Answers(NamedTuple):
@@ -69,14 +68,14 @@ def make_batch(
     num = min(BATCH, len(samples))
     chosen = np.tile(rng.choice(len(samples), num, replace=False), WINDOWS)
     asked = rng.permuted(np.tile(np.arange(len(tasks)), (num, 1)), axis=1)[:, :WINDOWS].T.reshape(-1)
-    kinds = rng.integers(len(ALTERATIONS), size=len(chosen)) * (rng.random(len(chosen)) < ALTERED)
+    kinds = rng.integers(len(ALTERATIONS), size=len(chosen))
     strengths = rng.uniform(WEAKEST, 1, len(chosen)) * (kinds > 0)
     windows = [
         pose(samples[i], tasks[task], ALTERATIONS[kind], strength, rng)
         for i, task, kind, strength in zip(chosen, asked, kinds, strengths, strict=True)
     ]
-    answers = (torch.from_numpy(answer) for answer in (asked, kinds, strengths.astype(np.float32)))
-    return torch.stack(windows), Answers(*answers, labels[chosen])
+    task, kind, strength = (torch.from_numpy(answer) for answer in (asked, kinds, strengths.astype(np.float32)))
+    return torch.stack(windows), Answers(task, kind, strength, labels[chosen])
 
 
 def pose(sample: Tensor, task: str, kind: str, strength: float, rng: np.random.Generator) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,8 +24,8 @@ class TransNet(Extractor):
     generators.
     """
 
-    kinds: ClassVar[tuple[str, ...]] = ("video",)
-    max_batch: ClassVar[int] = 4
+    kinds: tuple[str, ...] = ("video",)
+    max_batch = 4
 
     def __init__(self, request: Request) -> None:
         refuse_argument(request)
@@ -71,5 +69,7 @@ class TransNet(Extractor):
             space, time = (self.state[f"{name}.Conv3D_{dilation}.layers.{part}.weight"] for part in (0, 1))
             y = F.conv3d(x, space, padding=(0, 1, 1))
             branches.append(F.conv3d(y, time, padding=(dilation, 0, 0), dilation=(dilation, 1, 1)))
-        norm = (self.state[f"{name}.bn.{part}"] for part in ("running_mean", "running_var", "weight", "bias"))
-        return F.batch_norm(torch.cat(branches, dim=1), *norm, eps=1e-3)
+        mean, var, weight, bias = (
+            self.state[f"{name}.bn.{part}"] for part in ("running_mean", "running_var", "weight", "bias")
+        )
+        return F.batch_norm(torch.cat(branches, dim=1), mean, var, weight, bias, eps=1e-3)
