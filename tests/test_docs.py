@@ -3,6 +3,7 @@
 import importlib.util
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -15,7 +16,7 @@ import torch
 from markdown_it import MarkdownIt
 from PIL import Image
 
-from rin_video import write_video
+from rin_video import save_samples, write_video
 from rin_video.cli import main
 from rin_video.cli.parser import make_parser, read_options
 from rin_video.config import Config
@@ -40,6 +41,7 @@ TINY = {
     "sample.steps=2 sample.num_samples=2",
     "sample": "--num 2 --steps 2",
     "diagnose": "--num 4 sample.steps=2",
+    "evaluate": "--num 4 sample.steps=2",
     "prepare": "--workers 1",
     "demo": "train.train_num_steps=2 sample.steps=2 sample.num_samples=3",
 }
@@ -48,10 +50,13 @@ TINY_PYTHON = {
     r"\bdepth=\d+": "depth=1",
     r"\bnum_latents=\d+": "num_latents=8",
     r"\bsteps=\d+": "steps=2",
+    r"\bnum=\d+": "num=4",
+    r"\bbatch_size=\d+": "batch_size=4",
     r"\btrain_num_steps=\d[\d_]*": "train_num_steps=2, train_batch_size=2, num_workers=0",
 }
 # These are only parsed: they require a hub, a package that the tests do not install, or files that do not exist.
-PARSED_ONLY = ("USER/NAME", "push_to_hub(", "--text-encoder", "runs/text", "{000000..000123}", "tensorboard")
+PARSED_ONLY = ("USER/NAME", "push_to_hub(", "--text-encoder", "runs/text", "{000000..000123}", "tensorboard",
+               "runs/known --given", "i3d=", "--protocol")  # fmt: skip
 BEFORE = "rin-video train --data clips/ --frames 16 --out runs/clips"  # on pages that use a model but do not train one
 NEED_A_RUN = {"evaluate.md", "share.md", "troubleshooting.md"}
 
@@ -231,10 +236,14 @@ def sandbox(tmp_path, monkeypatch):
     for folder in ("clips", "pictures"):
         for label in ("red", "blue"):
             Path(folder, label).mkdir(parents=True)
-    for name in ("red/a", "red/b", "blue/a", "blue/b"):
-        write_video(clip, f"clips/{name}.mp4", fps=8)
+    for number, name in enumerate(("red/a", "red/b", "blue/a", "blue/b")):
+        write_video(clip * (1 - number / 5), f"clips/{name}.mp4", fps=8)  # files of equal content are held out together
         np.save(f"clips/{name}.npy", np.ones(8, np.float32))
-        Image.new("RGB", (32, 32), (90, 120, 30)).save(f"pictures/{name}.png")
+        Image.new("RGB", (32, 32), (90, 120, 40 * number)).save(f"pictures/{name}.png")
+    shutil.copytree("clips", "other-clips")
+    rng = torch.Generator().manual_seed(0)
+    save_samples(torch.rand(4, 3, 16, 16, 16, generator=rng), "samples")  # of a model of --frames 16 --size 16
+    save_samples(torch.rand(4, 3, 16, 16, generator=rng), "samples.npy")
     write_video(clip, "clip.mp4", fps=8)
     write_video(clip, "clip.gif", fps=8)
     Image.new("RGB", (32, 32), (90, 120, 30)).save("start.png")
@@ -252,6 +261,9 @@ def test_everything_runs_in_tiny_form(page, sandbox, capfd):
             continue
         if words[0] == "rin-video":
             assert main([*words[1:], *TINY.get(words[1], "").split()]) == 0, f"{line}\n{capfd.readouterr().err}"
+        if line == BEFORE and page == "evaluate.md":
+            for name in ("runs/a", "runs/b"):
+                shutil.copytree("runs/clips", name)
     for language, code in read_blocks(page):
         for line in code.splitlines() if language == "bash" else ():
             if line.startswith("diff "):  # two runs that must be equal
