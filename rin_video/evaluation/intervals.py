@@ -122,26 +122,30 @@ def mean(
     return ratio_of_means(values, np.ones_like(values), groups, resamples=resamples, seed=seed, name=name)
 
 
-def share(hits: ArrayLike, groups: ArrayLike | None = None, *, name: str = "the data") -> Estimate:
+def share(
+    hits: ArrayLike, groups: ArrayLike | None = None, *, judges: int | None = None, name: str = "the data"
+) -> Estimate:
     """Return the share of true values among `hits` (n,), with Wilson's interval (Wilson 1927).
 
     Where rows of one group are alike, the interval is that of the effective number of rows p (1 - p) / variance, the
     variance being that between groups. It is not empty where all or no rows are hits: then the number is that of the
-    groups.
+    groups. `judges` is the number of random rows that decide what a hit is: they add a variance of p (1 - p) / judges.
 
     Raises:
         UsageError: fewer than 2 rows.
     """
     values = check_values(np.asarray(hits, np.float64), name)
-    numbers = number_groups(groups, len(values), name)
-    num_groups, p = int(numbers.max()) + 1, float(values.mean())
-    residuals = np.bincount(numbers, values - p)
-    variance = float(residuals @ residuals) / len(values) ** 2 * num_groups / (num_groups - 1)
-    n = min(len(values), p * (1 - p) / variance) if 0 < p < 1 and variance else num_groups
-    n = len(values) if groups is None else n
+    n, p = float(len(values)), float(values.mean())
+    if groups is not None:
+        numbers = number_groups(groups, len(values), name)
+        num_groups = int(numbers.max()) + 1
+        residuals = np.bincount(numbers, values - p)
+        variance = float(residuals @ residuals) / n**2 * num_groups / (num_groups - 1)
+        n = min(n, p * (1 - p) / variance) if 0 < p < 1 and variance else num_groups
+    n = n if judges is None else 1 / (1 / n + 1 / judges)
     centre, reach = p + Z**2 / (2 * n), Z * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
     low, high = ((centre + sign * reach) / (1 + Z**2 / n) for sign in (-1, 1))
-    return Estimate(p, max(low, 0.0), min(high, 1.0))
+    return Estimate(p, min(max(low, 0.0), p), max(min(high, 1.0), p))  # at 0 and 1, p is the limit but for rounding
 
 
 def check_values(values: ArrayLike, name: str) -> Array:
