@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 WIDTHS, KERNELS = (24, 48, 96, 192), (5, 3, 3, 3)  # of the convolutions over space
 TIME_WIDTH = 128  # of the convolutions over time
-HIDDEN = 128  # features of a clip; few, since distances between few samples are biased by the width
+HIDDEN = 128  # width of the last hidden layer
+FEATURES = 32  # of a clip; few, since distances between few samples are biased by the width
 MATCH = 64  # width of the embedding that windows of one clip share
 OCTAVES = 3  # of which the network is told the strength
 SCALE = 0.75  # of the input, for the convolutions
@@ -16,7 +17,7 @@ LAGS = (1, 2)  # frames between those whose distance the network is told
 
 
 class SelfNetwork(nn.Module):
-    """Maps clips (B, 3, F, H, W) in [-1, 1] to features (B, 128); the heads map these to the answers of the tasks.
+    """Maps clips (B, 3, F, H, W) in [-1, 1] to a hidden layer (B, 128), and this to the answers of the tasks.
 
     The input has the differences of consecutive frames as further channels, divided by their root mean square. Frames
     exchange channels as in the temporal shift module (Lin et al. 2019), so that 2D convolutions see three frames each.
@@ -24,7 +25,13 @@ class SelfNetwork(nn.Module):
     are one and two apart. The hidden layer gets their mean and maximum over time and, for the texture, the means and
     standard deviations of the first three layers over time and space, and `octaves` of the input. An image is a clip of
     one frame.
+
+    `features` returns what distances compare: the 32 principal directions of the hidden layer, each of variance 1 on
+    the training data. Without this, the classes alone would decide, whose variance is much larger than the others.
     """
+
+    centre: Tensor
+    directions: Tensor
 
     def __init__(self, num_tasks: int, num_alterations: int, num_classes: int) -> None:
         super().__init__()
@@ -44,11 +51,13 @@ class SelfNetwork(nn.Module):
         self.strength = nn.Linear(HIDDEN, 1)
         self.match = nn.Linear(HIDDEN, MATCH)
         self.label = nn.Linear(HIDDEN, num_classes) if num_classes else None
+        self.register_buffer("centre", torch.zeros(HIDDEN))
+        self.register_buffer("directions", torch.eye(HIDDEN)[:, :FEATURES].clone())
         for layer in (*self.space, *self.time):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the features of clips."""
+        """Return the hidden layer of clips."""
         bands = octaves(x)
         x = reduce(x)
         change = steps(x, 1)
@@ -67,6 +76,19 @@ class SelfNetwork(nn.Module):
             z = F.relu(layer(z))
         texture = torch.cat([self.texture(torch.cat(textures, dim=1)), bands], dim=1)
         return F.relu(self.hidden(torch.cat([z.mean(2), z.amax(2), texture], dim=1)))
+
+    def features(self, x: Tensor) -> Tensor:
+        """Return the features of clips, (B, 32)."""
+        return (self(x) - self.centre) @ self.directions
+
+    @torch.no_grad()
+    def set_directions(self, hidden: Tensor) -> None:
+        """Set the principal directions from the hidden layer of the training data, (N, 128)."""
+        hidden = hidden.double().cpu()
+        variances, directions = torch.linalg.eigh(hidden.T.cov(correction=0))  # in ascending order
+        scale = (variances + 1e-3 * variances.mean() + 1e-12).rsqrt()  # few samples have directions without variance
+        self.centre.copy_(hidden.mean(0))
+        self.directions.copy_((directions * scale).flip(1)[:, :FEATURES])
 
 
 def steps(x: Tensor, lag: int) -> Tensor:

@@ -20,7 +20,7 @@ from rin_video.features.base import EXTRACTORS, Extractor, Request, as_pictures,
 from rin_video.features.pictures import resize
 from rin_video.features.self_alterations import ALTERATIONS
 from rin_video.features.self_data import SAMPLES, Source
-from rin_video.features.self_network import HIDDEN, SelfNetwork
+from rin_video.features.self_network import FEATURES, SelfNetwork
 from rin_video.features.self_tasks import CHANGES, ORDERS
 from rin_video.features.self_training import BATCH, SEED, STEPS, WINDOWS, train
 from rin_video.files import atomic_write
@@ -28,7 +28,7 @@ from rin_video.tensor_files import DIGEST, tensors_digest, write_tensors
 
 log = logging.getLogger("rin_video")
 
-VERSION = 3  # of the network and its training: a change retrains
+VERSION = 4  # of the network and its training: a change retrains
 SIZE = 64  # pixels of the longer side that the network sees at most
 
 
@@ -76,13 +76,13 @@ class SelfTrained(Extractor):
             "resize": "bilinear, antialiased",
             "mean": [0.5] * 3,
             "std": [0.5] * 3,
-            "layer": f"last hidden layer, {HIDDEN} features",
+            "layer": f"{FEATURES} principal directions of the last hidden layer, of variance 1 on the data",
             "frames": "all",
             "training": settings | results,
         }
 
     def extract(self, x: Tensor) -> dict[str, Tensor]:
-        """Return the view "clip" or "image", (B, 128)."""
+        """Return the view "clip" or "image", (B, 32)."""
         if x.ndim == 4:
             return {"image": self.in_batches(self.encode, x[:, :, None])}
         return {"clip": self.in_batches(self.encode, x)}
@@ -90,7 +90,7 @@ class SelfTrained(Extractor):
     def encode(self, x: Tensor) -> Tensor:
         """Return the features of uint8 clips (B, 3, F, H, W)."""
         frames = resize(as_pictures(x), self.size).unflatten(0, (len(x), -1)).transpose(1, 2)
-        return self.network(frames / 127.5 - 1)
+        return self.network.features(frames / 127.5 - 1)
 
 
 def fit_size(size: Iterable[int]) -> tuple[int, int]:

@@ -55,6 +55,9 @@ def train(source: Source, settings: dict[str, Any], device: torch.device) -> tup
                 scores.append([float(loss.detach()), *right])
                 bar.set_postfix_str(f"loss {scores[-1][0]:.3g}")
                 bar.update()
+        with torch.no_grad():
+            parts = [network(part.to(device) / 127.5 - 1).cpu() for part in samples.split(16)]
+        network.set_directions(torch.cat(parts))
     loss_value, *shares = np.mean(scores[-50:], axis=0).round(4).tolist()
     names = ("task_accuracy", "alteration_accuracy")
     results = {"classes": num_classes, "loss": loss_value, **dict(zip(names, shares, strict=True))}
