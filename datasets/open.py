@@ -117,7 +117,7 @@ def split_sides(
     wanted = options.validation
     if isinstance(wanted, float | int):
         train, held = split_by_share(data, wanted, training)
-        return Sides(train, held, f"{_files(held)} of {_files(data)} held out (data.validation={wanted:g})")
+        return Sides(train, held, f"{_count(held)} of {_files(data)} held out (data.validation={wanted:g})")
     own = wanted or found
     if own is None or not validate:
         return Sides(data, None)
@@ -202,7 +202,11 @@ def holds_arrays(path: str | os.PathLike[str], options: DataConfig, cache: Path 
 
 def _files(data: Any) -> str:
     kind = "row" if isinstance(data, HubDataset) else "array" if isinstance(data, ArrayFolder) else "file"
-    return counted(len({data.group_of(i) for i in range(len(data))}), kind)
+    return counted(_count(data), kind)
+
+
+def _count(data: Any) -> int:
+    return len({data.group_of(i) for i in range(len(data))})
 
 
 def _check_apart(validation: str, training: str) -> None:
