@@ -26,8 +26,8 @@ def split_by_share(dataset: Any, share: float, path: str | os.PathLike[str]) -> 
 
     The names alone determine the sides (see `hold_out`), not the options with which samples are taken from the files.
     The items of a user's dataset have numbers instead of names. The classes and the embeddings of both sides are those
-    of the complete dataset. Of clips mixed with images, a share of both is held out. Raises `UsageError` if a side would
-    be empty.
+    of the complete dataset. Of clips mixed with images, a share of both is held out. Raises `UsageError` if a side
+    would be empty.
     """
     if isinstance(dataset, MixedDataset):
         (clips, held_clips), (images, held_images) = (split_by_share(part, share, path) for part in dataset.parts)
