@@ -155,7 +155,8 @@ def open_reference(
     real = opened("train" if split == "train" else "all")
     train = None
     if model is not None and not own and trained_on is not None and Path(trained_on).exists():
-        train = clips_of(open_split(trained_on, shape, options, "all", seed=0, index=None))
+        own_options = reading_options(config.data)
+        train = clips_of(open_split(trained_on, shape, own_options, "train", seed=0, index=None))
     return Reference(real, train, "train" if split == "train" else "all", not own, options, name), shape
 
 
