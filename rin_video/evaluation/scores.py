@@ -64,13 +64,14 @@ def distance_scores(samples: Features, real: Features, pool: Features, warn: Cal
     for view in samples.views:
         a, groups_a = rows_of_view(samples, view)
         b, groups_b = rows_of_view(real, view)
-        c, groups_c = rows_of_view(pool, view)
+        c, groups_c = rows_of_view(pool, view, len(samples))
+        units = np.repeat(np.arange(len(pool)), len(c) // len(pool))
         per_sample = max(len(a) // len(samples), 1)
         if too_few(min(len(a), len(b)), a.shape[1]):
             widths[view] = a.shape[1]
         for name, distance in DISTANCES.items():
             estimate = distance(a, b, groups_a=groups_a, groups_b=groups_b, resamples=RESAMPLES)
-            floor = floor_of(distance, c, groups_c, min(len(a), len(b)))
+            floor = floor_of(distance, c, groups_c, min(len(a), len(b)), units)
             pair = None if floor is None else (floor[0], floor[1] // per_sample)
             scores[f"{view}/{name}"] = Score.of(estimate, "lower", len(samples), pair)
     if widths:
@@ -156,10 +157,15 @@ def memorisation_scores(
     return scores, [(int(samples.numbers[i]), int(train.numbers[j])) for i, j in found.pairs]
 
 
-def floor_of(metric: Callable[..., Any], rows: np.ndarray, groups: np.ndarray, n: int) -> tuple[Any, int] | None:
-    """Return the metric between halves of real samples, and their size; None if the halves are too small for it."""
+def floor_of(
+    metric: Callable[..., Any], rows: np.ndarray, groups: np.ndarray, n: int, units: np.ndarray | None = None
+) -> tuple[Any, int] | None:
+    """Return the metric between halves of real samples, and their rows; None if the halves are too small for it.
+
+    `units` number the samples that the rows are of.
+    """
     try:
-        return real_floor(metric, rows, groups, n)
+        return real_floor(metric, rows, groups, n, units=units)
     except UsageError:
         return None
 
@@ -177,17 +183,17 @@ def main_view(features: Features) -> str:
     raise UsageError(f"the extractor has only the views {', '.join(features.views)}: it needs one of a whole sample")
 
 
-def rows_of_view(features: Features, view: str) -> tuple[np.ndarray, np.ndarray]:
+def rows_of_view(features: Features, view: str, num: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Return the rows (n, d) of a view, and the file of each row.
 
     Of a view with several rows per sample, at most about `MAX_ROWS` are used: the same number of each sample, and in
-    turn all of them.
+    turn all of them. With `num`, as many of each sample as of a set of `num` samples.
     """
     values = features.views[view]
     if values.ndim == 2:
         return values, features.groups
     n, rows, _ = values.shape
-    kept = min(rows, max(1, MAX_ROWS // n))
+    kept = min(rows, max(1, MAX_ROWS // (num or n)))
     places = (np.arange(n)[:, None] + np.arange(kept) * rows // kept) % rows
     chosen = values[np.arange(n)[:, None], places]
     return chosen.reshape(n * kept, -1), np.repeat(features.groups, kept)
