@@ -115,9 +115,11 @@ EXTRACTORS: Registry[Callable[[Request], Extractor]] = Registry("feature extract
 
 
 def evenly_spaced(length: int, most: int = MAX_FRAMES) -> list[int]:
-    """Return the numbers 0 to length - 1, or `most` evenly spaced ones with both ends."""
+    """Return the numbers 0 to length - 1, or `most` evenly spaced ones with both ends; the middle one if `most` is 1."""
     if length <= most:
         return list(range(length))
+    if most == 1:
+        return [length // 2]
     return [(2 * i * (length - 1) + most - 1) // (2 * (most - 1)) for i in range(most)]
 
 
@@ -156,7 +158,9 @@ def exact_math(device: torch.device) -> Iterator[None]:
             precision = torch.get_float32_matmul_precision()
             torch.set_float32_matmul_precision("highest")
             stack.callback(torch.set_float32_matmul_precision, precision)
-            stack.enter_context(torch.backends.cudnn.flags(benchmark=False, deterministic=True, allow_tf32=False))
+            stack.enter_context(
+                torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+            )
         yield
 
 
