@@ -115,7 +115,7 @@ EXTRACTORS: Registry[Callable[[Request], Extractor]] = Registry("feature extract
 
 
 def evenly_spaced(length: int, most: int = MAX_FRAMES) -> list[int]:
-    """Return the numbers 0 to length - 1, or `most` evenly spaced ones with both ends; the middle one if `most` is 1."""
+    """Return the numbers 0 to length - 1, or `most` evenly spaced ones with both ends; of one, it is the middle."""
     if length <= most:
         return list(range(length))
     if most == 1:

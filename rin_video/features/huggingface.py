@@ -98,9 +98,7 @@ class Pretrained:
         self.mean, self.std = (list(getattr(processor, name, None) or []) for name in ("image_mean", "image_std"))
         if not getattr(processor, "do_normalize", True) or not self.mean:
             self.mean, self.std = [0.0] * 3, [1.0] * 3
-        self.filter = FILTERS.get(
-            int(2 if (resample := getattr(processor, "resample", None)) is None else resample), "bilinear"
-        )
+        self.filter = FILTERS.get(int(getattr(processor, "resample", None) or 2), "bilinear")
         self.has_class_token = any("cls_token" in key or "class_embedding" in key for key in self.model.state_dict())
         self.encode_image: Callable[..., Any] | None = getattr(self.model, "get_image_features", None)
 
