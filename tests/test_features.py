@@ -62,7 +62,7 @@ WIDTHS = {  # by view, for clips of 16 frames
     "lite": {"clip": (640,), "frame": (8, 1280), "motion": (15, 1280)},
     "transnet": {"clip": (512,)},
     "i3d": {"clip": (400,)},
-    "self": {"clip": (32,)},
+    "self": {"clip": (16,)},
 }
 
 

@@ -118,7 +118,7 @@ def test_every_parameter_gets_a_gradient():
 def test_features_have_variance_one_on_the_training_data(tmp_path):
     x = clips(64)
     features = make_extractor("self", data=lambda: x, cache=tmp_path)(x)["clip"].double()
-    torch.testing.assert_close(features.mean(0), torch.zeros(32).double(), atol=1e-3, rtol=0)
+    torch.testing.assert_close(features.mean(0), torch.zeros(16).double(), atol=1e-3, rtol=0)
     covariance = features.T.cov(correction=0)
     torch.testing.assert_close(covariance[:8, :8], torch.eye(8).double(), atol=0.02, rtol=0)
     assert covariance.diagonal().max() < 1.01  # those of least variance are less than 1: they are not blown up
@@ -200,7 +200,7 @@ def test_images_of_a_folder_and_their_classes(tmp_path):
     assert extractor.kinds == ("image",)
     assert extractor.protocol["training"]["classes"] == 3
     assert extractor.protocol["training"]["tasks"] == list(CHANGES)
-    assert extractor(clips(2)[:, :, 0])["image"].shape == (2, 32)
+    assert extractor(clips(2)[:, :, 0])["image"].shape == (2, 16)
     assert len(ImageFolder(tmp_path, 16)) == 6  # the cache is no data
     with pytest.raises(UsageError, match="self takes images, and the samples are clips"):
         extractor(clips(2))

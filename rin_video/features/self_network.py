@@ -9,7 +9,7 @@ from torch import Tensor, nn
 WIDTHS, KERNELS = (24, 48, 96, 192), (5, 3, 3, 3)  # of the convolutions over space
 TIME_WIDTH = 128  # of the convolutions over time
 HIDDEN = 128  # width of the last hidden layer
-FEATURES = 32  # of a clip; few, since distances between few samples are biased by the width
+FEATURES = 16  # of a clip; few: directions of little variance are noise, and the width biases distances
 MATCH = 64  # width of the embedding that windows of one clip share
 OCTAVES = 3  # of which the network is told the strength
 SCALE = 0.75  # of the input, for the convolutions
@@ -26,7 +26,7 @@ class SelfNetwork(nn.Module):
     standard deviations of the first three layers over time and space, and `octaves` of the input. An image is a clip of
     one frame.
 
-    `features` returns what distances compare: the 32 principal directions of the hidden layer, each of variance 1 on
+    `features` returns what distances compare: the 16 principal directions of the hidden layer, each of variance 1 on
     the training data. Without this, the classes alone would decide, whose variance is much larger than the others.
     """
 
@@ -78,7 +78,7 @@ class SelfNetwork(nn.Module):
         return F.relu(self.hidden(torch.cat([z.mean(2), z.amax(2), texture], dim=1)))
 
     def features(self, x: Tensor) -> Tensor:
-        """Return the features of clips, (B, 32)."""
+        """Return the features of clips, (B, 16)."""
         return (self(x) - self.centre) @ self.directions
 
     @torch.no_grad()

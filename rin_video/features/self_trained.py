@@ -28,7 +28,7 @@ from rin_video.tensor_files import DIGEST, tensors_digest, write_tensors
 
 log = logging.getLogger("rin_video")
 
-VERSION = 4  # of the network and its training: a change retrains
+VERSION = 5  # of the network and its training: a change retrains
 SIZE = 64  # pixels of the longer side that the network sees at most
 
 
@@ -82,7 +82,7 @@ class SelfTrained(Extractor):
         }
 
     def extract(self, x: Tensor) -> dict[str, Tensor]:
-        """Return the view "clip" or "image", (B, 32)."""
+        """Return the view "clip" or "image", (B, 16)."""
         if x.ndim == 4:
             return {"image": self.in_batches(self.encode, x[:, :, None])}
         return {"clip": self.in_batches(self.encode, x)}
