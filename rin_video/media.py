@@ -223,7 +223,7 @@ def check_target(path: StrPath, rank: int, fps: float, channels: int | None = No
     `rank` includes the batch axis.
     """
     suffix = Path(path).suffix.lower()
-    _check_folder(Path(path).parent if suffix else Path(path))
+    check_folder(Path(path).parent if suffix else Path(path))
     if not 0 < fps < math.inf:
         raise UsageError(f"fps is {fps:g}: it must be a number above 0")
     if suffix in ARRAY_SUFFIXES:
@@ -257,7 +257,7 @@ def require_encoder(path: StrPath) -> None:
         )
 
 
-def _check_folder(folder: Path) -> None:
+def check_folder(folder: Path) -> None:
     """Raise `UsageError` if files cannot be written to `folder`, which need not exist yet."""
     there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     if not there.is_dir():

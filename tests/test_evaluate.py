@@ -19,6 +19,7 @@ from rin_video.evaluation.comparison import differences
 from rin_video.evaluation.protocol import PUBLISHED, missing
 from rin_video.evaluation.sets import open_samples
 from rin_video.media import save_samples, write_video
+from rin_video.training.locking import lock_run
 from rin_video.weights import save_model
 
 TINY = {"dim": 16, "num_latents": 4, "dim_latent": 16, "depth": 1, "latent_self_attn_depth": 1, "num_heads": 2,
@@ -120,7 +121,7 @@ def test_all_views_have_distances_with_floors_and_intervals(run, data, tmp_path)
             assert score.floor is not None
             assert score.floor_n == 12
     assert {"clip/precision", "clip/recall", "clip/density", "clip/coverage", "inception_score"} <= result.scores.keys()
-    assert any("may be the data of training" in warning for warning in result.warnings)
+    assert any("may contain the data of training" in warning for warning in result.warnings)
     assert (tmp_path / "samples.png").is_file()
 
 
@@ -202,6 +203,59 @@ def test_published_protocols_say_what_is_missing(run, data, tmp_path):
         assert missing(name, exact) == []
 
 
+def test_kept_predictions_belong_to_their_real_clips(predictor, data, tmp_path):
+    """Other real clips, or the same ones read in another way, need another folder."""
+    options = {"num": 4, "given": 2, "features": "means", "keep": tmp_path / "kept", "out": tmp_path / "out"}
+    rin_video.evaluate(predictor, data, **options)
+    rin_video.evaluate(predictor, data, **options)
+    for other in ({"num": 5}, {"overrides": ["data.validation=0.3"]}):
+        with pytest.raises(UsageError, match="has samples that were drawn with"):
+            rin_video.evaluate(predictor, data, **options | other)
+
+
+def test_training_data_is_not_declared_held_out(run, data, tmp_path):
+    """An override makes a part of the data of training the real data; the model has seen it all the same."""
+    options = {"num": 6, "features": "means", "out": tmp_path}
+    result = rin_video.evaluate(run, overrides=["data.validation=0.3"], **options)
+    assert result.protocol["data"]["split"] == "validation (0.3)"
+    assert any("may contain the data of training" in warning for warning in result.warnings)
+
+
+def test_two_evaluations_do_not_share_a_folder(run, data, tmp_path):
+    with lock_run(tmp_path / "kept"), pytest.raises(UsageError, match="another process is drawing samples in"):
+        rin_video.evaluate(run, data, num=4, features="means", keep=tmp_path / "kept", out=tmp_path)
+
+
+def test_a_result_that_cannot_be_written_is_refused_before_any_work(run, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(drawing, "draw_chunk", None)
+    (tmp_path / "file").write_text("")
+    for name, message in (("file/x.json", "is a file, not a folder"), ("x.txt", "use one that ends in .json")):
+        with pytest.raises(UsageError, match=message):
+            rin_video.evaluate(run, data, num=4, features="means", out=tmp_path, json=tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"codec": "vp9"}, "--codec=vp9 is unknown: choose auto, h264, none"),
+        ({"split": "dev"}, "--split=dev is unknown: choose auto, train, validation, all"),
+        ({"device": "nowhere"}, "device nowhere cannot be used"),
+        ({"num": 50}, "there are 4 samples, not 50"),
+        ({"source": [1, 2]}, "the samples are list: pass a folder, a model, or a tensor"),
+        ({"source": torch.rand(8, 3)}, "the samples are of shape (8, 3): pass"),
+        (
+            {"data": torch.rand(4, 3, 16, 16)},
+            "the samples have shape (3, 4, 16, 16), but the real ones have (3, 16, 16)",
+        ),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_mistakes_in_python_get_one_line(options, message, data):
+    arguments = {"source": torch.rand(4, 3, 4, 16, 16), "data": data, "features": "means"} | options
+    with pytest.raises(UsageError, match=re.escape(message)):
+        rin_video.evaluate(**arguments)
+
+
 def test_the_model_in_memory_is_scored(run, data):
     diffusion = GaussianDiffusion.from_pretrained(run)
     result = rin_video.evaluate(diffusion, data, num=8, features="means", overrides=["sample.steps=2"])
@@ -248,7 +302,7 @@ def test_samples_that_differ_are_named(make, message, data, tmp_path):
 def test_a_folder_of_one_file_repeated_is_refused_or_noted(data, tmp_path):
     clip = torch.randint(0, 256, (3, 4, 16, 16), dtype=torch.uint8)
     samples = clip.expand(12, -1, -1, -1, -1).clone()
-    with pytest.raises(UsageError, match=r"same|equal|identical"):
+    with pytest.raises(UsageError, match="equal features: is it one file repeated"):
         rin_video.evaluate(samples, data, features="means")
     samples[:6] = torch.randint(0, 256, (6, 3, 4, 16, 16), dtype=torch.uint8)
     result = rin_video.evaluate(samples, data, features="means")
@@ -262,6 +316,7 @@ def test_a_folder_of_one_file_repeated_is_refused_or_noted(data, tmp_path):
         (["--given", "4"], "--given is 4, but the clips have 4 frames: use 1 to 3"),
         (["--given", "2"], "was trained without an observed mask"),
         (["--best-of", "3"], "--best-of 3 is for predictions: add --given N"),
+        (["--given", "2", "--best-of", "3"], "--num is 4, which is no multiple of --best-of 3: use 3"),
         (["--features", "nothing"], "unknown feature extractor 'nothing'"),
         (["--protocol", "mine"], "--protocol mine is unknown: choose fid50k"),
         (["--split", "validation"], "has no held-out part"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ def add_parsers(commands: Any) -> None:
     add = command.add_argument
     add("source", metavar="RUN|SAMPLES", help="folder of a run, a hub id user/name, or a folder or array of samples")
     add("--data", metavar="DATA|RUN", help="real data, or a run that stands for its data (default: that of the run)")
-    add("--num", type=int, metavar="N", help="number of samples (default: as many as real ones, 100 to 2048)")
+    add("--num", type=int, metavar="N", help="number of samples (default: as many as real ones, up to 2048)")
     add("--features", metavar="NAME", help="extractor: self, lite, transnet, inception, i3d=FILE, videomae=DIR, ...")
     add("--given", type=int, metavar="K", help="predict clips from their first K frames")
     add("--best-of", type=int, default=1, metavar="N", help="with --given, samples per clip (default: 1)")
@@ -44,8 +45,12 @@ def add_parsers(commands: Any) -> None:
     add("--max-batch", type=int, default=16, metavar="N", help="samples drawn at a time (default: 16)")
     add("--keep", metavar="DIR", help="folder in which to keep the samples")
     add("--out", metavar="DIR", help="folder for pictures and unfinished samples (default: RUN/evaluation)")
-    add("--json", metavar="FILE", help="file of the result (default: RUN/evaluation/FEATURES.json)")
-    command.epilog = "More options can be set as key=value: sample.steps=25, data.stride=2, data.validation=0.1"
+    add(
+        "--json",
+        metavar="FILE",
+        help="file of the result (default: RUN/evaluation/scores.json, or a name with the options)",
+    )
+    command.epilog = "More options can be set as key=value: sample.steps=25, data.stride=2"
     command.set_defaults(run=evaluate, overrides=[])
 
     command = commands.add_parser("compare", help="print two results of `evaluate` side by side")
@@ -58,14 +63,11 @@ def evaluate(options: Namespace) -> None:
     """Score a model or samples, print the table and write the result."""
     from rin_video.cli.trained import allow_only
     from rin_video.evaluation.evaluate import evaluate as measure
-    from rin_video.evaluation.inputs import is_run
     from rin_video.evaluation.protocol import PUBLISHED
 
     allow_only(options.overrides, "data.", "sample.")
     if options.protocol is not None and options.protocol not in PUBLISHED:
         raise UsageError(f"--protocol {options.protocol} is unknown: choose {', '.join(PUBLISHED)}")
-    if options.json is not None and Path(options.json).suffix != ".json":
-        raise UsageError(f"--json {options.json} is the name of the result: use one that ends in .json")
     result = measure(
         options.source,
         options.data,
@@ -76,6 +78,7 @@ def evaluate(options: Namespace) -> None:
         split=options.split,
         codec=options.codec,
         protocol=options.protocol,
+        json=result_file(options),
         seed=options.seed,
         keep=options.keep,
         out=options.out,
@@ -86,14 +89,23 @@ def evaluate(options: Namespace) -> None:
     if not is_first():
         return
     say(result.table())
-    path = options.json
-    if path is None and is_run(options.source):
-        given = "" if options.given is None else f"-given-{options.given}"
-        path = Path(options.source) / "evaluation" / f"{result.protocol['features']['name']}{given}.json"
-    if path is not None:
-        result.save(path)
+    path = result_file(options)
     seconds = ", ".join(f"{name} {scaled(value)} s" for name, value in result.seconds.items())
     log.info("%s%s", seconds, "" if path is None else f"; result: {path}")
+
+
+def result_file(options: Namespace) -> Path | None:
+    """Return `--json`, or for a run a name that tells the features, the split, the numbers and the protocol."""
+    from rin_video.evaluation.inputs import is_run
+
+    if options.json is not None or not is_run(options.source):
+        return None if options.json is None else Path(options.json)
+    name, _, weights = (options.features or "").partition("=")
+    parts = [name, Path(weights).stem, options.protocol, options.split if options.split != "auto" else None]
+    parts += [f"{key}-{value}" for key in ("num", "given") if (value := getattr(options, key)) is not None]
+    parts += [f"seed-{options.seed}"] if options.seed else []
+    stem = "-".join(re.sub(r"[^\w.-]+", "_", str(part)) for part in parts if part)
+    return Path(options.source) / "evaluation" / f"{stem or 'scores'}.json"
 
 
 def compare(options: Namespace) -> None:

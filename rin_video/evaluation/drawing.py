@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from rin_video.media import DEFAULT_FPS, as_pixels, sample_files, save_samples
 from rin_video.progress import progress_bar
 from rin_video.ranks import is_first
 from rin_video.training.distributed import in_all, join_process_group
+from rin_video.training.locking import LOCK, lock_run
 
 MANIFEST = "drawing.json"  # in the folder of the samples: the options that they were drawn with
 SUFFIXES = {"h264": ".mp4", "png": ".png", "none": ".npy"}
@@ -128,7 +130,7 @@ def check_identity(folder: Path, identity: dict[str, Any]) -> None:
         return
     if not folder.is_dir():
         raise UsageError(f"{folder} is a file: choose a folder for the samples")
-    if not any(folder.iterdir()):
+    if all(path.name == LOCK for path in folder.iterdir()):
         return
     try:
         then = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -141,6 +143,14 @@ def check_identity(folder: Path, identity: dict[str, Any]) -> None:
             f"{folder} has samples that were drawn with {key}={then.get(key)}, now it is {identity.get(key)}: choose "
             "another folder"
         )
+
+
+@contextmanager
+def lock_samples(folder: Path, identity: dict[str, Any]) -> Iterator[None]:
+    """Keep other processes from drawing into `folder`. Raises `UsageError` if one does, or as `check_identity` does."""
+    check_identity(folder, identity)
+    with lock_run(folder, "drawing samples"):
+        yield
 
 
 def write_identity(folder: Path, identity: dict[str, Any]) -> None:

@@ -7,16 +7,21 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rin_video.errors import UsageError
+from rin_video.config_checks import check_choice
+from rin_video.diffusion.process import GaussianDiffusion
+from rin_video.errors import UsageError, first_line
 from rin_video.evaluation import scores
-from rin_video.evaluation.drawing import draw_samples
-from rin_video.evaluation.extraction import Features, Measured, extract
+from rin_video.evaluation.drawing import draw_samples, lock_samples
+from rin_video.evaluation.extraction import Measured, extract
+from rin_video.evaluation.feature_checks import refuse_equal
 from rin_video.evaluation.inputs import (
     Data,
     Reference,
@@ -27,7 +32,6 @@ from rin_video.evaluation.inputs import (
 )
 from rin_video.evaluation.pictures import write_pictures
 from rin_video.evaluation.planning import (
-    LEAST,
     NUM,
     CodecOption,
     check_counts,
@@ -44,6 +48,7 @@ from rin_video.evaluation.result import Evaluation
 from rin_video.evaluation.scores import Score
 from rin_video.evaluation.sets import SampleSet, choose, choose_others, in_memory, open_samples
 from rin_video.features import Extractor, make_extractor
+from rin_video.media import check_folder
 from rin_video.progress import progress_bar
 from rin_video.ranks import is_first
 from rin_video.training.distributed import first_then_others, in_all
@@ -53,6 +58,7 @@ from rin_video.wording import counted
 FEATURES = "lite"  # the default extractor: it passes most rows of benchmarks/evaluate.py
 CLIPS_AT_ONCE = 8  # clips whose predictions are scored together
 FEW = 100  # samples below which even unbiased distances have wide intervals
+FEW_FILES = 5  # files below which a bootstrap by file means little
 
 
 def evaluate(
@@ -67,6 +73,7 @@ def evaluate(
     codec: CodecOption = "auto",
     protocol: str | None = None,
     seed: int = 0,
+    json: str | os.PathLike[str] | None = None,
     keep: str | os.PathLike[str] | None = None,
     out: str | os.PathLike[str] | None = None,
     download: bool = False,
@@ -81,7 +88,7 @@ def evaluate(
     shards, a Dataset, a tensor, or the folder of a run, which stands for its data. By default it is the held-out part
     (`data.validation`) of the data of training.
 
-    - `num`: number of samples; by default as many as there are real ones, from 100 to 2048.
+    - `num`: number of samples; by default as many as there are real ones, up to 2048.
     - `features`: the extractor by name: self, lite, transnet, inception, i3d=FILE, ... (see `rin_video.features`).
     - `given`: predict clips from their first `given` frames; adds errors and the recall of what moves.
     - `best_of`: with `given`, the number of samples per clip.
@@ -89,6 +96,7 @@ def evaluate(
     - `codec`: "h264" writes clips to MP4 files as `rin-video sample` does, and evaluates the files. "none" evaluates
       the pixels. "auto" is "h264", or "none" for predictions and sizes that H.264 does not take.
     - `protocol`: a published protocol (`rin_video.evaluation.protocol`), which sets and checks the numbers.
+    - `json`: file of the result. It is written before the samples are deleted.
     - `keep`: folder in which the samples are kept. `out`: folder of pictures and unfinished samples, by default
       `evaluation` in the folder of the run.
     - `download`: allow the extractor to download its weights.
@@ -97,6 +105,7 @@ def evaluate(
     An interrupted call resumes with the samples that it has drawn. All processes share the work, and each returns the
     result. Raises `UsageError` for invalid options, and if the samples or the data cannot be evaluated.
     """
+    check_choices(split, codec)
     limit: int | None = NUM  # of real samples
     if protocol is not None:
         wanted = published(protocol)
@@ -108,46 +117,119 @@ def evaluate(
     elif num is not None:
         limit = max(num // best_of, 1)
     check_counts(num=(num, 2), given=(given, 1), best_of=(best_of, 1), max_batch=(max_batch, 1), seed=(seed, 0))
-    if best_of > 1 and given is None:
-        raise UsageError(f"--best-of {best_of} is for predictions: add --given N, the number of known frames")
-    best = sampling_device()  # joins the other processes
-    device = best if device is None else torch.device(device)
+    check_best_of(num, given, best_of)
+    check_source(source)
+    device = choose_device(device)
     result = Evaluation()
-    with tempfile.TemporaryDirectory() as own:
+    with tempfile.TemporaryDirectory() as own, ExitStack() as locked:
         scratch = Path(in_all(lambda: own)[0])  # the other processes read the files of the first
         model = open_model(source, overrides, device)
         folder = output_folder(out, model, scratch)
+        in_all(lambda: check_outputs(folder, json) if is_first() else None)
         reference, shape = open_reference(model, source, data, split, overrides, Path(own))
         check_shape(shape, given)
         real = choose(reference.real, limit, reference.name, reference.classes)
+        if given is not None:
+            real = readable(real, result.warn)
         if model is None and given is not None:
             raise UsageError("--given requires a model, which predicts: pass the folder of a run instead of samples")
         learnable = reference.train if reference.train is not None else reference.real
         extractor = first_then_others(
             lambda: make_extractor(features or FEATURES, device=device, data=learnable, cache=folder, download=download)
         )
+        place = None
         if model is None:
-            samples, place = open_source(source, shape, num, reference.classes), None
+            samples = open_source(source, shape, num, reference.classes)
         else:
-            count = len(real) * best_of if given is not None else num or min(NUM, max(LEAST, len(real)))
+            count = len(real) * best_of if given is not None else num or len(real)
             plan = plan_drawing(model, real, shape, count, choose_codec(codec, shape, given), given, seed, max_batch)
             identity = identity_of(model, plan)
             place = Path(keep) if keep is not None else folder / f"samples-{digest_of(identity)}"
+            in_all(lambda: locked.enter_context(lock_samples(place, identity)) if is_first() else None)
             with result.timed("sampling"):
                 draw_samples(model.diffusion, plan, place, identity)
             samples = open_samples(place, shape, None, reference.classes)
         measured = measure(result, reference, real, samples, extractor, given, best_of)
         result.protocol = describe_protocol(model, reference, measured, extractor, shape, given, best_of, seed)
+        for text in doubts(num, reference, measured):
+            result.warn(text)
         if protocol is not None:
             result.protocol["published"] = protocol
             for text in missing(protocol, result.protocol):
                 result.warn(f"this is not the protocol {protocol}: {text}")
-        if is_first() and folder != scratch:
-            write_pictures(folder, measured, given)
-        in_all(lambda: None)  # wait until all processes have read the samples
+
+        def finish() -> None:
+            if json is not None:
+                result.save(json)
+            if folder != scratch:
+                write_pictures(folder, measured, given)
+
+        in_all(lambda: finish() if is_first() else None)  # all processes have read the samples
+        locked.close()
         if place is not None and keep is None and is_first():
             shutil.rmtree(place, ignore_errors=True)
     return result
+
+
+def check_choices(split: str, codec: str) -> None:
+    """Raise `UsageError` for an unknown split or codec."""
+    check_choice("--split", split, get_args(SplitOption))
+    check_choice("--codec", codec, get_args(CodecOption))
+
+
+def check_best_of(num: int | None, given: int | None, best_of: int) -> None:
+    """Raise `UsageError` if the samples per clip do not fit the other numbers."""
+    if best_of > 1 and given is None:
+        raise UsageError(f"--best-of {best_of} is for predictions: add --given N, the number of known frames")
+    if num is not None and given is not None and num % best_of:
+        raise UsageError(f"--num is {num}, which is no multiple of --best-of {best_of}: use {num - num % best_of}")
+
+
+def check_source(source: Any) -> None:
+    """Raise `UsageError` if `source` is neither a path, a model nor samples (B, C, *grid)."""
+    if isinstance(source, str | os.PathLike | GaussianDiffusion):
+        return
+    if not isinstance(source, Tensor | np.ndarray) or source.ndim not in (4, 5):
+        what = f"of shape {tuple(source.shape)}" if isinstance(source, Tensor | np.ndarray) else type(source).__name__
+        raise UsageError(f"the samples are {what}: pass a folder, a model, or a tensor (B, C, H, W) or (B, C, F, H, W)")
+
+
+def choose_device(device: str | torch.device | None) -> torch.device:
+    """Return a device by name, or the best one; join the other processes. Raises `UsageError` if it is not there."""
+    best = sampling_device()
+    if device is None:
+        return best
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"device {device} cannot be used: {first_line(error)}") from None
+    return torch.device(device)
+
+
+def check_outputs(folder: Path, json: str | os.PathLike[str] | None) -> None:
+    """Raise `UsageError` if the results cannot be written, to fail before any work."""
+    check_folder(folder)
+    if json is None:
+        return
+    if Path(json).suffix != ".json":
+        raise UsageError(f"--json {json} is the name of the result: use one that ends in .json")
+    if Path(json).is_dir():
+        raise UsageError(f"--json {json} is a folder: add a name that ends in .json")
+    check_folder(Path(json).parent)
+
+
+def readable(samples: SampleSet, warn: Callable[[str], None]) -> SampleSet:
+    """Return the samples of a set that can be read, and warn of the others."""
+    kept, problems = [], []
+    for number in range(len(samples)):
+        try:
+            samples.item(number)
+            kept.append(number)
+        except UsageError as error:  # noqa: PERF203
+            problems.append(str(error))
+    if problems:
+        warn(f"{counted(len(problems), 'real sample')} could not be read: {problems[0]}")
+    return samples.take(kept) if problems else samples
 
 
 def measure(
@@ -169,20 +251,21 @@ def measure(
     train = others = None
     if reference.train is not None:
         train = choose(reference.train, max(NUM, len(real)), "training", reference.classes)
-    else:
+    if not reference.same_source:
         others = choose_others(real, len(real))
     with result.timed("features"):
         drawn = extract(extractor, samples, "the samples", strict=True, classify=True)
         true = extract(extractor, real, "real samples", classify=True)
         trained = None if train is None else extract(extractor, train, "training samples")
         further = None if others is None else extract(extractor, others, "further real samples")
-    if given is not None:  # the samples of a clip are not independent
-        drawn = dataclasses.replace(drawn, groups=drawn.numbers % len(real))
-    for text in doubts(reference, samples, drawn, true):
-        result.warn(text)
+    for features, part in ((drawn, samples), (true, real)):
+        refuse_equal(features.views[scores.main_view(features)], part.name)
+    if given is not None:  # predictions of the clips of one file are not independent
+        drawn = dataclasses.replace(drawn, groups=real.groups[drawn.numbers % len(real)])
     pairs: list[tuple[int, int]] = []
     with result.timed("scores"):
-        pool = scores.join(true, further if trained is None else trained, same_files=trained is None)
+        same = reference.same_source
+        pool = scores.join(true, trained if same else further, same_files=not same)
         found = scores.distance_scores(drawn, true, pool, result.warn)
         found |= scores.coverage_scores(drawn, true, pool)
         if given is None:
@@ -199,20 +282,33 @@ def measure(
     return Measured(samples, real, train, drawn, true, pairs)
 
 
-def doubts(reference: Reference, samples: SampleSet, drawn: Features, true: Features) -> list[str]:
+def doubts(num: int | None, reference: Reference, measured: Measured) -> list[str]:
     """Return what makes the scores unreliable, one text each."""
+    drawn, true, train = measured.sample_features, measured.real_features, measured.train
     texts = []
-    if not reference.held_out and reference.split != "validation":
+    if not reference.held_out:
         texts.append(
-            f"{reference.name} may be the data of training: a model that copies it has a perfect distance. Hold out a "
-            "part with `rin-video train --validation 0.05`, or pass other --data"
+            f"{reference.name} may contain the data of training: a model that copies it has a perfect distance. Hold "
+            "out a part with `rin-video train --validation 0.05`, or pass other --data"
         )
     for name, count in (("samples", len(drawn)), ("real samples", len(true))):
         if count < FEW:
             texts.append(f"{counted(count, name[:-1])}: below {FEW}, distances say little; see the intervals")
+    if num is not None and num > len(drawn):
+        texts.append(f"{counted(len(drawn), 'sample')} instead of {num}: there are {len(true)} real ones to predict")
+    if len(drawn) > len(true):
+        texts.append(
+            f"{len(drawn)} samples are compared with {len(true)} real ones, but the value of real samples is that of "
+            f"{len(true)} with {len(true)}: it is somewhat too large for this comparison"
+        )
+    files = len(set(true.groups.tolist()))
+    if files < FEW_FILES:
+        texts.append(f"the real samples are of {counted(files, 'file')}: the intervals are too narrow")
     for name, copies, count in (("samples", drawn.copies, len(drawn)), ("real samples", true.copies, len(true))):
         if copies:
             texts.append(f"{copies} of {count} {name} are copies of another one, pixel by pixel")
+    if train is not None and len(train) < len(train.dataset):
+        texts.append(f"memorisation is measured against {len(train)} of {len(train.dataset)} training samples")
     if true.unreadable:
         texts.append(f"{counted(len(true.unreadable), 'real sample')} could not be read: {true.unreadable[0]}")
     if skipped := getattr(reference.real, "skipped", None):
@@ -253,4 +349,6 @@ def open_source(source: Source, shape: tuple[int, ...], num: int | None, classes
     assert isinstance(source, Tensor | np.ndarray)
     if tuple(source.shape[1:]) != tuple(shape):
         raise UsageError(f"the samples are {tuple(source.shape[1:])}, but the real ones are {tuple(shape)}")
+    if num is not None and num > len(source):
+        raise UsageError(f"there are {len(source)} samples, not {num}: use num={len(source)}, or draw more")
     return in_memory(source[:num], "the samples")

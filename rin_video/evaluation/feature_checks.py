@@ -35,7 +35,7 @@ def check_features(
     become float64. `width` is the d of the other set.
 
     Raises:
-        UsageError: no matrix, fewer than 2 rows, another width, values that are NaN or infinite, or all rows equal.
+        UsageError: no matrix, fewer than 2 rows, another width, or values that are NaN or infinite.
     """
     rows = np.asarray(features)
     rows = np.ascontiguousarray(rows, None if rows.dtype in (np.float32, np.float64) else np.float64)
@@ -53,12 +53,16 @@ def check_features(
             f"features of {name} are NaN or infinite in {bad.sum()} of {len(rows)} rows, first in row {bad.argmax()}: "
             "look at that sample, or compute features in float32"
         )
-    if (rows == rows[0]).all():
-        raise UsageError(f"all {len(rows)} rows of {name} have equal features: is it one file repeated?")
     numbers = number_groups(groups, len(rows), name)
     sums = np.concatenate([part.astype(np.float64).sum(1) for part in blocks(rows)])
     order = np.lexsort([*rows.T[:8], sums])
     return CheckedFeatures(rows[order], number_groups(numbers[order], len(rows)), order)
+
+
+def refuse_equal(rows: NDArray, name: str) -> None:
+    """Raise `UsageError` if all rows (n, d) are equal. Those of frame differences may be: such clips do not move."""
+    if (rows == rows[0]).all():
+        raise UsageError(f"all {len(rows)} samples of {name} have equal features: is it one file repeated?")
 
 
 def blocks(rows: NDArray, size: int = BLOCK) -> list[NDArray]:

@@ -47,7 +47,8 @@ class Reference(NamedTuple):
     real: Any  # a dataset
     train: Any | None  # a dataset; None if there is none, or if `real` is it
     split: str  # what `real` is: "validation", "train" or "all"
-    held_out: bool  # whether the model was not trained on `real`
+    held_out: bool  # whether the model was not trained on `real`, as far as the names of the data tell
+    same_source: bool  # whether `real` and `train` are parts of the same data
     options: DataConfig
     name: str
 
@@ -132,8 +133,11 @@ def open_reference(
         shape = tuple(samples.shape[1:]) if hasattr(samples, "shape") else first_shape(samples)  # type: ignore
     options = reading_options(config.data)
     if not isinstance(data, str | os.PathLike):
-        return Reference(adapt_data(data), None, "all", model is None, options, "the dataset"), shape
+        real = adapt_data(data)
+        check_shape_of(real, shape)
+        return Reference(real, None, "all", model is None, False, options, "the dataset"), shape
     own = trained_on is not None and same_place(data, trained_on)
+    trained_with = None if run is None else load_config(run / CONFIG).data.validation
     if not own and not is_set("data.validation", None, overrides):
         options = dataclasses.replace(options, validation=None)
     known = run / INDEX if own and run is not None and (run / INDEX).is_file() else scratch / INDEX
@@ -151,13 +155,15 @@ def open_reference(
         )
     name = os.fspath(data)
     if held_out is not None:
-        return Reference(held_out, opened("train"), "validation", True, options, name), shape
+        unseen = model is None or not overlap(data, trained_on) or options.validation == trained_with
+        return Reference(held_out, opened("train"), "validation", unseen, True, options, name), shape
     real = opened("train" if split == "train" else "all")
     train = None
     if model is not None and not own and trained_on is not None and Path(trained_on).exists():
         own_options = reading_options(config.data)
         train = clips_of(open_split(trained_on, shape, own_options, "train", seed=0, index=None))
-    return Reference(real, train, "train" if split == "train" else "all", not own, options, name), shape
+    unseen = model is None or not overlap(data, trained_on)
+    return Reference(real, train, "train" if split == "train" else "all", unseen, False, options, name), shape
 
 
 def adapt_data(data: Any) -> Any:
@@ -172,11 +178,26 @@ def clips_of(data: Any) -> Any:
     return data.clips if isinstance(data, MixedDataset) else data
 
 
+def check_shape_of(real: Any, shape: tuple[int, ...]) -> None:
+    """Raise `UsageError` if the real samples of a dataset in memory have another shape than the generated ones."""
+    found = tuple(real[0]["x"].shape) if len(real) else ()
+    if found != tuple(shape):
+        raise UsageError(f"the samples have shape {tuple(shape)}, but the real ones have {found}: pass one shape")
+
+
 def shape_of(config: Config) -> tuple[int, ...] | None:
     """Return the shape (C, *grid) of the samples of a configuration."""
     from rin_video.model.info import model_info
 
     return model_info(config.model).shape
+
+
+def overlap(first: str | os.PathLike[str], second: str | os.PathLike[str] | None) -> bool:
+    """Return whether two names of data are the same, or one is a folder within the other."""
+    if second is None or is_pattern(first) or is_pattern(second):
+        return second is not None and same_place(first, second)
+    one, two = Path(first).resolve(), Path(second).resolve()
+    return one == two or one in two.parents or two in one.parents
 
 
 def same_place(first: str | os.PathLike[str], second: str | os.PathLike[str]) -> bool:

@@ -14,9 +14,9 @@ from rin_video.errors import UsageError
 from rin_video.evaluation.drawing import Drawing
 from rin_video.evaluation.inputs import Model
 from rin_video.evaluation.sets import SampleSet, is_picture_set
+from rin_video.labels import class_index
 
 NUM = 2048  # largest number of samples by default
-LEAST = 100  # smallest number of samples by default
 
 CodecOption: TypeAlias = Literal["auto", "h264", "none"]
 
@@ -83,8 +83,8 @@ def plan_drawing(
         )
     embedding = config.model.embedding_dim > 0
     conditioned = given is not None or embedding
-    names = config.data.classes or [str(i) for i in range(classes)]
-    in_turn = bool(classes) and not conditioned and config.sample.label is None
+    names = class_names(model)
+    labels = label_numbers(model, real, num, conditioned=conditioned)
     return Drawing(
         num,
         seed,
@@ -92,12 +92,33 @@ def plan_drawing(
         shape,
         codec,
         max_batch,
-        titles=[names[i % classes] for i in range(num)] if in_turn else None,
+        titles=None if labels is None or max(labels) < 0 else [names[i] if i >= 0 else "none" for i in labels],
         conditions=real if conditioned else None,
         given=given,
         embedding=embedding,
         labels=conditioned and bool(classes) and config.sample.label is None,
     )
+
+
+def class_names(model: Model) -> list[str]:
+    """Return the names of the classes of a model; a class without a name has its number."""
+    names = model.config.data.classes or model.diffusion.classes
+    return list(names) or [str(i) for i in range(model.config.model.num_classes)]
+
+
+def label_numbers(model: Model, real: SampleSet, num: int, *, conditioned: bool) -> list[int] | None:
+    """Return the class of each sample, -1 for none; None if the model has no classes.
+
+    It is the class that the options set, or that of the real sample which gives the conditions, or each class in turn.
+    """
+    classes, label = model.config.model.num_classes, model.config.sample.label
+    if not classes:
+        return None
+    if label is not None:
+        return [class_index(label, class_names(model), classes)] * num
+    if conditioned:
+        return [int(real.labels[i % len(real)]) for i in range(num)]
+    return [i % classes for i in range(num)]
 
 
 def identity_of(model: Model, plan: Drawing) -> dict[str, Any]:
@@ -112,7 +133,7 @@ def identity_of(model: Model, plan: Drawing) -> dict[str, Any]:
         "shape": list(plan.shape),
         "codec": plan.codec,
         "given": plan.given,
-        "conditions": None if plan.conditions is None else [plan.conditions.name, len(plan.conditions)],
+        "conditions": None if plan.conditions is None else plan.conditions.digest(),
         "max_batch": plan.max_batch,
     }
 

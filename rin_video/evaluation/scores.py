@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -60,27 +61,22 @@ def distance_scores(samples: Features, real: Features, pool: Features, warn: Cal
     few samples for the features.
     """
     scores: dict[str, Score] = {}
-    widths: dict[str, int] = {}  # of the views for which there are too few rows
+    doubtful: list[tuple[float, str]] = []  # features per row of views with too few rows, and a warning
     for view in samples.views:
         a, groups_a = rows_of_view(samples, view)
-        b, groups_b = rows_of_view(real, view)
+        b, groups_b = rows_of_view(real, view, len(samples))
         c, groups_c = rows_of_view(pool, view, len(samples))
         units = np.repeat(np.arange(len(pool)), len(c) // len(pool))
         per_sample = max(len(a) // len(samples), 1)
-        if too_few(min(len(a), len(b)), a.shape[1]):
-            widths[view] = a.shape[1]
+        if text := too_few(min(len(a), len(b)), a.shape[1]):
+            doubtful.append((a.shape[1] / min(len(a), len(b)), f"{view}/frechet_distance: {text}"))
         for name, distance in DISTANCES.items():
             estimate = distance(a, b, groups_a=groups_a, groups_b=groups_b, resamples=RESAMPLES)
             floor = floor_of(distance, c, groups_c, min(len(a), len(b)), units)
             pair = None if floor is None else (floor[0], floor[1] // per_sample)
             scores[f"{view}/{name}"] = Score.of(estimate, "lower", len(samples), pair)
-    if widths:
-        features = ", ".join(f"{width} ({view})" for view, width in widths.items())
-        warn(
-            f"{min(len(samples), len(real))} samples are few for features of width {features}: Frechet distances are "
-            "too large. Compare them only at the same number of samples and beside the floor, or use the kernel "
-            "distances, which have no bias"
-        )
+    if doubtful:
+        warn(max(doubtful)[1])
     return scores
 
 
@@ -149,10 +145,11 @@ def memorisation_scores(
         pairs=pairs,
         resamples=RESAMPLES,
     )
+    expected = math.ceil(0.01 * len(real)) / (len(real) + 1)  # of new samples, for the 1 % quantile of n real ones
     scores = {
         "memorisation/distance_ratio": Score.of(found.ratio, "higher", len(samples), (1.0, len(real))),
         "memorisation/low_distance_ratio": Score.of(found.low_ratio, "higher", len(samples), (1.0, len(real))),
-        "memorisation/share_closer": Score.of(found.share_closer, "lower", len(samples), (0.01, len(real))),
+        "memorisation/share_closer": Score.of(found.share_closer, "lower", len(samples), (expected, len(real))),
     }
     return scores, [(int(samples.numbers[i]), int(train.numbers[j])) for i, j in found.pairs]
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import os
 import re
 from collections.abc import Sequence
@@ -54,6 +56,19 @@ class SampleSet:
         """Return the name of the file of a sample."""
         return name_of(self.dataset, self.indices[number])
 
+    def digest(self) -> str:
+        """Return a digest of the files, the places in them, and the options of reading."""
+        options = getattr(self.dataset, "config", None)
+        reading = dataclasses.asdict(options) if dataclasses.is_dataclass(options) else {}
+        about = [self.indices, [self.file_of(i) for i in range(len(self))], reading]
+        return hashlib.blake2b(json.dumps(about, default=str).encode(), digest_size=16).hexdigest()
+
+    def take(self, numbers: Sequence[int]) -> SampleSet:
+        """Return the set of some of the samples."""
+        return dataclasses.replace(
+            self, indices=[self.indices[i] for i in numbers], labels=self.labels[np.array(numbers, dtype=int)]
+        )
+
     @property
     def groups(self) -> np.ndarray:
         """The file of each sample as a number (n,): samples of one file are not independent."""
@@ -101,8 +116,8 @@ def choose_others(chosen: SampleSet, num: int) -> SampleSet | None:
 def labels_of(dataset: Any, indices: Sequence[int], classes: Sequence[str]) -> np.ndarray:
     """Return the classes of samples as numbers in `classes`, -1 for none.
 
-    The class of a sample is that of its folder, or the end of its file's name (`0003-circle.mp4`), as `rin-video
-    sample` writes it.
+    The class of a sample is that of its folder, or the end of its file's name after a number (`0003-circle.mp4`), as
+    `rin-video sample` writes it.
     """
     own, labels = list(getattr(dataset, "classes", [])), getattr(dataset, "labels", None)
     if not classes:
@@ -111,8 +126,9 @@ def labels_of(dataset: Any, indices: Sequence[int], classes: Sequence[str]) -> n
         numbers = [classes.index(name) for name in own]
         return np.array([numbers[labels[i]] if labels[i] >= 0 else -1 for i in indices])
     ends = {sample_files(Path(), 1, "", [name])[0].name.partition("-")[2]: i for i, name in enumerate(classes)}
-    stems = [re.sub(r" \[\d+\]$", "", name_of(dataset, index)) for index in indices]
-    return np.array([ends.get(Path(stem).stem.partition("-")[2], -1) for stem in stems])
+    stems = [Path(re.sub(r" \[\d+\]$", "", name_of(dataset, index))).stem for index in indices]
+    parts = [stem.partition("-") for stem in stems]
+    return np.array([ends.get(name, -1) if number.isdecimal() else -1 for number, _, name in parts])
 
 
 def open_samples(

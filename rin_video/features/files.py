@@ -71,7 +71,8 @@ def read_state(path: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise UsageError(f"{path} cannot be read as weights ({first_line(error)[:80]}): it is damaged") from None
+        reason = f" ({text})" if not (text := first_line(error)[:80]).isdecimal() else ""
+        raise UsageError(f"{path} cannot be read as weights{reason}: it is damaged, or no file of weights") from None
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UsageError(f"{path} holds no state dict of tensors: pass the file of the weights alone")
     return dict(state)

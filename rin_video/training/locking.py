@@ -1,4 +1,4 @@
-"""A lock that allows one training process per folder; the system releases it when the process ends."""
+"""A lock that allows one process per folder; the system releases it when the process ends."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ LOCK = ".lock"
 
 
 @contextmanager
-def lock_run(folder: Path) -> Iterator[None]:
+def lock_run(folder: Path, work: str = "training") -> Iterator[None]:
     """Prevent other processes from training in `folder` within the block; child processes do not inherit the lock.
 
-    Raises `UsageError` if another process trains there. On a file system without locks, this only logs a warning: a
-    marker file instead of a lock would remain after a process is killed.
+    `work` names what is done there. Raises `UsageError` if another process does it. On a file system without locks,
+    this only logs a warning: a marker file instead of a lock would remain after a process is killed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK, fallback_to_soft=False)
@@ -29,10 +29,10 @@ def lock_run(folder: Path) -> Iterator[None]:
         lock.acquire(blocking=False)
     except Timeout:
         raise UsageError(
-            f"another process is training in {folder}: wait until it ends, stop it, or use another folder (--out)"
+            f"another process is {work} in {folder}: wait until it ends, stop it, or use another folder (--out)"
         ) from None
     except (OSError, NotImplementedError) as error:
-        log.warning("%s cannot be locked (%s): do not start a second training in this folder", folder, error)
+        log.warning("%s cannot be locked (%s): do not start a second process there", folder, error)
     try:
         yield
     finally:
