@@ -29,7 +29,7 @@ def add_parsers(commands: Any) -> None:
     add("source", metavar="RUN|SAMPLES", help="folder of a run, a hub id user/name, or a folder or array of samples")
     add("--data", metavar="DATA|RUN", help="real data, or a run that stands for its data (default: that of the run)")
     add("--num", type=int, metavar="N", help="number of samples (default: as many as real ones, up to 2048)")
-    add("--features", metavar="NAME", help="extractor: self, lite, transnet, inception, i3d=FILE, videomae=DIR, ...")
+    add("--features", metavar="NAME", help="extractor: lite (default), transnet, self, inception, i3d=FILE, ...")
     add("--given", type=int, metavar="K", help="predict clips from their first K frames")
     add("--best-of", type=int, default=1, metavar="N", help="with --given, samples per clip (default: 1)")
     add("--split", choices=SPLITS, default="auto", help="part of the data (default: the held-out part, else all)")

@@ -89,7 +89,7 @@ def evaluate(
     (`data.validation`) of the data of training.
 
     - `num`: number of samples; by default as many as there are real ones, up to 2048.
-    - `features`: the extractor by name: self, lite, transnet, inception, i3d=FILE, ... (see `rin_video.features`).
+    - `features`: the extractor: lite (default), transnet, self, inception, i3d=FILE, ... (see `rin_video.features`).
     - `given`: predict clips from their first `given` frames; adds errors and the recall of what moves.
     - `best_of`: with `given`, the number of samples per clip.
     - `split`: the part of the data to compare with; "auto" is the held-out part if there is one, or else all.
