@@ -178,8 +178,9 @@ def test_results_compare_only_with_the_same_protocol(run, data, tmp_path, capsys
     assert main(["compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")]) == 0
     out = capsys.readouterr().out
     assert "model.seed: 0 and 1" in out
+    assert f"B: {tmp_path / 'b.json'}" in out
     assert re.search(r"clip/frechet_distance +[\d.e-]+ +[\d.e-]+ to [\d.e-]+ +[\d.e-]+", out)
-    for other, key in (("c", "samples.num is 8 and 9"), ("d", "samples.codec is h264 and none")):
+    for other, key in (("c", "samples.num is 8 and 9"), ("d", "samples.codec is 'h264' and 'none'")):
         assert main(["compare", str(tmp_path / "a.json"), str(tmp_path / f"{other}.json")]) == 2
         assert key in capsys.readouterr().err
     (tmp_path / "bad.json").write_text("{")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
 from argparse import Namespace
@@ -91,11 +92,11 @@ def evaluate(options: Namespace) -> None:
     say(result.table())
     path = result_file(options)
     seconds = ", ".join(f"{name} {scaled(value)} s" for name, value in result.seconds.items())
-    log.info("%s%s", seconds, "" if path is None else f"; result: {path}")
+    log.info("%s%s", seconds, "; --json FILE stores the result" if path is None else f"; result: {path}")
 
 
 def result_file(options: Namespace) -> Path | None:
-    """Return `--json`, or for a run a name that tells the features, the split, the numbers and the protocol."""
+    """Return `--json`, or for a run a name that tells the options; a digest stands for those that are no numbers."""
     from rin_video.evaluation.inputs import is_run
 
     if options.json is not None or not is_run(options.source):
@@ -104,6 +105,9 @@ def result_file(options: Namespace) -> Path | None:
     parts = [name, Path(weights).stem, options.protocol, options.split if options.split != "auto" else None]
     parts += [f"{key}-{value}" for key in ("num", "given") if (value := getattr(options, key)) is not None]
     parts += [f"seed-{options.seed}"] if options.seed else []
+    others = [options.data, options.codec, options.best_of, *options.overrides]
+    if others != [None, "auto", 1]:
+        parts.append(hashlib.blake2b(repr(others).encode(), digest_size=3).hexdigest())
     stem = "-".join(re.sub(r"[^\w.-]+", "_", str(part)) for part in parts if part)
     return Path(options.source) / "evaluation" / f"{stem or 'scores'}.json"
 

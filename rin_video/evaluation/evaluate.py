@@ -27,6 +27,7 @@ from rin_video.evaluation.inputs import (
     Reference,
     Source,
     SplitOption,
+    is_run,
     open_model,
     open_reference,
 )
@@ -151,7 +152,8 @@ def evaluate(
             samples = open_samples(place, shape, None, reference.classes)
         measured = measure(result, reference, real, samples, extractor, given, best_of)
         result.protocol = describe_protocol(model, reference, measured, extractor, shape, given, best_of, seed)
-        for text in doubts(num, reference, measured):
+        unknown_model = model is None and not is_run(data)
+        for text in doubts(num, reference, measured, unknown_model=unknown_model):
             result.warn(text)
         if protocol is not None:
             result.protocol["published"] = protocol
@@ -162,7 +164,7 @@ def evaluate(
             if json is not None:
                 result.save(json)
             if folder != scratch:
-                write_pictures(folder, measured, given)
+                write_pictures(folder, measured, given, "" if json is None else Path(json).stem)
 
         in_all(lambda: finish() if is_first() else None)  # all processes have read the samples
         locked.close()
@@ -267,7 +269,7 @@ def measure(
         same = reference.same_source
         pool = scores.join(true, trained if same else further, same_files=not same)
         found = scores.distance_scores(drawn, true, pool, result.warn)
-        found |= scores.coverage_scores(drawn, true, pool)
+        found |= scores.coverage_scores(drawn, true, pool, result.warn)
         if given is None:
             found |= scores.class_scores(drawn, true, trained, reference.classes, result.warn)
         if trained is not None:
@@ -279,10 +281,10 @@ def measure(
         if given is not None:
             found |= prediction_scores(real, samples, given, best_of, result.warn)
     result.scores = found
-    return Measured(samples, real, train, drawn, true, pairs)
+    return Measured(samples, real, train, drawn, true, trained, pairs)
 
 
-def doubts(num: int | None, reference: Reference, measured: Measured) -> list[str]:
+def doubts(num: int | None, reference: Reference, measured: Measured, *, unknown_model: bool) -> list[str]:
     """Return what makes the scores unreliable, one text each."""
     drawn, true, train = measured.sample_features, measured.real_features, measured.train
     texts = []
@@ -291,15 +293,28 @@ def doubts(num: int | None, reference: Reference, measured: Measured) -> list[st
             f"{reference.name} may contain the data of training: a model that copies it has a perfect distance. Hold "
             "out a part with `rin-video train --validation 0.05`, or pass other --data"
         )
-    for name, count in (("samples", len(drawn)), ("real samples", len(true))):
-        if count < FEW:
-            texts.append(f"{counted(count, name[:-1])}: below {FEW}, distances say little; see the intervals")
+    elif unknown_model:
+        texts.append(
+            f"whether the samples' model was trained on {reference.name} is unknown: pass --data RUN to compare with "
+            "the held-out part of its data"
+        )
+    least = min(len(drawn), len(true))
+    if least < FEW:
+        texts.append(f"{counted(least, 'sample')}: below {FEW}, scores say little; see the intervals")
+    known = (
+        ("samples", drawn, "real samples", true),
+        ("real samples", true, "training samples", measured.train_features),
+    )
+    for name, one, kind, other in known:
+        same = 0 if other is None else len(one.digests & other.digests)
+        if same:
+            texts.append(f"{same} of {len(one)} {name} are also {kind}, pixel by pixel")
     if num is not None and num > len(drawn):
         texts.append(f"{counted(len(drawn), 'sample')} instead of {num}: there are {len(true)} real ones to predict")
     if len(drawn) > len(true):
         texts.append(
-            f"{len(drawn)} samples are compared with {len(true)} real ones, but the value of real samples is that of "
-            f"{len(true)} with {len(true)}: it is somewhat too large for this comparison"
+            f"{len(drawn)} samples are compared with {len(true)} real ones, but the floor is that of equal numbers: it "
+            "is somewhat too high"
         )
     files = len(set(true.groups.tolist()))
     if files < FEW_FILES:

@@ -32,6 +32,7 @@ class Features:
     labels: np.ndarray  # (n,) the class of each sample; -1: none
     pixels: str  # a digest of the pixels of all samples, in order
     copies: int  # the number of samples with the same pixels as an earlier one
+    digests: frozenset[bytes]  # of the pixels of each sample
     numbers: np.ndarray  # (n,) the number of each sample in its set
     unreadable: list[str]  # messages of samples that could not be read
 
@@ -58,6 +59,7 @@ class Measured(NamedTuple):
     train: SampleSet | None
     sample_features: Features
     real_features: Features
+    train_features: Features | None
     pairs: list[tuple[int, int]]  # the samples that are closest to a training sample, and that training sample
 
 
@@ -96,6 +98,7 @@ def extract(
         samples.labels[numbers],
         hashlib.sha256(b"".join(digests)).hexdigest(),
         sum(count - 1 for count in Counter(digests).values()),
+        frozenset(digests),
         numbers,
         unreadable,
     )

@@ -20,6 +20,7 @@ from rin_video.datasets.folders import RUN
 from rin_video.datasets.mixed import MixedDataset
 from rin_video.datasets.open import INDEX, open_split
 from rin_video.datasets.sources import shown
+from rin_video.datasets.splits import find_splits
 from rin_video.diffusion.process import GaussianDiffusion
 from rin_video.errors import ShortClipError, UsageError
 from rin_video.evaluation.sets import first_shape, reading_options
@@ -84,8 +85,9 @@ def open_model(source: Source, overrides: Sequence[str], device: torch.device) -
     folder = find_model(source)
     config = load_config(folder / CONFIG, overrides)
     diffusion = GaussianDiffusion.from_pretrained(folder, device=device)
-    digest = read_metadata(folder / WEIGHTS).get("sha256") or weights_digest(diffusion)
-    return Model(diffusion, config, os.fspath(source), f"sha256:{digest}", folder if here.is_dir() else None)
+    stored = read_metadata(folder / WEIGHTS).get("sha256")
+    digest = f"sha256:{stored}" if stored else weights_digest(diffusion)
+    return Model(diffusion, config, os.fspath(source), digest, folder if here.is_dir() else None)
 
 
 def is_pattern(source: str | os.PathLike[str]) -> bool:
@@ -98,7 +100,9 @@ def weights_digest(diffusion: GaussianDiffusion) -> str:
     """Return the digest of the weights of a model in memory."""
     from rin_video.tensor_files import tensors_digest
 
-    return tensors_digest({name: tensor.detach().cpu() for name, tensor in diffusion.model.state_dict().items()})
+    return "sha256:" + tensors_digest(
+        {name: tensor.detach().cpu() for name, tensor in diffusion.model.state_dict().items()}
+    )
 
 
 def open_reference(
@@ -131,6 +135,14 @@ def open_reference(
         raise UsageError("the real data is unknown: add --data DATA, a folder of real clips or images")
     if shape is None:
         shape = tuple(samples.shape[1:]) if hasattr(samples, "shape") else first_shape(samples)  # type: ignore
+    elif model is None and isinstance(samples, str | os.PathLike):
+        found = first_shape(samples)
+        if tuple(found[1:]) != tuple(shape[1:]):
+            here, there = ("x".join(map(str, sizes[1:])) for sizes in (found, shape))
+            raise UsageError(
+                f"{run} has samples of {there}, but those of {shown(os.fspath(samples))} are {here}: pass --data "
+                "FOLDER, the real data, which is resized to them"
+            )
     options = reading_options(config.data)
     if not isinstance(data, str | os.PathLike):
         real = adapt_data(data)
@@ -162,7 +174,8 @@ def open_reference(
     if model is not None and not own and trained_on is not None and Path(trained_on).exists():
         own_options = reading_options(config.data)
         train = clips_of(open_split(trained_on, shape, own_options, "train", seed=0, index=None))
-    unseen = model is None or not overlap(data, trained_on)
+    seen = None if trained_on is None else find_splits(trained_on)[0]
+    unseen = model is None or not overlap(data, seen)
     return Reference(real, train, "train" if split == "train" else "all", unseen, False, options, name), shape
 
 

@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rin_video.evaluation.comparison import describe_measurement
 from rin_video.evaluation.scores import Score, describe
 from rin_video.files import write_text
 
 
-@dataclass
+@dataclass(repr=False)
 class Evaluation:
     """The scores of an evaluation, and the protocol that they were measured with."""
 
@@ -39,8 +40,12 @@ class Evaluation:
         write_text(Path(path), json.dumps(self.to_dict(), indent=1) + "\n")
 
     def table(self) -> str:
-        """Return the scores and the warnings as text."""
-        return "\n".join([*describe(self.scores), *(f"- {warning}" for warning in self.warnings)])
+        """Return what was measured, the scores and the warnings as text."""
+        about = describe_measurement({"protocol": self.protocol})
+        return "\n".join([about, *describe(self.scores), *(f"- {warning}" for warning in self.warnings)])
+
+    def __repr__(self) -> str:
+        return self.table()
 
     def warn(self, text: str) -> None:
         """Add a warning, once."""

@@ -38,7 +38,7 @@ class Score:
     value: float
     low: float
     high: float
-    better: str  # "lower" or "higher"
+    better: str  # "lower", "higher" or "near 1"
     n: int  # number of samples
     floor: float | None = None  # the same measure of real samples against other real samples
     floor_n: int | None = None  # number of samples in each half of the floor
@@ -61,32 +61,41 @@ def distance_scores(samples: Features, real: Features, pool: Features, warn: Cal
     few samples for the features.
     """
     scores: dict[str, Score] = {}
-    doubtful: list[tuple[float, str]] = []  # features per row of views with too few rows, and a warning
+    doubtful: list[tuple[int, str]] = []  # widths of the views with too few rows
     for view in samples.views:
         a, groups_a = rows_of_view(samples, view)
         b, groups_b = rows_of_view(real, view, len(samples))
         c, groups_c = rows_of_view(pool, view, len(samples))
         units = np.repeat(np.arange(len(pool)), len(c) // len(pool))
         per_sample = max(len(a) // len(samples), 1)
-        if text := too_few(min(len(a), len(b)), a.shape[1]):
-            doubtful.append((a.shape[1] / min(len(a), len(b)), f"{view}/frechet_distance: {text}"))
+        if too_few(min(len(a), len(b)), a.shape[1]):
+            doubtful.append((a.shape[1], view))
         for name, distance in DISTANCES.items():
             estimate = distance(a, b, groups_a=groups_a, groups_b=groups_b, resamples=RESAMPLES)
             floor = floor_of(distance, c, groups_c, min(len(a), len(b)), units)
             pair = None if floor is None else (floor[0], floor[1] // per_sample)
             scores[f"{view}/{name}"] = Score.of(estimate, "lower", len(samples), pair)
     if doubtful:
-        warn(max(doubtful)[1])
+        width, views = max(doubtful)[0], ", ".join(view for _, view in doubtful)
+        warn(
+            f"Frechet distances ({views}) are too high with {min(len(samples), len(real))} samples: {width} features "
+            f"need about {10 * width:,}. Compare them only at the same number of samples and beside the floor, or use "
+            "the kernel distances"
+        )
     return scores
 
 
-def coverage_scores(samples: Features, real: Features, pool: Features) -> dict[str, Score]:
+def coverage_scores(samples: Features, real: Features, pool: Features, warn: Callable[[str], None]) -> dict[str, Score]:
     """Return precision, recall, density and coverage in the main view; none if there are too few files."""
     view = main_view(samples)
     a, b = samples.views[view], real.views[view]
     k = NEIGHBOURS
-    if min(rows_of_others(samples.groups), rows_of_others(real.groups)) < k:
+    others = min(rows_of_others(samples.groups), rows_of_others(real.groups))
+    if others < k:
+        warn(f"precision, recall, density and coverage are left out: they need {k} neighbours in other files")
         return {}
+    if others < 10 * k:
+        warn(f"precision, recall, density and coverage say nothing yet: {k} neighbours are many of {others} samples")
     found = neighbour_scores(a, b, k, groups_a=samples.groups, groups_b=real.groups, resamples=RESAMPLES)
     floors = floor_of(partial(neighbour_scores, k=k), pool.views[view], pool.groups, min(len(a), len(b)))
     return {
@@ -147,8 +156,8 @@ def memorisation_scores(
     )
     expected = math.ceil(0.01 * len(real)) / (len(real) + 1)  # of new samples, for the 1 % quantile of n real ones
     scores = {
-        "memorisation/distance_ratio": Score.of(found.ratio, "higher", len(samples), (1.0, len(real))),
-        "memorisation/low_distance_ratio": Score.of(found.low_ratio, "higher", len(samples), (1.0, len(real))),
+        "memorisation/distance_ratio": Score.of(found.ratio, "near 1", len(samples), (1.0, len(real))),
+        "memorisation/low_distance_ratio": Score.of(found.low_ratio, "near 1", len(samples), (1.0, len(real))),
         "memorisation/share_closer": Score.of(found.share_closer, "lower", len(samples), (expected, len(real))),
     }
     return scores, [(int(samples.numbers[i]), int(train.numbers[j])) for i, j in found.pairs]
@@ -215,7 +224,7 @@ def describe(scores: Mapping[str, Score]) -> list[str]:
     """Return the scores as lines of a table."""
     width = max(map(len, scores), default=5)
     floor_n = {score.floor_n for score in scores.values() if score.floor_n is not None}
-    title = f"real (n = {min(floor_n)})" if len(floor_n) == 1 else "real"
+    title = f"floor (n = {min(floor_n)})" if len(floor_n) == 1 else "floor"
     lines = [f"{'score':<{width}}  {'value':>9}  {'95 % interval':>20}  {title:>16}  better"]
     for name, score in scores.items():
         interval = f"{number(score.low)} to {number(score.high)}"

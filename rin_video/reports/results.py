@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rin_video.errors import UsageError
-from rin_video.evaluation.comparison import read_result
+from rin_video.evaluation.comparison import describe_measurement, read_result
 
 FOLDER = "evaluation"  # in the folder of a run
 
@@ -34,40 +34,13 @@ def score_rows(result: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
-HEADINGS = ["score", "value", "95 % interval", "real samples", "better"]
-
-
-def describe_measurement(result: Mapping[str, Any]) -> str:
-    """Return one sentence with the protocol: samples, real samples, features, sampler and seed."""
-    protocol = result["protocol"]
-
-    def get(section: str, key: str) -> Any:
-        values = protocol.get(section)
-        return values.get(key, "unknown") if isinstance(values, dict) else "unknown"
-
-    size = get("clips", "size")
-    size = "x".join(map(str, size)) if isinstance(size, list) else size
-    frames, given = get("clips", "frames"), get("clips", "given")
-    shape = f"{frames}x{size}" if frames else size
-    text = (
-        f"{get('samples', 'num')} samples of {shape} ({get('samples', 'codec')}) against {get('data', 'num')} real "
-        f"ones of {get('data', 'files')} files ({get('data', 'split')}); features {get('features', 'name')}, "
-        f"{str(get('features', 'digest'))[:19]}"
-    )
-    if isinstance(given, int):
-        text += f"; predicted from {given} given frames"
-    if isinstance(protocol.get("model"), dict):
-        sampler = get("model", "sample.sampler")
-        text += (
-            f"; {sampler}, {get('model', 'sample.steps')} steps, guidance {get('model', 'sample.guidance')}, "
-            f"seed {get('model', 'seed')}"
-        )
-    if isinstance(protocol.get("published"), str):
-        text += f"; protocol {protocol['published']}"
-    return text + "."
+HEADINGS = ["score", "value", "95 % interval", "floor (of real samples)", "better"]
 
 
 def warnings_of(result: Mapping[str, Any]) -> list[str]:
     """Return the warnings of a result."""
     warnings = result.get("warnings")
     return [str(text) for text in warnings] if isinstance(warnings, list) else []
+
+
+__all__ = ["HEADINGS", "describe_measurement", "results_of", "score_rows", "warnings_of"]

@@ -224,6 +224,8 @@ class Trainer:
             self.call("on_log", line)
         if validating:
             self.validate()
+            if logging_:
+                bar.set_postfix_str(describe_line(line, self.validator.last if self.validator else None))
             metrics.restart_clock()
         if self.is_due(self.options.ema_snapshot_every):
             self.snapshot()
