@@ -10,7 +10,7 @@ def make_features(generator, num, frames):
     """Return features whose frames are nearly equal within a sample."""
     rows = generator.normal(size=(num, 1, 6)) + 1e-2 * generator.normal(size=(num, frames, 6))
     return Features(
-        {"frame": rows.astype(np.float32)}, None, np.arange(num), np.full(num, -1), "", 0, np.arange(num), []
+        {"frame": rows.astype(np.float32)}, None, np.arange(num), np.full(num, -1), "", 0, frozenset(), np.arange(num), []
     )
 
 
