@@ -9,9 +9,8 @@ from rin_video.evaluation.extraction import Features
 def make_features(generator, num, frames):
     """Return features whose frames are nearly equal within a sample."""
     rows = generator.normal(size=(num, 1, 6)) + 1e-2 * generator.normal(size=(num, frames, 6))
-    return Features(
-        {"frame": rows.astype(np.float32)}, None, np.arange(num), np.full(num, -1), "", 0, frozenset(), np.arange(num), []
-    )
+    numbers, labels = np.arange(num), np.full(num, -1)
+    return Features({"frame": rows.astype(np.float32)}, None, numbers, labels, "", 0, frozenset(), numbers, [])
 
 
 def test_floor_of_frames_is_that_of_whole_samples(monkeypatch):
