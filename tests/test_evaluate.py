@@ -314,6 +314,7 @@ def test_a_folder_of_one_file_repeated_is_refused_or_noted(data, tmp_path):
     ("options", "message"),
     [
         (["--num", "1"], "--num is 1: it must be at least 2"),
+        (["--given", "2", "--best-of", "0"], "--best-of is 0: it must be at least 1"),
         (["--given", "4"], "--given is 4, but the clips have 4 frames: use 1 to 3"),
         (["--given", "2"], "was trained without an observed mask"),
         (["--best-of", "3"], "--best-of 3 is for predictions: add --given N"),

@@ -107,6 +107,7 @@ def evaluate(
     result. Raises `UsageError` for invalid options, and if the samples or the data cannot be evaluated.
     """
     check_choices(split, codec)
+    check_counts(num=(num, 2), given=(given, 1), best_of=(best_of, 1), max_batch=(max_batch, 1), seed=(seed, 0))
     limit: int | None = NUM  # of real samples
     if protocol is not None:
         wanted = published(protocol)
@@ -117,7 +118,6 @@ def evaluate(
             best_of = max(num // wanted.num_real, 1)
     elif num is not None:
         limit = max(num // best_of, 1)
-    check_counts(num=(num, 2), given=(given, 1), best_of=(best_of, 1), max_batch=(max_batch, 1), seed=(seed, 0))
     check_best_of(num, given, best_of)
     check_source(source)
     device = choose_device(device)
