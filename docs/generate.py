@@ -32,6 +32,8 @@ WINGS = {  # page: title, what it is about, its package
     "training": ("Training", "The trainer and everything that it orchestrates.", "rin_video.training"),
     "datasets": ("Data sets", "From files to clips and images.", "rin_video.datasets"),
     "tokenizers": ("Tokenizers", "From data to interface tokens and back.", "rin_video.tokenizers"),
+    "features": ("Features", "Networks that describe clips and images for distances.", "rin_video.features"),
+    "evaluation": ("Evaluation", "Scores of samples against real data, and their protocol.", "rin_video.evaluation"),
     "reports": ("Reports", "What a run looks like: diagnosis, HTML page, model card.", "rin_video.reports"),
     "cli": ("Command line", "The commands as functions.", "rin_video.cli"),
     "ground": ("Configuration, media and files", "What all other parts stand on.", "rin_video"),
