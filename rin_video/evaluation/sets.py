@@ -59,7 +59,7 @@ class SampleSet:
     def digest(self) -> str:
         """Return a digest of the files, the places in them, and the options of reading."""
         options = getattr(self.dataset, "config", None)
-        reading = dataclasses.asdict(options) if dataclasses.is_dataclass(options) else {}
+        reading = dataclasses.asdict(options) if isinstance(options, DataConfig) else {}
         about = [self.indices, [self.file_of(i) for i in range(len(self))], reading]
         return hashlib.blake2b(json.dumps(about, default=str).encode(), digest_size=16).hexdigest()
 
