@@ -26,6 +26,7 @@ from rin_video.datasets.images import ImageFolder
 from rin_video.datasets.open import open_dataset
 from rin_video.datasets.probe import probe_video
 from rin_video.datasets.reading import probe_image
+from rin_video.datasets.resize_crop import unaugmented
 from rin_video.datasets.sources import shown
 from rin_video.errors import UsageError
 from rin_video.media import as_pixels, sample_files
@@ -83,18 +84,7 @@ class SampleSet:
 
 def reading_options(options: DataConfig) -> DataConfig:
     """Return the options to read data for an evaluation: no augmentation, and all clips that fit into a file."""
-    return dataclasses.replace(
-        options,
-        crop="center",
-        crop_scale=[1.0, 1.0],
-        augment_horizontal_flip=False,
-        augment_color=0.0,
-        augment_reverse=False,
-        augment_speed=[1.0, 1.0],
-        sampling="time",
-        windows=1,
-        buckets=[],
-    )
+    return dataclasses.replace(unaugmented(options), sampling="time", windows=1, buckets=[])
 
 
 def choose(dataset: Any, num: int | None, name: str, classes: Sequence[str] = ()) -> SampleSet:
