@@ -33,7 +33,8 @@ PositionName: TypeAlias = Literal[LatentPositionName, "coordinate"]
 EmbeddingConditioningName: TypeAlias = Literal["latent", "interface"]  # interface: a read-only token
 ConditioningName: TypeAlias = Literal[EmbeddingConditioningName, "adaln"]
 SelfConditioningName: TypeAlias = Literal["latent", "interface", "x0"]
-MixingName: TypeAlias = Literal["linear_attention", "conv"]
+# conv: depth-wise; local_attention: in windows, shifted in every other layer; group: in windows that never shift
+MixingName: TypeAlias = Literal["linear_attention", "conv", "dense_conv", "local_attention", "group"]
 ScheduleName: TypeAlias = Literal["linear", "cosine", "cosine_simple", "sigmoid", "rectified_flow"]
 ObjectiveName: TypeAlias = Literal["eps", "x0", "v", "velocity"]  # velocity: that of rectified flow
 LossWeightName: TypeAlias = Literal["none", "min_snr", "p2", "sigmoid", "power"]  # power: between x0 loss and v loss
@@ -103,7 +104,13 @@ class ModelConfig:
     self_conditioning: str = "latent"
     time_scaling: float = 1000.0  # factor of the noise level gamma before its sin-cos code
 
-    interface_mixing: str = "none"  # mixing of tokens before a read: linear_attention, conv, both joined by +, or none
+    # mixing of the tokens before each read: conv (depth-wise convolution), dense_conv, local_attention (in windows that
+    # shift in every other layer), group (windows do not shift), linear_attention, several joined by +, or none
+    interface_mixing: str = "none"
+    interface_layers: int = 1  # number of mixing layers of each kind before each read
+    # tokens per window of local_attention and group, one number per axis of the token grid, 0 for all; empty: all
+    # frames x 4 x 4 for clips, 8 x 8 for images, 64 for sequences
+    interface_window: list[int] = field(default_factory=list)
     qk_norm: bool = False  # apply a LayerNorm to the queries and keys of each attention head
     norm_context: bool = False  # apply a LayerNorm to what the read and write layers attend to
 
@@ -115,6 +122,11 @@ class ModelConfig:
                     check_choice(f"model.{name}", part, get_args(kind))
         for name in ("dim", "channels", "depth", "num_latents", "num_heads", "latent_num_heads", "embedding_tokens"):
             check_at_least(f"model.{name}", getattr(self, name), 1, int)
+        check_at_least("model.interface_layers", self.interface_layers, 1, int)
+        if any(not is_whole(n, 0) for n in self.interface_window):
+            raise UsageError(
+                f"model.interface_window is {list(self.interface_window)}: it must be whole numbers, 0 for all tokens"
+            )
         for name in ("frames", "sequence_length", "dim_latent"):
             if getattr(self, name) is not None:
                 check_at_least(f"model.{name}", getattr(self, name), 1, int)
@@ -181,6 +193,20 @@ class ModelConfig:
                 f"model.patch_size is {p}, but tubes need three numbers ({names}): use [2,{p},{p}], for example"
             )
         return read_numbers("model.patch_size", self.patch_size, num_axes, names)
+
+    def interface_window_sizes(self, num_axes: int) -> tuple[int, ...]:
+        """Return the tokens per window of local attention along each axis of the token grid, 0 for all.
+
+        Raises `UsageError` if `interface_window` has another number of axes.
+        """
+        defaults = {1: (64,), 2: (8, 8), 3: (0, 4, 4)}
+        window = tuple(self.interface_window) or defaults.get(num_axes, (4,) * num_axes)
+        if len(window) != num_axes:
+            raise UsageError(
+                f"model.interface_window is {list(window)}: it must have {num_axes} numbers, one for each axis of the "
+                "token grid"
+            )
+        return window
 
     @property
     def compute_layers(self) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
@@ -75,8 +76,23 @@ class Attention(nn.Module):
         q = rearrange(self.to_q(x), "b n (h d) -> b h n d", h=self.num_heads)
         k, v = rearrange(self.to_kv(context), "b n (two h d) -> two b h n d", two=2, h=self.num_heads)
         q, k = self.q_norm(q), self.k_norm(k)
-        out = F.scaled_dot_product_attention(q, k, v)
-        return self.to_out(rearrange(out, "b h n d -> b n (h d)"))
+        return self.to_out(rearrange(attend(q, k, v), "b h n d -> b n (h d)"))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Scaled dot-product attention of queries (B, h, n, d) on keys and values (B, h, m, d): (B, h, n, d).
+
+    `mask` is true for the keys that exist. It has the shape (windows, 1, 1, m), and the batch consists of samples times
+    windows.
+    """
+    if mask is not None:
+        mask = mask.repeat(len(q) // len(mask), 1, 1, 1)
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad:
+        # The backward pass of torch's fused kernel takes two to seven times as long there (benchmarks/NOTES.md).
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+        scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
+        return scores.softmax(dim=-1) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 def _glorot(linear: nn.Linear, *, fan_in: int, fan_out: int) -> None:
@@ -183,54 +199,3 @@ def _norm(dim: int, dim_cond: int | None) -> nn.Module:
 
 def _apply_norm(norm: nn.Module, x: Tensor, modulation: Tensor | None) -> Tensor:
     return norm(x, modulation) if isinstance(norm, AdaptiveLayerNorm) else norm(x)
-
-
-class LinearAttention(nn.Module):
-    """Residual self-attention of the interface tokens with linear cost; at initialisation it is the identity.
-
-    Source: Shen et al. 2021, "Efficient attention" (softmax over features for q, over tokens for k).
-    """
-
-    def __init__(self, dim: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        inner = dim // num_heads * num_heads
-        self.norm = LayerNorm(dim)
-        self.to_qkv = nn.Linear(dim, 3 * inner, bias=False)
-        self.to_out = nn.Linear(inner, dim)
-        nn.init.xavier_uniform_(self.to_qkv.weight)
-        nn.init.zeros_(self.to_out.weight)
-        nn.init.zeros_(self.to_out.bias)
-
-    def forward(self, x: Tensor, grid: tuple[int, ...]) -> Tensor:
-        """Map `x` (B, N, dim) to (B, N, dim); `grid` is ignored."""
-        q, k, v = rearrange(self.to_qkv(self.norm(x)), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
-        context = k.softmax(dim=-2).transpose(-1, -2) @ v
-        out = q.softmax(dim=-1) @ context
-        return x + self.to_out(rearrange(out, "b h n d -> b n (h d)"))
-
-
-class DepthwiseConv(nn.Module):
-    """Residual depth-wise convolution of size 3 over the token grid; at initialisation it is the identity.
-
-    `num_axes` is 1 to 3. Source: Chu et al. 2021, "PEG".
-    """
-
-    def __init__(self, dim: int, num_axes: int) -> None:
-        super().__init__()
-        self.norm, self.num_axes = LayerNorm(dim), num_axes
-        conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[num_axes - 1]
-        self.conv = conv(dim, dim, 3, padding=1, groups=dim)
-        nn.init.zeros_(self.conv.weight)
-        if self.conv.bias is not None:
-            nn.init.zeros_(self.conv.bias)
-
-    def forward(self, x: Tensor, grid: tuple[int, ...]) -> Tensor:
-        """Map `x` (B, N, dim) to (B, N, dim).
-
-        `grid` is the token grid, outermost axis first. A grid with fewer than `num_axes` axes gets outer axes of size 1
-        (an image is a clip of one frame).
-        """
-        grid = (1,) * (self.num_axes - len(grid)) + grid
-        maps = self.norm(x).transpose(1, 2).unflatten(-1, grid)
-        return x + self.conv(maps).flatten(2).transpose(1, 2)

@@ -121,7 +121,10 @@ def test_the_formulas_hold_for_any_options(seed):
         class_conditioning=choose(["latent", "interface", "adaln"]),
         embedding_conditioning=choose(["latent", "interface"]),
         self_conditioning=choose(["none", "latent", "latent+x0", "latent+interface"]),
-        interface_mixing=choose(["none", "linear_attention", "linear_attention+conv"]),
+        interface_mixing=choose(
+            ["none", "linear_attention", "linear_attention+conv", "dense_conv", "group", "local_attention"]
+        ),
+        interface_layers=choose([1, 2]),
         qk_norm=choose([False, True]),
         norm_context=choose([False, True]),
     )

@@ -1,6 +1,7 @@
 """RIN with every option: shapes, gradients, equivalences, initialisation and errors."""
 
 import itertools
+from typing import get_args
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from rin_video import RIN, UsageError
-from rin_video.config import ModelConfig
+from rin_video.config import MixingName, ModelConfig
 from rin_video.layers import AdaptiveLayerNorm, Attention, DropPath, LayerNorm, TransformerLayer
 from rin_video.model.conditioning import Condition, Conditioner
 from rin_video.model.info import model_info
@@ -31,7 +32,14 @@ OPTIONS = [
         {"self_conditioning": value}
         for value in ("none", "interface", "x0", "latent+interface", "latent+x0", "latent+interface+x0")
     ],
-    *[{"interface_mixing": value} for value in ("linear_attention", "conv", "linear_attention+conv")],
+    *[
+        {"interface_mixing": value, "interface_layers": layers}
+        for value, layers in (
+            *((name, 1) for name in get_args(MixingName)),
+            ("linear_attention+conv", 1),
+            ("dense_conv+local_attention", 2),
+        )
+    ],
     *[{"position": value} for value in ("sincos", "sincos_learned", "coordinate")],
     *[{"latent_position": value} for value in ("sincos", "sincos_learned")],
     {"coordinate_range": None, "position": "sincos"},
@@ -357,7 +365,7 @@ def test_training_starts_without_what_is_handed_on(self_conditioning):
     assert_close(model(x, gamma, latents=latents)[0], out, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("mixing", ["linear_attention", "conv", "linear_attention+conv"])
+@pytest.mark.parametrize("mixing", [*get_args(MixingName), "linear_attention+conv"])
 def test_mixing_starts_as_the_identity(mixing):
     plain, mixed = (build(perturbed=False, interface_mixing=m) for m in ("none", mixing))
     mixed.load_state_dict(plain.state_dict(), strict=False)
@@ -447,9 +455,9 @@ def test_the_core_without_convolution_does_not_see_the_order_of_tokens():
     assert_close(same, latents, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("mixing", ["none", "linear_attention+conv"])
+@pytest.mark.parametrize("mixing", ["none", "linear_attention+conv", "dense_conv", "local_attention", "group"])
 def test_cost_is_linear_in_frames(mixing):
-    options = {**TINY, **KINDS["video"], "interface_mixing": mixing}
+    options = {**TINY, **KINDS["video"], "interface_mixing": mixing, "interface_window": [2, 2, 2]}
     costs = {f: model_info(ModelConfig(**{**options, "frames": f})).gflops * 1e9 for f in (16, 32, 48, 64)}
     increments = [round(costs[f + 16] - costs[f]) for f in (16, 32, 48)]
     assert increments[0] == increments[1] == increments[2] > 0

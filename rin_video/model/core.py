@@ -13,8 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 from rin_video.config import ModelConfig
 from rin_video.errors import UsageError
-from rin_video.layers import DepthwiseConv, FeedForward, LayerNorm, LinearAttention, TransformerLayer
+from rin_video.layers import FeedForward, LayerNorm, TransformerLayer
 from rin_video.model.conditioning import Condition
+from rin_video.model.mixing import make_mixers
 from rin_video.tokenizers.positions import make_position
 
 
@@ -46,10 +47,10 @@ class Block(nn.Module):
     """One block: optional mixing of the interface tokens, then read, compute and write.
 
     `num_layers` is the number of compute layers. A block without compute layers only reads. `num_axes` is the number of
-    axes of the token grid.
+    axes of the token grid, and `index` the number of the block.
     """
 
-    def __init__(self, config: ModelConfig, num_layers: int, num_axes: int) -> None:
+    def __init__(self, config: ModelConfig, num_layers: int, num_axes: int, index: int = 0) -> None:
         super().__init__()
         dim, dim_latent = config.dim, config.latent_width
         both: dict[str, Any] = {"qk_norm": config.qk_norm, "dim_cond": config.modulation_width}
@@ -67,12 +68,7 @@ class Block(nn.Module):
             "drop_path": config.drop_path,
             **both,
         }
-        mixing = config.interface_mixing.split("+")
-        self.mixers = nn.ModuleList()
-        if "linear_attention" in mixing:
-            self.mixers.append(LinearAttention(dim, config.num_heads))
-        if "conv" in mixing:
-            self.mixers.append(DepthwiseConv(dim, num_axes))
+        self.mixers = make_mixers(config, num_axes, index)
         self.read = TransformerLayer(dim_latent, dim, mlp_ratio=config.latent_mlp_ratio, **cross)
         self.compute = nn.ModuleList(TransformerLayer(dim_latent, None, **compute) for _ in range(num_layers))
         self.write = TransformerLayer(dim, dim_latent, mlp_ratio=config.mlp_ratio, **cross) if num_layers else None
@@ -80,7 +76,7 @@ class Block(nn.Module):
     def forward(self, tokens: Tensor, latents: Tensor, cond: Condition, grid: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """Update `tokens` (B, N, dim) and `latents` (B, num_latents, dim_latent).
 
-        `cond` holds the embedded conditions. `grid` is the token grid, which only convolutions use.
+        `cond` holds the embedded conditions. `grid` is the token grid, which only the mixing layers use.
         """
         for mix in self.mixers:
             tokens = mix(tokens, grid)
@@ -97,8 +93,8 @@ class RINCore(nn.Module):
     """The latents and blocks of a RIN, shared by all kinds of data: `core(tokens, latents, cond) -> (tokens, latents)`.
 
     The latent slots that hold conditions are among the `num_latents`. `num_axes` is the number of axes of the token
-    grid, which convolutions require. Raises `UsageError` if an attention has more heads than its width, or if the
-    conditions leave no latent to learn.
+    grid, which convolutions and windows require. Raises `UsageError` if an attention has more heads than its width, or
+    if the conditions leave no latent to learn.
     """
 
     def __init__(self, config: ModelConfig, num_axes: int = 2) -> None:
@@ -122,7 +118,9 @@ class RINCore(nn.Module):
         parts = config.self_conditioning.split("+")
         self.latent_self_cond = SelfConditioning(dim_latent, config.latent_mlp_ratio) if "latent" in parts else None
         self.interface_self_cond = SelfConditioning(dim, config.mlp_ratio) if "interface" in parts else None
-        self.blocks = nn.ModuleList(Block(config, num_layers, num_axes) for num_layers in config.compute_layers)
+        self.blocks = nn.ModuleList(
+            Block(config, num_layers, num_axes, index) for index, num_layers in enumerate(config.compute_layers)
+        )
 
     def forward(
         self,
@@ -137,7 +135,7 @@ class RINCore(nn.Module):
 
         `tokens` (B, N, dim) come from a tokenizer, and `cond` from `Conditioner`. `latents` (B, num_latents,
         dim_latent) and `previous_tokens` (B, N, dim) are those of the previous pass, or None. Only interface
-        self-conditioning uses `previous_tokens`. Only convolutions use `grid`, the token grid.
+        self-conditioning uses `previous_tokens`. Only the mixing layers use `grid`, the token grid.
         """
         slots = self.latents((self.num_latents - cond.latents.shape[1],)).to(tokens.dtype)
         slots = torch.cat([slots.expand(len(tokens), -1, -1), cond.latents.to(tokens.dtype)], dim=1)

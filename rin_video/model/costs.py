@@ -58,7 +58,7 @@ def can_be_built(config: ModelConfig, grids: list[Grid]) -> bool:
     )
 
 
-# ---- costs of the layers of rin_video/layers.py, under similar names
+# ---- costs of the layers of rin_video/layers.py and rin_video/model/mixing.py, under similar names
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,29 @@ def attention(dim: int, other: int, dim_inner: int, num_heads: int, queries: int
 def self_conditioning(dim: int, ratio: float, vectors: int) -> Cost:
     """Return the cost of a `SelfConditioning` on a number of vectors."""
     return feed_forward(dim, ratio, vectors) + norm(dim)
+
+
+def dense_convolution(dim: int, grid: Grid, num_axes: int) -> Cost:
+    """Return the cost of a `DenseConv`, which leaves out the axes with one token."""
+    convolved = max(sum(size > 1 for size in grid), 1)
+    kernel = Cost(dim * dim * 3**num_axes + dim, 2 * dim * dim * 3**convolved * math.prod(grid))
+    return norm(dim) + kernel + linear(dim, dim, math.prod(grid))
+
+
+def local_attention(config: ModelConfig, grid: Grid, num_axes: int, shifted: bool) -> Cost:
+    """Return the cost of a `LocalAttention`; incomplete windows cost as much as complete ones."""
+    dim, tokens = config.dim, math.prod(grid)
+    head = dim // config.num_heads
+    inner = head * config.num_heads
+    grid = (1,) * (num_axes - len(grid)) + tuple(grid)
+    windows = per_window = 1
+    for n, window in zip(grid, config.interface_window_sizes(num_axes), strict=True):
+        size = min(window or n, n)
+        windows *= -(-(n + (size // 2 if shifted and size < n else 0)) // size)
+        per_window *= size
+    products = Cost(config.qk_norm * 4 * head, 4 * windows * per_window**2 * inner)
+    projections = linear(dim, 3 * inner, tokens) + linear(inner, dim, tokens)
+    return norm(dim) + projections + products + feed_forward(dim, config.mlp_ratio, tokens)
 
 
 def linear_attention(dim: int, num_heads: int, tokens: int) -> Cost:
@@ -181,6 +204,11 @@ def core_cost(config: ModelConfig, grid: Grid, num_axes: int) -> Cost:
         mixers += linear_attention(dim, config.num_heads, tokens)
     if "conv" in mixing:
         mixers += norm(dim) + convolution(1, dim, grid, num_axes)
+    if "dense_conv" in mixing:
+        mixers += dense_convolution(dim, grid, num_axes)
+    if "group" in mixing:
+        mixers += local_attention(config, grid, num_axes, shifted=False)
+    mixers *= config.interface_layers
     read = cross(dim_latent, dim, config.latent_mlp_ratio, latents, tokens + read_only)
     compute = layer(
         dim_latent, dim_latent, config.latent_mlp_ratio, dim_latent, config.latent_num_heads, latents, latents
@@ -191,6 +219,9 @@ def core_cost(config: ModelConfig, grid: Grid, num_axes: int) -> Cost:
         cost += self_conditioning(dim_latent, config.latent_mlp_ratio, latents)
     if "interface" in states:
         cost += self_conditioning(dim, config.mlp_ratio, tokens)
+    if "local_attention" in mixing:
+        for layer in range(config.depth * config.interface_layers):
+            cost += local_attention(config, grid, num_axes, shifted=layer % 2 == 1)
     for num_layers in config.compute_layers:
         cost += mixers + read + compute * num_layers + (write if num_layers else Cost())
     return cost

@@ -19,10 +19,11 @@ from rin_video.tokenizers import make_tokenizer
 from rin_video.tokenizers.positions import LearnedPosition
 from rin_video.weights import check_origin, find_model, read_tensors
 
-UNSEEN = ("num_heads", "latent_num_heads", "time_scaling")  # options that change no shape
+UNSEEN = ("num_heads", "latent_num_heads", "time_scaling", "interface_window")  # options that change no shape
 CORE = (
     *UNSEEN, "dim", "dim_latent", "mlp_ratio", "latent_mlp_ratio", "self_conditioning", "latent_self_attn_depth",
-    "time_conditioning", "class_conditioning", "interface_mixing", "qk_norm", "norm_context",
+    "time_conditioning", "class_conditioning", "interface_mixing", "interface_layers",
+    "qk_norm", "norm_context",
 )  # fmt: skip
 
 
