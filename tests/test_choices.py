@@ -55,8 +55,9 @@ TABLES = {
 
 
 def shapes(**options):
+    """The parameters of a model, and what its layers say of themselves."""
     model = RIN(**TINY, num_classes=2, embedding_dim=4, **options)
-    return [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
+    return [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()], repr(model)
 
 
 def predict(name):

@@ -135,6 +135,10 @@ class LocalAttention(nn.Module):
         x = x + self.to_out(cut.join(attend(q, k, v, cut.mask(x.device))))
         return self.feed_forward(x)
 
+    def extra_repr(self) -> str:
+        """Describe the windows for `repr`."""
+        return f"window={self.window}, shifted={self.shifted}"
+
 
 class Windows:
     """The windows of a token grid: how many there are, how long each is, and which of its tokens exist."""
