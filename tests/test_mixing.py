@@ -90,14 +90,17 @@ def test_windows_are_joined_as_they_were_split(grid):
         assert_close(cut.join(cut.split(x, parts=1, heads=3)[0]), x, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("built", [(4, 6, 5), (1, 6, 5), (1, 1, 1)], ids=str)
 @pytest.mark.parametrize("grid", [(4, 6, 5), (1, 5, 6), (4, 1, 1), (1, 1, 1), (5, 6), (1, 6)], ids=str)
-def test_dense_conv_is_torchs_convolution(grid):
+def test_dense_conv_is_torchs_convolution(grid, built):
     torch.manual_seed(0)
-    layer = perturb(DenseConv(8, 3))
+    layer = perturb(DenseConv(8, built))
+    assert layer.weight.shape[2:] == {4: (3, 3, 3), 1: (1, 3, 3)}[built[0]] if max(built) > 1 else (1, 1, 3)
     x = torch.randn(2, math.prod(grid), 8)
     full = (1,) * (3 - len(grid)) + grid
     maps = layer.norm(x).transpose(1, 2).reshape(2, 8, *full)
-    mixed = F.conv3d(maps, layer.weight, layer.bias, padding=1).flatten(2).transpose(1, 2)
+    padding = [size // 2 for size in layer.weight.shape[2:]]
+    mixed = F.conv3d(maps, layer.weight, layer.bias, padding=padding).flatten(2).transpose(1, 2)
     assert_close(layer(x, grid), x + layer.to_out(F.gelu(mixed)), rtol=1e-4, atol=1e-5)
 
 
@@ -105,7 +108,7 @@ def test_dense_conv_is_torchs_convolution(grid):
 def test_gradients_of_dense_conv_in_bfloat16(grid):
     """As wide as it takes for oneDNN's wrong gradients of 3D convolutions on a single slice to show."""
     torch.manual_seed(0)
-    layer = perturb(DenseConv(384, 3))
+    layer = perturb(DenseConv(384, (2, 16, 16)))
     x, weight = torch.randn(2, math.prod(grid), 384), torch.randn(2, math.prod(grid), 384)
     grads = []
     for enabled in (False, True):
@@ -138,7 +141,7 @@ def test_attention_in_bfloat16_agrees_with_float64_in_both_directions(masked):
 def test_shifts_alternate_through_the_model_and_groups_never_shift():
     def shifts(mixing):
         config = ModelConfig(dim=16, num_heads=2, depth=3, num_latents=4, interface_mixing=mixing, interface_layers=3)
-        core = RINCore(config, num_axes=3)
+        core = RINCore(config, (2, 4, 4))
         return [layer.shifted for block in core.blocks for layer in block.mixers]
 
     assert shifts("local_attention") == [False, True, False, True, False, True, False, True, False]

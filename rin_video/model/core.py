@@ -46,11 +46,11 @@ class SelfConditioning(nn.Module):
 class Block(nn.Module):
     """One block: optional mixing of the interface tokens, then read, compute and write.
 
-    `num_layers` is the number of compute layers. A block without compute layers only reads. `num_axes` is the number of
-    axes of the token grid, and `index` the number of the block.
+    `num_layers` is the number of compute layers. A block without compute layers only reads. `grid` is the token
+    grid, for which the mixing layers are built, and `index` the number of the block.
     """
 
-    def __init__(self, config: ModelConfig, num_layers: int, num_axes: int, index: int = 0) -> None:
+    def __init__(self, config: ModelConfig, num_layers: int, grid: tuple[int, ...], index: int = 0) -> None:
         super().__init__()
         dim, dim_latent = config.dim, config.latent_width
         both: dict[str, Any] = {"qk_norm": config.qk_norm, "dim_cond": config.modulation_width}
@@ -68,7 +68,7 @@ class Block(nn.Module):
             "drop_path": config.drop_path,
             **both,
         }
-        self.mixers = make_mixers(config, num_axes, index)
+        self.mixers = make_mixers(config, grid, index)
         self.read = TransformerLayer(dim_latent, dim, mlp_ratio=config.latent_mlp_ratio, **cross)
         self.compute = nn.ModuleList(TransformerLayer(dim_latent, None, **compute) for _ in range(num_layers))
         self.write = TransformerLayer(dim, dim_latent, mlp_ratio=config.mlp_ratio, **cross) if num_layers else None
@@ -92,12 +92,12 @@ class Block(nn.Module):
 class RINCore(nn.Module):
     """The latents and blocks of a RIN, shared by all kinds of data: `core(tokens, latents, cond) -> (tokens, latents)`.
 
-    The latent slots that hold conditions are among the `num_latents`. `num_axes` is the number of axes of the token
-    grid, which convolutions and windows require. Raises `UsageError` if an attention has more heads than its width, or
-    if the conditions leave no latent to learn.
+    The latent slots that hold conditions are among the `num_latents`. `grid` is the token grid, for which the mixing
+    layers are built (with several tokenizers, of the one with the most axes). Raises `UsageError` if an attention has
+    more heads than its width, or if the conditions leave no latent to learn.
     """
 
-    def __init__(self, config: ModelConfig, num_axes: int = 2) -> None:
+    def __init__(self, config: ModelConfig, grid: tuple[int, ...] = (2, 2)) -> None:
         super().__init__()
         dim, dim_latent = config.dim, config.latent_width
         num_conditions = config.num_conditions("latent")
@@ -119,7 +119,7 @@ class RINCore(nn.Module):
         self.latent_self_cond = SelfConditioning(dim_latent, config.latent_mlp_ratio) if "latent" in parts else None
         self.interface_self_cond = SelfConditioning(dim, config.mlp_ratio) if "interface" in parts else None
         self.blocks = nn.ModuleList(
-            Block(config, num_layers, num_axes, index) for index, num_layers in enumerate(config.compute_layers)
+            Block(config, num_layers, grid, index) for index, num_layers in enumerate(config.compute_layers)
         )
 
     def forward(

@@ -110,11 +110,20 @@ def self_conditioning(dim: int, ratio: float, vectors: int) -> Cost:
     return feed_forward(dim, ratio, vectors) + norm(dim)
 
 
-def dense_convolution(dim: int, grid: Grid, num_axes: int) -> Cost:
-    """Return the cost of a `DenseConv`, which leaves out the axes with one token."""
-    convolved = max(sum(size > 1 for size in grid), 1)
-    kernel = Cost(dim * dim * 3**num_axes + dim, 2 * dim * dim * 3**convolved * math.prod(grid))
-    return norm(dim) + kernel + linear(dim, dim, math.prod(grid))
+def dense_convolution(dim: int, grid: Grid, built: Grid) -> Cost:
+    """Return the cost of a `DenseConv` that was built for a token grid `built`; it leaves out axes with one token."""
+    tokens, axes = math.prod(grid), sum(size > 1 for size in built)
+    convolved = sum(size > 1 and also > 1 for size, also in zip(outer(grid, len(built)), built, strict=True))
+    if axes == 0:
+        axes = convolved = 1
+    convolved = convolved or int(built[-1] > 1)  # the last axis remains
+    kernel = Cost(dim * dim * 3**axes + dim, 2 * dim * dim * 3**convolved * tokens)
+    return norm(dim) + kernel + linear(dim, dim, tokens)
+
+
+def outer(grid: Grid, num_axes: int) -> Grid:
+    """Return a grid with outer axes of size 1, so that it has `num_axes` axes."""
+    return (1,) * (num_axes - len(grid)) + tuple(grid)
 
 
 def local_attention(config: ModelConfig, grid: Grid, num_axes: int, shifted: bool) -> Cost:
@@ -122,9 +131,8 @@ def local_attention(config: ModelConfig, grid: Grid, num_axes: int, shifted: boo
     dim, tokens = config.dim, math.prod(grid)
     head = dim // config.num_heads
     inner = head * config.num_heads
-    grid = (1,) * (num_axes - len(grid)) + tuple(grid)
     windows = per_window = 1
-    for n, window in zip(grid, config.interface_window_sizes(num_axes), strict=True):
+    for n, window in zip(outer(grid, num_axes), config.interface_window_sizes(num_axes), strict=True):
         size = min(window or n, n)
         windows *= -(-(n + (size // 2 if shifted and size < n else 0)) // size)
         per_window *= size
@@ -183,8 +191,9 @@ def conditioner_cost(config: ModelConfig) -> Cost:
     return cost
 
 
-def core_cost(config: ModelConfig, grid: Grid, num_axes: int) -> Cost:
-    """Return the cost of a `RINCore` for a token grid; convolutions have `num_axes` axes."""
+def core_cost(config: ModelConfig, grid: Grid, built: Grid) -> Cost:
+    """Return the cost of a `RINCore` for a token grid; the mixing layers were built for the grid `built`."""
+    num_axes = len(built)
     dim, dim_latent, tokens, latents = config.dim, config.latent_width, math.prod(grid), config.num_latents
     dim_cond, read_only = config.modulation_width, config.num_conditions("interface")
     states, mixing = config.self_conditioning.split("+"), config.interface_mixing.split("+")
@@ -205,7 +214,7 @@ def core_cost(config: ModelConfig, grid: Grid, num_axes: int) -> Cost:
     if "conv" in mixing:
         mixers += norm(dim) + convolution(1, dim, grid, num_axes)
     if "dense_conv" in mixing:
-        mixers += dense_convolution(dim, grid, num_axes)
+        mixers += dense_convolution(dim, grid, built)
     if "group" in mixing:
         mixers += local_attention(config, grid, num_axes, shifted=False)
     mixers *= config.interface_layers

@@ -42,8 +42,8 @@ def model_info(config: ModelConfig) -> ModelInfo:
     if len(grids) < len(config.tokenizers) or not can_be_built(config, grids):
         return count_built(config)  # raises the error of an invalid configuration
     grid, *others = grids
-    tokens, num_axes = token_grid(config, grid), max(map(len, grids))
-    cost = tokenizer_cost(config, grid) + conditioner_cost(config) + core_cost(config, tokens, num_axes)
+    tokens, built = token_grid(config, grid), token_grid(config, max(grids, key=len))
+    cost = tokenizer_cost(config, grid) + conditioner_cost(config) + core_cost(config, tokens, built)
     return ModelInfo(
         shape=(config.channels, *grid),
         tokens=math.prod(tokens),

@@ -67,13 +67,17 @@ class DepthwiseConv(nn.Module):
 class DenseConv(nn.Module):
     """Convolution of size 3 over the token grid with all pairs of channels, then GELU and a linear layer.
 
-    Along an axis with one token only the middle of the kernel meets data, so that this axis is left out.
+    `grid` is the token grid to build for: the kernel has size 1 along its axes with a single token (tubes as long as
+    the clip), or along all but the last if there is only one token.
     """
 
-    def __init__(self, dim: int, num_axes: int) -> None:
+    def __init__(self, dim: int, grid: Grid) -> None:
         super().__init__()
-        self.norm, self.num_axes = LayerNorm(dim), num_axes
-        self.weight = nn.Parameter(torch.empty(dim, dim, *[3] * num_axes))
+        self.norm = LayerNorm(dim)
+        self.kernel = tuple(3 if size > 1 else 1 for size in grid)
+        if max(self.kernel) == 1:
+            self.kernel = (*self.kernel[:-1], 3)
+        self.weight = nn.Parameter(torch.empty(dim, dim, *self.kernel))
         self.bias = nn.Parameter(torch.zeros(dim))
         self.to_out = nn.Linear(dim, dim)
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # as in torch's convolutions
@@ -81,14 +85,15 @@ class DenseConv(nn.Module):
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         """Mix `x` (B, N, dim) on the token grid."""
-        grid, weight = _padded(grid, self.num_axes), self.weight
-        for axis, size in reversed(list(enumerate(grid))):
-            if size == 1 and weight.ndim > 3:  # one axis must remain
-                weight = weight.select(axis + 2, 1)
-        # Besides, oneDNN's bf16 gradient of the weights of a 3D convolution is wrong on a single slice (NaN, or 10 %).
-        grid = tuple(size for size in grid if size > 1) or (1,)
+        grid, kernel, weight = _padded(grid, len(self.kernel)), self.kernel, self.weight
+        # Along an axis of size 1 only the middle of the kernel meets data, so that the axis can be left out. Besides,
+        # oneDNN's bf16 gradient of the weights of a 3D convolution is wrong on a single slice (NaN, or by 10 %).
+        for axis in (axis for axis in reversed(range(len(grid))) if grid[axis] == 1 and weight.ndim > 3):
+            weight = weight.select(axis + 2, kernel[axis] // 2)
+            grid, kernel = grid[:axis] + grid[axis + 1 :], kernel[:axis] + kernel[axis + 1 :]
         maps = self.norm(x).unflatten(1, grid).movedim(-1, 1)  # in memory, channels stay last: the fast format
-        mixed = CONVOLUTIONS[len(grid) - 1](maps, weight, self.bias, padding=1)
+        padding = tuple(size // 2 for size in kernel)
+        mixed = CONVOLUTIONS[len(grid) - 1](maps, weight, self.bias, padding=padding)
         return x + self.to_out(F.gelu(mixed.movedim(1, -1).flatten(1, -2)))
 
 
@@ -212,35 +217,32 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], dim=-1)
 
 
-# Each function builds a layer from the configuration, the number of axes of the token grid, and the index of the layer
-# among all of its kind in the model.
-MIXERS: dict[MixingName, Callable[[ModelConfig, int, int], nn.Module]] = {
-    "linear_attention": lambda config, num_axes, index: LinearAttention(config.dim, config.num_heads),
-    "conv": lambda config, num_axes, index: DepthwiseConv(config.dim, num_axes),
-    "dense_conv": lambda config, num_axes, index: DenseConv(config.dim, num_axes),
-    "local_attention": lambda config, num_axes, index: _local(config, num_axes, shifted=index % 2 == 1),
-    "group": lambda config, num_axes, index: _local(config, num_axes, shifted=False),
+# Each function builds a layer from the configuration, the token grid, and the number of the layer among its kind.
+MIXERS: dict[MixingName, Callable[[ModelConfig, Grid, int], nn.Module]] = {
+    "linear_attention": lambda config, grid, index: LinearAttention(config.dim, config.num_heads),
+    "conv": lambda config, grid, index: DepthwiseConv(config.dim, len(grid)),
+    "dense_conv": lambda config, grid, index: DenseConv(config.dim, grid),
+    "local_attention": lambda config, grid, index: _local(config, grid, shifted=index % 2 == 1),
+    "group": lambda config, grid, index: _local(config, grid, shifted=False),
 }
 
 
-def make_mixers(config: ModelConfig, num_axes: int, block: int) -> nn.ModuleList:
-    """Return the mixing layers of block number `block`, in the order of `MIXERS`, `interface_layers` times."""
+def make_mixers(config: ModelConfig, grid: Grid, block: int) -> nn.ModuleList:
+    """Return the mixing layers of block number `block`, in the order of `MIXERS`, `interface_layers` times.
+
+    `grid` is the token grid of the tokenizer with the most axes.
+    """
     kinds = [name for name in MIXERS if name in config.interface_mixing.split("+")]
     count = config.interface_layers
     return nn.ModuleList(
-        MIXERS[name](config, num_axes, block * count + layer) for layer, name in product(range(count), kinds)
+        MIXERS[name](config, grid, block * count + layer) for layer, name in product(range(count), kinds)
     )
 
 
-def _local(config: ModelConfig, num_axes: int, *, shifted: bool) -> LocalAttention:
-    return LocalAttention(
-        config.dim,
-        config.num_heads,
-        config.interface_window_sizes(num_axes),
-        shifted=shifted,
-        mlp_ratio=config.mlp_ratio,
-        qk_norm=config.qk_norm,
-    )
+def _local(config: ModelConfig, grid: Grid, *, shifted: bool) -> LocalAttention:
+    window = config.interface_window_sizes(len(grid))
+    options = {"shifted": shifted, "mlp_ratio": config.mlp_ratio, "qk_norm": config.qk_norm}
+    return LocalAttention(config.dim, config.num_heads, window, **options)
 
 
 def _zero(layer: nn.Module) -> None:

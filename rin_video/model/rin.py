@@ -50,7 +50,8 @@ class RIN(nn.Module):
                 f"model.tokenizer={config.tokenizer} has two tokenizers for one kind of data: name each kind once"
             )
         self.conditioner = Conditioner(config)
-        self.core = RINCore(config, num_axes=max(ranks) - 1)
+        richest = max(self.tokenizers, key=lambda tokenizer: len(tokenizer.shape))
+        self.core = RINCore(config, richest.token_grid(richest.shape[1:]))
 
     @property
     def shape(self) -> tuple[int, ...]:
