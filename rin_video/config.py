@@ -51,6 +51,7 @@ DataKind: TypeAlias = Literal[FrameKind, "array"]
 OptimizerName: TypeAlias = Literal["adamw", "lamb", "muon"]  # muon: for matrices, AdamW for other parameters
 LRScheduleName: TypeAlias = Literal["cosine", "constant"]
 PrecisionName: TypeAlias = Literal["no", "tf32", "bf16", "fp16"]  # no: float32; tf32: with TF32 products on CUDA
+PrecisionOption: TypeAlias = Literal["auto", PrecisionName]
 ShardingName: TypeAlias = Literal["none", "fsdp2"]  # none: each process holds the full model (DDP)
 SamplerName: TypeAlias = Literal["ddim", "euler", "ddpm", "ddpm_small", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m", "heun"]
 SpacingName: TypeAlias = Literal["uniform", "quadratic", "karras", "logsnr"]  # two in t, two in sigma / alpha
@@ -367,7 +368,8 @@ class TrainConfig:
     # training in [0.01, 0.28]; empty: none
     ema_sigma_rel: list[float] = field(default_factory=lambda: [0.05, 0.1])
     ema_snapshot_every: int = 5000  # steps between snapshots of the power-function EMAs
-    mixed_precision: PrecisionName = "no"  # precision of activations; no: float32; tf32: the same with TF32 products
+    # precision of activations; no: float32; tf32: the same with TF32 products; auto: bf16 if it is faster here
+    mixed_precision: PrecisionOption = "no"
     # recompute the activations of each block in the backward pass: less memory, more time
     gradient_checkpointing: bool = False
     compile: bool = False  # use torch.compile; if compilation fails, training continues without it
@@ -450,7 +452,8 @@ class SampleConfig:
     batched_guidance: bool = True
     guidance_rescale: float = 0.0  # how far to restore the std of the conditional prediction, from 0 (not) to 1 (fully)
     clip_x0: ClippingName | None = None  # clipping of x0 estimates; null: `diffusion.clip_x0`
-    precision: PrecisionName | None = None  # precision of the network; null: that of training, or float32 on a CPU
+    # precision of the network; null: that of training (on a CPU, float32 if bf16 is not faster)
+    precision: PrecisionName | None = None
     fps: float | None = None  # frame rate of the written clips, in frames per second; null: that of the data
 
     def __post_init__(self) -> None:

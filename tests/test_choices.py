@@ -1,6 +1,7 @@
 """For every list of names, the config accepts exactly what is implemented, and the help lists it."""
 
 from itertools import combinations
+from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args
 from unittest import mock
@@ -29,6 +30,7 @@ from rin_video.diffusion.precision import running_in
 from rin_video.diffusion.samplers import KARRAS, SAMPLERS, SPACINGS, make_levels
 from rin_video.diffusion.schedules import SCHEDULES, NoiseLevel, make_schedule
 from rin_video.tokenizers.positions import POSITIONS
+from rin_video.training.distributed import make_accelerator
 from rin_video.training.optimizers import OPTIMIZERS, make_lr_schedule
 
 OPTIONS = {
@@ -91,6 +93,19 @@ def precision(name):
         return autocast, torch.get_float32_matmul_precision()
 
 
+def trained_precision(name):
+    """The precision of an accelerator, and whether it was measured."""
+    options = TrainConfig(mixed_precision=name)
+    with (
+        mock.patch("rin_video.training.distributed.fastest_precision", return_value="bf16") as measured,
+        mock.patch("rin_video.training.distributed.Accelerator", side_effect=KeyError),
+        mock.patch("torch.cuda.is_available", return_value=True),
+        pytest.raises(KeyError),
+    ):
+        make_accelerator(options, Path())
+    return options.mixed_precision, measured.call_count
+
+
 # Names that select a branch of the code: each must behave differently from the others.
 BRANCHES = {
     "model.time_conditioning": lambda name: shapes(time_conditioning=name),
@@ -101,7 +116,7 @@ BRANCHES = {
     "data.sampling": lambda name: window(sampling=name),
     "data.crop": crop,
     "train.lr_schedule": learning_rate,
-    "train.mixed_precision": precision,
+    "train.mixed_precision": trained_precision,
     "sample.precision": precision,
     "train.sharding": str,  # requires several processes: tests/test_processes.py
     "sample.spacing": lambda name: make_levels(make_schedule("cosine"), 3, spacing=name),

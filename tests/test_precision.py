@@ -7,7 +7,8 @@ from torch import nn
 
 from rin_video import GaussianDiffusion, UsageError
 from rin_video.config import SampleConfig
-from rin_video.diffusion.precision import running_in
+from rin_video.config_files import load_config
+from rin_video.diffusion.precision import fastest_precision, running_in
 from rin_video.diffusion.sampling import sampling_precision
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -28,7 +29,7 @@ class Watched(nn.Module):
 
 def test_sampling_takes_the_precision_of_training_or_another():
     assert sampling_precision(None, "bf16", GPU) == "bf16"
-    assert sampling_precision(None, "bf16", CPU) == "no"
+    assert sampling_precision(None, "tf32", CPU) == sampling_precision(None, "fp16", CPU) == "no"
     assert sampling_precision("bf16", "no", CPU) == "bf16"
     with pytest.raises(UsageError, match=r"sample\.precision=half is unknown: choose no, tf32, bf16, fp16"):
         SampleConfig(precision="half")
@@ -42,6 +43,37 @@ def test_sampling_takes_the_precision_of_training_or_another():
         diffusion.model.types.clear()
         diffusion.sample(batch_size=2, shape=(4,), steps=1)
     assert diffusion.model.types == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(("half", "expected"), [(1.4, "no"), (1.6, "bf16")])
+def test_the_faster_precision_is_measured(half, expected, monkeypatch):
+    monkeypatch.setattr("rin_video.diffusion.precision._rate", lambda dtype, _: half if dtype == torch.bfloat16 else 1)
+    fastest_precision.cache_clear()
+    try:
+        assert fastest_precision(CPU) == expected
+        assert sampling_precision(None, "bf16", CPU) == expected
+        assert sampling_precision(None, "no", CPU) == "no"
+    finally:
+        fastest_precision.cache_clear()
+
+
+def test_a_device_without_bfloat16_uses_float32(monkeypatch):
+    def refuse(dtype, device):
+        raise RuntimeError("not implemented for BFloat16")
+
+    monkeypatch.setattr("rin_video.diffusion.precision._rate", refuse)
+    fastest_precision.cache_clear()
+    try:
+        assert fastest_precision(CPU) == "no"
+    finally:
+        fastest_precision.cache_clear()
+
+
+def test_auto_is_replaced_by_what_was_measured(tmp_path):
+    run = make_trainer(tmp_path, mixed_precision="auto", train_num_steps=1)
+    assert run.config.train.mixed_precision == run.diffusion.precision == fastest_precision(CPU)
+    run.train()
+    assert load_config(tmp_path / "config.yaml").train.mixed_precision == fastest_precision(CPU)
 
 
 def test_sampling_uses_the_precision_of_the_run(tmp_path):

@@ -26,7 +26,7 @@ from rin_video.diffusion.conditions import Conditions
 from rin_video.diffusion.guidance import Guidance
 from rin_video.diffusion.masks import place_context
 from rin_video.diffusion.noise import NoiseSource
-from rin_video.diffusion.precision import running_in
+from rin_video.diffusion.precision import fastest_precision, running_in
 from rin_video.diffusion.samplers import KARRAS, Denoise, Levels, Sampler, get_sampler, initial_state, make_levels
 from rin_video.diffusion.schedules import Schedule, make_schedule
 from rin_video.errors import UsageError
@@ -89,7 +89,8 @@ def sample(
     - `batch_size`: that of `context`, `embedding` or `label`, or else `config.num_samples`.
     - `spacing`: "karras" for DPM-Solver++ and Heun, "uniform" for other samplers and with a `schedule` or a
       `time_difference`.
-    - `precision`: that of training if the diffusion comes from a run or a `Trainer`, and float32 on a CPU.
+    - `precision`: that of training if the diffusion comes from a run or a `Trainer`; on a CPU, float32 if bf16 is not
+      faster.
 
     `label` is one class for all samples or one per sample, by number or name; -1 means no class. Without labels, a
     model with classes draws each class in turn. `embedding` is (L, D) or (B, L, D). `context` (C, *grid) or (B, C,
@@ -250,8 +251,10 @@ def _at(part: Tensor, indices: Tensor, device: torch.device) -> Tensor:
 
 
 def sampling_precision(requested: PrecisionName | None, trained: PrecisionName, device: torch.device) -> PrecisionName:
-    """Return the requested precision; by default that of training, or float32 on a CPU, where others gain nothing."""
-    return requested or ("no" if device.type == "cpu" else trained)
+    """Return the requested precision; by default that of training, or float32 on a CPU for which bf16 is not faster."""
+    if requested is None and device.type == "cpu" and trained != "no":
+        return "bf16" if trained == "bf16" and fastest_precision(device) == "bf16" else "no"
+    return requested or trained
 
 
 def sampling_schedule(config: DiffusionConfig, choice: ScheduleName | Mapping[str, Any] | None = None) -> Schedule:

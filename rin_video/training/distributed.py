@@ -21,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from rin_video.config import PrecisionName, TrainConfig
+from rin_video.diffusion.precision import fastest_precision
 from rin_video.errors import ReportedError, UsageError
 from rin_video.ranks import num_started, several_processes
 
@@ -35,10 +36,13 @@ TIMEOUT = timedelta(days=2)
 def make_accelerator(options: TrainConfig, folder: Path, *, partial: bool = False) -> Accelerator:
     """Create the `Accelerator` of a run.
 
-    `partial` allows steps that leave some parameters without a gradient, the same ones in all processes. Raises
-    `UsageError` for fp16 without a CUDA GPU, and for FSDP version 1.
+    `partial` allows steps that leave some parameters without a gradient, the same ones in all processes. The precision
+    "auto" is replaced in `options`. Raises `UsageError` for fp16 without a CUDA GPU, and for FSDP version 1.
     """
     use_launcher_precision(options)
+    if options.mixed_precision == "auto":
+        options.mixed_precision = first_precision()
+        log.info("train.mixed_precision=auto: %s is the faster one on this machine", options.mixed_precision)
     if options.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise UsageError("train.mixed_precision=fp16 needs a CUDA GPU: use bf16 or no")
     plugin = None
@@ -86,7 +90,7 @@ def use_launcher_precision(options: TrainConfig) -> None:
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if asked in ("no", options.mixed_precision):
         return
-    if options.mixed_precision != "no":
+    if options.mixed_precision not in ("no", "auto"):
         log.warning(
             "train.mixed_precision=%s is used, although accelerate launch requests %s: remove one of the two",
             options.mixed_precision,
@@ -98,6 +102,15 @@ def use_launcher_precision(options: TrainConfig) -> None:
         raise UsageError(f"accelerate launch requests --mixed_precision {asked}: use bf16 or fp16, or no")
     log.info("train.mixed_precision is set to %s, as accelerate launch requests", asked)
     options.mixed_precision = heeded
+
+
+def first_precision() -> PrecisionName:
+    """Return the faster precision, as the main process measures it."""
+    device = torch.device("cpu") if no_accelerator() else torch.device(torch.accelerator.current_accelerator() or "cpu")
+    if not several_processes():
+        return fastest_precision(device)
+    join_process_group()
+    return in_all(lambda: fastest_precision(device))[0]
 
 
 def no_accelerator() -> bool:
