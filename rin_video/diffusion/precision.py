@@ -10,13 +10,13 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
-from rin_video.config import PrecisionName
+from rin_video.config import PrecisionName, PrecisionOption
 
 HALF: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @contextmanager
-def tf32_products(precision: PrecisionName) -> Iterator[None]:
+def tf32_products(precision: PrecisionOption) -> Iterator[None]:
     """If `precision` is tf32, let float32 matrix products on a CUDA GPU use TF32 (10 mantissa bits) in the block."""
     before = torch.get_float32_matmul_precision()
     if precision == "tf32" and torch.cuda.is_available():  # on a CPU "high" may mean bfloat16
@@ -27,8 +27,8 @@ def tf32_products(precision: PrecisionName) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def running_in(precision: PrecisionName, device: torch.device) -> AbstractContextManager[None]:
-    """Return a context in which networks on `device` run in `precision`; "no" keeps torch's settings."""
+def running_in(precision: PrecisionOption, device: torch.device) -> AbstractContextManager[None]:
+    """Return a context in which networks on `device` run in `precision`; "no" and "auto" keep torch's settings."""
     if precision in HALF:
         return torch.autocast(device.type, HALF[precision])
     return tf32_products(precision)

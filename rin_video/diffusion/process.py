@@ -18,7 +18,7 @@ from rin_video.config import (
     DataConfig,
     DiffusionConfig,
     ModelConfig,
-    PrecisionName,
+    PrecisionOption,
     SampleConfig,
     TrainConfig,
     check_names,
@@ -93,7 +93,7 @@ class GaussianDiffusion(nn.Module):
         self.shape: tuple[int, ...] | None = shape or getattr(model, "shape", None)
         self.classes: list[str] = []  # class names; empty if neither training nor a configuration has set them
         self.unchecked = CHECKED_CALLS
-        self.precision: PrecisionName = "no"  # precision of training, and the default for sampling
+        self.precision: PrecisionOption = "no"  # precision of training, and the default for sampling
         self._check_known()
 
     @classmethod

@@ -16,6 +16,7 @@ from rin_video.config import (
     ClippingName,
     DiffusionConfig,
     PrecisionName,
+    PrecisionOption,
     SampleConfig,
     SamplerName,
     ScheduleName,
@@ -43,7 +44,7 @@ class Diffusion(Protocol):
     shape: tuple[int, ...] | None
     classes: list[str]
     sampler: SamplerName | None
-    precision: PrecisionName
+    precision: PrecisionOption
     training: bool
 
     def denoiser(self, conditions: Conditions, guidance: Guidance, clip_x0: ClippingName | None) -> Denoise:
@@ -250,11 +251,15 @@ def _at(part: Tensor, indices: Tensor, device: torch.device) -> Tensor:
     return part[indices.to(part.device)].to(device)
 
 
-def sampling_precision(requested: PrecisionName | None, trained: PrecisionName, device: torch.device) -> PrecisionName:
+def sampling_precision(
+    requested: PrecisionName | None, trained: PrecisionOption, device: torch.device
+) -> PrecisionName:
     """Return the requested precision; by default that of training, or float32 on a CPU for which bf16 is not faster."""
-    if requested is None and device.type == "cpu" and trained != "no":
-        return "bf16" if trained == "bf16" and fastest_precision(device) == "bf16" else "no"
-    return requested or trained
+    if requested is not None:
+        return requested
+    if trained == "auto" or (trained == "bf16" and device.type == "cpu"):
+        return fastest_precision(device)
+    return "no" if device.type == "cpu" else trained
 
 
 def sampling_schedule(config: DiffusionConfig, choice: ScheduleName | Mapping[str, Any] | None = None) -> Schedule:

@@ -229,8 +229,8 @@ def core_cost(config: ModelConfig, grid: Grid, built: Grid) -> Cost:
     if "interface" in states:
         cost += self_conditioning(dim, config.mlp_ratio, tokens)
     if "local_attention" in mixing:
-        for layer in range(config.depth * config.interface_layers):
-            cost += local_attention(config, grid, num_axes, shifted=layer % 2 == 1)
+        for index in range(config.depth * config.interface_layers):
+            cost += local_attention(config, grid, num_axes, shifted=index % 2 == 1)
     for num_layers in config.compute_layers:
         cost += mixers + read + compute * num_layers + (write if num_layers else Cost())
     return cost

@@ -45,7 +45,8 @@ class LinearAttention(nn.Module):
         q, k, v = rearrange(self.to_qkv(self.norm(x)), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
         context = k.softmax(dim=-2).transpose(-1, -2) @ v
         out = q.softmax(dim=-1) @ context
-        return x + self.to_out(rearrange(out, "b h n d -> b n (h d)"))
+        mixed: Tensor = self.to_out(rearrange(out, "b h n d -> b n (h d)"))
+        return x + mixed
 
 
 class DepthwiseConv(nn.Module):
@@ -61,7 +62,8 @@ class DepthwiseConv(nn.Module):
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         """Mix `x` (B, N, dim) on the token grid."""
         maps = self.norm(x).transpose(1, 2).unflatten(-1, _padded(grid, self.num_axes))
-        return x + self.conv(maps).flatten(2).transpose(1, 2)
+        mixed: Tensor = self.conv(maps)
+        return x + mixed.flatten(2).transpose(1, 2)
 
 
 class DenseConv(nn.Module):
@@ -85,16 +87,18 @@ class DenseConv(nn.Module):
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         """Mix `x` (B, N, dim) on the token grid."""
-        grid, kernel, weight = _padded(grid, len(self.kernel)), self.kernel, self.weight
+        weight: Tensor = self.weight
+        grid, kernel = _padded(grid, len(self.kernel)), self.kernel
         # Along an axis of size 1 only the middle of the kernel meets data, so that the axis can be left out. Besides,
         # oneDNN's bf16 gradient of the weights of a 3D convolution is wrong on a single slice (NaN, or by 10 %).
         for axis in (axis for axis in reversed(range(len(grid))) if grid[axis] == 1 and weight.ndim > 3):
             weight = weight.select(axis + 2, kernel[axis] // 2)
             grid, kernel = grid[:axis] + grid[axis + 1 :], kernel[:axis] + kernel[axis + 1 :]
-        maps = self.norm(x).unflatten(1, grid).movedim(-1, 1)  # in memory, channels stay last: the fast format
+        maps = self.norm(x).reshape(len(x), *grid, -1).movedim(-1, 1)  # in memory, channels stay last: the fast format
         padding = tuple(size // 2 for size in kernel)
         mixed = CONVOLUTIONS[len(grid) - 1](maps, weight, self.bias, padding=padding)
-        return x + self.to_out(F.gelu(mixed.movedim(1, -1).flatten(1, -2)))
+        out: Tensor = self.to_out(F.gelu(mixed.movedim(1, -1).flatten(1, -2)))
+        return x + out
 
 
 class LocalAttention(nn.Module):
@@ -138,7 +142,8 @@ class LocalAttention(nn.Module):
         angle = rotary_angles(cut.size, q.shape[-1], x.device)
         q, k = rotate(self.q_norm(q), angle), rotate(self.k_norm(k), angle)
         x = x + self.to_out(cut.join(attend(q, k, v, cut.mask(x.device))))
-        return self.feed_forward(x)
+        result: Tensor = self.feed_forward(x)
+        return result
 
     def extra_repr(self) -> str:
         """Describe the windows for `repr`."""
@@ -159,7 +164,7 @@ class Windows:
     def split(self, x: Tensor, *, parts: int, heads: int) -> Tensor:
         """Cut (B, N, parts * heads * d) into windows: (parts, B * windows, heads, tokens per window, d)."""
         axes = range(len(self.grid))
-        x = x.unflatten(1, self.grid)
+        x = x.reshape(len(x), *self.grid, -1)
         if any(self.padding):
             x = F.pad(x, (0, 0, *self.padding))
         inside = " ".join(f"w{i}" for i in axes)
@@ -185,9 +190,8 @@ class Windows:
         if not any(self.padding):
             return None
         exists = F.pad(torch.ones(self.grid, dtype=torch.bool, device=device), self.padding)
-        for axis, (count, size) in enumerate(zip(self.counts, self.size, strict=True)):
-            exists = exists.unflatten(2 * axis, (count, size))
         axes = len(self.grid)
+        exists = exists.reshape([n for pair in zip(self.counts, self.size, strict=True) for n in pair])
         order = [*range(0, 2 * axes, 2), *range(1, 2 * axes, 2)]
         return exists.permute(order).reshape(math.prod(self.counts), 1, 1, -1)
 
@@ -240,9 +244,14 @@ def make_mixers(config: ModelConfig, grid: Grid, block: int) -> nn.ModuleList:
 
 
 def _local(config: ModelConfig, grid: Grid, *, shifted: bool) -> LocalAttention:
-    window = config.interface_window_sizes(len(grid))
-    options = {"shifted": shifted, "mlp_ratio": config.mlp_ratio, "qk_norm": config.qk_norm}
-    return LocalAttention(config.dim, config.num_heads, window, **options)
+    return LocalAttention(
+        config.dim,
+        config.num_heads,
+        config.interface_window_sizes(len(grid)),
+        shifted=shifted,
+        mlp_ratio=config.mlp_ratio,
+        qk_norm=config.qk_norm,
+    )
 
 
 def _zero(layer: nn.Module) -> None:
