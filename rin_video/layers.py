@@ -30,6 +30,39 @@ class LayerNorm(nn.LayerNorm):
         return normed.to(x.dtype)
 
 
+class Conv3d(nn.Conv3d):
+    """`nn.Conv3d` with odd kernels and padding that keeps the size, with the right gradients in bfloat16 on a CPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve `x` (B, C, F, H, W)."""
+        return conv3d(x, self.weight, self.bias, groups=self.groups)
+
+
+def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, *, groups: int = 1) -> Tensor:
+    """Convolve `x` (B, C, F, H, W) with a kernel of odd sizes and zero padding that keeps the size.
+
+    On CPUs with AMX, oneDNN (to version 3.12 at least) computes wrong gradients of the weights of some 3D convolutions
+    in bfloat16: NaN, or off by any amount, where the frames are few compared with the height and width. On CPUs, the
+    frames that a kernel meets are therefore concatenated along the channels for a 2D convolution, and depth-wise
+    kernels use float32.
+    """
+    padding = tuple(size // 2 for size in weight.shape[2:])
+    half = x.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
+    if x.device.type != "cpu" or not half:
+        return F.conv3d(x, weight, bias, padding=padding, groups=groups)
+    if groups > 1:
+        with torch.autocast("cpu", enabled=False):
+            bias = None if bias is None else bias.float()
+            return F.conv3d(x.float(), weight.float(), bias, padding=padding, groups=groups).to(x.dtype)
+    (batch, _, frames, *_), taps = x.shape, weight.shape[2]
+    maps = F.pad(
+        x.movedim(1, -1).bfloat16(), (0, 0, 0, 0, 0, 0, padding[0], padding[0])
+    )  # channels stay last in memory
+    maps = torch.cat([maps[:, tap : tap + frames] for tap in range(taps)], dim=-1).flatten(0, 1).movedim(-1, 1)
+    out = F.conv2d(maps, weight.movedim(2, 1).flatten(1, 2), bias, padding=padding[1:])
+    return out.reshape(batch, frames, *out.shape[1:]).movedim(1, 2)
+
+
 class AdaptiveLayerNorm(nn.Module):
     """LayerNorm whose scale and shift are predicted from a condition; at initialisation it equals a plain LayerNorm.
 

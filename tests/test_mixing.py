@@ -11,9 +11,9 @@ from torch.testing import assert_close
 
 from rin_video import RIN, UsageError
 from rin_video.config import ModelConfig
-from rin_video.layers import attend
+from rin_video.layers import attend, conv3d
 from rin_video.model.core import RINCore
-from rin_video.model.mixing import DenseConv, LocalAttention, Windows, rotary_angles, rotate
+from rin_video.model.mixing import DenseConv, DepthwiseConv, LocalAttention, Windows, rotary_angles, rotate
 
 GRIDS = [(7,), (4, 4), (5, 7), (4, 6, 5), (3, 4, 4), (1, 5, 6)]
 WINDOWS = {1: [(4,), (0,)], 2: [(4, 4), (3, 0)], 3: [(0, 4, 4), (2, 3, 4), (0, 0, 0)]}
@@ -104,11 +104,12 @@ def test_dense_conv_is_torchs_convolution(grid, built):
     assert_close(layer(x, grid), x + layer.to_out(F.gelu(mixed)), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("grid", [(1, 16, 16), (2, 8, 8)], ids=str)
-def test_gradients_of_dense_conv_in_bfloat16(grid):
-    """As wide as it takes for oneDNN's wrong gradients of 3D convolutions on a single slice to show."""
+@pytest.mark.parametrize("make", [lambda dim, grid: DenseConv(dim, grid), lambda dim, grid: DepthwiseConv(dim, 3)])
+@pytest.mark.parametrize("grid", [(1, 16, 16), (2, 16, 16), (3, 16, 16)], ids=str)
+def test_gradients_of_convolutions_in_bfloat16(grid, make):
+    """As wide as it takes for the wrong gradients of oneDNN's 3D convolutions to show."""
     torch.manual_seed(0)
-    layer = perturb(DenseConv(384, (2, 16, 16)))
+    layer = perturb(make(384, (3, 16, 16)))
     x, weight = torch.randn(2, math.prod(grid), 384), torch.randn(2, math.prod(grid), 384)
     grads = []
     for enabled in (False, True):
@@ -116,8 +117,22 @@ def test_gradients_of_dense_conv_in_bfloat16(grid):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             out = layer(x, grid)
         (out.float() * weight).sum().backward()
-        grads.append(layer.weight.grad.clone())
+        grads.append(torch.cat([parameter.grad.flatten() for parameter in layer.parameters()]))
     assert (grads[1] - grads[0]).norm() < 0.02 * grads[0].norm()
+
+
+@pytest.mark.parametrize("kernel", [(3, 3, 3), (1, 3, 3), (3, 1, 3)], ids=str)
+def test_the_3d_convolution_in_bfloat16_is_that_in_float32(kernel):
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(2, 5, 4, 6, 7), torch.randn(8, 5, *kernel), torch.randn(8)
+    expected = F.conv3d(x, weight, bias, padding=[size // 2 for size in kernel])
+    assert_close(conv3d(x, weight, bias), expected, rtol=0, atol=0)
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            parts = (x, weight, bias) if autocast else (x.bfloat16(), weight.bfloat16(), bias.bfloat16())
+            found = conv3d(*parts)
+        assert found.dtype == torch.bfloat16
+        assert (found.float() - expected).norm() < 0.01 * expected.norm()
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rin_video.config import PositionName
 from rin_video.errors import UsageError
-from rin_video.layers import LayerNorm, init_linears
+from rin_video.layers import Conv3d, LayerNorm, init_linears
 from rin_video.tokenizers.positions import make_position
 
 if TYPE_CHECKING:
@@ -162,5 +162,5 @@ def _convolutions(axes: int, channels: int, width: int, out_channels: int) -> nn
     """Two convolutions of size 3 with a GELU between them: (B, channels, *grid) to (B, out_channels, *grid)."""
     if axes > 3:
         raise UsageError(f"model.conv_width supports 1 to 3 axes, but the data has {axes}: set it to 0")
-    conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[axes - 1]
+    conv = (nn.Conv1d, nn.Conv2d, Conv3d)[axes - 1]
     return nn.Sequential(conv(channels, width, 3, padding=1), nn.GELU(), conv(width, out_channels, 3, padding=1))

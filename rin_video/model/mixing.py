@@ -17,10 +17,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from rin_video.config import MixingName, ModelConfig
-from rin_video.layers import FeedForward, LayerNorm, attend
+from rin_video.layers import Conv3d, FeedForward, LayerNorm, attend, conv3d
 
 Grid = tuple[int, ...]
-CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 ROTARY_BASE = 100.0  # as for vision transformers, because windows are short (Heo et al. 2024, arXiv 2403.13298)
 
 
@@ -55,7 +54,7 @@ class DepthwiseConv(nn.Module):
     def __init__(self, dim: int, num_axes: int) -> None:
         super().__init__()
         self.norm, self.num_axes = LayerNorm(dim), num_axes
-        conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[num_axes - 1]
+        conv = (nn.Conv1d, nn.Conv2d, Conv3d)[num_axes - 1]
         self.conv = conv(dim, dim, 3, padding=1, groups=dim)
         _zero(self.conv)
 
@@ -89,14 +88,15 @@ class DenseConv(nn.Module):
         """Mix `x` (B, N, dim) on the token grid."""
         weight: Tensor = self.weight
         grid, kernel = _padded(grid, len(self.kernel)), self.kernel
-        # Along an axis of size 1 only the middle of the kernel meets data, so that the axis can be left out. Besides,
-        # oneDNN's bf16 gradient of the weights of a 3D convolution is wrong on a single slice (NaN, or by 10 %).
+        # Along an axis of size 1 only the middle of the kernel meets data, so that the axis can be left out.
         for axis in (axis for axis in reversed(range(len(grid))) if grid[axis] == 1 and weight.ndim > 3):
             weight = weight.select(axis + 2, kernel[axis] // 2)
             grid, kernel = grid[:axis] + grid[axis + 1 :], kernel[:axis] + kernel[axis + 1 :]
         maps = self.norm(x).reshape(len(x), *grid, -1).movedim(-1, 1)  # in memory, channels stay last: the fast format
-        padding = tuple(size // 2 for size in kernel)
-        mixed = CONVOLUTIONS[len(grid) - 1](maps, weight, self.bias, padding=padding)
+        if len(grid) == 3:
+            mixed = conv3d(maps, weight, self.bias)
+        else:
+            mixed = (F.conv1d, F.conv2d)[len(grid) - 1](maps, weight, self.bias, padding=[k // 2 for k in kernel])
         out: Tensor = self.to_out(F.gelu(mixed.movedim(1, -1).flatten(1, -2)))
         return x + out
 
