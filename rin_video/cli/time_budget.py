@@ -19,7 +19,7 @@ from rin_video.training.budget import expected_end
 from rin_video.training.distributed import in_all, join_process_group
 from rin_video.training.memory import USABLE, free_memory, is_out_of_memory, training_memory
 from rin_video.training.provenance import device_name
-from rin_video.training.sizes import SIZES, choose_size, overrides_of
+from rin_video.training.sizes import SIZES, Size, choose_size, overrides_of
 from rin_video.training.state import saved_states
 from rin_video.training.step_time import measure_step
 from rin_video.wording import counted, in_seconds, scaled
@@ -72,7 +72,8 @@ def choose_config(options: Namespace, base: Config, complete: Callable[[Config],
     be called by all processes. Raises `UsageError` if not even the smallest size can be trained.
     """
     state, seconds = join_process_group(), read_duration("train.time", base.train.time)
-    configs, sizes = [], []
+    configs: list[Config] = []
+    sizes: list[Size] = []
     for size in SIZES:
         config = read_size(options, base, overrides_of(size, base.model.frames, base.model.height_width))
         complete(config)
@@ -83,7 +84,8 @@ def choose_config(options: Namespace, base: Config, complete: Callable[[Config],
 
     def measure(place: int) -> Plan | None:
         plans = in_all(lambda: measure_size(configs[place], state, seconds))
-        return None if None in plans else min(plans, key=lambda plan: plan.samples)
+        usable = [plan for plan in plans if plan is not None]
+        return min(usable, key=lambda plan: plan.samples) if len(usable) == len(plans) else None
 
     least = [size.least_samples for size in sizes]
     choice = choose_size(least, measure, lambda plan: plan.samples)
