@@ -41,7 +41,8 @@ def in_hours(seconds: float) -> str:
 
 def in_seconds(seconds: float) -> str:
     """Format a duration, given in seconds, with its unit: `0.35 seconds`, `45 seconds`, `40 minutes`, `5 hours`."""
-    return f"{scaled(seconds)} seconds" if seconds < 89.5 else in_hours(seconds)
+    number = scaled(seconds)
+    return f"{number} {'second' if number == '1' else 'seconds'}" if seconds < 89.5 else in_hours(seconds)
 
 
 def scaled(value: float) -> str:

@@ -150,7 +150,7 @@ def test_an_end_that_takes_longer_than_the_time_leaves_half_of_it_and_is_reporte
         "sample.num_samples or sample.steps leaves more for training"
     )
     assert said[4] == (
-        "only 5 steps of 1 seconds fitted into 10 seconds: use more time, a smaller model or smaller batches"
+        "only 5 steps of 1 second fitted into 10 seconds: use more time, a smaller model or smaller batches"
     )
 
 

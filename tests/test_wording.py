@@ -45,6 +45,7 @@ def clock(monkeypatch):
         (in_flops(0.1791), "0.179 GFLOPs"),
         (in_flops(0.0034), "3.4 MFLOPs"),
         (in_seconds(0.354), "0.354 seconds"),
+        (in_seconds(1.0), "1 second"),
         (in_seconds(45), "45 seconds"),
         (in_seconds(90), "2 minutes"),
         (in_hours(4), "1 minute"),

@@ -245,7 +245,8 @@ class Trainer:
                 bar.set_postfix_str(describe_line(line, self.validator.last if self.validator else None))
             metrics.restart_clock()
         if self.is_due(self.options.ema_snapshot_every):
-            self.snapshot()
+            with self.measuring("snapshot"):
+                self.snapshot()
         if saving or stopping:
             metrics.sync()
             self.pending = metrics.state()
