@@ -383,6 +383,7 @@ def sizes(monkeypatch):
         for name, least, dim in (("a", 0, 16), ("b", 1, 32), ("c", 2, 48), ("d", 10**9, 64))
     ]  # fmt: skip
     monkeypatch.setattr(time_budget, "SIZES", table)
+    monkeypatch.setattr(time_budget, "first_precision", lambda: "no")
     measured = []
 
     def measure(config, device, **options):
@@ -426,6 +427,18 @@ def test_train_for_a_time_and_resume(clips, tmp_path, sizes, caplog):
     assert newest_state(out)[1]["step"] == longer["step"] + 2
     assert load_config(out / "config.yaml").train.time is None
     assert len(sizes) == 4
+
+
+@pytest.mark.parametrize(("fast_products", "slower", "chosen"), [("bf16", 2, "no"), ("bf16", 0.95, "no"), ("bf16", 0.5, "bf16"),
+                                                               ("no", 0.5, "no")])  # fmt: skip
+def test_the_precision_is_the_faster_one_for_the_size(monkeypatch, fast_products, slower, chosen):
+    times = {"no": 1.0, "bf16": slower}
+    monkeypatch.setattr(time_budget, "first_precision", lambda: fast_products)
+    monkeypatch.setattr(time_budget, "measure_step", lambda config, *_, **__: times[config.train.mixed_precision])
+    config = load_config("demo", ["train.mixed_precision=auto"])
+    assert time_budget.measure_size(config, 60.0).precision == chosen
+    config.train.mixed_precision = "bf16"  # not to be chosen
+    assert time_budget.measure_size(config, 60.0).precision == "bf16"
 
 
 def test_options_of_the_command_take_precedence_over_the_size(clips, tmp_path, sizes):

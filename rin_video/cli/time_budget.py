@@ -5,18 +5,20 @@ from __future__ import annotations
 import logging
 from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from rin_video.cli.options import read_config
-from rin_video.config import Config
+from rin_video.config import Config, PrecisionOption
 from rin_video.config_checks import read_duration
 from rin_video.config_files import load_config, read_overrides
 from rin_video.errors import UsageError
 from rin_video.files import CONFIG
 from rin_video.model.info import model_info
 from rin_video.training.budget import expected_end
-from rin_video.training.distributed import in_all, join_process_group
+from rin_video.training.distributed import first_precision, in_all, join_process_group
 from rin_video.training.memory import USABLE, free_memory, is_out_of_memory, training_memory
 from rin_video.training.provenance import device_name
 from rin_video.training.sizes import SIZES, Size, choose_size, overrides_of
@@ -26,11 +28,16 @@ from rin_video.wording import counted, in_seconds, scaled
 
 log = logging.getLogger("rin_video")
 
+MEASURED, LEAST, MOST = 0.005, 0.3, 2.0  # time to measure a model: this fraction of all time, within limits in seconds
+
+GAIN = 1.1  # bf16 must be faster than float32 by this factor, because a short measurement is not precise
+
 
 class Plan(NamedTuple):
     """What a model does in the time, as far as it is known before training."""
 
     params: int
+    precision: PrecisionOption
     samples_per_second: float
     steps: int
     samples: int
@@ -82,19 +89,15 @@ def choose_config(options: Namespace, base: Config, complete: Callable[[Config],
             configs.append(config)
             sizes.append(size)
 
-    def measure(place: int) -> Plan | None:
-        plans = in_all(lambda: measure_size(configs[place], state, seconds))
-        usable = [plan for plan in plans if plan is not None]
-        return min(usable, key=lambda plan: plan.samples) if len(usable) == len(plans) else None
-
     least = [size.least_samples for size in sizes]
-    choice = choose_size(least, measure, lambda plan: plan.samples)
+    choice = choose_size(least, lambda place: measure_size(configs[place], seconds), lambda plan: plan.samples)
     plan, config = choice.measured[choice.chosen], configs[choice.chosen]
     if plan is None:
         raise UsageError("not even the smallest model fits into memory: set a smaller --batch-size or --size")
-    config.train.train_num_steps = plan.steps
+    config.train.train_num_steps, config.train.mixed_precision = plan.steps, plan.precision
     lines = [
-        f"{sizes[choice.chosen].name}: {plan.params:,} parameters, batches of {config.train.train_batch_size}",
+        f"{sizes[choice.chosen].name}: {plan.params:,} parameters, batches of {config.train.train_batch_size}"
+        + ("" if plan.precision == "no" else f", in {plan.precision}"),
         f"measured: {scaled(plan.samples_per_second)} samples/s; expected: about {counted(plan.steps, 'step')}, "
         f"{plan.samples:,} samples" + (f" (best from {least[choice.chosen]:,})" if choice.chosen else ""),
         "the next larger size: none",
@@ -127,14 +130,35 @@ def fit_batch(config: Config, overrides: list[str], num_processes: int, num_samp
         config.train.train_batch_size = max(each, 1) * num_processes
 
 
-def measure_size(config: Config, state: Any, seconds: float) -> Plan | None:
-    """Measure a step of a model, and return what it does in a time; None if it does not fit into memory."""
+def measure_size(config: Config, seconds: float) -> Plan | None:
+    """Measure a step of a model in all processes, and return what it does in a time; None if it does not fit.
+
+    The precision "auto" is the faster one for this model: bf16 does not pay for narrow layers on a CPU. Must be called
+    by all processes.
+    """
+    precisions = [config.train.mixed_precision]
+    if precisions == ["auto"]:
+        precisions = ["no", "bf16"] if first_precision() == "bf16" else ["no"]
+    found = []
+    for precision in precisions:
+        train = replace(config.train, mixed_precision=precision)
+        plans = in_all(partial(measure_here, replace(config, train=train), seconds))
+        usable = [plan for plan in plans if plan is not None]
+        if len(usable) == len(plans):
+            found.append(min(usable, key=lambda plan: plan.samples))
+    return max(found, key=lambda plan: plan.samples_per_second * (GAIN if plan is found[0] else 1), default=None)
+
+
+def measure_here(config: Config, seconds: float) -> Plan | None:
+    """Measure a step of a model in this process, and return what it does in a time; None if it does not fit."""
+    state = join_process_group()
     device, num_processes = state.device, state.num_processes
     kind = "cuda" if device.type == "cuda" else "cpu"
     if training_memory(config, device=kind, num_processes=num_processes) > USABLE * free_memory(device):
         return None
     try:
-        step_seconds = measure_step(config, device, num_processes=num_processes)
+        enough = min(max(MEASURED * seconds, LEAST), MOST)
+        step_seconds = measure_step(config, device, num_processes=num_processes, enough=enough)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -144,4 +168,4 @@ def measure_size(config: Config, state: Any, seconds: float) -> Plan | None:
     validated = config.data.validation is not None
     end = sum(expected_end(config, params, step_seconds, validated=validated).values())
     steps = max(round(max(seconds - end, seconds / 2) / step_seconds), 1)
-    return Plan(params, per_step / step_seconds, steps, steps * per_step)
+    return Plan(params, config.train.mixed_precision, per_step / step_seconds, steps, steps * per_step)

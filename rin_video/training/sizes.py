@@ -40,6 +40,7 @@ COMMON: Options = {
         "train_batch_size": 16,
         "betas": [0.9, 0.99],
         "warmup_steps": 100,
+        "mixed_precision": "auto",
         "ema_decay": 0.9999,  # with ema_warmup, the EMA spans the last tenth of the steps
         "save_and_sample_every": 5000,  # and ten times in a run
         "ema_snapshot_every": 1000,

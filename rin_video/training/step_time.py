@@ -16,15 +16,15 @@ from rin_video.training.ema import make_ema, make_power_emas
 from rin_video.training.memory import checkpoint_blocks
 from rin_video.training.optimizers import make_optimizer
 
-ENOUGH = 2.0  # seconds of forward and backward passes to measure
-MOST = 4  # such passes
+MOST = 4  # forward and backward passes to measure
 
 
-def measure_step(config: Config, device: torch.device, *, num_processes: int = 1) -> float:
+def measure_step(config: Config, device: torch.device, *, num_processes: int = 1, enough: float = 2.0) -> float:
     """Return the seconds of a training step: forward and backward passes, optimizer and EMAs, on random data.
 
-    If a batch takes long, a part of it is measured and the time is scaled, which is about right where long steps occur.
-    Reading data and communication between processes are not included.
+    About `enough` seconds are measured, after as long a warm-up. If a batch takes longer, a part of it is measured and
+    the time is scaled, which is about right where long steps occur. Reading data and communication between processes
+    are not included.
     """
     options, each = config.train, per_process_batch(config.train.train_batch_size, num_processes)
     model = RIN(config.model).to(device).train()
@@ -58,11 +58,11 @@ def measure_step(config: Config, device: torch.device, *, num_processes: int = 1
 
     forward_backward(1)
     one = seconds(lambda: forward_backward(1))
-    part = min(each, max(int(ENOUGH / one), 1))
+    part = min(each, max(int(enough / one), 1))
     if part > 1:
         forward_backward(part)
     taken = [seconds(lambda: forward_backward(part))]
-    while len(taken) < MOST and sum(taken) < ENOUGH:
+    while len(taken) < MOST and sum(taken) < enough:
         taken.append(seconds(lambda: forward_backward(part)))
     update()  # creates the moments
     return sum(taken) / len(taken) * each / part * options.gradient_accumulate_every + seconds(update)
