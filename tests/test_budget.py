@@ -429,8 +429,10 @@ def test_train_for_a_time_and_resume(clips, tmp_path, sizes, caplog):
     assert len(sizes) == 4
 
 
-@pytest.mark.parametrize(("fast_products", "slower", "chosen"), [("bf16", 2, "no"), ("bf16", 0.95, "no"), ("bf16", 0.5, "bf16"),
-                                                               ("no", 0.5, "no")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("fast_products", "slower", "chosen"),
+    [("bf16", 2, "no"), ("bf16", 0.95, "no"), ("bf16", 0.5, "bf16"), ("no", 0.5, "no")],
+)
 def test_the_precision_is_the_faster_one_for_the_size(monkeypatch, fast_products, slower, chosen):
     times = {"no": 1.0, "bf16": slower}
     monkeypatch.setattr(time_budget, "first_precision", lambda: fast_products)
