@@ -20,6 +20,7 @@ from rin_video.config_checks import (
     check_within,
     is_number,
     is_whole,
+    read_duration,
     read_numbers,
     split_parameters,
     types_of,
@@ -350,7 +351,10 @@ class DataConfig:
 class TrainConfig:
     """Optimisation, EMA of the weights, checkpoints and logging."""
 
-    train_num_steps: int = 100_000  # number of optimizer steps
+    train_num_steps: int = 100_000  # number of optimizer steps; with `time`, an estimate that training updates
+    # length of the training as a time, which replaces the number of steps: 90s, 30m, 2h, 1d, 1h30m; null: use
+    # `train_num_steps`
+    time: str | None = None
     train_batch_size: int = 16  # samples per forward pass, summed over all processes (the global batch)
     gradient_accumulate_every: int = 1  # forward passes per optimizer step; their gradients are averaged
     optimizer: OptimizerName = "adamw"  # muon: Muon for matrices and AdamW for other parameters
@@ -359,7 +363,8 @@ class TrainConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # decay of first and second moments
     lr_schedule: LRScheduleName = "cosine"  # course of the learning rate after the warm-up
     lr_cosine_portion: float = 1.0  # fraction of the cosine's half period that the run covers; 1: down to 0
-    warmup_steps: int = 0  # steps over which the learning rate rises linearly from 0; 0: no warm-up
+    # steps over which the learning rate rises linearly from 0, with `time` at most a tenth of it; 0: no warm-up
+    warmup_steps: int = 0
     max_grad_norm: float = 1.0  # maximum norm of the gradient, to which larger ones are scaled; 0: no clipping
     ema_decay: float = 0.9999  # decay per step of the EMA of the weights, independent of `ema_update_every`
     ema_warmup: float | None = 0.1  # the EMA spans at most this fraction of the steps so far; null: constant decay
@@ -404,6 +409,8 @@ class TrainConfig:
             check_at_least(f"train.{name}", getattr(self, name), 0, int)
         if self.validate_every is not None:
             check_at_least("train.validate_every", self.validate_every, 1, int)
+        if self.time is not None:
+            read_duration("train.time", self.time)
         check_above("train", "train_lr", self.train_lr, 0)
         check_above("train", "lr_cosine_portion", self.lr_cosine_portion, 0)
         for name in ("weight_decay", "max_grad_norm"):
@@ -519,7 +526,7 @@ def check_names(names: Iterable[str], kind: Any, origin: str, prefix: str) -> No
     for name in names:
         if name not in known:
             near = [key for key in known if key.endswith(f"_{name}")]  # lr: train_lr
-            near = near or difflib.get_close_matches(str(name), known, n=1, cutoff=0.5) or _elsewhere(str(name))
+            near = near or _elsewhere(str(name)) or difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
             hint = f"did you mean {prefix if near[0] in known else ''}{near[0]}?" if near else f"known keys are {known}"
             raise UsageError(f"{origin}: unknown key {prefix}{name}: {hint}")
 

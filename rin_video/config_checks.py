@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from types import UnionType
@@ -120,3 +121,20 @@ def read_numbers(name: str, value: Any, count: int, names: str) -> tuple[int, ..
     if len(numbers) != count or any(not is_whole(n, 1) for n in numbers):
         raise UsageError(f"{name} is {value}: it must be one number or {count} ({names}), each at least 1")
     return numbers
+
+
+DURATION = re.compile("".join(rf"(?:([0-9]+(?:\.[0-9]+)?){unit})?" for unit in "dhms"))
+UNITS = (86400, 3600, 60, 1)  # seconds
+
+
+def read_duration(name: str, text: Any) -> float:
+    """Return the seconds of a duration such as `90s`, `30m`, `2h`, `1d` or `1h30m`.
+
+    Raises `UsageError` for anything else, also for a number without a unit and for a duration of 0.
+    """
+    found = DURATION.fullmatch(text) if isinstance(text, str) else None
+    parts = found.groups() if found else ()
+    seconds = sum(float(part) * unit for part, unit in zip(parts, UNITS, strict=False) if part)
+    if not 0 < seconds < math.inf:
+        raise UsageError(f"{name} is {text!r}: it must be a time above 0 with units, such as 90s, 30m, 2h, 1d or 1h30m")
+    return seconds

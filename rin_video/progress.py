@@ -21,6 +21,8 @@ OPEN: list[object] = []  # the active bars; nested ones do not write to a log
 class Bar(Protocol):
     """The interface of a progress bar."""
 
+    total: int  # may change while the loop runs
+
     def update(self, n: int = 1) -> object:
         """Advance by `n`."""
 

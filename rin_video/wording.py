@@ -39,6 +39,12 @@ def in_hours(seconds: float) -> str:
     return counted(round(seconds / 3600), "hour") if seconds < 48 * 3600 else counted(round(seconds / 86400), "day")
 
 
+def in_seconds(seconds: float) -> str:
+    """Format a duration, given in seconds, with its unit: `0.35 seconds`, `45 seconds`, `40 minutes`, `5 hours`."""
+    number = scaled(seconds)
+    return f"{number} {'second' if number == '1' else 'seconds'}" if seconds < 89.5 else in_hours(seconds)
+
+
 def scaled(value: float) -> str:
     """Format a number with at most three significant digits, without trailing zeros of a fraction."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"

@@ -520,13 +520,13 @@ def test_diagnose_on_other_data_names_options_that_it_has(train_clips, fails, tm
 def test_a_long_run_on_a_cpu_is_hinted_at_once(caplog, monkeypatch):
     from rin_video.cli.slow_run import SlowRunHint
 
-    clock = iter(range(0, 10_000, 7))
+    clock = iter(range(0, 100_000, 7))
     monkeypatch.setattr("rin_video.cli.slow_run.time.monotonic", lambda: next(clock))
     run = SimpleNamespace(config=load_config(None), accelerator=SimpleNamespace(device=torch.device("cpu")), step=0)
 
-    def train(num_steps):
+    def train(num_steps, **options):
         run.config.train.train_num_steps = num_steps
-        hint = SlowRunHint()
+        hint = SlowRunHint(**options)
         for run.step in range(1, 9):
             hint.on_step(run, torch.zeros(()))
         return caplog.messages
@@ -534,11 +534,20 @@ def test_a_long_run_on_a_cpu_is_hinted_at_once(caplog, monkeypatch):
     assert train(3000) == []  # within hours
     (said,) = train(100_000)
     assert said == (
-        "the remaining 99997 steps will take about 8 days on this CPU, 7 s each: use a GPU, a small model "
-        "(--config demo), or fewer steps (--steps 1032 takes 2 hours)"
+        "the remaining 99997 steps will take about 8 days on this CPU, 7 s each: use --time 2h in a new folder "
+        "(--out), which chooses a model that is good in this time, a GPU, a small model (--config demo), or fewer "
+        "steps (--steps 1032 takes 2 hours)"
     )
     run.accelerator.device = torch.device("cuda")
-    assert len(train(100_000)) == 1
+    caplog.clear()
+    assert train(80_000) == []  # within a week
+    (said,) = train(100_000)
+    assert said.startswith("the remaining 99994 steps will take about 8 days on this device, 7 s each: use --time 2h")
+    caplog.clear()
+    assert train(100_000, steps_given=True) == []  # as the user wants
+    run.config.train.time = "2h"
+    run.accelerator.device = torch.device("cpu")
+    assert train(100_000) == []
 
 
 def test_a_run_of_one_step_has_a_learning_rate_and_no_warning(clips, tmp_path, caplog):

@@ -198,6 +198,14 @@ def test_two_processes_resume_what_one_wrote(tmp_path, sharding):
     assert_close(torch.tensor(losses(tmp_path / "parts")), torch.tensor(losses(tmp_path / "whole")), rtol=1e-5, atol=0)
 
 
+def test_a_time_ends_for_all_processes_at_the_same_step(tmp_path):
+    launch(str(tmp_path), "time=4s", "save_and_sample_every=10000", "train_batch_size=4")
+    step = newest_state(tmp_path)[1]["step"]
+    assert read_lines(tmp_path / "metrics.jsonl")[-1]["lr"] == 0
+    assert (tmp_path / f"samples/step-{step:08d}.png").is_file()
+    assert newest_state(tmp_path)[1]["time"]["spent"] >= 4
+
+
 @pytest.mark.slow
 def test_accelerate_launch_with_its_own_fsdp2_options(tmp_path):
     make_trainer(tmp_path / "one").train()

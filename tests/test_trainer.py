@@ -319,6 +319,7 @@ ANOTHER = {
     "keep_checkpoints": (1, lambda run: len(run.checkpoints)),
     "keep_every": (2, lambda run: 2 if (run.folder / "checkpoints/step-00000002").exists() else 0),
     "log_every": (3, lambda run: 3 if [line["step"] for line in lines(run.folder)][-1] == 3 else 0),
+    "time": ("1s", lambda run: f"{run.budget.seconds:g}s"),
     "trackers": (["jsonl"], lambda run: [*run.options.trackers]),
     "validate_every": (3, lambda run: run.validator.last["step"]),
     "validation_samples": (5, lambda run: len(run.validator.held.places)),

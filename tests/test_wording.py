@@ -7,7 +7,7 @@ import pytest
 
 from rin_video import progress
 from rin_video.progress import progress_bar
-from rin_video.wording import counted, in_bytes, in_flops, in_hours, ranged
+from rin_video.wording import counted, in_bytes, in_flops, in_hours, in_seconds, ranged
 
 
 class Terminal(io.StringIO):
@@ -44,6 +44,10 @@ def clock(monkeypatch):
         (in_flops(215.149), "215 GFLOPs"),
         (in_flops(0.1791), "0.179 GFLOPs"),
         (in_flops(0.0034), "3.4 MFLOPs"),
+        (in_seconds(0.354), "0.354 seconds"),
+        (in_seconds(1.0), "1 second"),
+        (in_seconds(45), "45 seconds"),
+        (in_seconds(90), "2 minutes"),
         (in_hours(4), "1 minute"),
         (in_hours(45 * 60), "45 minutes"),
         (in_hours(5 * 3600), "5 hours"),

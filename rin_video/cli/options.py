@@ -59,7 +59,7 @@ def add_reading_options(command: argparse.ArgumentParser) -> None:
     )
 
 
-def read_config(options: Namespace, preset: str) -> Config:
+def read_config(options: Namespace, preset: str | None) -> Config:
     """Return the configuration for the options on data, frames and size.
 
     Raises `UsageError` for invalid options, or if `data.images` is set for a model of images.
@@ -82,7 +82,7 @@ def read_config(options: Namespace, preset: str) -> Config:
 
 
 def choose_preset(options: Namespace) -> str:
-    """Return `--config`, or the preset that fits the data and the size."""
+    """Return `--config`, or the preset that fits the data and the size. Sizes of arrays are added to the overrides."""
     from rin_video.datasets.hub import is_hub, kind_of_hub
     from rin_video.datasets.splits import find_splits
 

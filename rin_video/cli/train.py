@@ -60,6 +60,13 @@ def add_parsers(commands: Any) -> None:
     )
     add("--steps", dest="train.train_num_steps", type=int, metavar="N", help="number of training steps")
     add(
+        "--time",
+        dest="train.time",
+        metavar="T",
+        help="train for a time, such as 90s, 30m, 2h or 1d; without --config, with the model that is best in this time "
+        "on this machine",
+    )
+    add(
         "--batch-size",
         type=batch_size,
         metavar="N|auto",
@@ -83,6 +90,7 @@ def train(options: Namespace) -> None:
     import torch
 
     from rin_video.cli.slow_run import SlowRunHint
+    from rin_video.cli.time_budget import check_length, choose_config, config_of_run, set_length
     from rin_video.cli.trained import check_sampling
     from rin_video.datasets.open import INDEX, open_sides
     from rin_video.diffusion.process import GaussianDiffusion
@@ -96,35 +104,50 @@ def train(options: Namespace) -> None:
 
     if isinstance(options.batch_size, int):
         options.overrides.append(f"train.train_batch_size={options.batch_size}")
-    preset = first_then_others(lambda: choose_preset(options))
-    config = read_config(options, preset)
-    if not is_set("train.warmup_steps", None, options.overrides):
-        shorten_warmup(config)
+    timed = check_length(options.overrides)
     folder = Path(options.out or run_folder(options.data))
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--out {folder} is a file: use a folder")
+    preset = first_then_others(lambda: choose_preset(options))
+    resumed = config_of_run(folder, timed) if options.config is None else None
+    preset = resumed or preset
+    config = read_config(options, preset)
+    set_length(config, options.overrides)
+    if config.train.time is None and not is_set("train.warmup_steps", None, options.overrides):
+        shorten_warmup(config)
     shape, seed, index = model_info(config.model).shape, config.train.seed, folder / INDEX
     sides = first_then_others(lambda: open_sides(options.data, shape, config.data, seed=seed, index=index))
     dataset = sides.train
     suit_conditions(config, dataset, preset, options.overrides)
-    check_sampling(config, always_known=bool(config.diffusion.known) and not config.diffusion.known.get("none"))
+    always_known = bool(config.diffusion.known) and not config.diffusion.known.get("none")
+    check_sampling(config, always_known=always_known)
 
     about = dataset.describe().splitlines() + ([f"validation: {sides.note}"] if sides.note else [])
     log.info("data\n%s", "\n".join(f"  {line}" for line in about))
+    if timed and options.config is None and resumed is None:
+
+        def complete(size: Config) -> None:
+            suit_conditions(size, dataset, None, options.overrides)
+            use_launcher_precision(size.train)
+
+        config = choose_config(options, config, complete, len(dataset))
+        check_sampling(config, always_known=always_known)
     log.info("model\n%s", describe(config.model))
     use_launcher_precision(config.train)
     if options.batch_size == "auto":
         config.train.train_batch_size = choose_batch(config, folder, len(dataset))
     torch.manual_seed(config.train.seed)
     diffusion = GaussianDiffusion(RIN(config.model), config.diffusion)
+    hint = SlowRunHint(steps_given=is_set("train.train_num_steps", None, options.overrides))
     trainer = Trainer(
-        diffusion, dataset, validation=sides.validation, results_folder=folder, config=config, callbacks=[SlowRunHint()]
+        diffusion, dataset, validation=sides.validation, results_folder=folder, config=config, callbacks=[hint]
     )
+    steps = counted(config.train.train_num_steps, "step")
     log.info(
         "training\n  on %s, about %s, %s of %s, into %s",
         device_name(trainer.accelerator.device),
         in_bytes(training_memory(config, num_processes=trainer.accelerator.num_processes)),
-        counted(config.train.train_num_steps, "step"),
+        steps if config.train.time is None else f"steps for {config.train.time}",
         counted(config.train.train_batch_size * config.train.gradient_accumulate_every, "sample"),
         folder,
     )
@@ -145,7 +168,7 @@ def shorten_warmup(config: Config) -> None:
         config.train.warmup_steps = most
 
 
-def suit_conditions(config: Config, dataset: Any, preset: str, overrides: list[str]) -> None:
+def suit_conditions(config: Config, dataset: Any, preset: str | None, overrides: list[str]) -> None:
     """Set the number of classes and the shape of embeddings to those of the data, unless an option sets them."""
     from rin_video.datasets.embeddings import embedding_shape
 

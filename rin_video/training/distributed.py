@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from datetime import timedelta
@@ -15,7 +15,13 @@ from typing import Any, TypeVar, get_args
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs, gather_object
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+    broadcast,
+    gather_object,
+)
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -134,6 +140,13 @@ def any_rank(flag: bool, accelerator: Accelerator) -> bool:
     if accelerator.num_processes == 1:
         return flag
     return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device)).item())
+
+
+def from_main(values: Sequence[float], accelerator: Accelerator) -> list[float]:
+    """Return the values of the main process in all processes, which must all call this with as many values."""
+    if accelerator.num_processes == 1:
+        return list(values)
+    return broadcast(torch.tensor(values, dtype=torch.float64, device=accelerator.device)).tolist()
 
 
 T = TypeVar("T")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
+from timm.scheduler.scheduler import Scheduler
 
-from rin_video.config import Config, OptimizerName
+from rin_video.config import Config, OptimizerName, TrainConfig
 from rin_video.diffusion.process import GaussianDiffusion
 
 OPTIMIZERS: dict[OptimizerName, dict[str, Any]] = {  # their names in timm, and additional options
@@ -16,6 +19,8 @@ OPTIMIZERS: dict[OptimizerName, dict[str, Any]] = {  # their names in timm, and 
     "lamb": {"opt": "lamb", "max_grad_norm": None},  # the trainer clips
     "muon": {"opt": "nmuon", "momentum": 0.95},
 }
+
+LONGEST_WARMUP = 0.1  # fraction of the time of a run with `train.time`
 
 
 def make_optimizer(diffusion: GaussianDiffusion, config: Config) -> torch.optim.Optimizer:
@@ -30,9 +35,41 @@ def make_optimizer(diffusion: GaussianDiffusion, config: Config) -> torch.optim.
     )
 
 
-def make_lr_schedule(optimizer: torch.optim.Optimizer, config: Config) -> CosineLRScheduler:
-    """Create a schedule with a linear warm-up, then a cosine decay or a constant rate."""
+class TimedLRSchedule(Scheduler):
+    """A learning rate that follows the fraction of the time that is spent, which `fraction` returns."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, options: TrainConfig, fraction: Callable[[], float]) -> None:
+        super().__init__(optimizer, "lr", t_in_epochs=False)
+        self.options, self.fraction = options, fraction
+
+    def _get_lr(self, t: int) -> list[float]:
+        factor = timed_lr_factor(self.options, t, self.fraction())
+        return [value * factor for value in self.base_values]
+
+
+def timed_lr_factor(options: TrainConfig, step: int, fraction: float) -> float:
+    """Return the learning rate of a step relative to its maximum, after a `fraction` of the time in [0, 1].
+
+    The linear warm-up ends after `warmup_steps`, or after a tenth of the time if that is earlier. The cosine starts at
+    once, because the fraction at the end of the warm-up is not known; during the warm-up it is above 0.97. Both depend
+    on the step and the fraction alone, so that a resumed run continues them.
+    """
+    warm = min(max(step / options.warmup_steps, fraction / LONGEST_WARMUP), 1.0) if options.warmup_steps else 1.0
+    if options.lr_schedule == "constant":
+        return warm
+    return warm * 0.5 * (1 + math.cos(math.pi * min(fraction * options.lr_cosine_portion, 1.0)))
+
+
+def make_lr_schedule(
+    optimizer: torch.optim.Optimizer, config: Config, fraction: Callable[[], float] | None = None
+) -> Scheduler:
+    """Create a schedule with a linear warm-up, then a cosine decay or a constant rate.
+
+    It follows the steps, or the fraction of the time that is spent if there is a function `fraction` that returns it.
+    """
     options = config.train
+    if fraction is not None:
+        return TimedLRSchedule(optimizer, options, fraction)
     decay_steps = max(options.train_num_steps - options.warmup_steps, 1) / options.lr_cosine_portion
     return CosineLRScheduler(
         optimizer,

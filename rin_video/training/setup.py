@@ -36,7 +36,12 @@ def find_inputs(diffusion: GaussianDiffusion | None, data: Any, options: dict[st
 
 
 def make_config(diffusion: GaussianDiffusion, data: Any, num_samples: int, options: dict[str, Any]) -> Config:
-    """Return the configuration of a run from the options of `Trainer`."""
+    """Return the configuration of a run from the options of `Trainer`.
+
+    Raises `UsageError` if they are not valid, or if both `time` and `train_num_steps` set the length of the training.
+    """
+    if options.get("time") is not None and "train_num_steps" in options:
+        raise UsageError("Trainer: time and train_num_steps both set the length of the training: pass one of them")
     channels = (diffusion.shape or (3,))[0]
     is_folder = isinstance(data, str | os.PathLike)
     train, reading = trainer_config(**trainer_options(options, channels=channels, is_folder=is_folder))

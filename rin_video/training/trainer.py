@@ -7,7 +7,8 @@ import os
 import random
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from rin_video.config import Config
+from rin_video.config_checks import read_duration
 from rin_video.config_files import to_dict
 from rin_video.datasets.adapters import BatchCheck
 from rin_video.datasets.batch import Batch
@@ -31,12 +33,14 @@ from rin_video.media import DEFAULT_FPS
 from rin_video.model.transfer import transfer_weights
 from rin_video.progress import progress_bar
 from rin_video.tensor_files import full_tensor
+from rin_video.training.budget import Budget, expected_end
 from rin_video.training.callbacks import Callback, append_line
 from rin_video.training.checkpoints import TrainingState, check_same_options, remove_old_states
 from rin_video.training.checks import check_data, not_finite_error
 from rin_video.training.compiling import Compiler
 from rin_video.training.distributed import (
     any_rank,
+    from_main,
     in_all,
     make_accelerator,
     no_sync,
@@ -76,7 +80,7 @@ class Trainer:
     not fit the model.
 
     `train()` resumes from the last complete checkpoint in `results_folder`. After a signal, it writes a checkpoint and
-    raises `Stopped`.
+    raises `Stopped`. With the option `time` ("30m", "1h30m") it ends after that time instead of `train_num_steps`.
 
     `results_folder` contains:
 
@@ -132,7 +136,9 @@ class Trainer:
             self.start_from(self.options.init_from, diffusion)
         diffusion.precision = self.options.mixed_precision
         self.optimizer = make_optimizer(diffusion, config)
-        self.schedule = make_lr_schedule(self.optimizer, config)
+        self.budget = self.make_budget(diffusion)
+        fraction = None if (budget := self.budget) is None else lambda: budget.pace.fraction
+        self.schedule = make_lr_schedule(self.optimizer, config, fraction)
         self.ema = make_ema(diffusion.model, self.options, self.accelerator.device)
         self.power_emas = make_power_emas(diffusion.model, self.options, self.accelerator.device)
         checkpoint_blocks(diffusion.model, self.options.gradient_checkpointing)
@@ -157,7 +163,7 @@ class Trainer:
         return TrainingState(self.unwrapped.model, self.ema, self.power_emas, self.optimizer, scaler)
 
     def train(self) -> None:
-        """Train up to step `train_num_steps`, from the last checkpoint if there is one.
+        """Train up to step `train_num_steps` or for `time`, from the last checkpoint if there is one.
 
         Raises `Stopped` after SIGTERM, SIGINT or SIGUSR1. Raises `UsageError` if a loss is not finite, memory runs out,
         the disk is full, or another process trains in the same folder.
@@ -175,12 +181,17 @@ class Trainer:
         """Train while the folder is locked."""
         if not self.loaded:
             self.resume()
+        if self.budget is not None:
+            self.options.train_num_steps = self.step + (not self.budget.is_over)
         main, num_processes = self.accelerator.is_main_process, self.accelerator.num_processes
         sampled = not self.is_due(self.options.save_and_sample_every) or is_previewed(self.folder, self.step)
         if any_rank(main and not sampled, self.accelerator):
             self.sample()  # the run was stopped between the checkpoint and its samples
         if self.step >= self.options.train_num_steps:
-            log.info("%s is already trained to step %d: a larger --steps trains for longer", self.folder, self.step)
+            done = f"to step {self.step}: a larger --steps"
+            if self.budget is not None:
+                done = f"for {self.options.time} (to step {self.step}): a larger --time"
+            log.info("%s is already trained %s trains for longer", self.folder, done)
             return
         if main:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -189,6 +200,8 @@ class Trainer:
         metrics = Metrics(path, self.step, state=self.pending, gather=self.accelerator.gather)
         self.resume_validation()
         steps, shown = self.options.train_num_steps, self.progress and main
+        if self.budget is not None:
+            self.budget.start(self.step)
         self.call("on_start")
         try:
             with (
@@ -201,18 +214,21 @@ class Trainer:
                 while self.step < self.options.train_num_steps:
                     with tf32_products(self.options.mixed_precision):
                         metrics.add(*self.train_step(batches))
+                    bar.total = self.options.train_num_steps
                     bar.update()
                     self.call("on_step", metrics.terms[-1].loss[-1].mean())
                     self.after_step(metrics, bar, signals)
         finally:
+            if self.budget is not None:
+                self.budget.stop()
             self.call("on_end")
 
     def after_step(self, metrics: Metrics, bar: Any, signals: StopSignals) -> None:
         """Log, save and sample if they are due. Raises `Stopped` after a signal."""
-        saving, logging_ = self.is_due(self.options.save_and_sample_every), self.is_due(self.options.log_every)
-        validating = self.validator is not None and self.is_due(
-            self.options.validate_every or self.options.save_and_sample_every
-        )
+        logging_ = self.is_due(self.options.log_every)
+        saving = self.is_due(self.options.save_and_sample_every) or (self.budget is not None and self.budget.pace.saves)
+        every = self.options.validate_every
+        validating = self.validator is not None and (saving if every is None else self.is_due(every))
         stopping = signals.received is not None
         if self.accelerator.num_processes > 1:  # a collective decision, so only when all processes wait anyway
             stopping = (logging_ or saving) and any_rank(stopping, self.accelerator)
@@ -223,24 +239,44 @@ class Trainer:
             bar.set_postfix_str(describe_line(line, self.validator.last if self.validator else None))
             self.call("on_log", line)
         if validating:
-            self.validate()
+            with self.measuring("validation"):
+                self.validate()
             if logging_:
                 bar.set_postfix_str(describe_line(line, self.validator.last if self.validator else None))
             metrics.restart_clock()
         if self.is_due(self.options.ema_snapshot_every):
-            self.snapshot()
+            with self.measuring("snapshot"):
+                self.snapshot()
         if saving or stopping:
             metrics.sync()
             self.pending = metrics.state()
-            self.save()
+            with self.measuring("checkpoint"):
+                self.save()
         if saving:
-            self.sample()
+            with self.measuring("samples"):
+                self.sample()
             metrics.restart_clock()
         if stopping and self.step < self.options.train_num_steps:
             raise Stopped(
                 f"stopped by {signals.received or 'a signal to another process'} at step {self.step}, "
                 f"checkpoint written: the same command resumes"
             )
+
+    def make_budget(self, diffusion: GaussianDiffusion) -> Budget | None:
+        """Create the object that follows the clock if the length of the training is a time."""
+        if self.options.time is None:
+            return None
+        num_params = sum(parameter.numel() for parameter in diffusion.model.parameters())
+        several = self.accelerator.num_processes > 1
+        return Budget(
+            read_duration("train.time", self.options.time),
+            expected=partial(expected_end, self.config, num_params, validated=self.validator is not None),
+            share=partial(from_main, accelerator=self.accelerator) if several else None,
+        )
+
+    def measuring(self, part: str) -> AbstractContextManager[None]:
+        """Measure how long a part of the end takes, if the length of the training is a time."""
+        return nullcontext() if self.budget is None else self.budget.measuring(part)
 
     def make_validator(self, held: Any) -> Validator:
         """Create the object that measures the validation loss."""
@@ -308,6 +344,10 @@ class Trainer:
         limit = self.options.max_grad_norm or float("inf")
         grad_norm = full_tensor(self.accelerator.clip_grad_norm_(self.diffusion.parameters(), limit))
         self.step += 1
+        if self.budget is not None:
+            self.options.train_num_steps = self.budget.advance(self.step).num_steps
+            if self.accelerator.is_main_process and (warning := self.budget.warning()):
+                log.warning("%s", warning)
         self.schedule.step_update(self.step)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -419,6 +459,7 @@ class Trainer:
             **self.state.state_dict(),
             "metrics": self.pending,
             "data": self.identity,
+            **({} if self.budget is None else {"time": self.budget.state()}),
         }
         save_weights(self.folder, self.ema.ema_model.state_dict(), self.config, write=write)
         name = f"step-{self.step:08d}" if milestone is None else f"milestone-{milestone}"
@@ -461,6 +502,8 @@ class Trainer:
         self.options.init_from = state["config"]["train"].get("init_from")
         self.state.load_state_dict(state)
         self.step, self.pending = state["step"], state["metrics"]
+        if self.budget is not None:
+            self.budget.load_state(state.get("time"))
         log.info("resuming from step %d in %s", self.step, folder)
 
 

@@ -139,7 +139,7 @@ def main(folder: str, *overrides: str) -> None:
     options = {}
     for override in overrides:
         key, value = override.split("=")
-        options[key] = json.loads(value) if value[:1] in "0123456789[tf" and value != "fsdp2" else value
+        options[key] = json.loads(value) if value[:1] in "0123456789[tf" and key not in ("sharding", "time") else value
     trainer = make_trainer(folder, callbacks=[Slow()], **options)
     trainer.train()
     if trainer.accelerator.is_main_process:
