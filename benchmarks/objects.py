@@ -8,6 +8,7 @@ from torch import Tensor
 
 from rin_video.evaluation.prediction import MOVING
 
+LARGEST = 0.5  # part of the picture: what is larger is no object
 BRIGHT = 0.5  # in the demo set, shapes have a channel above this, backgrounds have none
 
 
@@ -28,7 +29,10 @@ def unit(clips: Tensor) -> Tensor:
 
 
 def count_objects(foreground: Tensor, smallest: int = 1) -> Tensor:
-    """Count the connected parts (also over corners) of at least `smallest` pixels of masks (..., H, W): (...)."""
+    """Count the connected parts of masks (..., H, W), also over corners, each of at least `smallest` pixels: (...).
+
+    A part of more than half of the picture does not count.
+    """
     *batch, H, W = foreground.shape
     mask = foreground.reshape(-1, H * W)
     label = torch.arange(1, H * W + 1) * mask  # each pixel its own; 0 is the background
@@ -39,7 +43,8 @@ def count_objects(foreground: Tensor, smallest: int = 1) -> Tensor:
             break
         label = around
     sizes = torch.zeros(len(mask), H * W + 1, dtype=torch.long).scatter_add_(1, label, mask.long())
-    return (sizes[:, 1:] >= smallest).sum(1).view(batch)
+    sizes = sizes[:, 1:]
+    return ((sizes >= smallest) & (sizes <= LARGEST * H * W)).sum(1).view(batch)
 
 
 def persistence(counts: Tensor) -> dict[str, float | None]:

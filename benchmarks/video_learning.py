@@ -69,7 +69,6 @@ HERE = Path(__file__).parent
 SAMPLER = "dpmpp_2m_sde"
 WARMUP = 0.05  # part of the budget over which the learning rate rises
 GIVEN = 5  # frames given, of 16
-SHEET_MINUTES = 15
 Row = dict[str, Any]
 
 # ---- sets of clips
@@ -630,8 +629,8 @@ def one_table(data: str, threads: int, minutes: float, results: Sequence[Row]) -
     return "\n".join(lines)
 
 
-def write_sheets(results: Sequence[Row], data: Path | None, work: Path, out: Path) -> list[Path]:
-    """Write a picture for each set: per game, a row for the truth and for each arm after 15 minutes of one thread.
+def write_sheets(results: Sequence[Row], minutes: float, data: Path | None, work: Path, out: Path) -> list[Path]:
+    """Write a picture for each set: per game, a row for the truth and for each arm after a budget of one thread.
 
     The samples are those in the folders of the jobs. Of several learning rates or seeds, the first is shown.
     """
@@ -639,7 +638,7 @@ def write_sheets(results: Sequence[Row], data: Path | None, work: Path, out: Pat
     for name in dict.fromkeys(result["job"]["data"] for result in results):
         chosen: dict[str, Job] = {}
         for job in map(job_of, results):
-            if job.data == name and job.minutes == SHEET_MINUTES and job.threads == 1 and (work / job.name).exists():
+            if job.data == name and job.minutes == minutes and job.threads == 1 and (work / job.name).exists():
                 chosen.setdefault(job.arm, job)
         if not chosen or (name != "demo" and data is None):
             continue
@@ -695,6 +694,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/video_learning"), help="folder for weights and samples")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "video_learning.json")
     parser.add_argument("--table", action="store_true", help="print the tables, write the sheets, and stop")
+    parser.add_argument("--sheet-minutes", type=float, default=15, help="budget of the samples on the sheets")
     parser.add_argument("--job", help=argparse.SUPPRESS)  # for child processes
     options = parser.parse_args()
     if options.make_data:
@@ -715,7 +715,7 @@ def main() -> None:
         with ThreadPoolExecutor(options.at_a_time) as pool:
             failed = sum(not done for done in pool.map(lambda job: run_job(job, options), jobs))
     results = read_results(options.out)
-    for path in write_sheets(results, options.data, options.work, options.out):
+    for path in write_sheets(results, options.sheet_minutes, options.data, options.work, options.out):
         print(path)
     print(table(results))
     if failed:
