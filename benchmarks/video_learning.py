@@ -16,8 +16,9 @@ averages of the weights, warm-up and cosine of the learning rate (by time). Opti
 the arm's. Networks of other packages receive given frames as further input channels (`peers.Peer`).
 
 Each (arm, set, budget, seed) is a training of its own, in its own process. With one thread, the budget is processor
-time; with several it is wall-clock time, for which nothing else may run. Reading the clips, sampling and scoring do not
-count. A job whose result is in the JSON file is not run again, and an interrupted one resumes after its training.
+time; with several, or on a GPU, it is wall-clock time, for which nothing else may run. Reading the clips, sampling and
+scoring do not count. A job whose result is in the JSON file is not run again, and an interrupted one resumes after its
+training.
 """
 
 from __future__ import annotations
@@ -223,11 +224,12 @@ ARMS = {
 
 @dataclass(frozen=True)
 class Job:
-    """A training with its judgement. The first six fields identify it among the results."""
+    """A training with its judgement. The first seven fields identify it among the results."""
 
     data: str
     arm: str
     minutes: float
+    device: str
     threads: int
     seed: int
     lr: float
@@ -244,13 +246,13 @@ class Job:
     @property
     def key(self) -> tuple[Any, ...]:
         """What identifies the job among the results."""
-        return dataclasses.astuple(self)[:6]
+        return dataclasses.astuple(self)[:7]
 
     @property
     def name(self) -> str:
         """The name of the folder of the training."""
         training = dataclasses.replace(self, num=0, steps=0, features="")
-        text = f"{self.data}-{self.arm}-{self.minutes:g}min-{self.threads}-threads-seed{self.seed}"
+        text = f"{self.data}-{self.arm}-{self.minutes:g}min-{self.device}{self.threads}-seed{self.seed}"
         return f"{text}-{digest(dataclasses.astuple(training))}"
 
     def load(self) -> Config:
@@ -286,6 +288,7 @@ def make_jobs(options: argparse.Namespace) -> list[Job]:
                 data=data,
                 arm=name,
                 minutes=minutes,
+                device=options.device,
                 threads=options.threads,
                 seed=seed,
                 lr=lr,
@@ -372,9 +375,9 @@ def describe(result: Row) -> str:
 # ---- one job, in its own process
 
 
-def clock(threads: int) -> float:
-    """Return the seconds that count: processor time with one thread, wall-clock time with several."""
-    return time.process_time() if threads == 1 else time.perf_counter()
+def clock(job: Job) -> float:
+    """Return the seconds that count: processor time with one thread, wall-clock time with several and on a GPU."""
+    return time.process_time() if job.device == "cpu" and job.threads == 1 else time.perf_counter()
 
 
 def learning_rate(done: float) -> float:
@@ -396,27 +399,27 @@ def train(
 
     The training ends with the step whose end is nearest to the budget, so that slow steps have no more time.
     """
-    frames, budget = config.model.frames or 1, 60 * job.minutes
+    frames, budget, device = config.model.frames or 1, 60 * job.minutes, torch.device(job.device)
     optimizer = make_optimizer(diffusion, config)
-    average = make_ema(diffusion.model, config.train, torch.device("cpu"))
+    average = make_ema(diffusion.model, config.train, device)
     parameters = [p for p in diffusion.parameters() if p.requires_grad]
     peaks = [group["lr"] for group in optimizer.param_groups]
     losses: list[float] = []
-    start, wall, spent = clock(job.threads), time.perf_counter(), 0.0
+    start, wall, spent = clock(job), time.perf_counter(), 0.0
     while not losses or (math.isfinite(losses[-1]) and spent * (1 + 0.5 / len(losses)) < budget):
-        x, label = draw_batch(clips, labels, job.batch, frames)
-        with running_in(config.train.mixed_precision, torch.device("cpu")):
+        x, label = (part.to(device) for part in draw_batch(clips, labels, job.batch, frames))
+        with running_in(config.train.mixed_precision, device):
             loss = diffusion(x, label if config.model.num_classes else None)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, config.train.max_grad_norm)
-        factor = learning_rate((clock(job.threads) - start) / budget)
+        factor = learning_rate((clock(job) - start) / budget)
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * factor
         optimizer.step()
         optimizer.zero_grad()
         average.update()
-        losses.append(loss.item())
-        spent = clock(job.threads) - start
+        losses.append(loss.item())  # waits for a GPU
+        spent = clock(job) - start
     last = losses[-max(len(losses) // 10, 1) :]
     return average.ema_model, {
         "steps": len(losses),
@@ -445,7 +448,7 @@ def run_here(job: Job, data: Path | None, work: Path) -> None:
     config, folder, source = job.load(), work / job.name, source_of(job.data, data, work)
     ours = count(RIN(config.model))
     torch.manual_seed(job.seed)
-    diffusion = GaussianDiffusion(ARMS[job.arm].build(config, ours), config.diffusion)
+    diffusion = GaussianDiffusion(ARMS[job.arm].build(config, ours), config.diffusion).to(job.device)
     diffusion.precision = config.train.mixed_precision
     weights, log = folder / "weights.pt", folder / "training.json"
     if not log.exists():
@@ -459,10 +462,11 @@ def run_here(job: Job, data: Path | None, work: Path) -> None:
     result: Row = {"job": dataclasses.asdict(job)} | json.loads(log.read_text(encoding="utf-8"))
     result |= {"free": {}, "given": {}}
     if not result["diverged"]:
-        diffusion.model.load_state_dict(torch.load(weights, weights_only=True))
+        diffusion.model.load_state_dict(torch.load(weights, weights_only=True, map_location=job.device))
         result |= judge(job, diffusion, source, folder)
     result["versions"] = {name: version(name) for name in {"rin-video", "torch", ARMS[job.arm].package or "torch"}}
-    result["machine"] = f"{platform.machine()}, {job.threads} threads"
+    device = platform.machine() if job.device == "cpu" else torch.cuda.get_device_name()
+    result["machine"] = f"{device}, {job.threads} threads"
     write_text(result_file(job, work), json.dumps(result, indent=1))
 
 
@@ -506,6 +510,7 @@ def score(job: Job, diffusion: GaussianDiffusion, data: Path, num: int, keep: Pa
         split="auto" if diffusion.classes else "all",
         codec="none",
         keep=keep,
+        device=job.device,
         max_batch=8,
         overrides=[f"sample.sampler={SAMPLER}", f"sample.steps={job.steps}", f"sample.precision={job.precision}"],
     )
@@ -592,14 +597,15 @@ def shown(value: float) -> str:
 
 
 def table(results: Sequence[Row]) -> str:
-    """Return a Markdown table for each set, number of threads and budget, with a row per arm and learning rate."""
-    groups: dict[tuple[str, int, float], list[Row]] = defaultdict(list)
+    """Return a Markdown table for each set, machine and budget, with a row per arm and learning rate."""
+    groups: dict[tuple[str, str, int, float], list[Row]] = defaultdict(list)
     for result in results:
-        groups[result["job"]["data"], result["job"]["threads"], result["job"]["minutes"]].append(result)
+        job = job_of(result)
+        groups[job.data, job.device, job.threads, job.minutes].append(result)
     return "\n\n".join(one_table(*group, rows) for group, rows in sorted(groups.items()))
 
 
-def one_table(data: str, threads: int, minutes: float, results: Sequence[Row]) -> str:
+def one_table(data: str, device: str, threads: int, minutes: float, results: Sequence[Row]) -> str:
     """Return the table of one set and budget. Columns without a number are left out."""
     columns = {
         title: place
@@ -609,8 +615,9 @@ def one_table(data: str, threads: int, minutes: float, results: Sequence[Row]) -
     arms: dict[tuple[str, float], list[Row]] = defaultdict(list)
     for row in sorted(results, key=lambda row: (list(ARMS).index(row["job"]["arm"]), row["job"]["lr"])):
         arms[row["job"]["arm"], row["job"]["lr"]].append(row)
+    machine = "a GPU" if device != "cpu" else "one thread" if threads == 1 else f"{threads} threads"
     lines = [
-        f"**{data}, {minutes:g} minutes of {'one thread' if threads == 1 else f'{threads} threads'}**",
+        f"**{data}, {minutes:g} minutes of {machine}**",
         "",
         "| arm | M params | learning rate | clips seen | " + " | ".join(columns) + " |",
         "|---" * (4 + len(columns)) + "|",
@@ -629,20 +636,21 @@ def one_table(data: str, threads: int, minutes: float, results: Sequence[Row]) -
     return "\n".join(lines)
 
 
-def write_sheets(results: Sequence[Row], minutes: float, data: Path | None, work: Path, out: Path) -> list[Path]:
-    """Write a picture for each set: per game, a row for the truth and for each arm after a budget of one thread.
+def write_sheets(results: Sequence[Row], options: argparse.Namespace) -> list[Path]:
+    """Write a picture for each set: per game, a row for the truth and for each arm after `sheet_minutes`.
 
     The samples are those in the folders of the jobs. Of several learning rates or seeds, the first is shown.
     """
-    written = []
+    written, work, out = [], options.work, options.out
+    wanted = (options.sheet_minutes, options.device, options.threads)
     for name in dict.fromkeys(result["job"]["data"] for result in results):
         chosen: dict[str, Job] = {}
         for job in map(job_of, results):
-            if job.data == name and job.minutes == minutes and job.threads == 1 and (work / job.name).exists():
+            if job.data == name and (job.minutes, job.device, job.threads) == wanted and (work / job.name).exists():
                 chosen.setdefault(job.arm, job)
-        if not chosen or (name != "demo" and data is None):
+        if not chosen or (name != "demo" and options.data is None):
             continue
-        source, (any_job, *_) = source_of(name, data, work), chosen.values()
+        source, (any_job, *_) = source_of(name, options.data, work), chosen.values()
         rows, titles = sheet_rows(source / "test", any_job, chosen, work)
         path = out.with_name(f"{out.stem}_{name}.png")
         contact_sheet(rows, path, max_frames=rows[0].shape[1], upscale=64 // rows[0].shape[-1], titles=titles)
@@ -679,6 +687,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--minutes", type=float, nargs="+", default=[5.0, 15.0, 60.0], help="budgets of training")
     parser.add_argument("--threads", type=int, default=1, help="threads of a job")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="on a GPU, the clock is the wall's")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--lr", type=float, nargs="+", help="learning rates, one training for each")
     parser.add_argument("--optimizer", choices=("adamw", "muon"), help="optimizer of all arms")
@@ -715,7 +724,7 @@ def main() -> None:
         with ThreadPoolExecutor(options.at_a_time) as pool:
             failed = sum(not done for done in pool.map(lambda job: run_job(job, options), jobs))
     results = read_results(options.out)
-    for path in write_sheets(results, options.sheet_minutes, options.data, options.work, options.out):
+    for path in write_sheets(results, options):
         print(path)
     print(table(results))
     if failed:

@@ -238,6 +238,7 @@ def test_the_learning_rate_follows_the_time(bench):
 def make_job(bench, **changes):
     options = Namespace(minutes=[0.01], seeds=[0], sets=["atari32"], arms=["rin-video"], preset=None, set=[])
     options.lr, options.optimizer, options.batch, options.threads, options.precision = None, None, None, 1, "no"
+    options.device = "cpu"
     options.num, options.steps, options.features = 6, 2, "means"
     for name, value in changes.items():
         setattr(options, *(("sets", [value]) if name == "data" else (name, value)))
@@ -289,7 +290,8 @@ def test_a_job_trains_for_its_budget_and_is_judged(bench, tmp_path, capsys):
     assert "real clips" in text
     assert "last given frame, copied" in text
     assert not bench.open_jobs([job], [result])
-    (sheet,) = bench.write_sheets([result], 0.02, tmp_path, tmp_path / "work", options.out)
+    options.sheet_minutes, options.device, options.threads = 0.02, "cpu", 1
+    (sheet,) = bench.write_sheets([result], options)
     assert sheet.name == "results_atari32.png"
 
 
