@@ -525,7 +525,7 @@ def scores_of(result: Evaluation) -> Row:
     return {
         name: {key: float(f"{number:.5g}") for key, number in score.to_dict().items() if key in names}
         for name, score in result.scores.items()
-        if name.startswith(wanted) and "linear" not in name
+        if name.startswith(wanted) and not any(other in name for other in ("linear", "psnr", "ssim"))
     }
 
 
@@ -538,9 +538,13 @@ def objects_of(data: VideoSet, clips: Tensor) -> Row:
 
 
 def mean_of(rows: Sequence[Any]) -> Any:
-    """Return the mean of each number in nested dicts; a number that is missing in one is missing in the mean."""
+    """Return the mean of each number in nested dicts; a number that is missing in one is missing in the mean.
+
+    The bounds of intervals are left out: their mean is no bound.
+    """
     if all(isinstance(row, dict) for row in rows):
-        return {key: mean_of([row[key] for row in rows]) for key in rows[0] if all(key in row for row in rows)}
+        keys = [key for key in rows[0] if key not in ("low", "high") and all(key in row for row in rows)]
+        return {key: mean_of([row[key] for row in rows]) for key in keys}
     return None if any(row is None for row in rows) else float(f"{sum(rows) / len(rows):.5g}")
 
 

@@ -296,7 +296,10 @@ def test_a_job_trains_for_its_budget_and_is_judged(bench, tmp_path, capsys):
 
 
 def test_means_leave_out_what_is_missing(bench):
-    rows = [{"a": 1.0, "b": {"c": 2.0, "d": 1.0}}, {"a": 2.0, "b": {"c": None, "d": 5.0}, "e": 1.0}]
+    rows = [
+        {"a": 1.0, "b": {"c": 2.0, "d": 1.0, "low": 0.5}},
+        {"a": 2.0, "b": {"c": None, "d": 5.0, "low": 1}, "e": 1.0},
+    ]
     assert bench.mean_of(rows) == {"a": 1.5, "b": {"c": None, "d": 3.0}}
 
 
