@@ -2,10 +2,14 @@
 
 A `Contender` has `loss(x)`, for data (B, C, *grid) in [0, 1], and `sample(batch, steps)`. The diffusers models have no
 training loss on pixels; they get a standard one (mean squared error of the predicted noise) and DDIM.
+
+A `Peer` has the interface of a RIN instead, so that `GaussianDiffusion` trains and samples it with our loss and our
+samplers: `video_learning.py` compares only the networks. `pip install video-diffusion-pytorch` installs one of them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +20,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from rin_video import RIN, GaussianDiffusion
+from rin_video.config import ModelConfig
 
 
 @dataclass
@@ -107,22 +112,27 @@ def plain(name: str, model: nn.Module, call: Callable[[Tensor, Tensor], Tensor],
     return Contender(name, model, loss, sample)
 
 
-def unet3d(frames: int, size: int, width: int) -> Contender:
-    """Build diffusers' UNet3DConditionModel on pixels; its text input is one vector of zeros."""
+def unet3d_network(size: int, width: int, *, channels: int = 3, heads: int = 32, context: int = 64) -> nn.Module:
+    """Build diffusers' UNet3DConditionModel on pixels, with `channels` inputs and vectors of `context` as its text."""
     from diffusers import UNet3DConditionModel
 
-    model = UNet3DConditionModel(
+    return UNet3DConditionModel(
         sample_size=size,
-        in_channels=3,
+        in_channels=channels,
         out_channels=3,
         block_out_channels=(width, 2 * width, 4 * width),
         down_block_types=("DownBlock3D", "CrossAttnDownBlock3D", "CrossAttnDownBlock3D"),
         up_block_types=("CrossAttnUpBlock3D", "CrossAttnUpBlock3D", "UpBlock3D"),
         layers_per_block=1,
         norm_num_groups=8,
-        cross_attention_dim=64,
-        attention_head_dim=32,
+        cross_attention_dim=context,
+        attention_head_dim=heads,  # diffusers' name for the number of heads
     )
+
+
+def unet3d(frames: int, size: int, width: int) -> Contender:
+    """Build diffusers' UNet3DConditionModel on pixels; its text input is one vector of zeros."""
+    model = unet3d_network(size, width)
 
     def call(x: Tensor, t: Tensor) -> Tensor:
         return model(x, t, encoder_hidden_states=x.new_zeros(len(x), 1, 64)).sample
@@ -130,14 +140,16 @@ def unet3d(frames: int, size: int, width: int) -> Contender:
     return plain("diffusers UNet3D", model, call, (3, frames, size, size))
 
 
-def latte(frames: int, size: int, heads: int, layers: int, patch: int = 4) -> Contender:
-    """Build diffusers' Latte transformer on pixels, unconditional; attention alternates between frames and time."""
+def latte_network(
+    frames: int, size: int, heads: int, layers: int, patch: int = 4, *, channels: int = 3, head: int = 64
+) -> nn.Module:
+    """Build diffusers' Latte transformer on pixels; its text input has vectors as wide as the model, `heads * head`."""
     from diffusers import LatteTransformer3DModel
 
-    model = LatteTransformer3DModel(
+    return LatteTransformer3DModel(
         num_attention_heads=heads,
-        attention_head_dim=64,
-        in_channels=3,
+        attention_head_dim=head,
+        in_channels=channels,
         out_channels=3,
         num_layers=layers,
         sample_size=size,
@@ -147,10 +159,15 @@ def latte(frames: int, size: int, heads: int, layers: int, patch: int = 4) -> Co
         norm_type="ada_norm_single",
         norm_elementwise_affine=False,
         norm_eps=1e-6,
-        caption_channels=heads * 64,
-        cross_attention_dim=heads * 64,
+        caption_channels=heads * head,
+        cross_attention_dim=heads * head,
         video_length=frames,
     )
+
+
+def latte(frames: int, size: int, heads: int, layers: int, patch: int = 4) -> Contender:
+    """Build diffusers' Latte transformer on pixels, unconditional; attention alternates between frames and time."""
+    model = latte_network(frames, size, heads, layers, patch)
 
     def call(x: Tensor, t: Tensor) -> Tensor:
         return model(x, timestep=t, encoder_hidden_states=x.new_zeros(len(x), 1, heads * 64)).sample
@@ -189,3 +206,83 @@ def dit(shape: tuple[int, ...], heads: int, layers: int, patch: tuple[int, ...],
         return tall if x.ndim == 4 else rearrange(tall, "b (c d) (f h) w -> b c (f d) h w", d=depth, f=frames)
 
     return plain("diffusers DiT", model, call, shape)
+
+
+# ---- networks for our diffusion
+
+
+class Peer(nn.Module):
+    """A network of another package with the interface of a RIN: `model(x_t, gamma, ...) -> (prediction, None)`.
+
+    `call(network, x, t, condition)` runs the network on inputs (B, inputs, F, H, W), times (B,) from 0 (data) to 1000
+    (noise) and class vectors (B, context). Conditioning frames enter as four further channels: the clean values, zero
+    elsewhere, and the observed mask. `config` describes the data: channels, frames, sizes, classes, observed mask.
+    """
+
+    self_conditioning = False  # GaussianDiffusion runs no first pass
+
+    def __init__(
+        self, network: nn.Module, call: Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor], config: ModelConfig,
+        context: int
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.network, self.call, self.config = network, call, config
+        self.shape = (config.channels, config.frames, *config.height_width)
+        self.num_classes, self.known_mask = config.num_classes, config.known_mask
+        self.classes = nn.Embedding(config.num_classes + 1, context)  # the last one: no class
+        if not config.num_classes:
+            nn.init.zeros_(self.classes.weight).requires_grad_(False)
+
+    def forward(
+        self,
+        x: Tensor,
+        gamma: Tensor,
+        *,
+        latents: None = None,
+        label: Tensor | None = None,
+        known: Tensor | None = None,
+    ) -> tuple[Tensor, None]:
+        """Predict the objective (B, C, F, H, W) from a noisy input of the same shape; the arguments are those of RIN.
+
+        The time that the network sees is that at which the cosine schedule has the signal power `gamma` (B,).
+        """
+        if self.known_mask:
+            mask = torch.zeros_like(x[:, :1]) if known is None else known.to(x)
+            x = torch.cat([x, x * mask, mask], dim=1)
+        t = 1000 * 2 / math.pi * gamma.sqrt().clamp(max=1).acos()
+        number = torch.full_like(gamma, -1, dtype=torch.long) if label is None else label
+        condition = self.classes(torch.where(number < 0, self.num_classes, number))
+        return self.call(self.network, x, t, condition), None
+
+
+def inputs_of(config: ModelConfig) -> int:
+    """Return the number of input channels of a `Peer`: the noisy ones, the clean ones and the observed mask."""
+    return config.channels * (1 + config.known_mask) + config.known_mask
+
+
+def peer_unet3d(config: ModelConfig, width: int) -> Peer:
+    """Build diffusers' UNet3DConditionModel for our diffusion; the class is its text."""
+    (size, _), context = config.height_width, 64
+    network = unet3d_network(size, width, channels=inputs_of(config), heads=8, context=context)
+    return Peer(network, lambda net, x, t, c: net(x, t, encoder_hidden_states=c[:, None]).sample, config, context)
+
+
+def peer_latte(config: ModelConfig, heads: int, layers: int) -> Peer:
+    """Build diffusers' Latte transformer with heads of width 32 for our diffusion; the class is its text."""
+    assert config.frames is not None
+    (size, _), context = config.height_width, 32 * heads
+    network = latte_network(config.frames, size, heads, layers, channels=inputs_of(config), head=32)
+    return Peer(
+        network, lambda net, x, t, c: net(x, timestep=t, encoder_hidden_states=c[:, None]).sample, config, context
+    )
+
+
+def peer_video_unet(config: ModelConfig, dim: int, mults: tuple[int, ...], heads: int) -> Peer:
+    """Build the Unet3D of video-diffusion-pytorch for our diffusion; the class is its condition."""
+    from video_diffusion_pytorch import Unet3D
+
+    context = 4 * dim
+    network = Unet3D(
+        dim, cond_dim=context, dim_mults=mults, attn_heads=heads, channels=inputs_of(config), out_dim=config.channels
+    )
+    return Peer(network, lambda net, x, t, c: net(x, t, cond=c), config, context)
