@@ -20,6 +20,7 @@ from rin_video import RIN, GaussianDiffusion, UsageError, cli
 from rin_video.hub import fetch
 from rin_video.model.rin import load_model
 from rin_video.reports.card import model_card, push_to_hub
+from rin_video.weights import find_model, shipped_models
 
 
 class Clips(Dataset):
@@ -119,6 +120,18 @@ def test_models_without_a_run(hub, tmp_path):
     assert_close(RIN.from_pretrained("alice/two").state_dict(), diffusion.model.state_dict(), rtol=0, atol=0)
     with pytest.raises(UsageError, match="save_pretrained requires a RIN"):
         GaussianDiffusion(torch.nn.Identity(), shape=(1,)).save_pretrained(tmp_path / "other")
+
+
+def test_models_of_the_package_need_neither_folder_nor_network(run, hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert shipped_models() == ["demo"]
+    weights = find_model("demo") / "model.safetensors"
+    assert weights.stat().st_size <= 8_000_000
+    assert cli.main(["sample", "demo", "--num", "1", "--steps", "1"]) == 0
+    assert [path.name for path in tmp_path.glob("samples*")] == ["samples.mp4"]  # nothing is written to the package
+    assert not hub.asked
+    shutil.copytree(run, "demo")
+    assert find_model("demo").resolve() == tmp_path / "demo"
 
 
 def test_a_folder_of_that_name_comes_first(run, hub):

@@ -53,7 +53,7 @@ def test_every_source_file_is_in_it_once_and_no_test(names):
         f"{home}/{path.relative_to(CHECKOUT / folder).as_posix()}"
         for folder, home in FOLDERS.items()
         for path in (CHECKOUT / folder).rglob("*")
-        if path.suffix in (".py", ".yaml") or path.name == "py.typed"
+        if path.suffix in (".py", ".yaml", ".safetensors") or path.name == "py.typed"
     }
     assert {name for name in names if ".dist-info/" not in name} == expected
     assert "rin_video/py.typed" in names
