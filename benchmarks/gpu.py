@@ -207,6 +207,7 @@ def name_of(device: str) -> str:
 
 def child(options: Namespace) -> None:
     """Run one job in this process; leave its row, or its error, in the folder of work."""
+    options.seconds -= time.time() - psutil.Process().create_time()  # the imports have taken some
     try:
         row = run_here(job_of({"job": json.loads(options.job)}), options)
     except Exception as error:

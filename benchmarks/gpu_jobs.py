@@ -41,7 +41,14 @@ from rin_video.features import make_extractor
 from rin_video.media import contact_sheet
 from rin_video.model.info import model_info
 from rin_video.training.ema import make_ema, make_power_emas
-from rin_video.training.memory import checkpoint_blocks, is_out_of_memory, largest_batch
+from rin_video.training.memory import (
+    USABLE,
+    checkpoint_blocks,
+    free_memory,
+    is_out_of_memory,
+    training_memory,
+    with_batch,
+)
 from rin_video.training.metrics import read_lines
 from rin_video.training.optimizers import make_optimizer
 
@@ -131,8 +138,8 @@ def with_digest(job: Job) -> Job:
 def run_here(job: Job, options: Namespace) -> Row:
     """Run a job in this process and return what was measured.
 
-    `options` has the device, the folder `work` for files, the `data` of a training, and the `seconds` that are left. A
-    training that has to continue in another call returns `state="open"`. Raises what goes wrong.
+    `options` has the device, the folder `work` for files, the `data` of a training, the `sheet` to write, and the
+    `seconds` that are left. A training that has to continue in another call returns `state="open"`. Errors are raised.
     """
     config, device = job.load(), torch.device(options.device)
     machine = Machine(str(device))
@@ -171,16 +178,23 @@ def peak_rate(machine: Machine, variant: str, tiny: bool) -> float:
 # ---- batches
 
 
-def power_of_two(batch: int, largest: int) -> int:
-    """Return the largest of ..., batch / 2, batch, 2 batch, ... that is at most `largest`; 1 at least."""
-    return max(math.floor(batch * 2.0 ** math.floor(math.log2(largest / batch))), 1)
-
-
 def choose_batch(job: Job, config: Config, device: torch.device) -> int:
-    """Return the batch size to begin with: that of the preset, or less if memory is short, or the largest."""
-    batch = config.train.train_batch_size
-    limit = batch if job.batch == "preset" else 4 * batch if job.tiny else None
-    return power_of_two(batch, largest_batch(config, device, limit=limit))
+    """Return the batch size to begin with: that of the preset, halved until it should fit, or the largest one.
+
+    The largest one is a power of two times that of the preset.
+    """
+    kind, free, preset = "cuda" if device.type == "cuda" else "cpu", free_memory(device), config.train.train_batch_size
+    most = preset if job.batch == "preset" else 4 * preset if job.tiny else math.inf
+
+    def fits(batch: int) -> bool:
+        return training_memory(with_batch(config, batch), device=kind) <= USABLE * free
+
+    batch = preset
+    while batch > 1 and not fits(batch):
+        batch //= 2
+    while preset <= batch < most and fits(2 * batch):
+        batch *= 2
+    return batch
 
 
 def with_less(batch: int, work: Callable[[int], Row]) -> Row:
@@ -397,25 +411,21 @@ def loader_rates(job: Job, config: Config, work: Path, *, pin_memory: bool) -> R
 
 
 class StopLater(Callback):
-    """Ends a training with a checkpoint after some seconds, as Ctrl-C does."""
+    """Ends a training, as Ctrl-C does, with a checkpoint after the first step that ends in `seconds` or later."""
 
-    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self.clock, self.end, self.first, self.asked = clock, clock() + seconds, 0, False
-
-    def on_start(self, trainer: Any) -> None:
-        self.first = trainer.step
+    def __init__(self, seconds: float) -> None:
+        self.end, self.asked = time.monotonic() + seconds, False
 
     def on_step(self, trainer: Any, loss: Tensor) -> None:
-        if self.clock() >= self.end and not self.asked:
+        if time.monotonic() >= self.end and not self.asked:
             self.asked = True
             raise_signal(SIGINT)
 
 
 def train_part(job: Job, config: Config, options: Namespace) -> Row:
-    """Train for the time that is left in this call, or to the end. Raises `UsageError` if there was not even a step."""
+    """Train for the time that is left in this call, or to the end."""
     machine, folder = Machine(options.device), options.work / job.folder
-    seconds = max(options.seconds - STOPPING, options.seconds / 2)
-    stop = StopLater(seconds)
+    stop = StopLater(max(options.seconds - STOPPING, options.seconds / 2))
     torch.manual_seed(config.train.seed)
     diffusion = GaussianDiffusion(RIN(config.model), config.diffusion)
     reset_peak(machine)
@@ -427,14 +437,11 @@ def train_part(job: Job, config: Config, options: Namespace) -> Row:
     except Stopped as stopped:
         print(stopped, flush=True)
     assert trainer.budget is not None
-    over = trainer.budget.is_over
-    if not over and trainer.step == stop.first:
-        raise UsageError(f"no training step ended within {seconds:.0f} s: use more --minutes, or a smaller --preset")
     lines = read_lines(folder / "metrics.jsonl")
     last = [line["loss"] for line in lines[-max(round(STEADY * len(lines)), 1) :]]
     batch = config.train.train_batch_size * config.train.gradient_accumulate_every
     row = {
-        "state": "done" if over else "open",
+        "state": "done" if trainer.budget.is_over else "open",
         "params": model_info(config.model).params,
         "precision": config.train.mixed_precision,
         "batch": batch,
