@@ -411,7 +411,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--num", type=int, help="predictions of each game that are scored (default: 12)")
     parser.add_argument("--steps", type=int, help="sampling steps of the predictions (default: 20)")
     parser.add_argument("--features", help="extractor of the features for distances (default: lite if it is installed)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tiny", action="store_true", help="tiny models and few steps, to try the script on a CPU")
     parser.add_argument("--retry", action="store_true", help="run failed jobs again")
     parser.add_argument("--work", type=Path, default=Path("runs/gpu"), help="folder for checkpoints and samples")
@@ -453,6 +453,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def complete(parser: argparse.ArgumentParser, options: Namespace) -> Namespace:
     """Return the options with their defaults. Ends with a message if the jobs of a call cannot run."""
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU here")
     if options.device == "cpu" and not options.tiny:
         parser.error("there is no GPU: --device cpu --tiny tries the script with tiny models")
     if options.minutes <= 0:

@@ -292,13 +292,15 @@ def test_the_command_runs_jobs_in_processes_and_skips_what_is_there(gpu, tmp_pat
     ("arguments", "message"),
     [
         (["--device", "cpu"], "there is no GPU: --device cpu --tiny"),
+        (["--device", "cuda"], "torch finds no GPU here"),
         (["--device", "cpu", "--tiny", "--minutes", "0"], "--minutes is 0"),
         (["--device", "cpu", "--tiny", "--num", "3"], "--num is 3"),
         (["--device", "cpu", "--tiny", "--time", "soon"], "--time"),
         (["--device", "cpu", "--tiny", "--data", "nowhere"], "has no clips"),
     ],
 )
-def test_a_command_that_cannot_run_ends_with_a_message(gpu, capsys, arguments, message):
+def test_a_command_that_cannot_run_ends_with_a_message(gpu, capsys, monkeypatch, arguments, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as error:
         gpu.main(arguments)
     assert error.value.code == 2
