@@ -86,7 +86,7 @@ class VideoSet:
     foreground: Callable[[Tensor], Tensor]  # where objects are
 
 
-def atari_set(size: int, smallest: int) -> VideoSet:
+def atari_set(preset: str, size: int, smallest: int) -> VideoSet:
     """Return the set of the games at a size."""
     options = (
         f"model.image_size={size}",
@@ -96,12 +96,12 @@ def atari_set(size: int, smallest: int) -> VideoSet:
         "diffusion.known={none: 1, first: 1}",
         f"diffusion.known_frames=[{GIVEN}, {GIVEN}]",
     )
-    return VideoSet("demo", options, GIVEN, smallest, moving)
+    return VideoSet(preset, options, GIVEN, smallest, moving)
 
 
 SETS = {
-    "atari64": atari_set(64, 2),
-    "atari32": atari_set(32, 1),
+    "atari64": atari_set("clips64", 64, 2),
+    "atari32": atari_set("clips32", 32, 1),
     "demo": VideoSet("demo", (), 0, 2, bright),
 }
 

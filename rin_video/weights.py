@@ -6,6 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping
+from importlib import resources
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -20,6 +21,8 @@ from rin_video.hub import fetch
 from rin_video.tensor_files import contributing, tensors_digest, write_tensors
 
 log = logging.getLogger("rin_video")
+
+SHIPPED = "models"  # folder of the models that come with the package, beside the presets
 
 
 def save_model(folder: str | os.PathLike[str], model: nn.Module, config: Config) -> None:
@@ -80,9 +83,10 @@ def check_origin(folder: Path, config: Config) -> None:
 
 
 def find_model(source: str | os.PathLike[str]) -> Path:
-    """Return the folder of a model; a hub id is downloaded, but only if there is no such folder.
+    """Return the folder of a model: a run, a model that comes with the package (`demo`), or one of the hub.
 
-    Raises `UsageError` if the folder lacks a file, or there is no such model.
+    A folder takes precedence over a model of the package, and only a hub id `user/name` is downloaded. Raises
+    `UsageError` if the folder lacks a file, or there is no such model.
     """
     folder = Path(source)
     if folder.is_dir():
@@ -94,7 +98,15 @@ def find_model(source: str | os.PathLike[str]) -> Path:
         return folder
     if folder.is_file():
         raise UsageError(f"{folder} is a file: pass the folder of a run, or a hub id user/name")
+    if os.fspath(source) in shipped_models():
+        return Path(str(resources.files("rin_video.configs"))) / SHIPPED / source
     return fetch(source)
+
+
+def shipped_models() -> list[str]:
+    """Return the names of the models that come with the package."""
+    folder = Path(str(resources.files("rin_video.configs"))) / SHIPPED
+    return sorted(weights.parent.name for weights in folder.glob(f"*/{WEIGHTS}"))
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

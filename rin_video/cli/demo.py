@@ -16,6 +16,7 @@ log = logging.getLogger("rin_video")
 
 # The preset itself holds nothing out, because it is also used for a few files.
 HELD_OUT = ("data.validation=0.1", "train.validate_every=200", "train.validation_samples=16")
+TIME = "train.time=4m"  # making the clips and sampling take the rest of five minutes
 
 
 def add_parsers(commands: Any) -> None:
@@ -35,7 +36,8 @@ def demo(options: Namespace) -> None:
 def run_demo(folder: Path, overrides: Sequence[str] = ()) -> None:
     """Write a demo set of clips to `folder`, train the preset `demo` on it, and sample.
 
-    Writes `data/`, `run/`, `sample.mp4` and `contact_sheet.png` in `folder`. A second call resumes the training.
+    Writes `data/`, `run/`, `sample.mp4` and `contact_sheet.png` in `folder`. The training takes four minutes, unless
+    `overrides` set its steps. A second call resumes it.
     """
     import torch
 
@@ -48,7 +50,8 @@ def run_demo(folder: Path, overrides: Sequence[str] = ()) -> None:
     from rin_video.training.trainer import Trainer
 
     start = time.perf_counter()
-    config = load_config("demo", [*HELD_OUT, *overrides])
+    length = () if any(override.startswith("train.train_num_steps=") for override in overrides) else (TIME,)
+    config = load_config("demo", [*HELD_OUT, *length, *overrides])
     config.data.path = str(folder / "data")
     clips = write_demo_set(folder / "data")
     sides = open_sides(folder / "data", (3, config.model.frames or 0, *config.model.height_width), config.data)

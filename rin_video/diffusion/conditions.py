@@ -68,8 +68,8 @@ class Conditions(NamedTuple):
         """Average `error` (B, C, *grid) over the unknown pixels of each sample: (B,); 0 if all are known."""
         if self.known is None:
             return error.flatten(1).mean(1)
-        unknown = ~self.known.expand_as(error)
-        return torch.where(unknown, error, 0).flatten(1).sum(1) / unknown.flatten(1).sum(1).clamp(min=1)
+        count = (~self.known).flatten(1).sum(1) * error.shape[1]
+        return torch.where(self.known, 0, error).flatten(1).sum(1) / count.clamp(min=1)
 
     def masked_std(self, x: Tensor) -> Tensor:
         """Return the std of `x` (B, C, *grid) over the unknown pixels of each sample: (B,).

@@ -186,8 +186,9 @@ class GaussianDiffusion(nn.Module):
         has_first_pass = self.config.train_prob_self_cond and getattr(self.model, "self_conditioning", True)
         self_cond = self.first_pass(x0, eps, t, conditions, rng) if has_first_pass else None
         prediction, _ = self.predict(x_t, level, conditions, self_cond)
-        error = (prediction - target(self.config.objective, x0, eps, level)) ** 2
-        return LossTerms(conditions.masked_mean(self.loss_weight(level) * error), t)
+        error = conditions.masked_mean((prediction - target(self.config.objective, x0, eps, level)).square())
+        weight = self.loss_weight(level)  # one number for each sample
+        return LossTerms((weight.flatten() if isinstance(weight, Tensor) else weight) * error, t)
 
     @torch.no_grad()
     def first_pass(self, x0: Tensor, eps: Tensor, t: Tensor, conditions: Conditions, rng: RNG) -> Any:
@@ -229,7 +230,8 @@ class GaussianDiffusion(nn.Module):
         if self.config.scale != 1:
             x_t = x_t / append_dims(conditions.masked_std(x_t), x_t)
         if conditions.known is not None and conditions.values is not None:
-            x_t = torch.where(conditions.known, conditions.values / self.config.scale, x_t)
+            values = conditions.values if self.config.scale == 1 else conditions.values / self.config.scale
+            x_t = torch.where(conditions.known, values, x_t)
         if isinstance(level.gamma, Tensor):
             gamma = level.gamma.float().flatten().expand(len(x_t))
         else:  # filled on the device: a copy would make the host wait

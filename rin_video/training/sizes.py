@@ -26,12 +26,13 @@ COMMON: Options = {
         "position": "sincos",
         "coordinate_range": None,
         "mlp_ratio": 2,
-        "interface_mixing": "conv",
+        "interface_mixing": "dense_conv",
         "norm_context": True,
+        "self_conditioning": "none",
     },
     "diffusion": {
         "objective": "x0",
-        "loss_weight": {"name": "power", "power": 0.7},
+        "loss_weight": {"name": "power", "power": 0.5},
         "train_prob_self_cond": 0,
         "label_dropout": 0.1,
     },
@@ -47,47 +48,51 @@ COMMON: Options = {
     },
     "sample": {"num_samples": 9, "steps": 50},
 }
+CLIPS: Options = {  # of clips: they can be continued, too
+    "model": {"known_mask": True},
+    "diffusion": {"known": {"none": 1, "first": 1}},
+}
 SIZES = (  # parameters at 16x64x64, from the smallest to the largest
     Size(
-        "tiny",  # 0.4 M
+        "tiny",  # 2.7 M
         0,
         {
-            "model": {"dim": 64, "num_heads": 4, "depth": 2, "latent_self_attn_depth": 2}
-            | {"num_latents": 32, "dim_latent": 64, "latent_num_heads": 4},
-            "train": {"train_lr": 1e-2},
-        },
-    ),
-    Size(
-        "small",  # 1.7 M, as the preset demo
-        5_000,
-        {
-            "model": {"dim": 128, "num_heads": 4, "depth": 2, "latent_self_attn_depth": 2}
+            "model": {"dim": 128, "num_heads": 4, "depth": 2, "latent_self_attn_depth": 2, "interface_layers": 3}
             | {"num_latents": 32, "dim_latent": 128, "latent_num_heads": 4},
             "train": {"train_lr": 1e-2},
         },
     ),
     Size(
-        "medium",  # 8.5 M
-        60_000,
+        "small",  # 7.7 M, as the presets clips32 and clips64
+        2_000,
         {
-            "model": {"dim": 192, "num_heads": 6, "depth": 3, "latent_self_attn_depth": 2}
+            "model": {"dim": 256, "num_heads": 4, "depth": 2, "latent_self_attn_depth": 2, "interface_layers": 4}
+            | {"num_latents": 32, "dim_latent": 128, "latent_num_heads": 4},
+            "train": {"train_lr": 1e-2},
+        },
+    ),
+    Size(
+        "medium",  # 28 M
+        100_000,
+        {
+            "model": {"dim": 384, "num_heads": 6, "depth": 3, "latent_self_attn_depth": 2, "interface_layers": 4}
             | {"num_latents": 64, "dim_latent": 256, "latent_num_heads": 8},
             "train": {"train_lr": 7e-3},
         },
     ),
     Size(
-        "large",  # 31 M
-        600_000,
+        "large",  # 60 M
+        1_000_000,
         {
-            "model": {"dim": 256, "num_heads": 8, "depth": 4, "latent_self_attn_depth": 3}
+            "model": {"dim": 512, "num_heads": 8, "depth": 3, "latent_self_attn_depth": 3, "interface_layers": 4}
             | {"num_latents": 128, "dim_latent": 384, "latent_num_heads": 8},
             "train": {"train_lr": 5e-3},
         },
     ),
 )
-PATCHES = ((96, 4), (192, 8))  # longest side of a frame, in pixels -> height and width of a patch up to there
+PATCHES = ((32, 2), (96, 4), (192, 8))  # longest side of a frame, in pixels -> height and width of a patch up to there
 LARGEST_PATCH = 16  # for longer sides
-FRAMES = 4  # frames of a patch, or the largest smaller number that divides those of the clip
+FRAMES = 16  # frames of a patch, or the largest smaller number that divides those of the clip
 
 
 def overrides_of(size: Size, frames: int | None, height_width: Sequence[int]) -> list[str]:
@@ -95,7 +100,8 @@ def overrides_of(size: Size, frames: int | None, height_width: Sequence[int]) ->
     patch = [next((patch for side, patch in PATCHES if max(height_width) <= side), LARGEST_PATCH)] * 2
     if frames:
         patch = [max(n for n in range(1, FRAMES + 1) if frames % n == 0), *patch]
-    return [*_overrides({"model": {"patch_size": patch}}), *_overrides(COMMON), *_overrides(size.options)]
+    shared = [COMMON, CLIPS] if frames and frames > 1 else [COMMON]
+    return [text for part in ({"model": {"patch_size": patch}}, *shared, size.options) for text in _overrides(part)]
 
 
 def _overrides(options: Options) -> list[str]:
