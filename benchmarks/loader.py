@@ -231,10 +231,10 @@ def measure(data: ClipFolder, decoder: str, workers: int, options: argparse.Name
     }
 
 
-def write_clips(folder: Path) -> None:
+def write_clips(folder: Path, num: int = NUM_FILES) -> None:
     """Write clips of drifting coarse and fine textures."""
     rng = np.random.default_rng(0)
-    for i in range(NUM_FILES):
+    for i in range(num):
         layers = [
             np.kron(rng.integers(0, 256, (-(-2 * HEIGHT // n), -(-2 * WIDTH // n), 3)), np.ones((n, n, 1)))
             for n in (16, 5)

@@ -123,10 +123,11 @@ class CountFlops(TorchDispatchMode):
         return out
 
 
-def matmul_rate(machine: Machine, size: int = 2048) -> float:
-    """Return the FLOP/s of a large matrix product in the precision of the run."""
+def matmul_rate(machine: Machine, size: int = 2048, dtype: torch.dtype | None = None) -> float:
+    """Return the FLOP/s of a large matrix product, by default in the precision of the run."""
     size = 8192 if machine.cuda else size
-    a, b = torch.rand(2, size, size, device=machine.device, dtype=torch.bfloat16 if machine.cuda else torch.float32)
+    dtype = dtype or (torch.bfloat16 if machine.cuda else torch.float32)
+    a, b = torch.rand(2, size, size, device=machine.device, dtype=dtype)
     return 2 * size**3 / min(machine.seconds(lambda: a @ b) for _ in range(5))
 
 
