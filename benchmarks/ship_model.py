@@ -1,7 +1,7 @@
 """Copies the model of a run into the package, in float16: `rin-video sample demo` then works right after installation.
 
-    rin-video demo --out runs/demo
-    python benchmarks/ship_model.py runs/demo/run demo
+rin-video demo --out runs/demo
+python benchmarks/ship_model.py runs/demo/run demo
 """
 
 from __future__ import annotations
