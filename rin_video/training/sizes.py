@@ -1,7 +1,7 @@
 """The sizes of models that `rin-video train --time` chooses from, and the choice. To change the sizes, edit this file.
 
 A size is worth its cost from a number of training samples on: with fewer, the next smaller size is better after the
-same time. These numbers are rough: they come from short trainings of the preset `demo`, whose style all sizes share.
+same time. These numbers are estimates, not yet measurements; all sizes share the style of the preset `clips64`.
 """
 
 from __future__ import annotations
