@@ -36,25 +36,62 @@ def write_atari(folder: Path, games: tuple[str, ...] = GAMES, clips: int | None 
                     writer.write(clip)
 
 
+class Player:
+    """Plays a game at random. The same seed gives the same pictures."""
+
+    def __init__(self, game: str, seed: int, size: int = SIZE) -> None:
+        self.console, self.size = open_console(game, seed), size
+        self.actions, self.rng = self.console.getMinimalActionSet(), np.random.default_rng(seed)
+        self.action = 0
+
+    def restart(self) -> None:
+        """Start the game anew, and play on to a random place."""
+        self.console.reset_game()
+        for _ in range(self.rng.integers(*WAIT)):
+            self.console.act(self.rng.choice(self.actions))
+        self.action = self.rng.integers(len(self.actions))
+
+    def play(self, num: int) -> np.ndarray:
+        """Return the next `num` frames, uint8 (3, num, size, size)."""
+        frames = np.empty((num, self.size, self.size, 3), np.uint8)
+        for frame in frames:
+            if self.rng.random() < CHANGE:
+                self.action = self.rng.integers(len(self.actions))
+            for _ in range(SKIP):
+                self.console.act(self.actions[self.action])
+            if self.console.game_over():
+                self.console.reset_game()
+            screen = Image.fromarray(self.console.getScreenRGB()).crop(SCREEN)
+            frame[:] = screen.resize((self.size, self.size), Image.Resampling.BOX)
+        return frames.transpose(3, 0, 1, 2)
+
+
 def play(game: str, num: int, seed: int, size: int = SIZE) -> Iterator[np.ndarray]:
     """Play a game at random; yield `num` clips, uint8 (3, F, size, size). The same seed gives the same clips."""
-    console = open_console(game, seed)
-    actions, rng = console.getMinimalActionSet(), np.random.default_rng(seed)
+    player = Player(game, seed, size)
     for _ in range(num):
-        console.reset_game()
-        for _ in range(rng.integers(*WAIT)):
-            console.act(rng.choice(actions))
-        action, frames = rng.integers(len(actions)), []
-        for _ in range(FRAMES):
-            if rng.random() < CHANGE:
-                action = rng.integers(len(actions))
-            for _ in range(SKIP):
-                console.act(actions[action])
-            if console.game_over():
-                console.reset_game()
-            screen = Image.fromarray(console.getScreenRGB()).crop(SCREEN)
-            frames.append(np.asarray(screen.resize((size, size), Image.Resampling.BOX)))
-        yield np.stack(frames).transpose(3, 0, 1, 2)
+        player.restart()
+        yield player.play(FRAMES)
+
+
+def play_twice(game: str, num: int, seed: int, given: int, frames: int, size: int = SIZE) -> Iterator[np.ndarray]:
+    """Yield `num` pairs of clips, uint8 (2, 3, frames, size, size), with the same first `given` frames.
+
+    After these, the player acts differently in each, so that one is a perfect prediction of the other: no model that
+    does not see the actions can do better on average.
+    """
+    player = Player(game, seed, size)
+    for _ in range(num):
+        player.restart()
+        player.play(player.rng.integers(FRAMES - frames + 1))
+        start, action = player.play(given), player.action
+        state = player.console.cloneSystemState()
+        pair = []
+        for _ in range(2):
+            player.console.restoreSystemState(state)
+            player.action = action
+            pair.append(np.concatenate([start, player.play(frames - given)], axis=1))
+        yield np.stack(pair)
 
 
 def open_console(game: str, seed: int) -> Any:

@@ -5,6 +5,7 @@
     python benchmarks/video_learning.py --data runs/atari --minutes 15 --threads 2 --seeds 0 1
     python benchmarks/video_learning.py --data runs/atari --sets atari32 --arms latte --minutes 5 \\
         --lr 3e-4 1e-3 3e-3 --work runs/sweep --out runs/sweep.json             # a sweep of the learning rate
+    python benchmarks/video_learning.py --limits                                # what a perfect model could reach
     python benchmarks/video_learning.py --table                                 # of all results so far, and the sheets
 
 Sets: `atari64` and `atari32` are clips of 16 frames of 64x64 or 32x32, unconditional, of which half are trained with
@@ -48,7 +49,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 import numpy as np
 import peers
 import torch
-from atari import write_atari
+from atari import GAMES, play_twice, write_atari
 from filelock import FileLock
 from objects import bright, count_objects, moving, persistence
 from torch import Tensor, nn
@@ -59,6 +60,7 @@ from rin_video.config_files import load_config, to_dict
 from rin_video.datasets.demo import write_demo_set
 from rin_video.datasets.open import open_dataset
 from rin_video.diffusion.precision import running_in
+from rin_video.evaluation.prediction import PredictionScores
 from rin_video.evaluation.result import Evaluation
 from rin_video.evaluation.sets import choose, first_shape, reading_options
 from rin_video.files import atomic_write, write_text
@@ -548,6 +550,29 @@ def mean_of(rows: Sequence[Any]) -> Any:
     return None if any(row is None for row in rows) else float(f"{sum(rows) / len(rows):.5g}")
 
 
+def limits(sets: Iterable[str], num: int, seed: int = 2) -> Row:
+    """Return the scores of perfect predictions for sets of games, in the form of a result.
+
+    A perfect prediction is the same game, played on from the last given frame with other random actions, `num` times
+    for each game: what a model that knows the game, but not the actions, could reach.
+    """
+    found: Row = {}
+    for data in sets:
+        config, games = load_config(SETS[data].preset, SETS[data].options).model, {}
+        for game in GAMES:
+            scores = PredictionScores(SETS[data].given)
+            size = (SETS[data].given, config.frames or 1, config.height_width[0])
+            for truth, other in play_twice(game, num, seed, *size):
+                scores.update(truth[None], other[None, None])
+            games[game] = {
+                f"prediction/{name}": {"value": float(f"{score.value:.5g}"), "low": score.low, "high": score.high}
+                for name, score in scores.compute().items()
+                if not any(other in name for other in ("linear", "psnr", "ssim"))
+            }
+        found[data] = {"given": games | {"mean": mean_of(list(games.values()))}}
+    return found
+
+
 # ---- report
 
 FREE, MEAN = ("free",), ("given", "mean")
@@ -600,16 +625,23 @@ def shown(value: float) -> str:
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def table(results: Sequence[Row]) -> str:
-    """Return a Markdown table for each set, machine and budget, with a row per arm and learning rate."""
+def table(results: Sequence[Row], limit: Row | None = None) -> str:
+    """Return a Markdown table for each set, machine and budget, with a row per arm and learning rate.
+
+    `limit` is what `limits` returns, for a last row.
+    """
     groups: dict[tuple[str, str, int, float], list[Row]] = defaultdict(list)
     for result in results:
         job = job_of(result)
         groups[job.data, job.device, job.threads, job.minutes].append(result)
-    return "\n\n".join(one_table(*group, rows) for group, rows in sorted(groups.items()))
+    return "\n\n".join(
+        one_table(*group, rows, (limit or {}).get(group[0])) for group, rows in sorted(groups.items())
+    )
 
 
-def one_table(data: str, device: str, threads: int, minutes: float, results: Sequence[Row]) -> str:
+def one_table(
+    data: str, device: str, threads: int, minutes: float, results: Sequence[Row], limit: Row | None
+) -> str:
     """Return the table of one set and budget. Columns without a number are left out."""
     columns = {
         title: place
@@ -633,8 +665,13 @@ def one_table(data: str, device: str, threads: int, minutes: float, results: Seq
         cells += [cell([look_up(row, place) for row in rows]) for place in columns.values()]
         lines.append(f"| {' | '.join(cells)} |")
     first = next((row for row in results if not row["diverged"]), None)
-    for title, places in (("real clips", REAL), ("last given frame, copied", COPY)):
-        cells = ["-" if first is None else cell([look_up(first, places.get(name, ("",)))]) for name in columns]
+    played = {title: place for title, place in COLUMNS.items() if place[:2] == MEAN}
+    for title, row, places in (
+        ("real clips", first, REAL),
+        ("last given frame, copied", first, COPY),
+        ("the game, played on with other actions", limit, played),
+    ):
+        cells = ["-" if row is None else cell([look_up(row, places.get(name, ("",)))]) for name in columns]
         if any(text != "-" for text in cells):
             lines.append(f"| {title} | | | | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -706,6 +743,7 @@ def main() -> None:
     parser.add_argument("--replace", action="store_true", help="run jobs again whose result has other options")
     parser.add_argument("--work", type=Path, default=Path("runs/video_learning"), help="folder for weights and samples")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "video_learning.json")
+    parser.add_argument("--limits", action="store_true", help="score perfect predictions (needs ale-py), and stop")
     parser.add_argument("--table", action="store_true", help="print the tables, write the sheets, and stop")
     parser.add_argument("--sheet-minutes", type=float, default=15, help="budget of the samples on the sheets")
     parser.add_argument("--job", help=argparse.SUPPRESS)  # for child processes
@@ -716,7 +754,11 @@ def main() -> None:
     if options.job:
         run_here(job_of({"job": json.loads(options.job)}), options.data, options.work)
         return
-    failed = 0
+    limit_file, failed = options.out.with_name(f"{options.out.stem}_limits.json"), 0
+    if options.limits:
+        found = limits((name for name in options.sets if SETS[name].given), num=100)
+        write_text(limit_file, json.dumps(found, indent=1) + "\n")
+        return
     if not options.table:
         check(parser, options)
         try:
@@ -730,7 +772,7 @@ def main() -> None:
     results = read_results(options.out)
     for path in write_sheets(results, options):
         print(path)
-    print(table(results))
+    print(table(results, json.loads(limit_file.read_text(encoding="utf-8")) if limit_file.exists() else None))
     if failed:
         raise SystemExit(f"{failed} jobs failed: the same command runs them again")
 

@@ -313,6 +313,8 @@ def test_the_table_has_the_mean_and_every_seed(bench):
     text = bench.table([result(0, 0.5), result(1, 0.7), result(2, 0.0, diverged=True)])
     assert "| rin-video (1 of 3 diverged) | 2.00 | 0.01 | 10 | 0.6 (0.5, 0.7) |" in text
     assert "| last given frame, copied | | | | 0.1 |" in text
+    limit = {make_job(bench).data: {"given": {"mean": {"prediction/moving_recall": {"value": 0.9}}}}}
+    assert "| the game, played on with other actions | | | | 0.9 |" in bench.table([result(0, 0.5)], limit)
 
 
 def test_the_games_are_played_by_seed():
@@ -324,3 +326,13 @@ def test_the_games_are_played_by_seed():
     assert np.array_equal(one, again)
     assert not np.array_equal(one, other)
     assert 0.001 < (np.abs(one - np.median(one, 1, keepdims=True)) > 25).mean() < 0.1  # few things move
+
+
+def test_a_game_is_played_on_twice_from_the_last_given_frame():
+    pytest.importorskip("ale_py", reason="ale-py is not installed: it is no requirement of the tests")
+    atari = load("atari")
+    pairs = list(atari.play_twice("pong", 3, 0, given=5, frames=16, size=32))
+    assert {pair.shape for pair in pairs} == {(2, 3, 16, 32, 32)}
+    for pair in pairs:
+        assert np.array_equal(pair[0, :, :5], pair[1, :, :5])
+        assert not np.array_equal(pair[0], pair[1])

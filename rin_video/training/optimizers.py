@@ -7,17 +7,18 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from timm.scheduler.scheduler import Scheduler
 
 from rin_video.config import Config, OptimizerName, TrainConfig
 from rin_video.diffusion.process import GaussianDiffusion
+from rin_video.training.muon import Muon
 
-OPTIMIZERS: dict[OptimizerName, dict[str, Any]] = {  # their names in timm, and additional options
+OPTIMIZERS: dict[OptimizerName, dict[str, Any]] = {  # their names in timm or their classes, and additional options
     "adamw": {"opt": "adamw", "fused": True},
     "lamb": {"opt": "lamb", "max_grad_norm": None},  # the trainer clips
-    "muon": {"opt": "nmuon", "momentum": 0.95},
+    "muon": {"opt": Muon, "momentum": 0.95, "nesterov": True},
 }
 
 LONGEST_WARMUP = 0.1  # fraction of the time of a run with `train.time`
@@ -25,13 +26,15 @@ LONGEST_WARMUP = 0.1  # fraction of the time of a run with `train.time`
 
 def make_optimizer(diffusion: GaussianDiffusion, config: Config) -> torch.optim.Optimizer:
     """Create AdamW, LAMB or Muon (Nesterov); weight decay is not applied to biases, norms and embeddings."""
-    options = config.train
-    return create_optimizer_v2(
-        diffusion.model,
-        lr=options.train_lr,
-        weight_decay=options.weight_decay,
-        betas=tuple(options.betas),
-        **OPTIMIZERS[options.optimizer],
+    options, model = config.train, diffusion.model
+    chosen: dict[str, Any] = {"lr": options.train_lr, "betas": tuple(options.betas), **OPTIMIZERS[options.optimizer]}
+    optimizer = chosen.pop("opt")
+    if isinstance(optimizer, str):
+        return create_optimizer_v2(model, optimizer, weight_decay=options.weight_decay, **chosen)
+    kept = getattr(model, "no_weight_decay", set)()
+    return optimizer(
+        param_groups_weight_decay(model, options.weight_decay, kept) if options.weight_decay else model.parameters(),
+        **chosen,
     )
 
 
