@@ -634,14 +634,10 @@ def table(results: Sequence[Row], limit: Row | None = None) -> str:
     for result in results:
         job = job_of(result)
         groups[job.data, job.device, job.threads, job.minutes].append(result)
-    return "\n\n".join(
-        one_table(*group, rows, (limit or {}).get(group[0])) for group, rows in sorted(groups.items())
-    )
+    return "\n\n".join(one_table(*group, rows, (limit or {}).get(group[0])) for group, rows in sorted(groups.items()))
 
 
-def one_table(
-    data: str, device: str, threads: int, minutes: float, results: Sequence[Row], limit: Row | None
-) -> str:
+def one_table(data: str, device: str, threads: int, minutes: float, results: Sequence[Row], limit: Row | None) -> str:
     """Return the table of one set and budget. Columns without a number are left out."""
     columns = {
         title: place
