@@ -254,7 +254,7 @@ class Step:
             rng = BatchRNG((0, self.number, micro), range(self.batch), self.batch, device)
             with running_in(self.options.mixed_precision, device):
                 terms: Any = self.diffusion(self.x, self.label, embedding=self.embedding, rng=rng, per_sample=True)
-            (terms.loss.mean() / count).backward()
+            (terms.objective.mean() / count).backward()
         self.number += 1
 
     def update(self) -> None:

@@ -38,7 +38,9 @@ SelfConditioningName: TypeAlias = Literal["latent", "interface", "x0"]
 MixingName: TypeAlias = Literal["linear_attention", "conv", "dense_conv", "local_attention", "group"]
 ScheduleName: TypeAlias = Literal["linear", "cosine", "cosine_simple", "sigmoid", "rectified_flow"]
 ObjectiveName: TypeAlias = Literal["eps", "x0", "v", "velocity"]  # velocity: that of rectified flow
-LossWeightName: TypeAlias = Literal["none", "min_snr", "p2", "sigmoid", "power"]  # power: between x0 loss and v loss
+# power: between x0 loss and v loss; balanced: equal parts of all noise levels, with and without known pixels
+LossWeightName: TypeAlias = Literal["none", "min_snr", "p2", "sigmoid", "power", "balanced"]
+InputScalingName: TypeAlias = Literal["std", "wiener"]
 TimeSamplingName: TypeAlias = Literal["uniform", "low_discrepancy", "logit_normal"]
 ClippingName: TypeAlias = Literal["static", "dynamic", "none"]  # static: to the range of the data
 KnownKind: TypeAlias = Literal["none", "first", "last", "ends", "frames", "boxes"]  # see rin_video/diffusion/masks.py
@@ -236,11 +238,14 @@ class DiffusionConfig:
     # helps if the steps are few; 0: both passes at the same time
     self_cond_gap: float = 0.0
     # weight of the loss by noise level; parameters: gamma (min_snr), gamma and k (p2), bias (sigmoid), power and limit
-    # (power)
+    # (power); balanced: divided by the running mean of the loss at this level, with and without known pixels
     loss_weight: LossWeightName | Parameters = "none"
     # distribution of training times; low_discrepancy: evenly spaced over a batch; parameters of logit_normal: mean, std
     time_sampling: TimeSamplingName | Parameters = "uniform"
     scale: float = 1.0  # factor of the data before noise is added; below 1, every noise level becomes noisier
+    # what the network sees; std: the noisy data, with a std of 1; wiener: its linear estimate of the data, in which
+    # noise fades where there is little signal
+    input_scaling: InputScalingName = "std"
     label_dropout: float = 0.0  # fraction of samples trained without label and embedding, for classifier-free guidance
     # observed masks in training: each kind with its weight, for example {none: 1, first: 2}; empty: no masks
     known: dict[KnownKind, float] = field(default_factory=dict)

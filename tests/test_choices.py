@@ -12,7 +12,7 @@ import torch
 from tiny_run import TINY
 from torch.testing import assert_close
 
-from rin_video import RIN, UsageError, config
+from rin_video import RIN, GaussianDiffusion, UsageError, config
 from rin_video.cli.parser import make_parser
 from rin_video.config import Config, DataConfig, TrainConfig
 from rin_video.config_checks import names_of, types_of
@@ -44,7 +44,7 @@ TABLES = {
     "model.latent_position": [name for name in POSITIONS if name != "coordinate"],  # latents have no grid
     "diffusion.noise_schedule": [*SCHEDULES],
     "diffusion.objective": [*OBJECTIVES],
-    "diffusion.loss_weight": ["none", *LOSS_WEIGHTS],
+    "diffusion.loss_weight": ["none", *LOSS_WEIGHTS, "balanced"],
     "diffusion.time_sampling": [*TIME_SAMPLINGS],
     "diffusion.clip_x0": [*CLIPS],
     "data.decoder": ["auto", *DECODERS],
@@ -69,6 +69,14 @@ def predict(name):
     said = target(name, x0, eps, level)
     assert_close(to_x0_eps(name, said, level.alpha * x0 + level.sigma * eps, level), (x0, eps))
     return said.item()
+
+
+def network_input(name):
+    """What the network sees of noisy data."""
+    diffusion = GaussianDiffusion(torch.nn.Identity(), input_scaling=name, noise_schedule="cosine")
+    diffusion.model.forward = lambda x, gamma: (x, None)
+    level = diffusion.level(torch.full((1,), 0.9), torch.zeros(1, 1, 4))
+    return diffusion.predict(torch.ones(1, 1, 4), level, Conditions(), None)[0].tolist()
 
 
 def window(**options):
@@ -112,6 +120,7 @@ BRANCHES = {
     "model.class_conditioning": lambda name: shapes(class_conditioning=name),
     "model.embedding_conditioning": lambda name: shapes(embedding_conditioning=name),
     "diffusion.objective": predict,
+    "diffusion.input_scaling": network_input,
     "data.span": lambda name: window(span=name),
     "data.sampling": lambda name: window(sampling=name),
     "data.crop": crop,

@@ -49,7 +49,7 @@ def test_loss_of_the_exact_denoiser_is_its_bayes_error(objective):
     diffusion = GaussianDiffusion(Gaussian(std, objective), objective=objective, train_prob_self_cond=0.9)
     torch.manual_seed(0)
     x = torch.randn(20_000, 16) * std / 2 + 0.5  # data in [0, 1]
-    loss, t = diffusion(x, per_sample=True)
+    loss, t, _ = diffusion(x, per_sample=True)
     gamma = diffusion.schedule(t.double()).gamma
     error = std**2 * (1 - gamma) / (gamma * std**2 + 1 - gamma)
     snr = gamma / (1 - gamma)
@@ -103,7 +103,7 @@ def test_scale_is_applied_in_training_and_in_sampling():
     """Trap 6. With data of std b the noisy input is divided by its own std, and the result by b."""
     model = Recorder()
     diffusion = GaussianDiffusion(model, scale=0.3, objective="x0", train_prob_self_cond=0)
-    loss, _ = diffusion(
+    loss, *_ = diffusion(
         torch.ones(64, 500), per_sample=True
     )  # 1 everywhere in diffusion range; the model predicts zero
     assert_close(loss, torch.full((64,), 0.09))

@@ -419,7 +419,7 @@ def test_scaled_data_are_sampled_without_bias(scale):
     assert inside.mean().item() == pytest.approx(0, abs=0.01)
     torch.manual_seed(0)
     x = torch.randn(200, 4000) * std / 2 + 0.5
-    loss, t = diffusion(x, per_sample=True)
+    loss, t, _ = diffusion(x, per_sample=True)
     gamma, variance = diffusion.schedule(t.double()).gamma, (std * scale) ** 2
     assert_close(loss.double(), variance / (gamma * variance + 1 - gamma), rtol=0.2, atol=1e-3)
     assert (loss.double() / (variance / (gamma * variance + 1 - gamma))).mean().item() == pytest.approx(1, abs=0.01)

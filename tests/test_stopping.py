@@ -201,10 +201,10 @@ def test_the_first_bad_step_is_found_among_many():
     for step in range(4):
         loss = [torch.ones(3), torch.tensor([1.0, torch.nan if step >= 2 else 1.0, 1.0])]
         read = [[10 * step, 1, 2], [3, 10 * step + 4, 5]]  # one of them is a replacement
-        metrics.add([LossTerms(one, torch.rand(3)) for one in loss], torch.tensor(1.0), 0.0, read)
+        metrics.add([LossTerms(one, torch.rand(3), one) for one in loss], torch.tensor(1.0), 0.0, read)
     assert metrics.failure() == (103, [24], True)
     metrics.restart(104)
-    metrics.add([LossTerms(torch.ones(3), torch.rand(3))], torch.tensor(torch.inf), 0.0, [[7, 8, 6]])
+    metrics.add([LossTerms(torch.ones(3), torch.rand(3), torch.ones(3))], torch.tensor(torch.inf), 0.0, [[7, 8, 6]])
     assert metrics.failure() == (105, [6, 7, 8], False)
     assert metrics.failure(check_gradient=False) is None
 

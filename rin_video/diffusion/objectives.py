@@ -98,17 +98,17 @@ def make_loss_weight(
 ) -> Callable[[NoiseLevel], Any]:
     """Return the weight of the squared error of `objective` as a function of the noise level.
 
-    `name` is "none" (weight 1) or a key of `LOSS_WEIGHTS`, and `parameters` are its arguments. The weight on the
-    squared error of x0 is divided by the ratio of the squared error of the objective to that of x0. On a
-    variance-preserving path, this ratio is snr for eps and snr + 1 for v, so that min-SNR for v is
+    `name` is "none" or "balanced" (weight 1; see `LossBalance`) or a key of `LOSS_WEIGHTS`, and `parameters` are its
+    arguments. The weight on the squared error of x0 is divided by the ratio of the squared error of the objective to
+    that of x0. On a variance-preserving path, this ratio is snr for eps and snr + 1 for v, so that min-SNR for v is
     min(snr, gamma) / (snr + 1). Raises `UsageError` for unknown names, unknown parameters and values out of range.
     """
     if objective not in OBJECTIVES:
         raise UsageError(f"unknown objective {objective!r}: choose {', '.join(OBJECTIVES)}")
     kwargs = dict(parameters or {})
     known = list(inspect.signature(LOSS_WEIGHTS[name]).parameters)[1:] if name in LOSS_WEIGHTS else []
-    if name not in ("none", *LOSS_WEIGHTS):
-        raise UsageError(f"unknown loss_weight {name!r}: choose none, {', '.join(LOSS_WEIGHTS)}")
+    if name not in ("none", "balanced", *LOSS_WEIGHTS):
+        raise UsageError(f"unknown loss_weight {name!r}: choose none, {', '.join(LOSS_WEIGHTS)}, balanced")
     if unknown := set(kwargs) - set(known):
         raise UsageError(
             f"loss_weight {name} has no parameter {', '.join(sorted(unknown))}: it has {', '.join(known) or 'none'}"
@@ -118,7 +118,7 @@ def make_loss_weight(
         if isinstance(value, bool) or not isinstance(value, int | float) or not value >= low:
             expected = {-math.inf: "a number", 0.0: "a number, at least 0"}.get(low, "a number above 0")
             raise UsageError(f"diffusion.loss_weight.{parameter} is {value!r}: it must be {expected}")
-    if name == "none":
+    if name in ("none", "balanced"):
         return lambda level: 1.0
     on_x0 = partial(LOSS_WEIGHTS[name], **kwargs)
 

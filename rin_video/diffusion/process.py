@@ -24,6 +24,7 @@ from rin_video.config import (
     check_names,
 )
 from rin_video.config_checks import complete_choices, split_parameters
+from rin_video.diffusion.balance import LossBalance
 from rin_video.diffusion.conditions import Conditions
 from rin_video.diffusion.guidance import Guidance
 from rin_video.diffusion.masks import ANY_GRID, draw_known
@@ -44,10 +45,14 @@ CHECKED_CALLS = 8  # number of first calls in which labels on a GPU are checked
 
 
 class LossTerms(NamedTuple):
-    """The weighted loss of each sample (B,), and its time t (B,) in [0, 1]."""
+    """The weighted loss of each sample (B,), its time t (B,) in [0, 1], and what training minimises (B,).
+
+    The latter is the loss, unless the loss is balanced.
+    """
 
     loss: Tensor
     t: Tensor
+    objective: Tensor
 
 
 class GaussianDiffusion(nn.Module):
@@ -66,7 +71,9 @@ class GaussianDiffusion(nn.Module):
     training (see `rin_video.diffusion.masks`), and `known_frames` [least, most] the number of known frames.
 
     The data is multiplied by the option `scale`. Unless it is 1, the noisy input is divided by its std per sample, in
-    training and in sampling (Chen 2023, arXiv 2301.10972).
+    training and in sampling (Chen 2023, arXiv 2301.10972). With `input_scaling` "wiener", the input is instead the
+    estimate E[x0 | x_t] of data with a mean of 0 and a std of 1: where there is nearly no signal, it is nearly 0, and
+    noise does not hide the known pixels.
     """
 
     def __init__(
@@ -88,6 +95,7 @@ class GaussianDiffusion(nn.Module):
         self.schedule = make_schedule(*split_parameters(config.noise_schedule))
         loss_weight, parameters = split_parameters(config.loss_weight)
         self.loss_weight = make_loss_weight(loss_weight, config.objective, parameters)
+        self.balance = LossBalance() if loss_weight == "balanced" else None
         time_sampling, parameters = split_parameters(config.time_sampling)
         self.draw_times = partial(TIME_SAMPLINGS[time_sampling], **parameters)
         self.shape: tuple[int, ...] | None = shape or getattr(model, "shape", None)
@@ -147,7 +155,7 @@ class GaussianDiffusion(nn.Module):
         `label` is (B,) integers with -1 for no class, (B,) class names, or (B, num_classes) weights. `embedding`
         (B, L, D) is another condition, with or without a label. `known` (B, 1, *grid) is the observed mask; it is drawn
         by default. Arrays are accepted in place of tensors. Random numbers come from `rng`, by default from torch's
-        global generators. The result is a scalar, or with `per_sample` the loss and time of each sample.
+        global generators. The result is a scalar, or with `per_sample` the terms of each sample.
 
         Raises `UsageError` for labels that the model does not have. Labels on a GPU are checked only in the first
         calls, because reading them makes the host wait for the GPU.
@@ -160,7 +168,7 @@ class GaussianDiffusion(nn.Module):
             label = None if label is None else label.to(x.device)
         rng = rng or RNG(len(x), x.device)
         terms = self.loss_at(x, self.draw_times(rng), label, embedding=embedding, known=known, rng=rng)
-        return terms if per_sample else terms.loss.mean()
+        return terms if per_sample else terms.objective.mean()
 
     def loss_at(
         self,
@@ -188,7 +196,8 @@ class GaussianDiffusion(nn.Module):
         prediction, _ = self.predict(x_t, level, conditions, self_cond)
         error = conditions.masked_mean((prediction - target(self.config.objective, x0, eps, level)).square())
         weight = self.loss_weight(level)  # one number for each sample
-        return LossTerms((weight.flatten() if isinstance(weight, Tensor) else weight) * error, t)
+        loss = (weight.flatten() if isinstance(weight, Tensor) else weight) * error
+        return LossTerms(loss, t, loss if self.balance is None else self.balance(loss, t, conditions.known))
 
     @torch.no_grad()
     def first_pass(self, x0: Tensor, eps: Tensor, t: Tensor, conditions: Conditions, rng: RNG) -> Any:
@@ -227,10 +236,13 @@ class GaussianDiffusion(nn.Module):
         inputs: dict[str, Any] = dict(self_cond or {}) | {
             name: part for name, part in present.items() if part is not None
         }
-        if self.config.scale != 1:
+        scale = self.config.scale
+        if self.config.input_scaling == "wiener":  # the estimate of data with a mean of 0 and a std of 1
+            x_t = x_t * (level.alpha * scale / ((level.alpha * scale) ** 2 + level.sigma**2))
+        elif scale != 1:
             x_t = x_t / append_dims(conditions.masked_std(x_t), x_t)
         if conditions.known is not None and conditions.values is not None:
-            values = conditions.values if self.config.scale == 1 else conditions.values / self.config.scale
+            values = conditions.values if scale == 1 else conditions.values / scale
             x_t = torch.where(conditions.known, values, x_t)
         if isinstance(level.gamma, Tensor):
             gamma = level.gamma.float().flatten().expand(len(x_t))

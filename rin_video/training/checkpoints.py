@@ -26,6 +26,7 @@ class TrainingState(NamedTuple):
     power_emas: Sequence[nn.Module]
     optimizer: Any
     scaler: Any  # the gradient scaler of fp16, or None
+    balance: nn.Module | None  # the running means of `diffusion.loss_weight=balanced`
 
     def state_dict(self) -> dict[str, Any]:
         """Return the states of all parts; sharded tensors stay sharded."""
@@ -35,6 +36,7 @@ class TrainingState(NamedTuple):
             "tracks": [average.state_dict() for average in self.power_emas],
             "optimizer": optimizer_state(self.optimizer, self.model),
             "scaler": self.scaler.state_dict() if self.scaler is not None else None,
+            "balance": self.balance.state_dict() if self.balance is not None else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -46,6 +48,8 @@ class TrainingState(NamedTuple):
         load_optimizer_state(self.optimizer, self.model, state["optimizer"])
         if self.scaler is not None and state["scaler"] is not None:
             self.scaler.load_state_dict(state["scaler"])
+        if self.balance is not None:
+            self.balance.load_state_dict(state["balance"])
 
 
 def check_same_options(run: Path, then: dict[str, Any], config: Config) -> None:

@@ -86,7 +86,7 @@ class Metrics:
 
     def gathered(self) -> dict[str, Tensor]:
         """Gather losses and times t (processes, steps, passes, samples) and gradient norms (steps,) on the CPU."""
-        loss, t = (torch.stack(column).float() for column in zip(*self.terms, strict=True))
+        loss, t, _ = (torch.stack(column).float() for column in zip(*self.terms, strict=True))
         return {
             "loss": self.gather(loss[None]).cpu(),
             "t": self.gather(t[None]).cpu(),

@@ -43,7 +43,7 @@ class Muon(timm_muon.Muon):
         return "momentum_buffer" in self.state[p] and type(p.grad) is Tensor
 
     def _step_matrices(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        grads = [p.grad for p in params]
+        grads = [p.grad for p in params if p.grad is not None]
         momenta = [self.state[p]["momentum_buffer"] for p in params]
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])

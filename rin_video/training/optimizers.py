@@ -31,11 +31,12 @@ def make_optimizer(diffusion: GaussianDiffusion, config: Config) -> torch.optim.
     optimizer = chosen.pop("opt")
     if isinstance(optimizer, str):
         return create_optimizer_v2(model, optimizer, weight_decay=options.weight_decay, **chosen)
-    kept = getattr(model, "no_weight_decay", set)()
-    return optimizer(
-        param_groups_weight_decay(model, options.weight_decay, kept) if options.weight_decay else model.parameters(),
-        **chosen,
-    )
+    parameters: Any = model.parameters()
+    if options.weight_decay:
+        kept = getattr(model, "no_weight_decay", set[str])()
+        parameters = param_groups_weight_decay(model, options.weight_decay, no_weight_decay_list=kept)
+    result: torch.optim.Optimizer = optimizer(parameters, **chosen)
+    return result
 
 
 class TimedLRSchedule(Scheduler):

@@ -159,8 +159,8 @@ class Trainer:
     @property
     def state(self) -> TrainingState:
         """Everything that training steps change, for saving and loading."""
-        scaler = self.accelerator.scaler
-        return TrainingState(self.unwrapped.model, self.ema, self.power_emas, self.optimizer, scaler)
+        scaler, balance = self.accelerator.scaler, self.unwrapped.balance
+        return TrainingState(self.unwrapped.model, self.ema, self.power_emas, self.optimizer, scaler, balance)
 
     def train(self) -> None:
         """Train up to step `train_num_steps` or for `time`, from the last checkpoint if there is one.
@@ -371,7 +371,7 @@ class Trainer:
         try:
             with self.accelerator.autocast(), self.compiler.stance():
                 term = self.diffusion(x, label, embedding=embedding, rng=self.rng(micro), per_sample=True)
-            self.accelerator.backward(term.loss.mean() / self.options.gradient_accumulate_every)
+            self.accelerator.backward(term.objective.mean() / self.options.gradient_accumulate_every)
         except Exception as error:
             begun = term is not None and not fresh  # the accumulated gradient may contain a part of this batch's
             if begun or not self.compiler.is_to_blame(error):
@@ -382,7 +382,7 @@ class Trainer:
                 seed_step(self.options.seed, self.step, self.accelerator.process_index)
             return self.accumulate(batch, micro)
         self.compiler.worked = self.compiler.on
-        return LossTerms(term.loss.detach(), term.t)
+        return LossTerms(term.loss.detach(), term.t, term.objective.detach())
 
     def batches(self) -> TrainLoader:
         """Return endless batches, starting with those of the current step; they depend on seed and step only."""
