@@ -8,7 +8,7 @@
     python benchmarks/video_learning.py --limits                                # what a perfect model could reach
     python benchmarks/video_learning.py --table                                 # of all results so far, and the sheets
 
-Sets: `atari64` and `atari32` are clips of 16 frames of 64x64 or 32x32, unconditional, of which half are trained with
+Sets: `atari64` and `atari32` are clips of 16 frames of 64x64 or 32x32, of which three quarters are trained with
 their first five frames given; `demo` is the demo set, 8 frames of 32x32 with classes. `FOLDER/train/GAME/*.mp4` and
 `FOLDER/test/GAME/*.mp4` hold the games.
 
@@ -95,7 +95,7 @@ def atari_set(preset: str, size: int, smallest: int) -> VideoSet:
         "model.frames=16",
         "model.num_classes=0",
         "model.known_mask=true",
-        "diffusion.known={none: 1, first: 1}",
+        "diffusion.known={none: 1, first: 3}",
         f"diffusion.known_frames=[{GIVEN}, {GIVEN}]",
     )
     return VideoSet(preset, options, GIVEN, smallest, moving)

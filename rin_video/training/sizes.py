@@ -32,7 +32,9 @@ COMMON: Options = {
     },
     "diffusion": {
         "objective": "x0",
-        "loss_weight": {"name": "power", "power": 0.5},
+        "loss_weight": "balanced",
+        "input_scaling": "wiener",
+        "time_sampling": "low_discrepancy",
         "train_prob_self_cond": 0,
         "label_dropout": 0.1,
     },
@@ -50,7 +52,7 @@ COMMON: Options = {
 }
 CLIPS: Options = {  # of clips: they can be continued, too
     "model": {"known_mask": True},
-    "diffusion": {"known": {"none": 1, "first": 1}},
+    "diffusion": {"known": {"none": 1, "first": 3}},
 }
 SIZES = (  # parameters at 16x64x64, from the smallest to the largest
     Size(
