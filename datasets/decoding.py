@@ -10,6 +10,7 @@ other processes.
 
 from __future__ import annotations
 
+import math
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -41,18 +42,22 @@ __all__ = [
 ]
 
 OPEN_FILES = 8  # videos that a process keeps open
+KEPT_FILE, KEPT_FILES = 4 << 20, 256 << 20  # bytes of the frames of a file, and of all, that a process keeps decoded
 
 
 class Video:
     """An open video file. Use it as a context manager, in the process that opened it.
 
-    `backends` are tried in order. Raises `UsageError` if none can open the file.
+    `backends` are tried in order. With `keep`, the frames of small files stay in memory (see `FrameCache`). Raises
+    `UsageError` if none can open the file.
     """
 
-    def __init__(self, source: Source, info: VideoInfo, backends: Sequence[DecoderName]) -> None:
-        self.path, self.info = source, info
+    def __init__(
+        self, source: Source, info: VideoInfo, backends: Sequence[DecoderName], *, keep: FrameCache | None = None
+    ) -> None:
+        self.path, self.info, self._keep = source, info, keep
         self.num_frames, self.fps, self.size = info.num_frames, info.fps, info.size
-        self._backends = list(backends)
+        self.backends = list(backends)
         self._reader: FrameReader | None = None
         self._next = 0  # the backend to try after this one
         self._open_next()
@@ -69,6 +74,12 @@ class Video:
         size = size or self.size
         if not len(indices):
             return torch.empty(0, 3, *size, dtype=torch.uint8)
+        if self._keep is not None and self._keep.fits(self.num_frames, size):
+            return self._keep.read(self, indices, size)
+        return self.decode(indices, size)
+
+    def decode(self, indices: Sequence[int], size: tuple[int, int]) -> Tensor:
+        """Return frames as `read` does, from the file in any case."""
         return resize(self._read(indices, size), size)
 
     def close(self) -> None:
@@ -92,7 +103,7 @@ class Video:
         try:
             return self._reader.read(indices, size)
         except Exception as error:  # decord raises its own classes, FFmpeg many
-            if isinstance(error, LostFramesError) and self._next == len(self._backends):
+            if isinstance(error, LostFramesError) and self._next == len(self.backends):
                 raise  # the reader remains usable
             self.close()
             try:
@@ -104,16 +115,47 @@ class Video:
     def _open_next(self) -> None:
         """Open the file with the next backend that can; raise the last backend's `UsageError` if none can."""
         error = UsageError(f"no decoder can read {shown(self.path)}: re-encode it or leave it out")
-        while self._next < len(self._backends):
-            backend = self._backends[self._next]
+        while self._next < len(self.backends):
+            backend = self.backends[self._next]
             self._next += 1
             try:
                 self._reader, self.backend = DECODERS[backend](self.path, self.info), backend
                 return
             except UsageError as refusal:
                 error = refusal
-        self._next = max(0, len(self._backends) - 1)  # a later call may try the last one again
+        self._next = max(0, len(self.backends) - 1)  # a later call may try the last one again
         raise error
+
+
+class FrameCache:
+    """Decoded frames of small files, at the size at which they were read: uint8 (F, 3, H, W) each.
+
+    A small set of short clips is then decoded once, instead of in every epoch. The files that were used last are kept,
+    up to `KEPT_FILES` bytes. Damaged files are not kept.
+    """
+
+    def __init__(self) -> None:
+        self.frames: OrderedDict[tuple[Source, tuple[str, ...], tuple[int, int]], Tensor] = OrderedDict()
+        self.bytes = 0
+
+    def fits(self, num_frames: int, size: tuple[int, int]) -> bool:
+        """Return whether all frames of a file at a size (H, W) are few enough to be kept."""
+        return num_frames * 3 * math.prod(size) <= KEPT_FILE
+
+    def read(self, video: Video, indices: Sequence[int], size: tuple[int, int]) -> Tensor:
+        """Return the frames `indices` of a video at a size (H, W); decode and keep all frames if they are not kept."""
+        key = (video.path, tuple(video.backends), size)
+        if key not in self.frames:
+            try:
+                frames = video.decode(range(video.num_frames), size)
+            except LostFramesError:
+                return video.decode(indices, size)
+            self.frames[key] = frames
+            self.bytes += frames.numel()
+            while self.bytes > KEPT_FILES:
+                self.bytes -= self.frames.popitem(last=False)[1].numel()
+        self.frames.move_to_end(key)
+        return self.frames[key][list(indices)]
 
 
 def open_video(
@@ -162,7 +204,8 @@ def open_cached(source: Source, decoder: DecoderOption, info: VideoInfo) -> Vide
     if key not in videos:
         while len(videos) >= OPEN_FILES:
             videos.popitem(last=False)[1].close()
-        videos[key] = Video(source, info, backends_for(info, decoder, strict=False))
+        keep = _kept.setdefault(os.getpid(), FrameCache())
+        videos[key] = Video(source, info, backends_for(info, decoder, strict=False), keep=keep)
     videos.move_to_end(key)
     return videos[key]
 
@@ -176,3 +219,4 @@ def close_cached(source: Source, decoder: str) -> None:
 
 # By process id: after a fork, the parent's videos must not even be closed, because that may hang.
 _open: dict[int, OrderedDict[tuple[Source, str], Video]] = {}
+_kept: dict[int, FrameCache] = {}

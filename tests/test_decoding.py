@@ -5,16 +5,18 @@ import os
 import random
 import sys
 import types
+from unittest import mock
 
 import av
 import pytest
 import torch
 
-from rin_video.datasets import backends
+from rin_video.datasets import backends, decoding
 from rin_video.datasets.backends import DECODERS, DecordReader, PyAVReader, suits, torchcodec_problem
 from rin_video.datasets.decoding import OPEN_FILES, Video, backends_for, open_cached, open_video, probe_video
-from rin_video.datasets.video_info import pack_table, unpack_table
+from rin_video.datasets.video_info import LostFramesError, pack_table, unpack_table
 from rin_video.errors import UsageError
+from rin_video.media import write_video
 
 NUM_FRAMES = {"variable_rate.mp4": 10, "one_frame.mp4": 1}
 NAMES = [
@@ -257,3 +259,58 @@ def test_frames_that_are_not_there_are_index_errors(clips):
             with pytest.raises(IndexError, match="20 frames"):
                 video.read([0, index])
         assert video.read([]).shape == (0, 3, 32, 64)
+
+
+@pytest.fixture
+def short_clips(tmp_path):
+    paths = [tmp_path / f"{i}.mp4" for i in range(3)]
+    for i, path in enumerate(paths):
+        write_video(torch.rand(3, 6, 16, 16, generator=torch.Generator().manual_seed(i)), path)
+    return [(path, probe_video(path)) for path in paths]
+
+
+def test_frames_of_small_files_are_decoded_once(short_clips):
+    path, info = short_clips[0]
+    cache = decoding.FrameCache()
+    with decoding.Video(path, info, backends_for(info), keep=cache) as video, open_video(path, info=info) as other:
+        decode = mock.Mock(side_effect=video.decode)
+        with mock.patch.object(video, "decode", decode):
+            for indices in ([0, 2, 4], [5, 5, 1]):
+                for size in (None, (8, 8)):
+                    assert torch.equal(video.read(indices, size), other.read(indices, size))
+        assert decode.call_count == 2  # once for each size
+        assert video.read([]).shape == (0, 3, 16, 16)
+        with pytest.raises(IndexError, match="frame 6 does not exist"):
+            video.read([6])
+        video.read([1])[:] = 0  # what is returned is not the kept frame
+        assert torch.equal(video.read([1]), other.read([1]))
+
+
+def test_kept_frames_have_a_limit(short_clips, monkeypatch):
+    cache, one = decoding.FrameCache(), 6 * 3 * 16 * 16
+    monkeypatch.setattr(decoding, "KEPT_FILES", 2 * one)
+    for path, info in short_clips:
+        with decoding.Video(path, info, backends_for(info), keep=cache) as video:
+            video.read([0])
+        assert cache.bytes == sum(frames.numel() for frames in cache.frames.values()) <= 2 * one
+    assert [key[0] for key in cache.frames] == [path for path, _ in short_clips[1:]]
+    monkeypatch.setattr(decoding, "KEPT_FILE", one - 1)
+    assert not cache.fits(6, (16, 16))
+
+
+def test_damaged_files_are_not_kept(short_clips):
+    path, info = short_clips[0]
+    cache = decoding.FrameCache()
+    with decoding.Video(path, info, backends_for(info), keep=cache) as video:
+        decode = video.decode
+
+        def damaged(indices, size):
+            if 3 in indices:
+                raise LostFramesError(path, [3])
+            return decode(indices, size)
+
+        with mock.patch.object(video, "decode", damaged):
+            assert video.read([0, 1]).shape == (2, 3, 16, 16)
+            with pytest.raises(LostFramesError):
+                video.read([2, 3])
+    assert not cache.frames
