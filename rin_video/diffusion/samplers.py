@@ -222,7 +222,6 @@ SPACINGS: tuple[SpacingName, ...] = get_args(SpacingName)
 # Samplers whose default spacing is karras, with which they are far better below 50 steps.
 KARRAS: tuple[SamplerName, ...] = ("dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m", "heun")
 RATIO_MIN, RATIO_MAX = 0.002, 80.0  # limits of sigma / alpha for karras and logsnr, from table 1 of EDM
-RATIO_PER_ROOT = 10.0  # lower bound of the highest ratio, over the square root of the number of values of a sample
 
 
 def make_levels(
@@ -232,7 +231,6 @@ def make_levels(
     spacing: SpacingName = "uniform",
     time_difference: float = 0.0,
     scale: float = 1.0,
-    size: int = 0,
     dtype: torch.dtype = torch.float64,
 ) -> list[tuple[NoiseLevel, NoiseLevel]]:
     """Return `steps` pairs (level, next level) from noise to data.
@@ -242,10 +240,6 @@ def make_levels(
     ratio sigma / alpha, and their last step goes to the clean end of the schedule. The ratio is limited to [0.002, 80]
     times `scale`, the factor of the data. It is also limited by the ends of the schedule, where the clean end is the
     ratio at t = 0.001 times `scale`.
-
-    `size` is the number of values of a sample. Its layout is visible, in the sum over all values, to a ratio of about
-    the square root of `size`. Sampling that starts at less noise starts with pure noise where there should be traces of
-    a layout, and loses things. The upper limit is therefore at least ten times this root.
 
     With `time_difference` td, each step goes to the level of td steps later (the authors' asymmetric time intervals;
     Chen et al. 2022, arXiv 2208.04202, sec. 3.2). This requires a spacing in t. Raises `UsageError` for unknown names
@@ -268,7 +262,7 @@ def make_levels(
             for i in range(steps)
         ]
     first, last = at(1.0), at(0.0)
-    high = min(first.edm_sigma, scale * max(RATIO_MAX, RATIO_PER_ROOT * math.sqrt(size)))
+    high = min(first.edm_sigma, RATIO_MAX * scale)
     low = max(last.edm_sigma, scale * max(at(1e-3).edm_sigma, RATIO_MIN))
     fractions = [i / max(steps - 1, 1) for i in range(steps)]
     if spacing == "karras":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -117,13 +116,12 @@ def sample(
             raise UsageError(f"{name} is {value}: it must be at least {least}")
     numbers = torch.arange(first_index, first_index + batch_size)
     device = next((p.device for p in diffusion.parameters()), torch.device("cpu"))
+    levels, draw = plan_steps(diffusion.config, config)
     precision = sampling_precision(config.precision, diffusion.precision, device)
     if label is None and config.label is not None:
         label = class_index(config.label, diffusion.classes, getattr(diffusion.model, "num_classes", 0))
     label = choose_labels(diffusion, label, numbers)
     conditions, data = make_conditions(diffusion, batch_size, shape, label, embedding, context, known)
-    size = 0 if conditions.known is not None else math.prod(shape)  # known pixels determine the layout
-    levels, draw = plan_steps(diffusion.config, config, size)
     guidance = Guidance.from_config(config)
     guidance.check(conditions)
     seed = int(torch.randint(2**62, ())) if seed is None else seed
@@ -201,11 +199,8 @@ def evaluating(diffusion: Diffusion) -> Iterator[None]:
         diffusion.train(was_training)
 
 
-def plan_steps(diffusion: DiffusionConfig, config: SampleConfig, size: int = 0) -> tuple[Levels, Sampler]:
-    """Return the noise levels of the steps for samples of `size` values, and the sampler.
-
-    Raises `UsageError` for options that do not fit.
-    """
+def plan_steps(diffusion: DiffusionConfig, config: SampleConfig) -> tuple[Levels, Sampler]:
+    """Return the noise levels of the steps, and the sampler. Raises `UsageError` for options that do not fit."""
     name, parameters = split_parameters(config.sampler)
     karras = name in KARRAS and not config.schedule and not config.time_difference
     levels = make_levels(
@@ -214,7 +209,6 @@ def plan_steps(diffusion: DiffusionConfig, config: SampleConfig, size: int = 0) 
         spacing=config.spacing or ("karras" if karras else "uniform"),
         time_difference=config.time_difference,
         scale=diffusion.scale,
-        size=size,
     )
     return levels, get_sampler(name, parameters)
 
