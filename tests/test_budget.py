@@ -192,7 +192,7 @@ def test_processes_follow_the_clock_of_the_first_and_seldom_wait_for_it():
 
 
 def test_the_expected_end_grows_with_what_is_to_be_drawn():
-    config = load_config("demo")
+    config = load_config("demo", ["train.train_batch_size=16", "sample.guidance=0"])
     end = expected_end(config, 10**6, 3.0, validated=True)  # 16 samples: a forward pass takes 1/16 s
     assert end["validation"] == pytest.approx(2 * 64 * 8 / 16)
     assert end["samples"] == pytest.approx(9 * 50 / 16 + 1)
@@ -454,6 +454,7 @@ def test_options_of_the_command_take_precedence_over_the_size(clips, tmp_path, s
 
 def test_a_preset_keeps_its_model(clips, tmp_path, sizes):
     tiny = ["model.dim=32", "model.dim_latent=32", "model.num_latents=8", "model.num_classes=0"]
+    tiny.append("model.patch_size=[4,4,4]")
     command = ["train", "--data", str(clips), "--frames", "4", "--size", "16", "--out", str(tmp_path / "run")]
     assert cli.main([*command, "--config", "demo", "--time", "1s", "--batch-size", "2", *tiny, *TINY]) == 0
     assert sizes == []
