@@ -192,7 +192,7 @@ def test_processes_follow_the_clock_of_the_first_and_seldom_wait_for_it():
 
 
 def test_the_expected_end_grows_with_what_is_to_be_drawn():
-    config = load_config("demo", ["train.train_batch_size=16", "sample.guidance=0"])
+    config = load_config("demo", ["train.train_batch_size=16"])
     end = expected_end(config, 10**6, 3.0, validated=True)  # 16 samples: a forward pass takes 1/16 s
     assert end["validation"] == pytest.approx(2 * 64 * 8 / 16)
     assert end["samples"] == pytest.approx(9 * 50 / 16 + 1)

@@ -14,8 +14,9 @@ from rin_video.wording import counted, in_hours
 
 log = logging.getLogger("rin_video")
 
-# The preset itself holds nothing out, because it is also used for a few files.
+# The preset itself holds nothing out and has no guidance, because it is also used for a few files without classes.
 HELD_OUT = ("data.validation=0.1", "train.validate_every=200", "train.validation_samples=16")
+GUIDANCE = ("sample.guidance=1", "sample.guidance_interval=[0.1,1]")
 TIME = "train.time=4m"  # making the clips and sampling take the rest of five minutes
 
 
@@ -51,7 +52,7 @@ def run_demo(folder: Path, overrides: Sequence[str] = ()) -> None:
 
     start = time.perf_counter()
     length = () if any(override.startswith("train.train_num_steps=") for override in overrides) else (TIME,)
-    config = load_config("demo", [*HELD_OUT, *length, *overrides])
+    config = load_config("demo", [*HELD_OUT, *GUIDANCE, *length, *overrides])
     config.data.path = str(folder / "data")
     clips = write_demo_set(folder / "data")
     sides = open_sides(folder / "data", (3, config.model.frames or 0, *config.model.height_width), config.data)
