@@ -175,8 +175,8 @@ def published_config(data: ModelConfig, dim: int, latent: int, layers: int, num_
 
 # Sizes of each network in ascending order: `nearest` takes the one with about as many parameters as our preset.
 PUBLISHED = [
-    (64, 64, 2, 32), (96, 96, 2, 64), (128, 128, 2, 64), (128, 128, 3, 64), (128, 192, 3, 64), (192, 256, 3, 64),
-    (256, 384, 3, 128), (256, 512, 4, 128),
+    (64, 64, 2, 32), (96, 96, 2, 64), (128, 128, 2, 64), (128, 160, 2, 64), (128, 128, 3, 64), (128, 192, 3, 64),
+    (192, 256, 3, 64), (256, 384, 3, 128), (256, 512, 4, 128),
 ]  # fmt: skip
 LATTE = [(2, 3), (3, 4), (3, 6), (4, 4), (4, 6), (6, 4), (6, 6), (6, 8), (8, 8), (8, 12), (12, 12)]
 UNET3D = [(width,) for width in range(8, 129, 8)]
