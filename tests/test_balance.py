@@ -1,11 +1,14 @@
 """The balanced loss: every noise level counts the same, with and without known pixels, also over a resume."""
 
+from unittest import mock
+
 import pytest
 import torch
 from torch.utils.data import TensorDataset
 
 from rin_video import RIN, GaussianDiffusion, Trainer
 from rin_video.config import DiffusionConfig, ModelConfig
+from rin_video.diffusion import balance
 from rin_video.diffusion.balance import LEVELS, LossBalance
 from rin_video.diffusion.conditions import Conditions
 
@@ -44,6 +47,28 @@ def test_evaluation_and_bad_samples_do_not_change_the_means():
     assert torch.equal(balance.means, before)
     balance.eval()(torch.full((4,), 9.0), torch.full((4,), 0.3), None)
     assert torch.equal(balance.means, before)
+
+
+def test_processes_share_their_samples():
+    """Two processes with half of a batch each have the means of one process with all of it."""
+    torch.manual_seed(0)
+    error, t, sent = torch.rand(8), torch.rand(8), []
+    whole, halves = LossBalance(), [LossBalance(), LossBalance()]
+    whole(error, t, None)
+    with (
+        mock.patch.object(balance.dist, "is_initialized", return_value=True),
+        mock.patch.object(balance.dist, "all_reduce", side_effect=lambda sums: sent.append(sums.clone())),
+    ):
+        for half, part in zip(halves, (slice(4), slice(4, 8)), strict=True):
+            half(error[part], t[part], None)
+    with (
+        mock.patch.object(balance.dist, "is_initialized", return_value=True),
+        mock.patch.object(balance.dist, "all_reduce", side_effect=lambda sums: sums.copy_(sent[0] + sent[1])),
+    ):
+        first = LossBalance()
+        first(error[:4], t[:4], None)
+    assert torch.equal(first.means, whole.means)
+    assert not torch.equal(halves[0].means, whole.means)
 
 
 def small_model(**options) -> RIN:
