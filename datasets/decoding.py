@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -131,11 +132,12 @@ class FrameCache:
     """Decoded frames of small files, at the size at which they were read: uint8 (F, 3, H, W) each.
 
     A small set of short clips is then decoded once, instead of in every epoch. The files that were used last are kept,
-    up to `KEPT_FILES` bytes. Damaged files are not kept.
+    up to `KEPT_FILES` bytes. Damaged files are not kept, and a file that changed is decoded again.
     """
 
     def __init__(self) -> None:
-        self.frames: OrderedDict[tuple[Source, tuple[str, ...], tuple[int, int]], Tensor] = OrderedDict()
+        self.frames: OrderedDict[tuple[Any, ...], Tensor] = OrderedDict()
+        self.damaged: set[tuple[Any, ...]] = set()
         self.bytes = 0
 
     def fits(self, num_frames: int, size: tuple[int, int]) -> bool:
@@ -144,11 +146,18 @@ class FrameCache:
 
     def read(self, video: Video, indices: Sequence[int], size: tuple[int, int]) -> Tensor:
         """Return the frames `indices` of a video at a size (H, W); decode and keep all frames if they are not kept."""
-        key = (video.path, tuple(video.backends), size)
+        try:
+            stat = video.path.stat() if isinstance(video.path, Path) else None
+        except OSError:  # an open file may be readable although it was removed; if not, the decoder says so
+            return video.decode(indices, size)
+        key = (video.path, stat and (stat.st_mtime_ns, stat.st_size), tuple(video.backends), size)
+        if key in self.damaged:
+            return video.decode(indices, size)
         if key not in self.frames:
             try:
                 frames = video.decode(range(video.num_frames), size)
-            except LostFramesError:
+            except UsageError:  # the frames that are asked for may be readable
+                self.damaged.add(key)
                 return video.decode(indices, size)
             self.frames[key] = frames
             self.bytes += frames.numel()

@@ -298,7 +298,20 @@ def test_kept_frames_have_a_limit(short_clips, monkeypatch):
     assert not cache.fits(6, (16, 16))
 
 
-def test_damaged_files_are_not_kept(short_clips):
+def test_a_file_that_changed_is_decoded_again(short_clips):
+    (path, info), (other, _), _ = short_clips
+    cache = decoding.FrameCache()
+    with decoding.Video(path, info, backends_for(info), keep=cache) as video:
+        before = video.read([0, 3])
+    path.write_bytes(other.read_bytes())
+    os.utime(path, ns=(1, 1))
+    with decoding.Video(path, info, backends_for(info), keep=cache) as video, open_video(other) as wanted:
+        assert torch.equal(video.read([0, 3]), wanted.read([0, 3]))
+        assert not torch.equal(video.read([0, 3]), before)
+
+
+@pytest.mark.parametrize("error", [LostFramesError, UsageError])
+def test_damaged_files_are_not_kept(short_clips, error):
     path, info = short_clips[0]
     cache = decoding.FrameCache()
     with decoding.Video(path, info, backends_for(info), keep=cache) as video:
@@ -306,11 +319,11 @@ def test_damaged_files_are_not_kept(short_clips):
 
         def damaged(indices, size):
             if 3 in indices:
-                raise LostFramesError(path, [3])
+                raise error(path, [3])
             return decode(indices, size)
 
         with mock.patch.object(video, "decode", damaged):
             assert video.read([0, 1]).shape == (2, 3, 16, 16)
-            with pytest.raises(LostFramesError):
+            with pytest.raises(error):
                 video.read([2, 3])
     assert not cache.frames
